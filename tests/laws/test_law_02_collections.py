@@ -7,7 +7,15 @@ import optax
 import pytest
 from flax import linen, nnx
 
-from orbax_nnx_handler import AmbiguousMappingError, UnmappedValueError, restore, suggest
+from orbax_nnx_handler import (
+    AmbiguousMappingError,
+    MissingParamError,
+    RestoreError,
+    UnmappedValueError,
+    from_linen,
+    restore,
+    suggest,
+)
 from tests.laws import worlds
 from tests.laws.worlds import (
     FORMS,
@@ -497,3 +505,55 @@ def test_the_parts_that_split_gives_are_their_types_collections_whatever_their_k
     result = restore(path, target, unexpected="ignore")
     check(result["params"], params)
     check(result[key], stats)
+
+
+class _Counted(nnx.Variable):
+    pass
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "with its own type"])
+def test_the_collection_that_is_named_for_one_type_is_not_that_of_another(beside):
+    nnx.register_variable_name("counted_by_a_test", _Counted, overwrite=True)
+    numbers = Numbers()
+    stored = {"params": {"w": numbers(3)}, "counted_by_a_test": {"m": numbers(3), "n": numbers(3)}}
+    wanted = {"w": nnx.Param(jnp.zeros(3)), "m": _Own(jnp.zeros(3))}
+    wanted |= {"n": _Counted(jnp.zeros(3))} if beside else {}
+
+    with pytest.raises(RestoreError, match="counted_by_a_test/m"):
+        from_linen(stored, nnx.State(wanted), unexpected="ignore")
+    rule = [("counted_by_a_test/m", "m")]
+    result = from_linen(stored, nnx.State(wanted), unexpected="ignore", renames=rule)
+
+    np.testing.assert_array_equal(result["m"][...], stored["counted_by_a_test"]["m"])
+
+
+class FastParam(nnx.Param):
+    """A parameter in a collection of its own."""
+
+
+class SlowParam(nnx.Param):
+    """Another, that Flax's bridge has met."""
+
+
+@pytest.mark.parametrize("is_met", [False, True])
+@pytest.mark.parametrize("name", ["FastParam", "fast_params", "fast_param", "fast"])
+def test_a_collection_that_is_called_as_a_type_is_its_own(name, is_met):
+    kind = FastParam
+    if is_met:
+        kind, name = SlowParam, name.replace("fast", "slow").replace("Fast", "Slow")
+        nnx.variable_name_from_type(SlowParam, allow_register=True)
+    numbers = Numbers()
+    stored = {"params": {"w": numbers(3), "x": numbers(3)}, name: {"w": numbers(3)}}
+    target = nnx.State({"w": kind(jnp.zeros(3)), "x": kind(jnp.zeros(3))})
+
+    with pytest.raises(MissingParamError) as caught:
+        from_linen(stored, target)
+    assert [*caught.value.paths] == [("x",)]
+    result = from_linen(stored, nnx.State({"w": target["w"]}))
+    np.testing.assert_array_equal(result["w"][...], stored[name]["w"])
+    if is_met:  # What is registered has a collection of its own.
+        with pytest.raises(MissingParamError):
+            from_linen({"params": stored["params"]}, target)
+    else:
+        result = from_linen({"params": stored["params"]}, target)
+        np.testing.assert_array_equal(result["w"][...], stored["params"]["w"])

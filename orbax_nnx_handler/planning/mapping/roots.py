@@ -15,14 +15,18 @@ import functools
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
-from typing import Any
-
-from flax import nnx
 
 from orbax_nnx_handler.planning.core.paths import Tokens, canonical, is_number, shared_levels
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, is_copy_beside, is_copy_level
 from orbax_nnx_handler.planning.rules.entries import Entry
-from orbax_nnx_handler.planning.target.roles import Wanted, collection_of, of_role
+from orbax_nnx_handler.planning.target.roles import (
+    Wanted,
+    base_collection,
+    is_called_like,
+    is_named,
+    is_of_another_type,
+    of_role,
+)
 
 PLAIN_LEVELS = frozenset({"model", "train_state", "state"})
 """Levels that name no network: what a program calls the field that holds a model or a train state.
@@ -418,33 +422,24 @@ class Collections:
         """Tells whether a collection may be that of a type that nobody has named.
 
         Linen names custom collections freely, so a custom Variable type may come from a custom
-        collection, or from that of the type it is a kind of; never from a copy.
+        collection, or from that of the type it is a kind of, unless another is called like it; never
+        from a copy, nor from the collection that has been named for another type.
         """
-        if item.role != "model" or is_named(item.leaf.kind) or item.collection in self.paths:
+        kind = item.leaf.kind
+        if item.role != "model" or item.collection in self.paths:
+            return False
+        if is_called_like(kind, collection):
+            return True
+        if is_named(kind):
             return False
         if collection in FLAX_COLLECTIONS:
-            return collection == base_collection(item.leaf.kind)
-        return collection not in self.copies and not is_copy_beside(collection, item.collection or "")
+            own = (name for name in self.paths if name not in (None, *FLAX_COLLECTIONS))
+            return collection == base_collection(kind) and not any(is_called_like(kind, name) for name in own)
+        is_copy = collection in self.copies or is_copy_beside(collection, item.collection or "")
+        return not is_copy and not is_of_another_type(kind, collection)
 
     def is_network(self, entry: Entry) -> bool:
         """Tells whether an entry is one of a network's own values, which its modules may rearrange."""
         if self.only is not None:
             return entry.collection == self.only
         return entry.collection is None or entry.collection in FLAX_COLLECTIONS
-
-
-def is_named(kind: type[Any] | None) -> bool:
-    """Tells whether Flax or the program has named the collection of a Variable type."""
-    if kind is None:
-        return False
-    try:
-        nnx.variable_name_from_type(kind)
-    except ValueError:
-        return False
-    return True
-
-
-def base_collection(kind: type[Any] | None) -> str | None:
-    """Returns the collection of the named type that a type is a kind of."""
-    bases = kind.__mro__[1:] if kind is not None else ()
-    return next((collection_of(base) for base in bases if is_named(base)), None)

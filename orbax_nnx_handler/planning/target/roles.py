@@ -5,6 +5,7 @@ A pure dict has no Variable types; there the structure decides (`opt_state`, the
 """
 
 import functools
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
 
@@ -95,6 +96,41 @@ def collection_of(kind: type[Any] | None) -> str | None:
         return nnx.variable_name_from_type(cast(Any, kind))
     except ValueError:
         return kind.__name__
+
+
+def is_named(kind: type[Any] | None) -> bool:
+    """Tells whether Flax or the program has named the collection of a Variable type."""
+    if kind is None:
+        return False
+    try:
+        nnx.variable_name_from_type(kind)
+    except ValueError:
+        return False
+    return True
+
+
+def base_collection(kind: type[Any] | None) -> str | None:
+    """Returns the collection of the named type that a type is a kind of."""
+    bases = kind.__mro__[1:] if kind is not None else ()
+    return next((collection_of(base) for base in bases if is_named(base)), None)
+
+
+def is_called_like(kind: type[Any] | None, collection: str | None) -> bool:
+    """Tells whether a collection is called as a type that nobody named: `lora_params` as `LoRAParam`."""
+    return kind is not None and collection is not None and _telling(kind.__name__) == _telling(collection)
+
+
+def _telling(name: str) -> str:
+    return re.sub(r"(?<=.)(params?|stats?|vars?|variables?|state)$", "", name.lower().replace("_", ""))
+
+
+def is_of_another_type(kind: type[Any] | None, collection: str | None) -> bool:
+    """Tells whether Flax or the program has named a collection for a type that a type is no kind of."""
+    try:
+        known = nnx.variable_type_from_name(collection or "")
+    except ValueError:
+        return False
+    return kind is None or not issubclass(kind, known)
 
 
 @functools.lru_cache(maxsize=256)

@@ -24,7 +24,7 @@ from orbax_nnx_handler.planning.layouts.layout import (
     is_copy_beside,
     is_copy_level,
 )
-from orbax_nnx_handler.planning.target.roles import Role, Wanted
+from orbax_nnx_handler.planning.target.roles import Role, Wanted, is_called_like, is_of_another_type
 from orbax_nnx_handler.planning.verdict.claims import Claims, is_same_path
 from orbax_nnx_handler.planning.verdict.elements import Chain, read_and_steps
 from orbax_nnx_handler.planning.verdict.proven_moments import (
@@ -445,4 +445,6 @@ def _may_give(item: Wanted, placed: Placement) -> bool:
         return wanted is not None or stored is None or stored in FLAX_COLLECTIONS or stored in item.tokens
     if wanted in FLAX_COLLECTIONS:
         return stored in item.tokens
-    return stored in item.tokens or not is_copy_beside(str(stored), str(wanted))
+    if stored in item.tokens or is_called_like(item.leaf.kind, stored):
+        return True
+    return not is_copy_beside(str(stored), str(wanted)) and not is_of_another_type(item.leaf.kind, stored)

@@ -150,7 +150,7 @@ def test_narrow_weights_beside_what_is_read_and_a_bias_left_unread_are_restored(
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("where", ["beside", "apart", "variables"])
+@pytest.mark.parametrize("where", ["beside", "apart", "variables", "called in full"])
 @pytest.mark.parametrize("name", ["scale", "amax_history", "meta"])
 def test_what_nothing_reads_and_is_called_after_the_codes_is_their_scale(tmp_path, where, name, form):
     numbers = Numbers()
@@ -163,6 +163,8 @@ def test_what_nothing_reads_and_is_called_after_the_codes_is_their_scale(tmp_pat
         params |= {f"{layer}_{name}": parts[name] for layer, parts in aside.items()}
     tree = {"params": params} | ({"quant": aside} if where == "apart" else {})
     tree |= {"quant": {"params": aside}} if where == "variables" else {}
+    if where == "called in full":
+        tree |= {"quant": {f"{layer}_{name}": parts[name] for layer, parts in aside.items()}}
     error = refused(write(tmp_path, tree), target_of(form, model), unexpected="ignore")
     assert "quantis" in str(error)
 

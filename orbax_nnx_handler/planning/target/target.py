@@ -349,11 +349,9 @@ def _walk(item: Any, prefix: Path, nodes: Leaves, values: Leaves) -> None:
 
 
 def _rebuild(item: Any, prefix: Path, nodes: Leaves) -> Any:
-    if prefix in nodes:
-        return nodes[prefix]
-    entries = _entries(item)
+    entries = None if prefix in nodes else _entries(item)
     if entries is None:
-        return item  # A leaf without a value is none of the target's, and stays what it is.
+        return nodes.get(prefix, item)  # A leaf without a value is none of the target's, and stays.
     if isinstance(item, nnx.State):
         return nnx.State(_rebuild_state(entries, prefix, nodes))
     parts = {key: _rebuild(part, (*prefix, key), nodes) for key, part in entries}

@@ -290,6 +290,34 @@ def test_factored_moments_that_lack_the_axis_of_the_layers_are_refused_and_the_w
     check(stock(tmp_path / "out")["params"]["layers"]["w"], stacked)
 
 
+FACTORED, BY_AXES = optax.adafactor(1e-2, min_dim_size_to_factor=2), optax.sm3(1e-2)
+
+
+@pytest.mark.parametrize(
+    ("tx", "way"),
+    [(FACTORED, "unscan"), (BY_AXES, "scan"), (BY_AXES, "unscan")],
+    ids=["adafactor", "sm3", "sm3 back"],
+)
+def test_moments_that_one_arrangement_alone_has_are_refused_and_the_weights_alone_are_not(
+    cli, tmp_path, tx, way
+) -> None:
+    numbers = Numbers()
+    layers = {f"h_{at}": {"w": numbers(4, 4), "b": numbers(4)} for at in range(3)}
+    stack = {"h": jax.tree.map(lambda *parts: np.stack(parts), *layers.values())}
+    params, other = (layers, stack) if way == "scan" else (stack, layers)
+    state = {"params": params, "opt_state": numbers.optimizer(tx, params), "step": np.int32(3)}
+    words = ("convert", write(tmp_path, state), tmp_path / "out", f"--{way}", "h", "--axis", 0)
+
+    said = cli(*words)
+    weights = cli(*words, "--weights-only")
+
+    assert said.status == 1
+    assert "moments cannot follow their layers on this axis" in said.err
+    assert said.err.endswith("hint: pass --weights-only.\n")
+    assert weights.status == 0, weights.err
+    check(stock(tmp_path / "out")["params"], other)
+
+
 @pytest.mark.parametrize("spelt", ["gen/layers", "gen/params/layers"])
 def test_a_group_of_one_of_several_networks_is_taken_apart_and_stacked_alone(cli, tmp_path, spelt) -> None:
     numbers = Numbers()

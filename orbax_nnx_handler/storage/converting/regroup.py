@@ -32,6 +32,7 @@ GroupPath = tuple[str, ...]
 """A group's path below the collection, such as `("decoder", "layers")`."""
 
 Regrouping = Literal["scan", "unscan"]
+_NO_MOMENTS, _WITHOUT_MOMENTS = "moments cannot follow their layers on this axis", "pass --weights-only."
 _SECTIONS = frozenset({"model", "optimizer", "step"})
 _Shapes = Mapping[tuple[Path, Path], Shape]
 """The shapes of parameters by owner and path."""
@@ -64,12 +65,17 @@ def regroup(
     foreign = [leaf.path for leaf in leaves if leaf.section == "optimizer" and "opt_state" not in leaf.path]
     if foreign:
         what = "optimizer leaves are not arranged as optax arranges them"
-        raise refusal(what, foreign, "pass --weights-only.")
+        raise refusal(what, foreign, _WITHOUT_MOMENTS)
     owner, collection, below = _place_of(leaves, group)
     mine = [leaf for leaf in leaves if owner in ((), leaf.owner) and collection in (None, leaf.collection)]
     paths = {leaf.path for leaf in mine}
     wanted = [leaf for leaf in leaves if leaf.path not in paths]
     wanted += (_stacked if way == "scan" else _apart)(mine, below, axis)
+    known = _parameters(leaves)
+    odd = [leaf for leaf in wanted if leaf.path in paths and (leaf.owner, leaf.parameter) not in known]
+    behind = [leaf.path for leaf in odd if leaf.section == "optimizer" and _is_of_old(leaf, below, way)]
+    if behind:
+        raise refusal(_NO_MOMENTS, behind, _WITHOUT_MOMENTS)
     check_paths_distinct(wanted)
     # What is stacked here has the axis that is asked for in each collection. Where a stack is stored,
     # Flax may have given each collection an axis of its own, and none but the named one's is told.
@@ -86,7 +92,7 @@ def regroup(
     )
     lost = [path for path in plan.missing if plan.sides.wanted[path].role == "optimizer"]
     if lost and len(lost) == len(plan.missing):
-        raise refusal("moments cannot follow their layers on this axis", lost, "pass --weights-only.")
+        raise refusal(_NO_MOMENTS, lost, _WITHOUT_MOMENTS)
     try:
         plan.check()
     except AmbiguousMappingError as error:
@@ -248,6 +254,9 @@ def _regrouped(leaf: Written, parameters: _Shapes, change: Callable[[Shape], Sha
     if not field:
         return change(leaf.shape)
     after = change(parameters[leaf.owner, leaf.parameter or ()])
+    if len(after) < 2:
+        # What it is of would not be factored there.
+        raise refusal(_NO_MOMENTS, [leaf.path], _WITHOUT_MOMENTS)
     lost = int(np.argsort(after)[::-1][FACTORED.index(field)])
     return (*after[:lost], *after[lost + 1 :])
 
@@ -303,6 +312,14 @@ def _uneven(short: Mapping[Path, Iterable[int]], every: Set[int]) -> RestoreErro
         paths=list(short),
         hints=["--weights-only does where the leaves are an optimizer's; unlike layers cannot be one stack."],
     )
+
+
+def _is_of_old(leaf: Written, group: GroupPath, way: Regrouping) -> bool:
+    """Tells whether a leaf is below a group's layers as they were."""
+    above, last = group[:-1], re.escape(group[-1]) + (r"_\d+" if way == "scan" else "")
+    keys = segments(leaf.path)
+    ends = (at for at in range(len(above), len(keys)) if keys[at - len(above) : at] == above)
+    return any(re.fullmatch(last, keys[at]) for at in ends)
 
 
 def _is_in(leaf: Written, group: GroupPath) -> bool:

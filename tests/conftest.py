@@ -13,6 +13,7 @@ from tests.processes import (
     leave_origins_unsaid,
     quick_directory,
     remember_initial_shapes,
+    remember_kinds_of_values,
     share_lowering_context,
     spare_garbage_collector,
 )
@@ -48,6 +49,7 @@ from jax.sharding import Mesh
 share_lowering_context()
 leave_origins_unsaid()
 remember_initial_shapes()
+remember_kinds_of_values()
 spare_garbage_collector()
 
 # Both were looked up before.

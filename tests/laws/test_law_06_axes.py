@@ -407,3 +407,16 @@ def test_each_of_two_networks_has_an_axis_of_its_own(tmp_path, spelt, axes):
     result = restore(path, target, renames=rules)
     for name in wanted:
         check(result[name], below("model", wanted[name]))
+
+
+@pytest.mark.parametrize("policy", ["error", "warn"])
+@pytest.mark.parametrize("width", [5, 3])
+def test_a_stack_within_a_stack_is_not_taken_apart_for_some_of_its_leaves(tmp_path, width, policy):
+    """What is counted on axis 1 of the stored leaves, and on axis 1 of a layer: the first axis of a bias."""
+    numbers = Numbers()
+    dense = [[numbers.dense(width, 8 - width) for _ in range(3)] for _ in range(2)]
+    stored = {"blk": stacked([stacked(layers, 0) for layers in dense], 0)}
+    layers = {f"blk_{at}": stacked(layers, 1) for at, layers in enumerate(dense)}
+    path = write(tmp_path, {"params": {"stages": stored, "out": {"w": numbers(4)}}})
+
+    refused(path, target_of("state", {"stages": layers, "out": {"w": numbers(4)}}), policy=policy)

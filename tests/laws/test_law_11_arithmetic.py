@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import Cast, RestoreError, Scale, from_linen, restore, save
+from orbax_nnx_handler import Cast, DtypeMismatchError, RestoreError, Scale, from_linen, restore, save
 from orbax_nnx_handler.cli import main
 from tests.laws.worlds import write
 
@@ -128,3 +128,19 @@ def test_the_value_that_does_not_fit_is_the_one_that_is_shown(values, dtype, sho
     tree = {"params": {"w": values if on_host else jnp.asarray(values)}}
     with pytest.raises(RestoreError, match=f"holds {shown}"):
         from_linen(tree, {"w": jax.ShapeDtypeStruct((3,), dtype)}, renames=[Cast("w", dtype)])
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_leaves_of_several_dtypes_are_not_joined_in_that_of_the_first(reverse):
+    exact = np.array([100003.0, 3.14159274, 1 + 2**-9, 1e-7], np.float32)
+    layers = [np.ones(4, jnp.bfloat16), exact]
+    layers.reverse() if reverse else None
+    stored = {"params": {f"layers_{at}": {"w": layer} for at, layer in enumerate(layers)}}
+    target = nnx.State({"layers": {"w": nnx.Param(jax.ShapeDtypeStruct((2, 4), np.float32))}})
+
+    with pytest.raises(DtypeMismatchError, match="bfloat16 and float32"):
+        from_linen(stored, target, dtype="stored")
+    result = from_linen(stored, target, dtype="target")
+
+    assert result["layers"]["w"].dtype == np.float32
+    np.testing.assert_array_equal(result["layers"]["w"][...], np.stack(layers).astype(np.float32))

@@ -262,12 +262,19 @@ class Unused:
         return any(self._may_hold(item.leaf.shape, name, own) for own in (False, item.leaf.kind is None))
 
     def _may_hold(self, shape: Shape, name: Tokens, own: bool) -> bool:
+        """Tells whether a weight may be a layer or a stack of these, whatever the order of its other axes."""
         for number, group in _groups(name):
-            if any(may_hold_layer(stack, shape, number) for stack in self._whole.get((own, group), ())):
+            if any(
+                _may_hold_in_any_order(stack, shape, number) for stack in self._whole.get((own, group), ())
+            ):
                 return True
-        return any(
-            may_hold_layer(shape, layer, number) for number, layer in self._layers.get((own, name), ())
-        )
+        layers = self._layers.get((own, name), ())
+        return any(_may_hold_in_any_order(shape, layer, number) for number, layer in layers)
+
+
+def _may_hold_in_any_order(stack: Shape, layer: Shape, number: int) -> bool:
+    sizes = (sorted((*stack[:at], *stack[at + 1 :])) for at, size in enumerate(stack) if number < size)
+    return sorted(layer) in sizes
 
 
 _Place = tuple[Path, str | None]

@@ -159,6 +159,9 @@ class LeafVerdicts:
         if scales:
             detail = f"quantised: {render(scales[0])} is a scale of it"
             return _mismatch(item, found, "dtype", item.leaf.shape, str(sources[0].dtype), detail)
+        if kept and len({*dtypes}) > 1:
+            held = " and ".join(sorted({str(dtype) for dtype in dtypes}))
+            return _mismatch(item, found, "dtype", item.leaf.shape, held, _SEVERAL)
         dtype = held_dtype(dtypes[0]) if kept else item.leaf.dtype
         shortened = kept and dtype != dtypes[0]
         if shortened and not is_count:
@@ -204,6 +207,7 @@ class LeafVerdicts:
 
 
 _CONSTANT = "a constant of the model: no Linen collection holds a bare nnx.Variable"
+_SEVERAL = "one array of leaves of several dtypes cannot keep the disk's: pass dtype='target'"
 _NO_X64 = 'JAX holds no 64 bits: set jax_enable_x64, or pass dtype="target"'
 
 

@@ -30,7 +30,7 @@ from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.in_memory import hold
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
 from orbax_nnx_handler.storage.checkpoint.stored_random import with_keys
-from orbax_nnx_handler.storage.saving.save import where_saved
+from orbax_nnx_handler.storage.saving.save import as_saved
 from orbax_nnx_handler.storage.stores.kvstore import files_at
 from orbax_nnx_handler.storage.stores.locations import as_path
 
@@ -70,7 +70,7 @@ def flatten_wanted(target: Any, overrides: Mapping[Path, Any], *, beside: Iterab
     """
     parts = flatten_target(target, overrides, beside=beside)
     _refuse_empty(target, parts)
-    return dataclasses.replace(parts, saved=functools.partial(where_saved, target))
+    return dataclasses.replace(parts, saved=functools.partial(as_saved, target))
 
 
 _WAYS_OUT = (

@@ -46,7 +46,7 @@ def test_random_states_come_back_from_their_own_save(tmp_path_factory):
 
 def test_random_programs_of_several_networks_come_back_from_their_own_save(tmp_path_factory):
     # Of these no level, group or owner tells where each part was.
-    seeds = (4, 26, 29, 44, 64, 81, 93, 115, 148, 175)
+    seeds = (17, 26, 28, 64, 83, 93, 115, 133, 148, 177)
     found = [try_placed(seed, tmp_path_factory.mktemp("placed")) for seed in seeds]
     bad = [outcome for outcome in found if outcome.result != "right"]
     assert not bad, "\n".join(f"seed {outcome.seed}: {outcome.detail}" for outcome in bad)

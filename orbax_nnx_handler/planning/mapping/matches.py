@@ -2,18 +2,19 @@
 
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from orbax_nnx_handler.planning.core.errors import AmbiguousMappingError, Hint
 from orbax_nnx_handler.planning.core.folding import Row
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf, record
 from orbax_nnx_handler.planning.core.lines import aligned, counted
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, numbers_below, render, segments
-from orbax_nnx_handler.planning.core.recipes import Read, Recipe, reads, render_reads
+from orbax_nnx_handler.planning.core.recipes import Fill, Read, Recipe, reads, render_reads, shape_of
 from orbax_nnx_handler.planning.layouts.layout import Placement, Section, Stored
 from orbax_nnx_handler.planning.mapping.cells_and_wrappers import WithoutVariable
 from orbax_nnx_handler.planning.mapping.layer_paths import Group
 from orbax_nnx_handler.planning.rules.entries import Entry
+from orbax_nnx_handler.planning.rules.inverse import inverse
 from orbax_nnx_handler.planning.rules.rule import Pattern
 from orbax_nnx_handler.planning.rules.values import Drop
 from orbax_nnx_handler.planning.target.roles import Wanted
@@ -294,32 +295,64 @@ def _naming(paths: Collection[Path], others: Collection[Path]) -> list[str]:
     return found if is_exact else whole
 
 
-def as_saved(
-    wanted: Sequence[Wanted], stored: Stored, places: Mapping[Path, Path]
-) -> tuple[dict[Path, Found], list[Placement]] | None:
-    """Returns what each leaf comes from, and is, in a checkpoint that is a save of the target and no more.
+SavedAs = tuple[Path, Recipe]
+"""The leaf of an item that a stored one is a save of, and how it is made from the item's leaves."""
+
+
+class AsSaved(NamedTuple):
+    """A checkpoint that is a save of the target and no more.
+
+    Attributes:
+        found: What each wanted leaf comes from.
+        placed: What each stored leaf is, at its path in the target.
+        without_variable: Stored values that the target has no Variable for.
+    """
+
+    found: Mapping[Path, Found]
+    placed: Sequence[Placement]
+    without_variable: tuple[WithoutVariable, ...]
+
+
+def as_saved(wanted: Sequence[Wanted], stored: Stored, places: Mapping[Path, SavedAs]) -> AsSaved | None:
+    """Returns the reading of a checkpoint that is a save of the target and no more.
 
     There is nothing that levels, groups and owners would have to tell: each leaf has its path in the item.
 
     Args:
         wanted: The target's leaves.
         stored: The stored leaves.
-        places: Where a save stores each leaf of the target.
+        places: What a save of the target stores, by stored path.
     """
-    found, placed = dict[Path, Found](), dict[Path, Placement]()
-    for item in wanted:
-        leaf = stored.get(places.get(item.leaf.path, ()))
-        if leaf is None and item.role in ("random", "transient"):
-            continue
-        if leaf is None or leaf.shape != item.leaf.shape:
+    items, found = {item.leaf.path: item for item in wanted}, dict[Path, Found]()
+    shapes, parts = {path: item.leaf.shape for path, item in items.items()}, dict[Path, Recipe]()
+    placed, without = list[Placement](), list[WithoutVariable]()
+    for at, leaf in stored.items():
+        own, recipe = places.get(at, _NOWHERE)
+        if own not in items or shape_of(recipe, shapes) != leaf.shape:
             return None
-        section: Section = "aux" if item.role == "random" else "model"
-        section = item.role if item.role in ("optimizer", "step") else section
-        found[item.leaf.path] = Found(recipe=Read(leaf.path), evidence=_SAVED)
-        placed[leaf.path] = Placement(
-            leaf=leaf, section=section, path=item.path, collection=item.collection, owner=item.owner
-        )
-    return (found, [*placed.values()]) if len(stored) == len(placed) == len(found) else None
+        if isinstance(recipe, Read):
+            found[own] = Found(recipe=Read(at), evidence=_SAVED)
+        elif isinstance(recipe, Fill):
+            without.append(WithoutVariable(leaf=leaf, reason="a save writes zeros there", shape=leaf.shape))
+        else:
+            parts[at] = recipe
+        placed.append(_placed_as(items[own], leaf, in_module=not isinstance(recipe, Read)))
+    if parts:
+        whole = inverse(parts, shapes, {at: leaf.shape for at, leaf in stored.items()})
+        evidence = dataclasses.replace(_SAVED, kind="module")
+        found |= {own: Found(recipe=recipe, evidence=evidence) for own, recipe in whole.items()}
+    absent = (item for path, item in items.items() if path not in found)
+    is_whole = all(item.role in ("random", "transient") for item in absent)
+    return AsSaved(found, placed, tuple(without)) if is_whole else None
+
+
+def _placed_as(item: Wanted, leaf: StoredLeaf, *, in_module: bool) -> Placement:
+    """Returns a stored leaf as what it is in the target; parts of a cell have names of their own there."""
+    section: Section = "aux" if item.role == "random" else "model"
+    section = item.role if item.role in ("optimizer", "step") else section
+    path = (*item.path[:-2], *leaf.path[-2:]) if in_module else item.path
+    return Placement(leaf=leaf, section=section, path=path, collection=item.collection, owner=item.owner)
 
 
 _SAVED = MatchEvidence(kind="layout", words="where a save of the target stores it")
+_NOWHERE: SavedAs = ((), Read(()))

@@ -68,9 +68,7 @@ def children(node: Any) -> list[tuple[Hashable, Any]] | None:
     if node is None:
         return []
 
-    def is_child(part: Any) -> bool:
-        return part is not node
-
+    is_child = functools.partial(operator.is_not, node)
     pairs = cast(list[tuple[Path, Any]], jax.tree_util.tree_flatten_with_path(node, is_leaf=is_child)[0])
     if any(len(path) != 1 for path, _ in pairs):
         return None
@@ -112,14 +110,14 @@ class Target:
         variables: The target's own Variable (or bare array) behind each leaf.
         assemble: Builds the target's own type from values by path.
         aliases: Returns the other paths of Variables that the target shares, each with the wanted one.
-        saved: Returns where a save would store each leaf of the target, in each layout that it may have.
+        saved: Returns what a save stores, by stored path: of which leaf, and its recipe; for each layout.
     """
 
     leaves: Mapping[Path, WantedLeaf]
     variables: Mapping[Path, Any]
     assemble: Callable[[Mapping[Path, Any]], Any]
     aliases: Callable[[], Mapping[Path, Path]] = dict[Path, Path]
-    saved: Callable[[], Iterable[Mapping[Path, Path]]] = tuple
+    saved: Callable[[], Iterable[Mapping[Path, tuple[Path, Any]]]] = tuple
 
 
 def flatten_target(

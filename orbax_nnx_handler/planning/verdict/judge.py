@@ -1,6 +1,7 @@
 """Compares a mapping with the target: the pure function behind every verdict."""
 
 import dataclasses
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
@@ -140,12 +141,14 @@ def _as_saved(
     open_ones = chosen.broken or mapping.rivals or any(states.undecided for states in mapping.states)
     if options.renames or options.layout != "auto" or mapping.unclear or (is_whole and not open_ones):
         return chosen  # Nearly every plan. The axis of a stack is no matter of where it is stored.
-    if not len(weights) <= len(stored) <= len(wanted):
+    if sum(math.prod(item.leaf.shape) for item in weights) > sum(
+        math.prod(leaf.shape) for leaf in stored.values()
+    ):
         return chosen
     made = [one for places in target.saved() if (one := as_saved(wanted, stored, places))]
-    if not made or any(found != made[0][0] for found, _ in made):
+    if not made or any(one.found != made[0].found for one in made):
         return chosen
-    found, placed = made[0]
+    found, placed, without_variable = made[0]
     mapping = LeafMapping(
         layout=mapping.layout,
         found=found,
@@ -153,7 +156,7 @@ def _as_saved(
         roots=Roots(wanted=(), stored=(), overlap=0),
         rivals=(),
         unclear=(),
-        without_variable=(),
+        without_variable=without_variable,
         discarded={},
         applied=apply_rules(every_entry(placed), ()),
     )

@@ -21,6 +21,7 @@ from orbax_nnx_handler.planning.core.recipes import Read
 from orbax_nnx_handler.planning.layouts.linen import AUX
 from orbax_nnx_handler.planning.layouts.maxtext import MAXTEXT
 from orbax_nnx_handler.planning.mapping.cells_and_wrappers import layers_inside
+from orbax_nnx_handler.planning.mapping.matches import SavedAs
 from orbax_nnx_handler.planning.options import check_choice
 from orbax_nnx_handler.planning.restore_plan import RestorePlan, RestoreReport
 from orbax_nnx_handler.planning.rules import Rule, as_rules
@@ -118,20 +119,16 @@ def plan_save(
     return _planned(arranged, flavour, undone)
 
 
-def where_saved(item: Any) -> list[dict[Path, Path]]:
-    """Returns where each leaf of an item would be stored, by its path in the item, in each layout of `save`.
-
-    A layout is left out in which the item cannot be saved, or a leaf is not stored as it is.
-    """
-    found: list[dict[Path, Path]] = []
+def as_saved(item: Any) -> list[dict[Path, SavedAs]]:
+    """Returns what a save of an item stores, by stored path, in each layout in which it can be saved."""
+    found: list[dict[Path, SavedAs]] = []
     for flavour in get_args(Flavour):
         try:
             plan = _planned(arrange(item, flavour), flavour, ())
         except ValueError:
             continue
-        if all(isinstance(leaf.recipe, Read) for leaf in plan.leaves.values()):
-            streams = {leaf.path: (AUX, *at) for at, leaf in plan.random.items()}
-            found.append(streams | {leaf.like: at for at, leaf in plan.leaves.items()})
+        streams = {(AUX, *at): (leaf.path, Read(leaf.path)) for at, leaf in plan.random.items()}
+        found.append({**streams, **{at: (leaf.like, leaf.recipe) for at, leaf in plan.leaves.items()}})
     return found
 
 

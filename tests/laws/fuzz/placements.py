@@ -134,7 +134,8 @@ def _restored(place: pathlib.Path, target: Any, by_handler: bool) -> Any:
 def _drawn(rng: random.Random) -> _Program:
     names = rng.sample(rng.choice(NAMES), rng.choice((1, 2, 2, 2, 3)))
     level, style = rng.choice(LEVELS), rng.choice(("any", "any", "side", "grouped", "listed", "trainings"))
-    modules = ("d", *(name for name in ("out", "layers", "norm", "params") if rng.random() < 0.3))
+    some = [name for name in ("out", "layers", "norm", "params") if rng.random() < 0.3]
+    modules = ("d", *some, *(name for name in ("cell", "gru", "drop") if rng.random() < 0.12))
     taken: list[Keys] = []
 
     def placed(choices: list[Keys]) -> Keys | None:
@@ -222,6 +223,9 @@ def _network(modules: tuple[str, ...]) -> Any:
         "layers": lambda: nnx.List([nnx.Linear(4, 4, use_bias=False, rngs=rngs) for _ in range(2)]),
         "norm": lambda: nnx.BatchNorm(4, rngs=rngs),
         "params": lambda: nnx.Linear(2, 5, rngs=rngs),
+        "cell": lambda: nnx.OptimizedLSTMCell(2, 3, rngs=rngs),
+        "gru": lambda: nnx.GRUCell(2, 3, rngs=rngs),
+        "drop": lambda: nnx.Dropout(0.1, rngs=rngs),
     }
     other = lambda: nnx.Linear(4, 2, rngs=rngs)  # noqa: E731
     return _Part({name: kinds.get(name, other)() for name in modules})
@@ -269,8 +273,13 @@ def _values(tree: Any) -> dict[Keys, np.ndarray]:
         pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
         return {(key, *below): value for key, part in pairs for below, value in _values(part).items()}
     if isinstance(tree, nnx.State):
-        return {
-            tuple(path): np.asarray(leaf[...]) if isinstance(leaf, nnx.Variable) else np.asarray(leaf)
-            for path, leaf in nnx.to_flat_state(tree)
-        }
-    return {(): np.asarray(tree)}
+        leaves = {tuple(path): leaf for path, leaf in nnx.to_flat_state(tree)}
+        leaves = {k: leaf[...] if isinstance(leaf, nnx.Variable) else leaf for k, leaf in leaves.items()}
+    else:
+        leaves = {(): tree}
+    return {path: np.asarray(_bits(leaf)) for path, leaf in leaves.items()}
+
+
+def _bits(value: Any) -> Any:
+    is_key = jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+    return jax.random.key_data(value) if is_key else value

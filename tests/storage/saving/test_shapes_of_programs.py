@@ -135,8 +135,15 @@ def two_heads(*, nested: bool) -> dict[str, Any]:
     return heads | {f"{name}_opt": optimizer(head) for name, head in heads.items()}
 
 
-def one_of_both(key: str) -> dict[str, Any]:
-    both = nnx.Dict({"a": Net(), "b": Net()})
+class Recurrent(nnx.Module):
+    """A network of the cells whose gates Linen stores one by one."""
+
+    def __init__(self) -> None:
+        self.lstm, self.gru = (cell(2, 3, rngs=nnx.Rngs(0)) for cell in (nnx.LSTMCell, nnx.GRUCell))
+
+
+def one_of_both(key: str, network: Callable[[], nnx.Module] = Net) -> dict[str, Any]:
+    both = nnx.Dict({"a": network(), "b": network()})
     return {"a": both["a"], "b": both["b"], key: {"opt": optimizer(both)}}
 
 
@@ -191,6 +198,12 @@ PROGRAMS: Mapping[str, Callable[[], Any]] = {
     "optimizers alone in a list": lambda: optimizers_alone(lists()),
     "one optimizer of both below a key": lambda: one_of_both("training"),
     "one of several is a train state in a group": among_trainings,
+    "one of both below a key, with cells": lambda: one_of_both("training", Recurrent),
+    "a network, and others by numbers": lambda: {
+        "model": (net := Net()),
+        "1": {"model": Net()},
+        "opt": optimizer(net),
+    },
     "train states below a key called params": lambda: {
         "params": {"gen": with_its_optimizer(2), "disc": with_its_optimizer(4)}
     },

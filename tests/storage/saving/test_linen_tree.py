@@ -1,5 +1,6 @@
 """The tree that a Linen program would store, from every container that NNX state comes in."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -95,24 +96,20 @@ ADAM = {"opt_state/0/count"} | {f"opt_state/0/{slot}/{leaf}" for slot in ("mu", 
 RANDOM = {("model", "layers", i, "drop", "rngs", leaf) for i in "01" for leaf in ("count", "key")}
 
 
-def containers() -> dict[str, Any]:
-    model, optimizer = with_optimizer()
-    return {
-        "a tuple": (model, optimizer),
-        "a list": [model, optimizer],
-        "a dict": {"model": model, "optimizer": optimizer},
-        "a dict of other names": {"net": model, "opt": optimizer},
-        "a module": Train(model, optimizer),
-        "ModelAndOptimizer": nnx.ModelAndOptimizer(net(), optax.adam(0.1)),
-    }
+CONTAINERS: dict[str, Callable[[], Any]] = {
+    "a tuple": with_optimizer,
+    "a list": lambda: [*with_optimizer()],
+    "a dict": lambda: dict(zip(("model", "optimizer"), with_optimizer(), strict=True)),
+    "a dict of other names": lambda: dict(zip(("net", "opt"), with_optimizer(), strict=True)),
+    "a module": lambda: Train(*with_optimizer()),
+    "ModelAndOptimizer": lambda: nnx.ModelAndOptimizer(net(), optax.adam(0.1)),
+}
 
 
 @pytest.mark.parametrize("form", ["module", "state", "abstract module", "abstract state"])
-@pytest.mark.parametrize("name", containers())
+@pytest.mark.parametrize("name", CONTAINERS)
 def test_every_container_of_model_and_optimizer_gives_the_same_train_state(name: str, form: str) -> None:
-    item = containers()[name]
-    if "abstract" in form:
-        item = nnx.eval_shape(lambda: containers()[name])
+    item = nnx.eval_shape(CONTAINERS[name]) if "abstract" in form else CONTAINERS[name]()
     if "state" in form:
         item = nnx.state(item)
 

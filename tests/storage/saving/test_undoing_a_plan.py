@@ -1,5 +1,6 @@
 """A save under the plan of a restore writes what the checkpoint had, and more where its layout reads it."""
 
+import functools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,11 @@ def two_networks(places: str, optimizers: str) -> dict[str, Any]:
     return item
 
 
+@functools.cache
+def item_and_target(places: str, optimizers: str) -> tuple[Any, Any]:
+    return two_networks(places, optimizers), nnx.eval_shape(lambda: two_networks(places, optimizers))
+
+
 def parts(item: Any) -> list[Any]:
     return jax.tree.leaves(item, is_leaf=lambda part: isinstance(part, nnx.Module | nnx.Optimizer))
 
@@ -206,8 +212,8 @@ def as_plain_dicts(item: Any, lists: bool) -> Any:
 def test_two_networks_and_optimizers_are_written_as_they_were(
     places: str, optimizers: str, lists: bool, tmp_path: Path
 ) -> None:
-    path = written(as_plain_dicts(two_networks(places, optimizers), lists), tmp_path / "plain")
-    target = nnx.eval_shape(lambda: two_networks(places, optimizers))
+    item, target = item_and_target(places, optimizers)
+    path = written(as_plain_dicts(item, lists), tmp_path / "plain")
     state = restore(path, target)
 
     save(tmp_path / "back", state, renames=plan_restore(path, target))

@@ -71,16 +71,14 @@ class Claims:
             if path and path[0] == AUX:
                 tokens = canonical(path[1:])
                 aside[_without_layers(tokens)][path] = tokens
-        reading = [(item, r.path) for item, r, _ in self._sources if isinstance(r, Read)] if aside else []
         # What a leaf of just its path reads is no layer of another one.
-        taken = {
-            at for item, at in reading if at[0] == AUX and canonical(item.leaf.path) == canonical(at[1:])
-        }
+        reading = ((item, made.path) for item, made, _ in self._sources if aside and isinstance(made, Read))
+        taken = {at for item, at in reading if at[:1] == (AUX,) and is_same_path(item.leaf.path, at[1:])}
         for item, recipe, _ in self._sources if aside else ():
             whole = canonical(item.leaf.path)
             name = _without_layers(whole)
-            near = {path: at for path, at in aside.get(name, {}).items() if path not in taken or at == whole}
-            own = [path for path, at in near.items() if _may_be_layers(at, whole)]
+            near = aside.get(name, {}).items()
+            own = [path for path, at in near if path not in taken and _may_be_layers(at, whole)]
             if own and item.role != "transient":
                 read = reads(recipe)
                 if by_rule.isdisjoint(read) and set(read).isdisjoint(

@@ -6,7 +6,16 @@ import optax
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import MissingParamError, RestoreError, Transpose, from_linen, restore, save, to_linen
+from orbax_nnx_handler import (
+    Drop,
+    MissingParamError,
+    RestoreError,
+    Transpose,
+    from_linen,
+    restore,
+    save,
+    to_linen,
+)
 from tests.laws import worlds
 from tests.laws.worlds import Numbers, check, refused, write
 
@@ -409,3 +418,32 @@ def test_a_list_of_networks_comes_back_with_the_one_optimizer_of_all(tmp_path, l
     expected = _with_numbers(item)
     save(tmp_path / "saved", item, layout=layout)
     check(_as_restored(restore(tmp_path / "saved", nnx.eval_shape(make))), expected)
+
+
+@pytest.mark.parametrize("policy", ["error", "warn"])
+def test_moments_of_weights_that_no_layout_knows_are_left_where_a_rule_replaces_these(policy):
+    """A program of several networks in MaxText's layout: that of `trainings` lies below two levels more."""
+
+    def make():
+        model = nnx.Dict(inner=Dense(nnx.Param))
+        optimizer = nnx.Optimizer(model, TXS["momentum"], wrt=nnx.Param)
+        return {"trainings": {"1": {"model": model, "optimizer": optimizer}}}
+
+    numbers = Numbers()
+    moments = {"params": {"inner": numbers.dense(3, 4)}}
+    tree = {
+        "teacher": {"params": {"params": {"inner": numbers.dense(3, 4)}}},
+        "trainings": {
+            "1": {
+                "params": {"params": {"model": {"inner": numbers.dense(3, 4)}}},
+                "optimizer": {"opt_state": [{"trace": moments}, None], "step": np.int32(3)},
+            }
+        },
+    }
+    target = nnx.eval_shape(make)["trainings"]["1"]
+    target = {"trainings": {"1": {name: nnx.to_pure_dict(nnx.state(part)) for name, part in target.items()}}}
+    old = "trainings/1/params/params/model"
+    rules = [Drop(old, "replaced"), ("teacher/params", old)]
+
+    with pytest.raises(RestoreError, match="a rule has replaced the weights that it was kept for"):
+        from_linen(tree, target, renames=rules, policy=policy, unexpected="ignore")

@@ -267,16 +267,13 @@ class Unused:
 
     def _may_hold(self, shape: Shape, name: Tokens, own: bool) -> bool:
         """Tells whether a weight may be a layer or a stack of these, whatever the order of its other axes."""
-        for number, group in _groups(name):
-            if any(
-                _may_hold_in_any_order(stack, shape, number) for stack in self._whole.get((own, group), ())
-            ):
-                return True
-        layers = self._layers.get((own, name), ())
-        return any(_may_hold_in_any_order(shape, layer, number) for number, layer in layers)
+        whole, layers = self._whole, self._layers.get((own, name), ())
+        stacks = [(stack, at) for at, group in _groups(name) for stack in whole.get((own, group), ())]
+        is_layer = any(_holds_in_any_order(stack, shape, number) for stack, number in stacks)
+        return is_layer or any(_holds_in_any_order(shape, layer, number) for number, layer in layers)
 
 
-def _may_hold_in_any_order(stack: Shape, layer: Shape, number: int) -> bool:
+def _holds_in_any_order(stack: Shape, layer: Shape, number: int) -> bool:
     sizes = (sorted((*stack[:at], *stack[at + 1 :])) for at, size in enumerate(stack) if number < size)
     return sorted(layer) in sizes
 

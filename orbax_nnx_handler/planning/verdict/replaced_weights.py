@@ -87,7 +87,7 @@ class ReplacedWeights:
         owners = {canonical(item.owner) for item in models.values()} - {()}
         level = len(shared_levels([names[path] for path in models], 1))
         # What no layout knows for a train state has its collection between owner and name.
-        plain = (tuple(key for key in name if key != "params") for name in whole.values())
+        plain = {tuple(key for key in name if key != "params"): path for path, name in whole.items()}
         known = (*whole.values(), *names.values(), *plain)
         stored = {name[at:]: at for name in known for at in range(level + 1)}
         above = len(shared_levels([canonical(item.leaf.path) for item, _, _ in weights], 1))
@@ -97,7 +97,8 @@ class ReplacedWeights:
                 continue
             own = {each[path][at:] for path in read for each in (names, whole) for at in range(level + 1)}
             spelt = [name[at:] for at in range(above + 1)]
-            is_moved = not by_rule.isdisjoint(read) and own.isdisjoint(spelt)
+            is_elsewhere = own.isdisjoint(spelt) or plain.get(name, read[0]) not in read
+            is_moved = not by_rule.isdisjoint(read) and is_elsewhere
             home = max((at for at in owners if name[: len(at)] == at), key=len, default=None)
             is_own = home in (None, *(canonical(placed[path].owner) for path in read))
             found = next((at for at in range(above + 1) if spelt[at] in stored), None)

@@ -1,6 +1,7 @@
 """Small programs of both worlds, in every size that a broken restore needs."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -153,8 +154,13 @@ class Training(nnx.Module):
 
 
 def decoder(size: Size | None = None, *, scanned: bool = False) -> Decoder:
-    """Returns an abstract decoder."""
-    return nnx.eval_shape(lambda: Decoder(size or Size(), nnx.Rngs(0), scanned=scanned))
+    """Returns an abstract decoder of its own."""
+    return nnx.clone(_decoder(size or Size(), scanned))
+
+
+@functools.cache
+def _decoder(size: Size, scanned: bool) -> Decoder:
+    return nnx.eval_shape(lambda: Decoder(size, nnx.Rngs(0), scanned=scanned))
 
 
 def training(build: Callable[[], nnx.Module], optimizer: optax.GradientTransformation) -> Training:
@@ -164,7 +170,12 @@ def training(build: Callable[[], nnx.Module], optimizer: optax.GradientTransform
 
 def variables(module: nn.Module, *inputs: Any) -> Tree:
     """Returns a Linen module's variables, all zero: nothing here looks at values."""
-    return zeros(jax.eval_shape(module.init, jax.random.key(0), *inputs))
+    return zeros(_shapes(module, *(jax.ShapeDtypeStruct(value.shape, value.dtype) for value in inputs)))
+
+
+@functools.cache
+def _shapes(module: nn.Module, *inputs: jax.ShapeDtypeStruct) -> Any:
+    return jax.eval_shape(module.init, jax.random.key(0), *inputs)
 
 
 def linen_decoder(size: Size | None = None, *, scanned: bool = False) -> Tree:

@@ -313,6 +313,16 @@ class AsSaved(NamedTuple):
     without_variable: tuple[WithoutVariable, ...]
 
 
+def may_be_saved(weights: Iterable[Wanted], placements: Iterable[Placement]) -> bool:
+    """Tells fast whether a checkpoint may be a save of the target: whether weights have their last names.
+
+    A save takes away a level above a whole model, and calls the parts of a cell otherwise.
+    """
+    ends, cells = {item.tokens[-2:] for item in placements}, {"dense_i", "dense_h"}
+    told = (item.tokens[-2:] for item in weights if len(item.tokens) > 3 and cells.isdisjoint(item.path))
+    return all(end in ends for end in told)
+
+
 def as_saved(wanted: Sequence[Wanted], stored: Stored, places: Mapping[Path, SavedAs]) -> AsSaved | None:
     """Returns the reading of a checkpoint that is a save of the target and no more.
 

@@ -110,14 +110,14 @@ class Target:
         variables: The target's own Variable (or bare array) behind each leaf.
         assemble: Builds the target's own type from values by path.
         aliases: Returns the other paths of Variables that the target shares, each with the wanted one.
-        saved: Returns what a save stores, by stored path: of which leaf, and its recipe; for each layout.
+        saved: Returns what a save stores by path, of which leaf and how made, in layouts with some paths.
     """
 
     leaves: Mapping[Path, WantedLeaf]
     variables: Mapping[Path, Any]
     assemble: Callable[[Mapping[Path, Any]], Any]
     aliases: Callable[[], Mapping[Path, Path]] = dict[Path, Path]
-    saved: Callable[[], Iterable[Mapping[Path, tuple[Path, Any]]]] = tuple
+    saved: Callable[[Collection[Path]], Iterable[Mapping[Path, tuple[Path, Any]]]] = lambda _: ()
 
 
 def flatten_target(

@@ -1,7 +1,6 @@
 """Compares a mapping with the target: the pure function behind every verdict."""
 
 import dataclasses
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
@@ -24,7 +23,13 @@ from orbax_nnx_handler.planning.mapping.choice import (
     renames_of_shared,
 )
 from orbax_nnx_handler.planning.mapping.mapping import LeafMapping
-from orbax_nnx_handler.planning.mapping.matches import Discarded, Dropped, MatchEvidence, as_saved
+from orbax_nnx_handler.planning.mapping.matches import (
+    Discarded,
+    Dropped,
+    MatchEvidence,
+    as_saved,
+    may_be_saved,
+)
 from orbax_nnx_handler.planning.mapping.roots import Roots
 from orbax_nnx_handler.planning.options import Policy, RestoreOptions, resolve
 from orbax_nnx_handler.planning.rules import Drop, Rule, ScanAxis, apply_rules
@@ -138,14 +143,12 @@ def _as_saved(
     mapping = chosen.mapping
     shapes, weights = mapping.shapes, of_role(wanted, *WEIGHTS)
     is_whole = all(shapes.get(item.leaf.path) == item.leaf.shape for item in weights)
-    open_ones = chosen.broken or mapping.rivals or any(states.undecided for states in mapping.states)
+    open_ones = chosen.broken or chosen.faults or mapping.rivals or any(s.undecided for s in mapping.states)
     if options.renames or options.layout != "auto" or mapping.unclear or (is_whole and not open_ones):
         return chosen  # Nearly every plan. The axis of a stack is no matter of where it is stored.
-    if sum(math.prod(item.leaf.shape) for item in weights) > sum(
-        math.prod(leaf.shape) for leaf in stored.values()
-    ):
+    if not may_be_saved(of_role(weights, "model"), mapping.placements):
         return chosen
-    made = [one for places in target.saved() if (one := as_saved(wanted, stored, places))]
+    made = [one for places in target.saved(stored) if (one := as_saved(wanted, stored, places))]
     if not made or any(one.found != made[0].found for one in made):
         return chosen
     found, placed, without_variable = made[0]

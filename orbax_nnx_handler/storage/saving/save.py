@@ -1,7 +1,8 @@
 """What a save writes of an NNX item, and the arguments with which stock Orbax writes it."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, cast, get_args
 
 import jax
@@ -119,10 +120,11 @@ def plan_save(
     return _planned(arranged, flavour, undone)
 
 
-def as_saved(item: Any) -> list[dict[Path, SavedAs]]:
-    """Returns what a save of an item stores, by stored path, in each layout in which it can be saved."""
+def as_saved(item: Any, stored: Collection[Path]) -> list[dict[Path, SavedAs]]:
+    """Returns what a save of an item stores, by stored path, in each layout that stored paths may have."""
     found: list[dict[Path, SavedAs]] = []
-    for flavour in get_args(Flavour):
+    has_params = any(("params", "params") in itertools.pairwise(path) for path in stored)
+    for flavour in get_args(Flavour) if has_params else get_args(Flavour)[:1]:
         try:
             plan = _planned(arrange(item, flavour), flavour, ())
         except ValueError:

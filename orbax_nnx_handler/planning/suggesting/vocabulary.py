@@ -45,7 +45,7 @@ _SPELLINGS = {
     "out": "out outp output outputs outgoing wo",
     "in": "in inp input inputs incoming",
     "up": "up wi intermediate",
-    "gate": "gate gates gating",
+    "gate": "gate gates gating g wg",
     "down": "down",
     "head": "head heads classifier logits logit score predictions prediction unembed unembedding",
     "enc": "enc encoder encoders encoderblock",

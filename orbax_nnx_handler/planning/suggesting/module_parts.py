@@ -108,7 +108,10 @@ def module_parts(leaves: Iterable[Leaf], above: int = 0) -> list[ModulePart]:
     found: dict[Names, dict[str, Leaf]] = defaultdict(dict)
     for leaf in leaves:
         names, kind = place_of(leaf.names[above:])
-        if kind in found[names]:
+        if kind in found[names] and leaf.names[-1] == "kernel":
+            other = found[names].pop(kind)  # `scale` beside it, of weights that are normalised.
+            found[other.names[above:]]["main"] = other
+        elif kind in found[names]:
             names, kind = leaf.names[above:], "main"  # Two spellings of one thing: each by itself.
         found[names][kind] = leaf
     _join_letters(found)

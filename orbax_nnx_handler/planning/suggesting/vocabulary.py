@@ -80,6 +80,8 @@ _SPELLINGS = {
     "spatial": "spatial space",
     "temporal": "temporal time",
     "rel": "rel relative relpos",
+    "scale": "scale gain",
+    "shift": "shift beta offset",
     "layerscale": "layerscale gamma lambda ls scaling",
     "expand": "expand exp expansion expanded",
     "depthwise": "depthwise dw",
@@ -124,7 +126,7 @@ _APART = (
     "token pos type, embed head, cls mask, positive negative, channel token, parent child, fast slow, "
     "wide deep, front back, long short, downsample upsample, public private, old new, clean noisy, "
     "x y z, a b, red green blue, major minor, north south east west, small large medium, tall short, "
-    "hot cold, layerscale beta, scale shift, alpha beta, update reset, forget in out cell, scale bias, "
+    "hot cold, layerscale shift, scale shift, alpha shift, update reset, forget in out cell, scale bias, "
     "add mul, write read, known unknown, static dynamic, sine cosine, sin cos, width height depth, "
     "hidden visible, encode decode, sender receiver, head tail, subject object, question answer, "
     "text question, premise hypothesis, anchor positive, input target"

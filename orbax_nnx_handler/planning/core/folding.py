@@ -361,3 +361,9 @@ def same_numbers(
                 left = left[at + 1 :]
                 break
     return tuple(found)
+
+
+def plain_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the names that lead to a part, but for the numbers of layers."""
+    found = (f"{level.base}{level.number}" if level.style == "" else level.base for level in levels(names))
+    return tuple(filter(None, found))

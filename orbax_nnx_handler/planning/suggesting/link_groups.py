@@ -10,7 +10,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
-from orbax_nnx_handler.planning.core.folding import around
+from orbax_nnx_handler.planning.core.folding import around, plain_names
 from orbax_nnx_handler.planning.core.leaves import (
     Move,
     MovedGroup,
@@ -68,7 +68,7 @@ def with_moved_axes(found: Findings) -> Findings:
     shares: dict[tuple[Names, Names], list[tuple[Link, Link]]] = defaultdict(list)
     for at, link in enumerate(found.links):
         if (is_left := made[at] is link and _is_plain(link)) and (both := kept_by_head(link)) is not None:
-            shares[_plain(part_of(link.target)), _plain(part_of(link.source))].append(both)
+            shares[plain_names(part_of(link.target)), plain_names(part_of(link.source))].append(both)
             made[at] = None
         orders = _orders(link) if is_left else []
         if len(orders) > 1:
@@ -190,14 +190,11 @@ def by_module(links: Iterable[Link]) -> Mapping[object, list[Link]]:
     """Returns links by module and parameter, but for the numbers of layers: what one of them tells of all."""
     found: dict[object, list[Link]] = defaultdict(list)
     for link in links:
-        ends = [(names[:-2], names[-1:]) for names in map(_plain, (link.target.names, link.source.names))]
+        ends = [
+            (names[:-2], names[-1:]) for names in map(plain_names, (link.target.names, link.source.names))
+        ]
         found[*ends, len(link.target.shape), len(link.source.shape)].append(link)
     return found
-
-
-def _plain(names: Names) -> Names:
-    found = (f"{level.base}{level.number}" if level.style == "" else level.base for level in levels(names))
-    return tuple(filter(None, found))
 
 
 def agrees(link: Link, settled: Mapping[Path, set[Path]], claimed: Mapping[Path, Path]) -> bool:
@@ -438,10 +435,13 @@ def _said_by(readings: Readings) -> list[object]:
     back = [{other: one for one, other in pairs.items()} for pairs in ends]
 
     def within(names: Names, options: Sequence[Mapping[Names, Names]], other: Names) -> object:
-        at = len(shared_levels([pairs[other] for pairs in options if other in pairs], own=1))
+        several = [pairs[other] for pairs in options if other in pairs]
+        at = len(shared_levels(several, own=1))
         above = levels(names[:at])  # What Linen numbered is a class, the same everywhere.
         first = -1 if above and above[-1].style == "_" and above[-1].base[:1].isupper() else 0
-        return tuple(level.base for level in above[first:]), names[at:]
+        said = [frozenset(words("_".join(each[at:]))) for each in (names, *several)]
+        told = said[0] - frozenset.intersection(*said)  # `a_p` and `b_p` as `a_g` and `b_g`.
+        return tuple(level.base for level in above[first:]), told or names[at:]
 
     return [
         frozenset((within(one, back, other), within(other, ends, one)) for one, other in pairs.items())

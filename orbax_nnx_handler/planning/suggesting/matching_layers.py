@@ -79,6 +79,7 @@ class _Matching:
         self._groups = [series_of(leaves, above) for leaves, above in self._sides]
         self._found = Findings()
         self._taken: set[int] = set()
+        self._unlike: set[object] = set()
 
     def result(self) -> Findings:
         self._match_in_sequence(arms=2)
@@ -147,6 +148,9 @@ class _Matching:
     def _match(self, pairs: Pairs) -> None:
         """Matches groups of layers with each other; adds what is found, and what is no other group's then."""
         for one, other in pairs:
+            kind = tuple((each.base, _looks_in(each)) for each in (one, other))
+            if kind in self._unlike:
+                continue  # As the layers before them, in a list that a program does not keep as one.
             members = _match_members(one, other, self._context)
             same = same_layers(one, other)
             # Of parts that are more on one side nothing says that they are of this layer.
@@ -155,6 +159,7 @@ class _Matching:
             linked = {id(leaf) for link in (*members.links, *asked) for leaf in link.wanted}
             layers = [(one.members[left], other.members[right]) for left, right in same]
             if not members.links or not all(_hold_alike(*pair, linked) for pair in layers):
+                self._unlike |= {kind}
                 continue
             ours, theirs = ([leaf for held in side for leaf in held] for side in zip(*layers, strict=True))
             self._found.add(members)
@@ -258,6 +263,10 @@ class _Matching:
             self._take(share[0].leaves)
             self._found.add(matched)
         return rest
+
+
+def _looks_in(series: Series) -> frozenset[Looks]:
+    return frozenset(looks_of(held, series.depth) for held in series.members.values())
 
 
 def _hold_alike(ours: Sequence[Leaf], theirs: Sequence[Leaf], linked: Collection[int]) -> bool:

@@ -100,8 +100,10 @@ class _Pairs:
         sizes: dict[int, list[int]] = defaultdict(list)
         for to, other in enumerate(stored):
             sizes[other.main_size].append(to)
+        counts = Counter(one.main_size for one in wanted)
         for at, one in enumerate(wanted):
-            for to in sizes.get(one.main_size, ()):
+            few = counts[one.main_size] * len(sizes[one.main_size]) <= 2 * MOST_PAIRS
+            for to in sizes[one.main_size] if few else ():
                 fit = fit_of(one, stored[to])
                 if fit is not None and may_be(one, stored[to]):
                     self._fits[at, to] = fit

@@ -252,7 +252,7 @@ def _modules_of_sizes(free: Sequence[Leaf], above: int, sizes: Collection[int]) 
             below[(*template[:-1], template[-1].replace(PLACE, str(number)))].append(leaf)
     found: dict[Names, list[Leaf]] = {}
     for names in sorted(below, key=len):
-        outer = next((outer for outer in found if names[: len(outer)] == outer), names)
+        outer = next((names[:at] for at in range(1, len(names)) if names[:at] in found), names)
         if sizes_of(below[names]) in sizes and (outer == names or len(found[outer]) == len(below[names])):
             found.pop(outer, None)
             found[names] = below[names]

@@ -356,7 +356,7 @@ def _match_members(one: Series, other: Series, context: Context) -> Findings:
     for left, right in pairs:
         looks = (looks_of(one.members[left], one.depth), looks_of(other.members[right], other.depth))
         classes[looks].append((left, right))
-    found = Findings()
+    found, depths = Findings(), (one.depth, other.depth)
     equal = all(left == right for left, right in pairs)
     seats = ((other.seat, one.seat),) if equal else ()
     for numbers in classes.values():
@@ -368,7 +368,8 @@ def _match_members(one: Series, other: Series, context: Context) -> Findings:
             above=(one.depth, other.depth),
             levels=(*context.levels, *seats),
         )
-        found.add(match_context(inner).mapped(lambda links, pairs=numbers: _moved(links, one, other, pairs)))
+        layers = [_leaves_by_name(one, other, *pair) for pair in numbers]
+        found.add(match_context(inner).mapped(lambda links, layers=layers: _moved(links, layers, depths)))
         for pair in (*numbers[1:], numbers[0]) if not equal else ():
             found.groups.append((other.place(pair[1]), one.place(pair[0])))
     if equal:
@@ -376,20 +377,26 @@ def _match_members(one: Series, other: Series, context: Context) -> Findings:
     return found
 
 
-def _moved(
-    links: Iterable[Link], one: Series, other: Series, numbers: Sequence[tuple[int, int]]
-) -> Iterator[Link]:
+_Layer = tuple[Names, Names, Mapping[Names, Leaf], Mapping[Names, Leaf]]
+"""What leads into a layer on both sides, and its leaves by what their paths are below it."""
+
+
+def _leaves_by_name(one: Series, other: Series, left: int, right: int) -> _Layer:
+    ours = {leaf.names[one.depth :]: leaf for leaf in one.members[left]}
+    theirs = {leaf.names[other.depth :]: leaf for leaf in other.members[right]}
+    return one.place(left), other.place(right), ours, theirs
+
+
+def _moved(links: Iterable[Link], layers: Iterable[_Layer], depths: tuple[int, int]) -> Iterator[Link]:
     """Yields the links of one layer for all layers that look alike."""
     every = list(links)
-    for left, right in numbers:
-        ours = {leaf.names[one.depth :]: leaf for leaf in one.members[left]}
-        theirs = {leaf.names[other.depth :]: leaf for leaf in other.members[right]}
+    for wanted, stored, ours, theirs in layers:
         for link in every:
             yield dataclasses.replace(
                 link,
-                wanted=tuple(ours[leaf.names[one.depth :]] for leaf in link.wanted),
-                stored=tuple(theirs[leaf.names[other.depth :]] for leaf in link.stored),
-                layers=_layers_in(link.layers, one.place(left), other.place(right)),
+                wanted=tuple(ours[leaf.names[depths[0] :]] for leaf in link.wanted),
+                stored=tuple(theirs[leaf.names[depths[1] :]] for leaf in link.stored),
+                layers=_layers_in(link.layers, wanted, stored),
             )
 
 

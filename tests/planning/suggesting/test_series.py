@@ -5,9 +5,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import RestoreError, from_linen
+from orbax_nnx_handler import RestoreError, from_linen, suggest
+from orbax_nnx_handler.planning.suggesting import matching_parts
+from orbax_nnx_handler.planning.suggesting.assignment import fit_of
 from orbax_nnx_handler.planning.suggesting.module_parts import Leaf
 from orbax_nnx_handler.planning.suggesting.series import are_alike, series_of, shared_in
+from tests.planning.suggesting.pairs import nested, target_of
 from tests.planning.suggesting.proposals import check, filled, proposed
 
 LAYER = {"attn/q/kernel": (8, 8), "attn/o/kernel": (8, 8), "mlp/up/kernel": (8, 32)}
@@ -150,3 +153,16 @@ def test_layers_of_no_elements_are_refused_as_others_are(shape):
 
     with pytest.raises(RestoreError, match="layers/w"):
         from_linen(stored, target)
+
+
+def test_layers_that_no_name_or_shape_tells_apart_are_compared_a_few_times(monkeypatch):
+    names = ["query", "key", "up", "down"]
+    tree = nested({f"params/layers_{i}/{name}/kernel": (2, 2) for i in range(45) for name in names})
+    wanted = {f"Block_{i}/Dense_{at}/weight": ((2, 2), "params", "") for i in range(45) for at in range(4)}
+    calls = []
+    monkeypatch.setattr(matching_parts, "fit_of", lambda *pair: calls.append(pair) or fit_of(*pair))
+
+    found = suggest(tree, target_of(wanted))
+
+    assert len(found.unmatched_wanted) == len(wanted)
+    assert len(calls) < 1_000

@@ -1,7 +1,7 @@
 """Small checkpoints in which every element is its own number, targets for them, and what must come back."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,6 +16,8 @@ from tests.written import write_once
 
 Tree = dict[Any, Any]
 Flat = dict[tuple[Any, ...], np.ndarray]
+Zeros = Callable[[tuple[int, ...], Any], Any]
+"""JAX's or NumPy's: where only shapes are asked for, NumPy's need not be traced."""
 
 STATISTICS = ("mean", "var")
 
@@ -53,36 +55,42 @@ class Numbers:
 class Branch(nnx.Module):
     """A module made from nested dicts: lists where the keys are ints, statistics by their names."""
 
-    def __init__(self, tree: Tree, kinds: Mapping[str, type[Any]]):
+    def __init__(self, tree: Tree, kinds: Mapping[str, type[Any]], zeros: Zeros = jnp.zeros):
         for key, part in tree.items():
-            setattr(self, key, _module(part, key, kinds))
+            setattr(self, key, _module(part, key, kinds, zeros))
 
 
-def _module(part: Any, key: Any, kinds: Mapping[str, type[Any]]) -> Any:
+def _module(part: Any, key: Any, kinds: Mapping[str, type[Any]], zeros: Zeros) -> Any:
     if not isinstance(part, dict):
         kind = nnx.BatchStat if key in STATISTICS else nnx.Param
-        return kinds.get(key, kind)(jnp.zeros(part.shape, part.dtype))
+        return kinds.get(key, kind)(zeros(part.shape, part.dtype))
     if part and all(isinstance(name, int) for name in part):
-        return nnx.List([_module(part[at], at, kinds) for at in sorted(part)])
-    return Branch(part, kinds)
+        return nnx.List([_module(part[at], at, kinds, zeros) for at in sorted(part)])
+    return Branch(part, kinds, zeros)
 
 
 class Training(nnx.Module):
     """The usual train state of an NNX program."""
 
-    def __init__(self, tree: Tree, tx: optax.GradientTransformation, kinds: Mapping[str, type[Any]]):
-        self.model = Branch(tree, kinds)
+    def __init__(
+        self,
+        tree: Tree,
+        tx: optax.GradientTransformation,
+        kinds: Mapping[str, type[Any]],
+        zeros: Zeros = jnp.zeros,
+    ):
+        self.model = Branch(tree, kinds, zeros)
         self.optimizer = nnx.Optimizer(self.model, tx, wrt=nnx.Param)
 
 
 def model_target(tree: Tree, kinds: Mapping[str, type[Any]] | None = None) -> Any:
-    return nnx.eval_shape(lambda: Branch(tree, kinds or {}))
+    return nnx.eval_shape(lambda: Branch(tree, kinds or {}, np.zeros))
 
 
 def training_target(
     tree: Tree, tx: optax.GradientTransformation, kinds: Mapping[str, type[Any]] | None = None
 ) -> Any:
-    return nnx.eval_shape(lambda: Training(tree, tx, kinds or {}))
+    return nnx.eval_shape(lambda: Training(tree, tx, kinds or {}, np.zeros))
 
 
 def pure_target(tree: Any) -> Any:

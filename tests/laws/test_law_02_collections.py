@@ -557,3 +557,18 @@ def test_a_collection_that_is_called_as_a_type_is_its_own(name, is_met):
     else:
         result = from_linen({"params": stored["params"]}, target)
         np.testing.assert_array_equal(result["w"][...], stored["params"]["w"])
+
+
+@pytest.mark.parametrize("copy", ["ema_params", "teacher_params", "target_params"])
+@pytest.mark.parametrize("level", ["teacher", "target_net", "slow"])
+def test_a_network_that_follows_another_is_not_given_the_weights_beside_a_copy(level, copy):
+    numbers = Numbers()
+    params = {"dense": numbers.dense()}
+    stored = {"params": params, copy: numbers.like(params)}
+    target = {level: model_target(params)}
+
+    with pytest.raises(AmbiguousMappingError, match=f"{copy}/dense"):
+        from_linen(stored, target, unexpected="ignore")
+    result = from_linen(stored, target, unexpected="ignore", renames=[(copy, level)])
+    check(result[level], stored[copy])
+    check(from_linen({"params": params}, target)[level], params)

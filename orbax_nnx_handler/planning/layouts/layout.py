@@ -210,6 +210,9 @@ _COPIES = frozenset(
     {"ema", "grads", "grad", "gradients", "mask", "masks", "averages", "swa", "polyak"}
     | {"old", "prev", "previous", "backup", "bak", "stale"}
 )
+FOLLOWERS = frozenset({"teacher", "target", "slow"})
+"""Words of a network that is trained by nothing: it is set to another one's weights, or follows them."""
+
 _AVERAGES = frozenset({"ema", "swa", "polyak", "avg", "average", "averages", "averaged"})
 
 

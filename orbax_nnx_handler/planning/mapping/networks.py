@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, segments
 from orbax_nnx_handler.planning.layouts.layout import (
+    FOLLOWERS,
     Layout,
     holds_no_weights,
     is_copy_beside,
@@ -355,9 +356,13 @@ def _contradict(root: Tokens, network: Network) -> bool:
 
 
 def _asked_for(root: Tokens, collections: Collections) -> frozenset[str]:
-    """Returns the copies whose name holds a word of the target's level: `ema_params` for `ema`."""
+    """Returns the copies whose name holds a word of the target's level: `ema_params` for `ema`.
+
+    A network that follows another one may be any copy: `target_net` beside a stored `teacher`.
+    """
     words = {word for token in root for word in words_of(token)}
-    return frozenset(name for name in collections.copies if name is not None and words & words_of(name))
+    copies = (name for name in collections.copies if name is not None)
+    return frozenset(name for name in copies if words & (words_of(name) | FOLLOWERS))
 
 
 def _questioned(matcher: Matcher, collections: Collections) -> ModelMatch:

@@ -4,12 +4,13 @@ The way back of `planning/mapping/cells_and_wrappers.py`: a new cell goes into b
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from typing import Any, Literal
 
 from orbax_nnx_handler.planning.core.leaves import GRU_GATES, LSTM_GATES, Shape
-from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.core.paths import Path, segments
 from orbax_nnx_handler.planning.core.recipes import Fill, Slice
+from orbax_nnx_handler.planning.verdict.elements import common_end
 from orbax_nnx_handler.storage.saving.saved import SavedLeaf
 
 _Cell = Literal["LSTM", "GRU", "simple"]
@@ -59,6 +60,25 @@ def cells_of(leaves: Mapping[Path, SavedLeaf], moments: Set[Path] = frozenset())
         cell = _cell_of_parameter(at, whole, layers)
         cells |= {at: cell} if cell else {}
     return cells
+
+
+def without_aside(cells: Cells, moments: Set[Path], aside: Set[Path]) -> Cells:
+    """Returns the cells without moments of what is kept aside, under its own names, gates not apart."""
+    kept = {path[:-2] for path in aside if path[-2:-1] in _IN_LAYERS}
+    if not kept or not cells:
+        return cells  # Nearly every item.
+    inside = {path[:-2] for path in moments}
+    own = [at for at in cells if at not in inside]
+
+    def name(at: Path) -> tuple[str, ...]:
+        return tuple(
+            key for key in segments(at) if key != "params"
+        )  # MaxText's level lies within a moment's.
+
+    def shared(at: Path, others: Iterable[Path]) -> int:
+        return max((common_end(name(at), name(other)) for other in others), default=0)
+
+    return {at: cell for at, cell in cells.items() if at not in inside or shared(at, own) >= shared(at, kept)}
 
 
 def with_gates(leaves: Mapping[Path, SavedLeaf], cells: Cells) -> dict[Path, SavedLeaf]:

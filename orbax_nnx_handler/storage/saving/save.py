@@ -38,7 +38,7 @@ from orbax_nnx_handler.storage.saving.arrange import (
     is_nnx,
     is_stream,
 )
-from orbax_nnx_handler.storage.saving.cells import cells_of, with_empty_gates, with_gates
+from orbax_nnx_handler.storage.saving.cells import cells_of, with_empty_gates, with_gates, without_aside
 from orbax_nnx_handler.storage.saving.item import ItemLeaf, ItemLeaves
 from orbax_nnx_handler.storage.saving.saved import (
     SavedLeaf,
@@ -150,7 +150,7 @@ def _planned(arranged: Arranged, flavour: Flavour, undone: RulesOrRestore) -> Sa
         metadata = {at: leaf for at, leaf in metadata.items() if leaf.path not in paths}
     aside = {at: leaf for at, leaf in leaves.items() if at in arranged.aside}
     inside = {at: leaf for at, leaf in leaves.items() if at not in aside}
-    cells = cells_of(inside, arranged.moments)
+    cells = without_aside(cells_of(inside, arranged.moments), arranged.moments, aside.keys())
     leaves, empty = with_gates(inside, cells) | aside, with_empty_gates(empty, cells)
     inline = {at[1:]: leaf for at, leaf in arranged.leaves.items() if at[0] == AUX and is_stream(leaf)}
     random = {at: leaf.path for at, leaf in (*metadata.items(), *inline.items())}

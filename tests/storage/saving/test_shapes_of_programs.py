@@ -200,6 +200,11 @@ PROGRAMS: Mapping[str, Callable[[], Any]] = {
     "one optimizer of both below a key": lambda: one_of_both("training"),
     "one of several is a train state in a group": among_trainings,
     "one of both below a key, with cells": lambda: one_of_both("training", Recurrent),
+    "one of both at unlike levels, with cells": lambda: {
+        "model": (both := nnx.Dict({"a": Recurrent(), "net": Recurrent()}))["a"],
+        "nets": {"net": both["net"]},
+        "opt": optimizer(both),
+    },
     "a network, and others by numbers": lambda: {
         "model": (net := Net()),
         "1": {"model": Net()},

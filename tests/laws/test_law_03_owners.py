@@ -13,6 +13,7 @@ from orbax_nnx_handler import (
     Add,
     Copy,
     Drop,
+    MissingParamError,
     NNXLinenHandler,
     NNXLinenRestore,
     Rename,
@@ -31,6 +32,7 @@ from tests.laws.worlds import (
     Numbers,
     Training,
     check,
+    model_target,
     refused,
     right_or_refused,
     target_of,
@@ -1329,3 +1331,19 @@ def test_the_optimizer_of_the_main_network_is_not_that_of_one_beside_it(tmp_path
     result = restore(path, nnx.eval_shape(lambda: make(main)), unexpected="ignore")
     check(nnx.state(result[main]["model"]), own)
     check(result[main]["optimizer"].opt_state[0].mu, stored["opt_state"][0].mu)
+
+
+@pytest.mark.parametrize("is_new", [False, True], ids=["two of a kind", "one of them new"])
+def test_no_network_of_several_is_filled_where_the_only_stored_one_may_be_it(is_new):
+    """Under `warn`, the new network had been given the other one's layer of its name, and that zeros."""
+    numbers = Numbers()
+    params = {name: numbers.dense(3, 3) for name in ("value", "mu")}
+    actor = {"net": params}
+    other = {
+        "value": numbers.dense(3, 3) | {"mean": numbers(3), "scale": numbers(3)},
+        "a": numbers.dense(3, 3),
+    }
+    target = model_target({"actor": actor, "critic": other if is_new else actor}, {"mean": nnx.BatchStat})
+
+    with pytest.raises(MissingParamError, match="actor/net/mu/kernel"):
+        from_linen({"params": params}, target, policy="warn", unexpected="ignore")

@@ -261,7 +261,10 @@ class Unused:
 
     def may_be(self, item: Wanted, name: Tokens) -> bool:
         """Tells whether one may hold a weight: as layers, or in any collection if it has no type."""
-        if item.leaf.kind is None and name in self._in_own_collections:
+        # Below levels that the target alone has, of which nothing tells which is the stored network.
+        ends = (name[at:] for at in range(1, len(name) - 1))
+        is_below = any(item.leaf.shape in self._whole.get((False, end), ()) for end in ends)
+        if is_below or (item.leaf.kind is None and name in self._in_own_collections):
             return True
         return any(self._may_hold(item.leaf.shape, name, own) for own in (False, item.leaf.kind is None))
 

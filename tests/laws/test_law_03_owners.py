@@ -1347,3 +1347,12 @@ def test_no_network_of_several_is_filled_where_the_only_stored_one_may_be_it(is_
 
     with pytest.raises(MissingParamError, match="actor/net/mu/kernel"):
         from_linen({"params": params}, target, policy="warn", unexpected="ignore")
+
+
+def test_a_network_that_is_stored_by_name_is_not_filled_where_the_model_has_taken_it():
+    numbers = Numbers()
+    params = {"dense": numbers.dense()}
+    target = model_target({"model": params, "avg": {"teacher": params}})
+
+    with pytest.raises(MissingParamError, match="avg/teacher/dense/kernel"):
+        from_linen({"teacher": {"params": params}, "step": np.int32(3)}, target, policy="warn")

@@ -1,7 +1,7 @@
 """What becomes of each leaf: restored, missing (zeros, initial, an error), mismatched, unreadable."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from functools import cached_property
 from typing import Any, cast
 
@@ -22,7 +22,7 @@ from orbax_nnx_handler.planning.core.errors import UnreadableLeafError
 from orbax_nnx_handler.planning.core.folding import Row
 from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf
 from orbax_nnx_handler.planning.core.lines import aligned, counted
-from orbax_nnx_handler.planning.core.paths import Path, Tokens, render, segments
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, render, segments, without_box
 from orbax_nnx_handler.planning.core.recipes import Read, computes, reads
 from orbax_nnx_handler.planning.layouts.layout import Stored
 from orbax_nnx_handler.planning.mapping.mapping import LeafMapping
@@ -72,6 +72,16 @@ class LeafVerdicts:
         """Tells whether a leaf of that path lies unused in some collection: it may be the value."""
         return strip(item.tokens, self.mapping.roots.wanted) in self._unused.names
 
+    def _has_whole_name(self, item: Wanted) -> bool:
+        """Tells whether a name ends in a stored weight's with its network's: another leaf has taken it."""
+        ends = (item.tokens[at:] for at in range(1, len(item.tokens) - 1))
+        return any(end in self._in_networks for end in ends)
+
+    @cached_property
+    def _in_networks(self) -> Set[Tokens]:
+        models = (item for item in self.mapping.placements if item.section == "model" and item.owner)
+        return {canonical(item.owner) + without_box(item.tokens) for item in models}
+
     @cached_property
     def _unused(self) -> Unused:
         used, root = self.mapping.used() | self.mapping.discarded.keys(), self.mapping.roots.stored
@@ -83,7 +93,8 @@ class LeafVerdicts:
         # No zeros for what is stored.
         if policy != "error" and item.role == "model":
             name = strip(item.tokens, self.mapping.roots.wanted)
-            policy = "error" if self._unused.may_be(item, name) else policy
+            is_stored = self._unused.may_be(item, name) or self._has_whole_name(item)
+            policy = "error" if is_stored else policy
         return Missing(
             wanted=item.leaf,
             policy=policy,

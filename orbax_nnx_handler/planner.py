@@ -6,7 +6,7 @@ Apart from `api`, so that the command line has it without what reads and writes 
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from etils import epath
@@ -15,7 +15,7 @@ from flax import nnx
 from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.layouts import LayoutChoice
-from orbax_nnx_handler.planning.mapping.matches import Discarded
+from orbax_nnx_handler.planning.mapping.matches import Discarded, SavedAs
 from orbax_nnx_handler.planning.options import DtypeChoice, Policies, Policy, RestoreOptions, UnexpectedPolicy
 from orbax_nnx_handler.planning.restore_plan import RestorePlan, make_plan
 from orbax_nnx_handler.planning.rules import Rule
@@ -30,7 +30,6 @@ from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.in_memory import hold
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
 from orbax_nnx_handler.storage.checkpoint.stored_random import with_keys
-from orbax_nnx_handler.storage.saving.save import as_saved
 from orbax_nnx_handler.storage.stores.kvstore import files_at
 from orbax_nnx_handler.storage.stores.locations import as_path
 
@@ -70,7 +69,14 @@ def flatten_wanted(target: Any, overrides: Mapping[Path, Any], *, beside: Iterab
     """
     parts = flatten_target(target, overrides, beside=beside)
     _refuse_empty(target, parts)
-    return dataclasses.replace(parts, saved=functools.partial(as_saved, target))
+    return dataclasses.replace(parts, saved=functools.partial(_as_saved, target))
+
+
+def _as_saved(target: Any, stored: Collection[Path]) -> Iterable[Mapping[Path, SavedAs]]:
+    # Here, for nearly no plan needs what writes checkpoints, Orbax with it.
+    from orbax_nnx_handler.storage.saving.save import as_saved
+
+    return as_saved(target, stored)
 
 
 _WAYS_OUT = (

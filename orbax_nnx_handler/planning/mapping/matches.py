@@ -313,14 +313,18 @@ class AsSaved(NamedTuple):
     without_variable: tuple[WithoutVariable, ...]
 
 
-def may_be_saved(weights: Iterable[Wanted], placements: Iterable[Placement]) -> bool:
-    """Tells fast whether a checkpoint may be a save of the target: whether weights have their last names.
+def may_be_saved(wanted: Sequence[Wanted], placements: Sequence[Placement]) -> bool:
+    """Tells fast whether a checkpoint may be a save of the target, by its size and the last names of weights.
 
     A save takes away a level above a whole model, and calls the parts of a cell otherwise.
     """
-    ends, cells = {item.tokens[-2:] for item in placements}, {"dense_i", "dense_h"}
-    told = (item.tokens[-2:] for item in weights if len(item.tokens) > 3 and cells.isdisjoint(item.path))
-    return all(end in ends for end in told)
+    cells = {"dense_i", "dense_h"}
+    others = [item for item in wanted if cells.isdisjoint(item.path)]
+    if len(others) == len(wanted) < len(placements):
+        return False
+    ends = {item.tokens[-2:] for item in placements}
+    weights = (item for item in others if item.role == "model" and len(item.tokens) > 3)
+    return all(item.tokens[-2:] in ends for item in weights)
 
 
 def as_saved(wanted: Sequence[Wanted], stored: Stored, places: Mapping[Path, SavedAs]) -> AsSaved | None:

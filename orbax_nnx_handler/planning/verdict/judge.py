@@ -146,7 +146,7 @@ def _as_saved(
     open_ones = chosen.broken or chosen.faults or mapping.rivals or any(s.undecided for s in mapping.states)
     if options.renames or options.layout != "auto" or mapping.unclear or (is_whole and not open_ones):
         return chosen  # Nearly every plan. The axis of a stack is no matter of where it is stored.
-    if not may_be_saved(of_role(weights, "model"), mapping.placements):
+    if not may_be_saved(wanted, mapping.placements):
         return chosen
     made = [one for places in target.saved(stored) if (one := as_saved(wanted, stored, places))]
     if not made or any(one.found != made[0].found for one in made):

@@ -265,9 +265,11 @@ class _Places:
         near = self._in_dict.get(tuple(above[1:]), ()) if module else ()
         yield from self._smaller(code, (leaf for leaf in near if _names(leaf.path)[-1].startswith(module)))
         below = tuple(part for part in (*above[1:], module) if part not in ("", "params"))
-        aside = [*self._elsewhere.get(below, ())] if below else []
-        aside += [at for at in self._elsewhere.get(below[:-1], ()) if _names(at.path)[-1].startswith(module)]
-        yield from self._smaller(code, (leaf for leaf in aside if _names(leaf.path)[0] != "params"))
+        if below:
+            beside = self._elsewhere.get(below[:-1], ())
+            named = (leaf for leaf in beside if _names(leaf.path)[-1].startswith(module))
+            aside = (*self._elsewhere.get(below, ()), *named)
+            yield from self._smaller(code, (leaf for leaf in aside if _names(leaf.path)[0] != "params"))
 
     def _smaller(self, code: StoredLeaf, leaves: Iterable[StoredLeaf]) -> Iterable[StoredLeaf]:
         # The scale of a single code is as large as the code itself.

@@ -69,14 +69,14 @@ def flatten_wanted(target: Any, overrides: Mapping[Path, Any], *, beside: Iterab
     """
     parts = flatten_target(target, overrides, beside=beside)
     _refuse_empty(target, parts)
-    return dataclasses.replace(parts, saved=functools.partial(_as_saved, target))
+    return dataclasses.replace(parts, saved=functools.partial(_saved_places, target))
 
 
-def _as_saved(target: Any, stored: Collection[Path]) -> Iterable[Mapping[Path, SavedAs]]:
+def _saved_places(target: Any, stored: Collection[Path]) -> Iterable[Mapping[Path, SavedAs]]:
     # Here, for nearly no plan needs what writes checkpoints, Orbax with it.
-    from orbax_nnx_handler.storage.saving.save import as_saved
+    from orbax_nnx_handler.storage.saving.save import saved_places
 
-    return as_saved(target, stored)
+    return saved_places(target, stored)
 
 
 _WAYS_OUT = (

@@ -77,7 +77,8 @@ class OptimizerState:
     def fields(self) -> tuple[frozenset[Tokens], ...]:
         """What tells a state: its moments, its scalars, and names above it that no optax container has."""
         strange = [key for key, label in _kinds(self.place) if not label and not _is_container(key)]
-        own = frozenset(self.moments), frozenset(self.scalars), frozenset([tuple(sorted(self.parts))])
+        parts = frozenset((part,) for part in self.parts)
+        own = frozenset(self.moments), frozenset(self.scalars), parts
         return *own, self._numbers, frozenset([tuple(strange)])
 
     @property

@@ -428,8 +428,10 @@ class Collections:
         kind = item.leaf.kind
         if item.role != "model" or item.collection in self.paths:
             return False
-        if is_named(kind) or is_called_like(kind, collection):
-            return is_called_like(kind, collection)
+        if is_called_like(kind, collection):
+            return True
+        if is_named(kind):
+            return False
         if collection in FLAX_COLLECTIONS:
             own = (name for name in self.paths if name not in (None, *FLAX_COLLECTIONS))
             return collection == base_collection(kind) and not any(is_called_like(kind, name) for name in own)

@@ -115,6 +115,7 @@ def base_collection(kind: type[Any] | None) -> str | None:
     return next((collection_of(base) for base in bases if is_named(base)), None)
 
 
+@functools.lru_cache(maxsize=256)
 def is_called_like(kind: type[Any] | None, collection: str | None) -> bool:
     """Tells whether a collection is called as a type that nobody named: `lora_params` as `LoRAParam`."""
     return kind is not None and collection is not None and _telling(kind.__name__) == _telling(collection)

@@ -119,8 +119,8 @@ class Claims:
         """
         own, there = self._placed[read[0]], self._placed[other]
         same_place = own.collection is not None and _place(own) == _place(there)
-        is_own = len(read) == 1 and same_place and item.tokens == _name(own)
-        return is_own and (self._whole.get(_name(there)) == other)
+        is_own = len(read) == 1 and same_place and item.tokens == stored_name(own)
+        return is_own and (self._whole.get(stored_name(there)) == other)
 
     @cached_property
     def _whole(self) -> Mapping[Tokens, Path]:
@@ -142,10 +142,10 @@ class Claims:
             if _is_whole(item, recipe.path) and self._placed[recipe.path].collection is not None
         }
         others = {item.tokens: item for item in wanted if item.role == "model"} if same else {}
-        beside = {(_place(self._placed[path]), _name(self._placed[path])): path for path in unread}
+        beside = {(_place(self._placed[path]), stored_name(self._placed[path])): path for path in unread}
         for item, path in same.values():
             there = self._placed[path]
-            name = _name(there)
+            name = stored_name(there)
             other = others.get(name) or others.get(without_box(name))
             if other is not None and (other.collection or "params") == there.collection:
                 read = self._whole.get(other.tokens)
@@ -291,7 +291,7 @@ def _is_whole(item: Wanted, stored: Path) -> bool:
     return item.tokens in (name, without_box(name))
 
 
-def _name(item: Placement) -> Tokens:
+def stored_name(item: Placement) -> Tokens:
     """Returns the name of a stored leaf below its collection, with its train state's."""
     return canonical(item.owner) + item.tokens
 

@@ -141,11 +141,13 @@ def _as_saved(
 ) -> Chosen:
     """Returns the reading of a checkpoint as a save of the target, where no other one finds all of it."""
     mapping = chosen.mapping
-    shapes, weights = mapping.shapes, of_role(wanted, *WEIGHTS)
-    is_whole = all(shapes.get(item.leaf.path) == item.leaf.shape for item in weights)
+    if options.renames or options.layout != "auto" or mapping.unclear:
+        return chosen  # The axis of a stack is no matter of where it is stored.
+    shapes = mapping.shapes
+    is_whole = all(shapes.get(item.leaf.path) == item.leaf.shape for item in of_role(wanted, *WEIGHTS))
     open_ones = chosen.broken or chosen.faults or mapping.rivals or any(s.undecided for s in mapping.states)
-    if options.renames or options.layout != "auto" or mapping.unclear or (is_whole and not open_ones):
-        return chosen  # Nearly every plan. The axis of a stack is no matter of where it is stored.
+    if is_whole and not open_ones:
+        return chosen  # Nearly every plan.
     if not may_be_saved(wanted, mapping.placements):
         return chosen
     made = [one for places in target.saved(stored) if (one := as_saved(wanted, stored, places))]

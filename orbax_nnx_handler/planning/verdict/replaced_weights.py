@@ -16,6 +16,7 @@ from orbax_nnx_handler.planning.core.paths import (
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, Scale, parts_of, reads, without_arithmetic
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement, is_copy_level
 from orbax_nnx_handler.planning.target.roles import Wanted
+from orbax_nnx_handler.planning.verdict.claims import stored_name
 from orbax_nnx_handler.planning.verdict.elements import common_end
 from orbax_nnx_handler.planning.verdict.states import Claim, labels_of, slot_of
 
@@ -83,7 +84,7 @@ class ReplacedWeights:
             return  # Nearly every plan.
         whole = {path: canonical(path) for path in placed}
         models = {path: item for path, item in placed.items() if item.section == "model"}
-        names = whole | {at: canonical(item.owner) + item.tokens for at, item in models.items()}
+        names = whole | {at: stored_name(item) for at, item in models.items()}
         owners = {canonical(item.owner) for item in models.values()} - {()}
         level = len(shared_levels([names[path] for path in models], 1))
         # What no layout knows for a train state has its collection between owner and name.

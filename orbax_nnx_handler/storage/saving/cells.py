@@ -71,9 +71,8 @@ def without_aside(cells: Cells, moments: Set[Path], aside: Set[Path]) -> Cells:
     own = [at for at in cells if at not in inside]
 
     def name(at: Path) -> tuple[str, ...]:
-        return tuple(
-            key for key in segments(at) if key != "params"
-        )  # MaxText's level lies within a moment's.
+        # MaxText's level lies within a moment's.
+        return tuple(key for key in segments(at) if key != "params")
 
     def shared(at: Path, others: Iterable[Path]) -> int:
         return max((common_end(name(at), name(other)) for other in others), default=0)

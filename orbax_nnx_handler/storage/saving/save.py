@@ -120,7 +120,7 @@ def plan_save(
     return _planned(arranged, flavour, undone)
 
 
-def as_saved(item: Any, stored: Collection[Path]) -> list[dict[Path, SavedAs]]:
+def saved_places(item: Any, stored: Collection[Path]) -> list[dict[Path, SavedAs]]:
     """Returns what a save of an item stores, by stored path, in each layout that stored paths may have."""
     found: list[dict[Path, SavedAs]] = []
     has_params = any(("params", "params") in itertools.pairwise(path) for path in stored)

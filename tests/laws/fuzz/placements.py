@@ -21,6 +21,7 @@ from flax import nnx
 
 from orbax_nnx_handler import NNXLinenHandler, NNXLinenRestore, NNXLinenSave, RestoreError, restore, save
 from tests.laws.fuzz.programs import numbered
+from tests.laws.fuzz.replaced import Part
 from tests.laws.fuzz.trial import Outcome
 from tests.written import put_at
 
@@ -42,14 +43,6 @@ Key = str | int
 Keys = tuple[Key, ...]
 
 
-class _Part(nnx.Module):
-    """Modules by their names."""
-
-    def __init__(self, parts: Mapping[str, Any]):
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Program:
     """Where networks, optimizers (with what each trains), averages and counts lie."""
@@ -66,7 +59,7 @@ class _Program:
         parts: dict[Keys, Any] = {place: networks[name] for name, place in self.networks.items()}
         for place, (tx, trains) in self.optimizers.items():
             model = (
-                networks[trains[0]] if len(trains) == 1 else _Part({name: networks[name] for name in trains})
+                networks[trains[0]] if len(trains) == 1 else Part({name: networks[name] for name in trains})
             )
             parts[place] = nnx.Optimizer(model, TX[tx](), wrt=nnx.Param)
         parts |= {place: _network(self.modules[name]) for place, name in self.averages.items()}
@@ -228,7 +221,7 @@ def _network(modules: tuple[str, ...]) -> Any:
         "drop": lambda: nnx.Dropout(0.1, rngs=rngs),
     }
     other = lambda: nnx.Linear(4, 2, rngs=rngs)  # noqa: E731
-    return _Part({name: kinds.get(name, other)() for name in modules})
+    return Part({name: kinds.get(name, other)() for name in modules})
 
 
 def _with_lists(node: Any) -> Any:
@@ -260,7 +253,7 @@ def _in_form(program: Any, form: str) -> Any:
 
 def _as_module(program: Any) -> Any:
     if isinstance(program, dict):
-        return _Part({key: _as_module(part) for key, part in program.items()})
+        return Part({key: _as_module(part) for key, part in program.items()})
     if isinstance(program, list):
         return nnx.List([_as_module(part) for part in program])
     return nnx.Variable(program) if isinstance(program, jax.Array) else program

@@ -52,7 +52,7 @@ class _Unnamed(Exception):
     """What is the model at the root, or lies aside, has no name of its own that rules could call it by."""
 
 
-class _Part(nnx.Module):
+class Part(nnx.Module):
     """Modules by their names."""
 
     def __init__(self, parts: Mapping[str, Any]):
@@ -100,16 +100,16 @@ class _Program:
             if one.place in gone or not networks.keys() >= {*one.trains}:
                 continue
             of = {name: networks[name] for name in one.trains}
-            model = _Part(of) if len(of) > 1 else of[one.trains[0]]
+            model = Part(of) if len(of) > 1 else of[one.trains[0]]
             optimizer = nnx.Optimizer(model, TX[one.tx](), wrt=nnx.Param)
             put_at(tree, called.get(one.place, one.place), optimizer)
         return tree
 
     def _network(self, name: str) -> Any:
         parts = {key: nnx.Linear(*shape, rngs=nnx.Rngs(0)) for key, shape in self.modules[name].items()}
-        network = _Part(parts)
+        network = Part(parts)
         for key in self.wrapped:
-            network = _Part({key: network})
+            network = Part({key: network})
         return network
 
     def weights(self, name: str) -> list[_Weight]:

@@ -346,7 +346,7 @@ def _opt_states(node: Any, path: Path) -> Iterator[tuple[Path, Any]]:
     for key, child in children(node) or ():
         if key == _OPT_STATE and _is_opt_state(child):
             yield path, child
-        else:
+        elif not issubclass(type(child), nnx.Variable):
             yield from _opt_states(child, (*path, key))
 
 

@@ -1,6 +1,7 @@
 """What a save writes of an NNX item, and the arguments with which stock Orbax writes it."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, cast, get_args
@@ -27,6 +28,7 @@ from orbax_nnx_handler.planning.options import check_choice
 from orbax_nnx_handler.planning.restore_plan import RestorePlan, RestoreReport
 from orbax_nnx_handler.planning.rules import Rule, as_rules
 from orbax_nnx_handler.planning.target.target import flatten_like, is_unbuilt
+from orbax_nnx_handler.storage import paused_collection
 from orbax_nnx_handler.storage.arithmetic import sharded_by_compiler
 from orbax_nnx_handler.storage.checkpoint.stored_random import add_leftovers
 from orbax_nnx_handler.storage.saving.arrange import (
@@ -259,6 +261,7 @@ def nothing_to_save(item: Any) -> ValueError:
     )
 
 
+@paused_collection()
 def linen_save(
     given: ocp.args.PyTreeSave,
     flavour: Flavour = "linen",
@@ -334,12 +337,17 @@ def _is_storable(value: Any) -> bool:
     if not isinstance(value, np.ndarray | jax.Array):
         return True
     array = cast(jax.Array, value)
+    return array.size > 0 and _is_known(array.dtype)
+
+
+@functools.cache
+def _is_known(dtype: Any) -> bool:
     try:
-        if not jnp.issubdtype(array.dtype, jax.dtypes.extended):
-            ts.dtype(array.dtype.name)
+        if not jnp.issubdtype(dtype, jax.dtypes.extended):
+            ts.dtype(dtype.name)
     except ValueError:
         return False
-    return array.size > 0
+    return True
 
 
 def _check_step(plan: SavePlan) -> None:

@@ -15,7 +15,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ from orbax_nnx_handler.storage.checkpoint.fields import (
     shape_field,
     text_of,
 )
-from orbax_nnx_handler.storage.checkpoint.trees import UNKNOWN_TYPE, packed_tree
+from orbax_nnx_handler.storage.checkpoint.trees import STRING_TYPE, UNKNOWN_TYPE, packed_tree
 from orbax_nnx_handler.storage.checkpoint.wrong_paths import damaged
 from orbax_nnx_handler.storage.stores import kvstore
 from orbax_nnx_handler.storage.stores.files import ANYWHERE, Files, ReadFile
@@ -67,40 +67,80 @@ def read_weights(path: epath.Path, files: Files) -> Checkpoint | None:
         file = None if name is None else path / name
     if file is None:
         return None
-    parts = _parts(file, files) if file.name.endswith(HUGGING_FACE_INDEX) else [file]
+    weights = _indexed(file, files) if file.name.endswith(HUGGING_FACE_INDEX) else _Weights([file])
     config = _read_config(file.parent, files)
     if HUGGING_FACE_SAFETENSORS in file.name:
-        return read_safetensors(path, parts, files, config)
-    return _read_packed(path, parts, files, config)
+        return _read_headed(path, weights, files, config)
+    return _read_packed(path, weights, files, config)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Weights:
+    """The files that hold one model's weights.
+
+    Attributes:
+        parts: The files, all in one folder.
+        index: The file that says which leaf lies in which part; None for a file alone.
+        places: What it says: the name of the part by that of the leaf.
+    """
+
+    parts: Sequence[epath.Path]
+    index: epath.Path | None = None
+    places: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
+
+    def contradicted(self, held: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+        """Yields each leaf that the parts do not hold as the index says, and why it cannot be trusted.
+
+        Other readers take no more than the parts' names from an index. But where the two disagree,
+        one of them was damaged, edited or left by another save, and no policy may fill what is lost.
+
+        Args:
+            held: By a leaf's name that of the part in which it lies.
+        """
+        for name in dict.fromkeys((*self.places, *held)) if self.index else ():
+            said, found = self.places.get(name), held.get(name)
+            if said is None:
+                yield name, f"{found} holds it, and {self.index} does not name it"
+            elif said != found:
+                where = "and it does not" if found is None else f"and it lies in {found}"
+                yield name, f"{self.index} says that it lies in {said}, {where}"
 
 
 def _read_packed(
-    directory: epath.Path, parts: Sequence[epath.Path], files: Files, config: Mapping[str, Any]
+    directory: epath.Path, weights: _Weights, files: Files, config: Mapping[str, Any]
 ) -> Checkpoint:
     """Reads files of msgpack whole: they have no directory of what lies where."""
     nodes: dict[Path, str] = {}
     values: dict[Path, np.ndarray[Any, Any]] = {}
     lost: dict[Path, str] = {}
     foreign: dict[Path, str] = {}
-    files.ask(*(ReadFile(os.fspath(part)) for part in parts))
-    for part in parts:
+    paths: dict[str, Path] = {}
+    places: dict[str, str] = {}
+    twice: list[Path] = []
+    files.ask(*(ReadFile(os.fspath(part)) for part in weights.parts))
+    for part in weights.parts:
         tree = packed_tree(part, part.parent, files)
-        twice = next((path for path in tree.nodes if path in nodes), None)
-        if twice is not None:
-            what = f"{part} holds {spelled(twice)}, which another part of the weights holds too."
-            raise NotACheckpointError(what, hints=[damaged(part, files)])
+        held = {"/".join(map(str, path)): path for path, kind in tree.nodes.items() if kind == UNKNOWN_TYPE}
+        twice += [path for name, path in held.items() if name in paths]
+        paths |= held
+        places |= dict.fromkeys(held, part.name)
         nodes |= tree.nodes
         values |= tree.values
         foreign |= tree.foreign
         lost |= tree.lost
         lost |= dict.fromkeys(tree.names, f"{part.name} names an array outside the file")
-    leaves = {
-        path: StoredLeaf(path=path, shape=value.shape, dtype=value.dtype) for path, value in values.items()
-    }
+    wrong = {paths.get(name, tuple(name.split("/"))): why for name, why in weights.contradicted(places)}
+    _check_tree(directory, {*paths.values(), *wrong}, twice)
+    lost |= {path: why for path, why in wrong.items() if path not in values}
+    texts = [path for path, kind in nodes.items() if kind == STRING_TYPE and path not in lost]
     return Checkpoint(
         directory=directory,
-        leaves=leaves,
+        leaves={
+            **{path: StoredLeaf(path=path, shape=v.shape, dtype=v.dtype) for path, v in values.items()},
+            **{path: StoredLeaf(path=path, shape=(), dtype=None) for path in texts},
+        },
         lost=lost,
+        damaged={path: why for path, why in wrong.items() if path in values},
         foreign=foreign,
         disk_format="msgpack",
         custom_metadata=config,
@@ -112,11 +152,14 @@ def _read_packed(
     )
 
 
-def _parts(index: epath.Path, files: Files) -> list[epath.Path]:
-    """Returns the files that an index names: each in the index's own folder."""
+def _indexed(index: epath.Path, files: Files) -> _Weights:
+    """Returns the files that an index names, each in the index's own folder, and what is in them."""
     try:
         fields = object_of(parse_object(files.content(index)), "weight_map")
-        names = sorted({text_of(fields, key) for key in fields})
+        places = {text_of({key: key}, key): text_of(fields, key) for key in fields}
+        separator = _SEPARATOR if HUGGING_FACE_SAFETENSORS in index.name else "/"
+        check_paths([keys_of(key, separator) for key in places])
+        names = sorted(set(places.values()))
         long = next((name for name in names if len(name) > _LONGEST_NAME), None)
         if long is not None:
             raise FieldError(f"weight_map names a file with {len(long)} characters")
@@ -135,7 +178,7 @@ def _parts(index: epath.Path, files: Files) -> list[epath.Path]:
             f"{len(absent)} of the {len(names)} files that {index} names are not there:\n{listed}",
             hints=["download or copy the directory again."],
         )
-    return [index.parent / name for name in names]
+    return _Weights([index.parent / name for name in names], index, places)
 
 
 def _read_config(folder: epath.Path, files: Files) -> Mapping[str, Any]:
@@ -191,24 +234,16 @@ class _Found:
     reason: str = ""
 
 
-def read_safetensors(
-    directory: epath.Path, shards: Sequence[epath.Path], files: Files, config: Mapping[str, Any]
+def _read_headed(
+    directory: epath.Path, weights: _Weights, files: Files, config: Mapping[str, Any]
 ) -> Checkpoint:
-    """Reads what files of safetensors hold together: their headers, no values.
-
-    Args:
-        directory: What the checkpoint is called by.
-        shards: The files, all in one folder.
-        files: The files of their store.
-        config: What the program stored beside them.
-
-    Raises:
-        NotACheckpointError: A file is none of safetensors, or the names are those of no tree.
-    """
+    """Reads what files of safetensors hold together: their headers, no values."""
     # A file that the caller named may be a link; those of a directory stay within it.
+    shards = weights.parts
     seen = kvstore.states_before(shards)
     headers = _read_headers(shards, files, ANYWHERE if files.is_file(directory) else "")
     found: dict[Path, _Found] = {}
+    places: dict[str, str] = {}
     twice: list[Path] = []
     for shard, (header, start, size) in zip(shards, headers, strict=True):
         try:
@@ -219,7 +254,14 @@ def read_safetensors(
             keys = tuple(one.name.split(_SEPARATOR))
             twice += [keys] if keys in found else []
             found[keys] = one
+            places[one.name] = shard.name
+    for name, why in weights.contradicted(places):
+        keys = tuple(name.split(_SEPARATOR))
+        found[keys] = dataclasses.replace(found.get(keys, _Found(name=name)), reason=why)
     _check_tree(directory, found, twice)
+    if not found:
+        hint = "pass a file or a directory with weights."
+        raise NotACheckpointError(f"{directory} holds no array.", hints=[hint])
     catalog: dict[str, bytes | Extent] = {}
     store = kvstore.open_archive(shards[0], catalog, seen)
     return _checkpoint(directory, store, catalog, found, config)
@@ -357,7 +399,7 @@ def _offsets(fields: dict[str, Any]) -> tuple[int, int]:
     return offsets[0], offsets[1]
 
 
-def _check_tree(directory: epath.Path, found: Mapping[Path, _Found], twice: Iterable[Path]) -> None:
+def _check_tree(directory: epath.Path, found: Collection[Path], twice: Iterable[Path] = ()) -> None:
     inner = {keys[:depth] for keys in found for depth in range(1, len(keys))}
     both = [keys for keys in found if keys in inner]
     faults = {"several arrays under one name": [*twice], "an array and a subtree under one name": both}
@@ -366,9 +408,6 @@ def _check_tree(directory: epath.Path, found: Mapping[Path, _Found], twice: Iter
             listed = "\n".join(f"  {spelled(keys)}" for keys in dict.fromkeys(paths))
             hint = "save it again with a name of its own for each."
             raise NotACheckpointError(f"{directory} holds {what}:\n{listed}", hints=[hint])
-    if not found:
-        hint = "pass a file or a directory with weights."
-        raise NotACheckpointError(f"{directory} holds no array.", hints=[hint])
 
 
 def _checkpoint(

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import nnx, serialization, traverse_util
 
 from orbax_nnx_handler import NotACheckpointError, UnreadableLeafError, plan_restore, restore
 from orbax_nnx_handler.cli import main
@@ -272,8 +272,58 @@ def test_one_path_in_two_parts_is_refused(tmp_path: pathlib.Path) -> None:
     first, second = sorted(folder.glob("*.msgpack"))
     second.write_bytes(first.read_bytes())
 
-    with pytest.raises(NotACheckpointError, match="which another part of the weights holds too"):
+    with pytest.raises(NotACheckpointError, match="holds several arrays under one name:\n"):
         read_metadata(folder)
+
+
+BIAS = ("encoder", "layer", "1", "dense", "bias")
+TWO_PARTS: dict[str, tuple[Callable[[pathlib.Path, Any], pathlib.Path], str]] = {
+    "flax_model.msgpack.index.json": (hugging_face.msgpack_in_parts, "/"),
+    "model.safetensors.index.json": (hugging_face.safetensors_in_parts, "."),
+}
+CONTRADICTIONS = {
+    "absent": "{index} says that it lies in {said}, and it does not",
+    "elsewhere": "{index} says that it lies in {said}, and it lies in {held}",
+    "unnamed": "{held} holds it, and {index} does not name it",
+}
+
+
+@pytest.mark.parametrize("policy", ["error", "warn", "init"])
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+@pytest.mark.parametrize("name", TWO_PARTS)
+def test_a_leaf_that_lies_elsewhere_than_the_index_says_is_unreadable_and_never_filled(
+    name: str, case: str, policy: Any, tmp_path: pathlib.Path
+) -> None:
+    write, separator = TWO_PARTS[name]
+    stored = traverse_util.flatten_dict(TREE)
+    if case == "absent":
+        del stored[BIAS]
+    index = write(tmp_path / "model", traverse_util.unflatten_dict(stored)) / name
+    where = json.loads(index.read_text())["weight_map"]
+    held = where.pop(separator.join(BIAS), None)
+    said = next(part for part in where.values() if part != held)
+    if case != "unnamed":
+        where[separator.join(BIAS)] = said
+    index.write_text(json.dumps({"weight_map": where}))
+
+    with pytest.raises(UnreadableLeafError) as raised:
+        restore(index.parent, abstract(TREE), policy=policy, init=lambda: TREE)
+
+    assert "/".join(BIAS) in str(raised.value)
+    assert CONTRADICTIONS[case].format(index=index, said=said, held=held) in str(raised.value)
+
+
+def test_a_text_where_the_index_says_that_an_array_lies_is_not_missing(tmp_path: pathlib.Path) -> None:
+    folder = hugging_face.msgpack_in_parts(tmp_path / "model", {"a": np.ones(2, "f"), "b": np.ones(2, "f")})
+    part = min(folder.glob("*.msgpack"))
+    part.write_bytes(serialization.msgpack_serialize({"a": "text"}))
+
+    with pytest.raises(UnreadableLeafError, match=f"lies in {part.name}, and it does not"):
+        restore(
+            folder,
+            {"a": jax.ShapeDtypeStruct((2,), "f"), "b": jax.ShapeDtypeStruct((2,), "f")},
+            policy="warn",
+        )
 
 
 def test_a_file_cut_short_says_which_leaves_are_lost(tmp_path: pathlib.Path) -> None:

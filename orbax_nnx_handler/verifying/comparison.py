@@ -1,6 +1,7 @@
 """Runs a Linen program and an NNX program on one input, from one checkpoint, and compares them."""
 
 import dataclasses
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Real
@@ -27,7 +28,7 @@ from orbax_nnx_handler.storage.stores.kvstore import files_at
 from orbax_nnx_handler.storage.stores.locations import as_path
 from orbax_nnx_handler.verifying.first_difference import Search
 from orbax_nnx_handler.verifying.recording import Array
-from orbax_nnx_handler.verifying.runs import Compared, Programs, Runs, is_dataclass, is_weight, run_both
+from orbax_nnx_handler.verifying.runs import Compared, Programs, Runs, is_dataclass, run_both
 from orbax_nnx_handler.verifying.verification import (
     MASK,
     TOLERANCE,
@@ -36,7 +37,7 @@ from orbax_nnx_handler.verifying.verification import (
     exceeds,
     same_numbers,
 )
-from orbax_nnx_handler.verifying.weights import on_one_device
+from orbax_nnx_handler.verifying.weights import is_weight, on_one_device
 
 _PATIENCE = 5
 """The time that a search for the reason may take, in times of both programs (and of a second)."""
@@ -139,6 +140,10 @@ _FEATURES = 3
 """Axes of an array of features: example, position, feature."""
 _LEAST, _MOST = 1e-4, 1e4
 """The usual sizes of inputs."""
+_FAR = 1e-3
+"""What is no rounding, wherever in a program."""
+_CHANCE = 1 / 16
+"""The share of numbers that may be equal by chance."""
 
 
 def _size(array: Array) -> float:
@@ -160,15 +165,29 @@ def _untold(runs: Runs, plan: RestorePlan, first: FirstDifference | None) -> Ite
     strange = next((size for size in sizes if size and not _LEAST < size < _MOST), None)
     if strange is not None:
         yield f"an input's numbers are about {strange:.0e}, where weights hardly count: choose some of 1."
-    quiet = [one for one in runs.compared if one.found.differs and one.found.is_certain]
+    calls: dict[Path, list[Compared]] = defaultdict(list)
+    for one in runs.compared:
+        calls[one.path].append(one)
+    certain = [one for one in runs.compared if one.found.is_certain]
+    # What is padding may differ, at some positions or in some calls of a module.
+    quiet = [one for one in certain if one.found.differs or all(map(_is_apart_throughout, calls[one.path]))]
     quiet = [one for one in quiet if not same_numbers(one.linen.outputs, one.nnx.outputs)]
     if first is None and quiet:
         names = fold_paths(one.path for one in quiet)
         yield (
-            f"{names}: the outputs differ from Linen's, and what comes of them is the same: these inputs "
-            "do not tell that the weights are right."
+            f"{names}: the outputs differ from Linen's, and what comes of them is the same: this run does "
+            "not tell that the weights are right. Inputs of little hide it, weights of almost zero behind "
+            "them, or outputs that are the same whatever goes in."
         )
     yield from _without_effect(runs, plan)
+
+
+def _is_apart_throughout(one: Compared) -> bool:
+    """Tells whether a module returns something else nearly everywhere, on whatever inputs."""
+    pairs = [*zip(one.linen.outputs, one.nnx.outputs, strict=False)]
+    if not exceeds(one.found.outputs, _FAR) or any(a.shape != b.shape for a, b in pairs):
+        return False
+    return all(np.isclose(a, b, rtol=_FAR, atol=0).mean() < _CHANCE for a, b in pairs if a.size)
 
 
 def _without_effect(runs: Runs, plan: RestorePlan) -> Iterator[str]:
@@ -211,6 +230,8 @@ _MORE = "Choose inputs of several examples, tokens and positions."
 _MUCH = 1 / 2
 """The share of a weight without an effect that is worth a word."""
 _MOST_GROUPS, _ROUNDED = 8, 1e-6
+_MOST_RUNS = 3
+"""Each takes half of what both programs did."""
 _A_LITTLE = 1e-3
 """What is added to weights to see whether that has an effect: a unit of a relu that is off stays off."""
 
@@ -220,8 +241,8 @@ def _idle(
 ) -> tuple[list[Path], list[Path]]:
     """Returns the weights that change nothing of the outputs, and those of which a large part does not."""
     if slopes is None:
-        wholes = [] if runs.hidden and runs.depend_on(dict.fromkeys(runs.hidden, 1)) else list(runs.hidden)
-        return wholes, []
+        idle = [group for group in _unseen(runs, plan) if not runs.depend_on(dict.fromkeys(group, 1))]
+        return [*itertools.chain(*idle)], []
     least = _ROUNDED * max((float(np.abs(slope).max(initial=0)) for slope in slopes.values()), default=0.0)
     without = {path: np.abs(slope) <= least for path, slope in slopes.items() if path in plan.restored}
     masks = {path: mask for path, zero in without.items() if (mask := _slices(path, zero)) is not None}
@@ -234,6 +255,20 @@ def _idle(
     sure = [group for group in several if group is masks or not runs.depend_on(group)]
     found = [path for path in masks if any(path in group for group in sure)]
     return [path for path in found if masks[path].all()], [path for path in found if not masks[path].all()]
+
+
+def _unseen(runs: Runs, plan: RestorePlan) -> list[list[Path]]:
+    """Returns the weights whose use no call of a module shows, each group to be tried by itself.
+
+    They are those in no module that was called, and what a program counts itself, as statistics, which a
+    module in training has and does not use.
+    """
+    groups: dict[Path, list[Path]] = defaultdict(list)
+    for path in runs.hidden:
+        groups[path[:-1]].append(path)
+    states = [path for path in runs.states if path in plan.restored and path not in runs.hidden]
+    found = [*groups.values()] if len(groups) <= _MOST_RUNS else [[*runs.hidden]]
+    return [*found, *([states] if states else [])]
 
 
 def _slopes(runs: Runs) -> Mapping[Path, Array] | None:

@@ -301,7 +301,7 @@ def run_nnx(
     Returns:
         What it returns, the calls of its modules, and whether the first of them was one of the model's.
     """
-    recorder = Recorder()
+    recorder, others = Recorder(), list[Any]()
 
     def path_of(module: Any) -> Path | None:
         path = getattr(module, _PATH, None)
@@ -311,6 +311,7 @@ def run_nnx(
             path = locate(module, recorder.running[-1][1] if recorder.running else ())
             if path is not None:
                 _mark(module, path)
+                others.append(module)
         return path
 
     def recorded(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -334,7 +335,8 @@ def run_nnx(
             recorder.program(function, args, result)
         return result, recorder.calls(), recorder.is_model_used
     finally:
-        _unmark(model)
+        for module in (model, *others):
+            _unmark(module)
 
 
 def _modules(model: Any) -> Iterator[tuple[Path, Any]]:

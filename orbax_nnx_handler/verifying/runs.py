@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import flax.errors
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import nnx
@@ -37,6 +36,9 @@ from orbax_nnx_handler.verifying.verification import (
 from orbax_nnx_handler.verifying.weights import (
     LinenWeights,
     find_nnx,
+    flat_state,
+    is_other,
+    is_weight,
     locate_stored,
     path_above,
     restore_linen,
@@ -199,6 +201,12 @@ class Runs:
         """What both were called with."""
         return self.programs.inputs
 
+    @property
+    def states(self) -> Sequence[Path]:
+        """The leaves of floats that no optimizer trains, as batch statistics."""
+        flat = flat_state(self.runner.model)
+        return [path for path, leaf in flat if is_weight(leaf) and not isinstance(leaf, nnx.Param)]
+
     def depend_on(self, weights: Mapping[Path, Any]) -> bool:
         """Tells whether the NNX program returns something else with other values of some weights.
 
@@ -293,31 +301,27 @@ def _run_linen(checkpoint: Checkpoint, plan: RestorePlan, programs: Programs) ->
 
 def _depends(programs: Programs, model: Any, found: Any, weights: Mapping[Path, Any] | None = None) -> bool:
     """Tells whether the NNX program returns something else with other weights, all or some of them."""
-    graph, state = cast("tuple[Any, Any]", nnx.split(model))
-    flat = cast("Iterable[tuple[Path, Any]]", nnx.to_flat_state(state))
-    added = {tuple(path): 1 if weights is None else weights.get(tuple(path), 0) for path, _ in flat}
-    changed = [
-        (path, leaf.replace(leaf.get_value() + added[tuple(path)]) if is_weight(leaf) else leaf)
-        for path, leaf in flat
-    ]
-    merged = nnx.merge(graph, nnx.from_flat_state(cast(Any, changed)))
+
+    def changed(path: Path, leaf: Any) -> Any:
+        return leaf.replace(leaf.get_value() + (1 if weights is None else weights.get(path, 0)))
+
+    flat = [(path, changed(path, leaf) if is_weight(leaf) else leaf) for path, leaf in flat_state(model)]
+    merged = nnx.merge(nnx.graphdef(model), nnx.from_flat_state(cast(Any, flat)))
     other, _, _ = _run_nnx(programs, merged, ())
     pairs = zip(jax.tree.leaves(_opened(found)), jax.tree.leaves(_opened(other)), strict=True)
     return any(not np.array_equal(one, two) for one, two in pairs)
 
 
-def is_weight(leaf: Any) -> bool:
-    """Tells whether a Variable holds floats."""
-    return isinstance(leaf, nnx.Variable) and bool(jnp.issubdtype(cast(Any, leaf).dtype, jnp.floating))
-
-
 def _run_nnx(programs: Programs, model: Any, wanted: Sequence[Path]) -> tuple[Any, list[Call], bool]:
-    inputs = programs.inputs
+    inputs, own = programs.inputs, dict(flat_state(model))
 
     def locate(module: Any, above: Path) -> Path | None:
-        state = cast(Any, nnx.state(module))
-        variables = [tuple(path) for path, _ in cast("Iterable[tuple[Path, Any]]", nnx.to_flat_state(state))]
-        return find_nnx(wanted, variables, above)
+        variables = flat_state(module)
+        place = find_nnx(wanted, [path for path, _ in variables], above)
+        # With other weights it is no module of this model: nothing shows those that lie in its place.
+        if place is None or any(is_other(own.get((*place, *at)), leaf) for at, leaf in variables):
+            return None
+        return place
 
     try:
         return run_nnx(programs.nnx, model, *inputs, locate=locate)

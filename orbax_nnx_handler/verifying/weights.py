@@ -7,6 +7,8 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+from jax.core import Tracer
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from orbax_nnx_handler.planning.core.paths import Path, nested, segments
@@ -183,3 +185,24 @@ def find_nnx(wanted: Iterable[Path], variables: Iterable[Path], above: Path) -> 
         }
         found = ends if found is None else found & ends
     return found.pop() if found and len(found) == 1 else None
+
+
+def flat_state(module: Any) -> list[tuple[Path, Any]]:
+    """Returns the Variables of a module by path."""
+    flat = cast("Iterable[tuple[Path, Any]]", nnx.to_flat_state(cast(Any, nnx.state(module))))
+    return [(tuple(path), leaf) for path, leaf in flat]
+
+
+def is_other(own: Any, leaf: Any) -> bool:
+    """Tells whether a Variable holds other floats than the model's own; a layer of it does not."""
+    if own is None or not is_weight(leaf):
+        return False
+    one, two = own.get_raw_value(), leaf.get_raw_value()
+    if one is two or isinstance(two, Tracer) or one.shape != two.shape or one.dtype != two.dtype:
+        return False
+    return not np.array_equal(one, two, equal_nan=True)
+
+
+def is_weight(leaf: Any) -> bool:
+    """Tells whether a Variable holds floats."""
+    return isinstance(leaf, nnx.Variable) and bool(jnp.issubdtype(leaf.dtype, jnp.floating))

@@ -32,12 +32,13 @@ from orbax_nnx_handler.verifying.runs import Compared, Programs, Runs, is_datacl
 from orbax_nnx_handler.verifying.verification import (
     MASK,
     TOLERANCE,
+    Distance,
     FirstDifference,
     Verification,
     exceeds,
     same_numbers,
 )
-from orbax_nnx_handler.verifying.weights import is_weight, on_one_device
+from orbax_nnx_handler.verifying.weights import flat_state, is_weight, on_one_device
 
 _PATIENCE = 5
 """The time that a search for the reason may take, in times of both programs (and of a second)."""
@@ -79,7 +80,7 @@ def verify(
             dict for each, below its keys.
         nnx_apply: Called with the restored target and the inputs. It returns what `linen_apply`
             does: arrays of the same shapes in the same structure.
-        inputs: What both are called with; a batch of one or two and a few tokens tell enough.
+        inputs: What both are called with; two examples of some thirty different tokens tell enough.
         renames: See `plan_restore`.
         tolerance: What the largest difference of two output elements may be, divided by the larger of
             the element and the mean magnitude of its array; by default 1e-5, or what the outputs'
@@ -120,20 +121,27 @@ def compared(runs: Runs, plan: RestorePlan, tolerance: float | None = None) -> V
         restored=plan.restored,
         seconds=_PATIENCE * (runs.seconds + 1),
     )
-    outputs = runs.outputs
-    allowed = max(TOLERANCE, outputs.coarse) if tolerance is None else tolerance
-    equal = outputs.relative <= allowed
+    # One output of few digits says nothing about those beside it.
+    allowed = [max(TOLERANCE, one.coarse) if tolerance is None else tolerance for one in runs.outputs]
+    worst = max(zip(runs.outputs, allowed, strict=True), key=_excess)
+    equal = worst[0].relative <= worst[1]
     first = search.first() or search.set_up_otherwise(whatever=not equal)
     return Verification(
         equal=equal,
-        relative=outputs.relative,
-        absolute=outputs.absolute,
-        tolerance=allowed,
+        relative=worst[0].relative,
+        absolute=max(one.absolute for one in runs.outputs),
+        tolerance=worst[1],
         directory=plan.directory,
         modules=tuple(one.found for one in runs.compared),
         first=first,
         remarks=tuple(_remarks(equal, first, runs, plan)),
     )
+
+
+def _excess(output: tuple[Distance, float]) -> tuple[float, float]:
+    """Returns how much of what it may be apart an output is apart."""
+    distance, allowed = output
+    return distance.relative / max(allowed, float(np.finfo(np.float32).tiny)), distance.relative
 
 
 _FEATURES = 3
@@ -161,6 +169,8 @@ def _untold(runs: Runs, plan: RestorePlan, first: FirstDifference | None) -> Ite
     # One that is the same throughout beside others is a mask or a type, but for features.
     if flat and (len(flat) == len(numbers) or any(array.ndim == _FEATURES for array in flat)):
         yield "an input is one number throughout, which tells little of the weights: choose random inputs."
+    if any(np.array_equal(one, two) for one, two in itertools.combinations(numbers, 2)):
+        yield "two inputs are the same, so what is told of the one may be the other's: choose different ones."
     sizes = [_size(array) for array in numbers if array.dtype.kind == "f"]
     strange = next((size for size in sizes if size and not _LEAST < size < _MOST), None)
     if strange is not None:
@@ -195,8 +205,9 @@ def _without_effect(runs: Runs, plan: RestorePlan) -> Iterator[str]:
     has_floats = bool(_floats_in(runs.returned))
     if not has_floats:
         yield "the outputs hold no floats, so small differences do not show: let both return logits."
-    # Slopes take several times what the programs do, and many tokens hardly leave a weight untold.
-    slopes = _slopes(runs) if has_floats and _are_few(runs.inputs) else None
+    # Slopes take several times what the programs do. Many tokens hardly leave a weight untold, unless what
+    # comes of it is multiplied by nothing.
+    slopes = _slopes(runs) if has_floats and (_are_few(runs.inputs) or _are_near_zero(runs)) else None
     wholes, parts = _idle(runs, slopes, plan)
     if wholes:
         more = f" {_MORE}" if not {*wholes} <= {*runs.hidden} else ""
@@ -214,22 +225,40 @@ def _are_few(inputs: Sequence[Any]) -> bool:
     arrays = [array for array in arrays if array.dtype.kind in "iuf"]
     arrays = [array for array in arrays if array.ndim > 1] or arrays  # Lengths and times stand beside them.
     return any(
-        _positions(array) < _FEW or 1 in array.shape[1 : array.ndim - (array.dtype.kind == "f")]
+        _positions(array) < _FEW
+        or 1 in array.shape[1 : array.ndim - (array.dtype.kind == "f")]
+        or (array.ndim > 1 + (array.dtype.kind == "f") and _positions(array[:1]) < 2)
         for array in arrays
     )
 
 
+def _are_near_zero(runs: Runs) -> bool:
+    """Tells whether some weight, or a layer of it, is so small that what comes before it has no effect."""
+    flat = [(path, leaf.get_value()) for path, leaf in flat_state(runs.runner.model) if is_weight(leaf)]
+    factors = [value for path, value in flat if value.size and "bias" not in concepts(segments(path))]
+    return any(_size_of_smallest(value) < _HARDLY for value in factors)
+
+
+def _size_of_smallest(value: Any) -> float:
+    """Returns the largest magnitude in a weight; the smallest of those in its slices along the first axis."""
+    axes = tuple(range(1, value.ndim)) if value.ndim > 1 else None
+    return float(jnp.maximum(value.max(axis=axes), -value.min(axis=axes)).min())
+
+
+_HARDLY = 1e-3
+
+
 def _positions(array: Array) -> int:
-    """Returns how many positions an array has; of floats, whose last axis is features, different ones."""
+    """Returns how many positions an array has that differ; the last axis of floats is features."""
     if array.dtype.kind != "f" or array.ndim < 2 or not array.size:
-        return array.size
+        return len(np.unique(array))
     return len(np.unique(array.reshape(-1, array.shape[-1])[:_ENOUGH], axis=0))
 
 
 _MORE = "Choose inputs of several examples, tokens and positions."
 _MUCH = 1 / 2
 """The share of a weight without an effect that is worth a word."""
-_MOST_GROUPS, _ROUNDED = 8, 1e-6
+_MOST_GROUPS, _ROUNDED = 8, 1e-5
 _MOST_RUNS = 3
 """Each takes half of what both programs did."""
 _A_LITTLE = 1e-3

@@ -48,6 +48,8 @@ _MOST_AXES = 5
 
 MASK = 1e6
 """Values beyond it are a mask's, and say nothing about how large the others are."""
+_LARGE = 1e3
+"""From here on, a number that comes several times is a mask's too."""
 
 
 _COARSE = {"bfloat16": 2e-2, "float16": 2e-3}
@@ -83,12 +85,24 @@ def distance(reference: Array, other: Array) -> tuple[float, float]:
         apart[(a == b) | (np.isnan(a) & np.isnan(b))] = 0
         if not np.isfinite(apart).all():
             return float("inf"), float("inf")
+        if {reference.dtype.kind, other.dtype.kind} <= set("biu"):
+            return float(apart.max()), float(
+                apart.max()
+            )  # Of the words 200000 and 200001 none is nearly right.
         size = np.abs(a)
-        usual = size[size < MASK]
+        usual = _usual(size)
         mean = float(usual.mean(dtype=np.float64)) if usual.size else 1.0
         relative = apart / np.maximum(size, max(mean, float(np.finfo(np.float32).tiny)))
         relative[apart == 0] = 0  # Where both are no number too.
     return float(relative.max()), float(apart.max())
+
+
+def _usual(size: Array) -> Array:
+    """Returns magnitudes without a mask's: beyond all numbers, or large and several times the same."""
+    usual = size[size < MASK]
+    while usual.size and (largest := usual.max()) >= _LARGE and 1 < (usual == largest).sum() < usual.size:
+        usual = usual[usual < largest]
+    return usual
 
 
 def _numbers(array: Array) -> Array:

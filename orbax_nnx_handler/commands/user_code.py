@@ -1,6 +1,7 @@
 """What the user's own modules hold, as an argument names it: the factory of a target, a pair of programs."""
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import importlib
@@ -190,7 +191,9 @@ def _load_module(place: str) -> ModuleType:
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
-        return _load_file(_existing(place)) if place.endswith(".py") else importlib.import_module(place)
+        # What it prints meanwhile is no part of what a command says, which may be JSON.
+        with contextlib.redirect_stdout(sys.stderr):
+            return _load_file(_existing(place)) if place.endswith(".py") else importlib.import_module(place)
     except UsageError:
         raise
     except (Exception, SystemExit) as error:

@@ -88,6 +88,7 @@ class Settling:
         """
         answers: list[int | None] = [None] * len(self.suggestion.questions)
         changes: list[Remade] = []
+        kept = answers[:], changes[:]
         rules, restored = self._rules(answers, changes), frozenset[Path]()
         verification = linen = None
         for _ in range(_MOST_RUNS):
@@ -95,12 +96,12 @@ class Settling:
                 plan, parts = self._decided(rules)
             except RestoreError as error:
                 if restored:
-                    break
+                    return self._with(*kept, None)
                 words = f"not run: {str(error).splitlines()[0]}"
                 return dataclasses.replace(self.suggestion, proof=words)
             if not plan.restored or not plan.restored.keys() >= restored:
-                break
-            restored = frozenset(plan.restored)
+                return self._with(*kept, None)  # A proof of one module is none where another loses its own.
+            restored, kept = frozenset(plan.restored), (answers[:], changes[:])
             runs = run_both(self.checkpoint, plan, parts, self.programs, self.init, linen)
             linen = runs.linen
             ways = self._answer(answers, changes, plan, runs)
@@ -111,7 +112,7 @@ class Settling:
                     break
                 self._answer_by(verification.first, answers, ways, runs)
                 if (found := self._rules(answers, changes)) == rules:
-                    changes += _made_otherwise(verification.first)
+                    changes += _made_otherwise(verification.first, plan)
                     found = self._rules(answers, changes)
                 if found == rules:
                     break
@@ -155,7 +156,8 @@ class Settling:
     def _may_tell(self, one: Compared, number: int) -> bool:
         """Tells whether a module may answer a question: not one whose outputs come in another order too."""
         question = self.suggestion.questions[number]
-        return question.about != "how" or not any(leaf[:-1] == one.path for leaf in question.wanted)
+        inside = not one.path or not any(leaf[:-1] == one.path for leaf in question.wanted)
+        return question.about != "how" or inside  # The whole program's are what the caller compares.
 
     def _ways(
         self, number: int, answers: Sequence[int | None], changes: Sequence[Remade], plan: RestorePlan
@@ -263,10 +265,18 @@ class Settling:
         )
 
 
-def _made_otherwise(first: FirstDifference) -> list[Remade]:
-    """Returns how outputs prove that weights have to be made of the first module that differs."""
-    layer = first.module.nnx.layer
-    return [Remade(leaf=leaf, layer=layer, recipe=recipe) for leaf, recipe in first.changes.items()]
+def _made_otherwise(first: FirstDifference, plan: RestorePlan) -> list[Remade]:
+    """Returns how outputs prove that weights have to be made of the first module that differs.
+
+    A leaf whose weights they take gets theirs: two modules were exchanged.
+    """
+    layer, restored = first.module.nnx.layer, plan.restored
+    made = dict(first.changes)
+    for leaf, item in restored.items() if layer is None else ():
+        takers = [path for path, recipe in first.changes.items() if recipe == item.recipe and path != leaf]
+        if takers and leaf not in made and item.wanted.shape == restored[takers[0]].wanted.shape:
+            made[leaf] = restored[takers[0]].recipe
+    return [Remade(leaf=leaf, layer=layer, recipe=recipe) for leaf, recipe in made.items()]
 
 
 def _touches(one: Compared, ways: _Ways) -> bool:

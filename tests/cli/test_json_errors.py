@@ -118,3 +118,11 @@ def test_what_the_factory_s_own_module_prints_is_no_part_of_the_json(cli, root, 
     assert said.status == 0
     assert said.json["fits"] is True
     assert said.err == "loading\nmade\n"
+
+
+def test_what_a_file_of_rules_prints_is_no_part_of_it(cli, tmp_path) -> None:
+    (tmp_path / "rules.py").write_text("print('loading')\nRULES = []\n")
+    said = cli("plan", NOWHERE, MAKE, "--rules", f"{tmp_path / 'rules.py'}:RULES", "--json")
+
+    assert list(said.json) == ["error"]
+    assert said.err == "loading\n"

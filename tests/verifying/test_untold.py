@@ -1,0 +1,247 @@
+"""Equal outputs that prove nothing: of weights without an effect, or of what did not run."""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+
+from orbax_nnx_handler import Fuse, Verification, from_linen, suggest, verify
+
+EXCHANGED = [("a", "b"), ("b", "a")]
+INPUT = jax.random.normal(jax.random.key(1), (3, 10, 8))
+
+
+class LinenPair(nn.Module):
+    after: Callable[[Any], Any] = lambda x: x
+
+    @nn.compact
+    def __call__(self, x):
+        return self.after(nn.Dense(8, name="b")(nn.gelu(nn.Dense(8, name="a")(x))))
+
+
+class Pair(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs, after: Callable[[Any], Any] = lambda x: x):
+        self.a, self.b = nnx.Linear(8, 8, rngs=rngs), nnx.Linear(8, 8, rngs=rngs)
+        self.after = after
+
+    def __call__(self, x):
+        return self.after(self.b(nnx.gelu(self.a(x))))
+
+
+def save(path: pathlib.Path, variables: Any) -> pathlib.Path:
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path / "checkpoint", variables)
+    return path / "checkpoint"
+
+
+def pair(path: pathlib.Path, after: Callable[[Any], Any], **changed: Any) -> Verification:
+    checkpoint = save(path, LinenPair().init(jax.random.key(0), INPUT))
+    given = {
+        "linen_apply": LinenPair(after).apply,
+        "nnx_apply": lambda model, x: model(x),
+        "inputs": (INPUT,),
+        "renames": EXCHANGED,
+    }
+    return verify(checkpoint, nnx.eval_shape(lambda: Pair(nnx.Rngs(0), after)), **given | changed)
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        lambda x: x * 0,
+        lambda x: jax.nn.relu(x - 1e3),
+        lambda x: jax.nn.sigmoid(x + 99),
+        lambda x: jnp.sign(x + 1e3),
+    ],
+    ids=["zeros", "dead", "saturated", "signs"],
+)
+def test_outputs_that_hide_two_exchanged_modules_are_said_to(tmp_path: pathlib.Path, after: Any):
+    found = pair(tmp_path, after)
+
+    assert found.equal
+    assert any(remark.startswith("a, b: the outputs differ from Linen's") for remark in found.remarks), (
+        found.remarks
+    )
+
+
+@pytest.mark.parametrize("mask", [-1e4, -1e5, -1e9])
+def test_a_mask_of_any_size_hides_no_difference(tmp_path: pathlib.Path, mask: float):
+    def masked(x: Any) -> Any:
+        return x.at[..., ::2].set(mask)
+
+    rough = pair(
+        tmp_path, masked, renames=(), nnx_apply=lambda model, x: masked(model.b(jax.nn.relu(model.a(x))))
+    )
+
+    assert not rough.equal
+
+
+def test_an_output_of_few_digits_says_nothing_about_those_beside_it(tmp_path: pathlib.Path):
+    found = pair(
+        tmp_path,
+        lambda x: x,
+        renames=(),
+        linen_apply=lambda variables, x: (y := LinenPair().apply(variables, x), y.astype(jnp.bfloat16)),
+        nnx_apply=lambda model, x: (y := model(x) * (1 + 1e-3), y.astype(jnp.bfloat16)),
+    )
+
+    assert not found.equal
+    assert found.tolerance == 1e-5
+
+
+def test_whole_numbers_are_the_same_or_not(tmp_path: pathlib.Path):
+    words = jnp.array([250_000, 7])
+    found = pair(
+        tmp_path,
+        lambda x: x,
+        renames=(),
+        linen_apply=lambda variables, x: (LinenPair().apply(variables, x), words),
+        nnx_apply=lambda model, x: (model(x), words + jnp.array([1, 0])),
+    )
+
+    assert not found.equal
+
+
+def test_two_inputs_that_are_the_same_are_named(tmp_path: pathlib.Path):
+    found = pair(
+        tmp_path,
+        lambda x: x,
+        renames=(),
+        linen_apply=lambda variables, x, y: LinenPair().apply(variables, x + y),
+        nnx_apply=lambda model, x, y: model(x + y),
+        inputs=(INPUT, INPUT),
+    )
+
+    assert [remark for remark in found.remarks if remark.startswith("two inputs are the same")]
+
+
+def test_another_model_is_refused_however_often_it_runs_and_is_left_as_it_was(tmp_path: pathlib.Path):
+    variables = LinenPair().init(jax.random.key(0), INPUT)
+    other = from_linen(variables, Pair(nnx.Rngs(0)))
+    before = nnx.graphdef(other)
+    for name in ("first", "second"):
+        with pytest.raises(Exception, match="the same whatever the weights"):
+            pair(tmp_path / name, lambda x: x, nnx_apply=lambda _, x: other(x))
+
+    assert nnx.graphdef(other) == before
+
+
+def test_weights_in_the_place_of_which_another_models_run_are_named(tmp_path: pathlib.Path):
+    other = from_linen(LinenPair().init(jax.random.key(0), INPUT), Pair(nnx.Rngs(0)))
+
+    def both(model: Any, x: Any) -> Any:
+        return other.b(nnx.gelu(model.a(x)))
+
+    found = pair(tmp_path, lambda x: x, nnx_apply=both, renames=())
+
+    assert found.equal
+    (remark,) = found.remarks
+    assert "they do not depend on: b/bias, b/kernel." in remark
+
+
+class LinenNormed(nn.Module):
+    @nn.compact
+    def __call__(self, x, train: bool):
+        x = nn.BatchNorm(not train, name="one")(x)
+        return nn.BatchNorm(not train, name="two")(nn.Dense(8, name="dense")(x))
+
+
+class Normed(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.one, self.two = nnx.BatchNorm(8, rngs=rngs), nnx.BatchNorm(8, rngs=rngs)
+        self.dense = nnx.Linear(8, 8, rngs=rngs)
+
+    def __call__(self, x):
+        return self.two(self.dense(self.one(x)))
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_statistics_that_training_does_not_use_are_named(tmp_path: pathlib.Path, train: bool):
+    def linen(variables: Any, x: Any) -> Any:
+        found = LinenNormed().apply(variables, x, train, mutable=["batch_stats"])
+        return found[0]
+
+    def ours(model: Any, x: Any) -> Any:
+        (model.train if train else model.eval)()
+        return model(x)
+
+    checkpoint = save(tmp_path, LinenNormed().init(jax.random.key(0), INPUT, True))
+    found = verify(checkpoint, nnx.eval_shape(lambda: Normed(nnx.Rngs(0))), linen, ours, (INPUT,))
+
+    assert found.equal
+    named = [remark for remark in found.remarks if "one/mean" in remark and "two/var" in remark]
+    assert bool(named) == train
+
+
+class LinenBranch(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        y = nn.LayerNorm(name="norm")(x)
+        q, k, v = (nn.Dense(8, name=name)(y) for name in ("query", "key", "value"))
+        y = nn.Dense(8, name="out")(nn.softmax(q @ k.swapaxes(-1, -2)) @ v)
+        return x + y * self.param("gamma", nn.initializers.ones, (8,))
+
+
+class Branch(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.norm, self.qkv = nnx.LayerNorm(8, rngs=rngs), nnx.Linear(8, 24, rngs=rngs)
+        self.out, self.gamma = nnx.Linear(8, 8, rngs=rngs), nnx.Param(jnp.ones(8))
+
+    def __call__(self, x):
+        k, q, v = jnp.split(self.qkv(self.norm(x)), 3, -1)
+        return x + self.out(nnx.softmax(q @ k.swapaxes(-1, -2)) @ v) * self.gamma[...]
+
+
+@pytest.mark.parametrize("hidden", ["out", "gamma", "tiny gamma", ""])
+def test_an_order_is_not_proved_behind_weights_of_zero(tmp_path: pathlib.Path, hidden: str):
+    variables = LinenBranch().init(jax.random.key(0), INPUT)
+    params = variables["params"]
+    if hidden == "out":
+        params["out"]["kernel"] *= 0
+    elif hidden:
+        params["gamma"] *= 1e-6 if "tiny" in hidden else 0
+    given = LinenBranch().apply, lambda model, x: model(x), (INPUT,)
+    found = suggest(save(tmp_path, variables), nnx.eval_shape(lambda: Branch(nnx.Rngs(0))), verify=given)
+
+    fused = [rule.patterns[0] for rule in found.renames if isinstance(rule, Fuse)]
+    assert (found.confidence == "certain") == (not hidden)
+    assert hidden or fused == ["key/bias", "key/kernel"]
+
+
+class LinenNorms(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.LayerNorm(name="pre_norm")(x)
+        return nn.LayerNorm(name="post_norm")(nn.Dense(8, name="dense")(x))
+
+
+class Norms(nnx.Module):
+    """Calls the norm at its end what its name denies."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.norm_in, self.norm_out = nnx.LayerNorm(8, rngs=rngs), nnx.LayerNorm(8, rngs=rngs)
+        self.dense = nnx.Linear(8, 8, rngs=rngs)
+
+    def __call__(self, x):
+        return self.norm_in(self.dense(self.norm_out(x)))
+
+
+def test_weights_that_a_module_gives_up_are_not_lost(tmp_path: pathlib.Path):
+    variables = LinenNorms().init(jax.random.key(0), INPUT)
+    random = np.random.default_rng(0)
+    variables = jax.tree.map(lambda leaf: leaf + random.normal(size=leaf.shape).astype("f"), variables)
+    given = LinenNorms().apply, lambda model, x: model(x), (INPUT,)
+    found = suggest(save(tmp_path, variables), nnx.eval_shape(lambda: Norms(nnx.Rngs(0))), verify=given)
+
+    assert found.confidence == "certain"
+    assert {(rule.pattern, rule.replacement) for rule in found.renames} == {
+        ("pre_norm", "norm_out"),
+        ("post_norm", "norm_in"),
+    }

@@ -216,8 +216,13 @@ class Workers:
         """Has expected work done."""
         if self._pool is None:
             self._do(work)
-        else:
+            return
+        try:
             self._pool.submit(self._do, work)
+        except RuntimeError:
+            # What a store answers after the reading was given up is wanted by nobody.
+            if not self.failed:
+                raise
 
     def _do(self, work: Callable[[], None]) -> None:
         try:

@@ -156,6 +156,7 @@ def _first_set(names: tuple[str, ...]) -> str | None:
     return next((os.environ[name] for name in names if os.environ.get(name)), None)
 
 
+_BYTES = re.compile(r"\[\d+, ?\d+\)|\b(size|length) \d+|\b\d+ (out of \d+ )?bytes", re.IGNORECASE)
 _DENIED = re.compile(r"\b403\b|forbidden|PERMISSION_DENIED|AccessDenied", re.IGNORECASE)
 _NOT_LOGGED_IN = re.compile(
     r"\b401\b|UNAUTHENTICATED|anonymous|credential|unauthorized|reauth|InvalidAccessKeyId|SignatureDoesNotMatch",
@@ -202,8 +203,8 @@ def reason_and_hint(
     text = _CODE.sub(r" (HTTP \1)", _DETAILS.sub("", str(error))).strip().splitlines()
     reason = f"{type(error).__name__}: {text[0] if text else 'no reason is given'}".removesuffix(".")
     key = os.fspath(path).rpartition("://")[2].partition("/")[2]
-    # A step's number is no status code.
-    said = str(error).replace(key, "") if key else str(error)
+    # Neither a step's number is a status code, nor one of bytes.
+    said = _BYTES.sub("", str(error).replace(key, "") if key else str(error))
     return reason, _hint(os.fspath(path), error, f"{type(error).__name__} {said}", rights or _RIGHTS)
 
 

@@ -14,6 +14,7 @@ from orbax_nnx_handler.storage.reading import engine, read_arrays, read_values
 from orbax_nnx_handler.storage.reading.base_store import LocalData
 from orbax_nnx_handler.storage.reading.byte_plan import DISK
 from orbax_nnx_handler.storage.reading.engine import Task, read_pieces
+from orbax_nnx_handler.storage.reading.memory import Workers
 from tests.storage.checkpoints import FORMATS, DiskFormat, as_remote, save
 from tests.storage.jobs import plain_jobs
 from tests.storage.reading.networks import behind_a_network
@@ -358,3 +359,14 @@ def test_a_shard_whose_index_points_elsewhere_is_refused_though_its_one_chunk_fi
 
     with pytest.raises(UnreadableLeafError, match="the index of the shard points elsewhere"):
         read_values(as_remote(checkpoint, listed=True) if remote else checkpoint, [("params", "w")])
+
+
+def test_what_is_answered_after_a_reading_was_given_up_is_wanted_by_nobody():
+    done: list[str] = []
+    with pytest.raises(KeyboardInterrupt), Workers(1) as workers:
+        workers.expect()
+        raise KeyboardInterrupt
+
+    workers.submit(lambda: done.append("late"))  # From a thread of the store's.
+
+    assert done == []

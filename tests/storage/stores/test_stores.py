@@ -166,9 +166,13 @@ class HttpError(Exception):
             ValueError("OUT_OF_RANGE: byte range [0, 4010) was not satisfied"),
             "the store's answer is not whole",
         ),
+        (
+            ValueError("OUT_OF_RANGE: byte range [0, 502) was not satisfied by response of size 403"),
+            "the store's answer is not whole",
+        ),
         (HttpError("what nobody expects"), "check the URL"),
     ],
-    ids=range(11),
+    ids=range(12),
 )
 def test_a_store_s_refusal_is_one_sentence_with_a_hint_that_fits(error, hint):
     message = str(cannot_read("gs://bucket/run/503/_METADATA", error))

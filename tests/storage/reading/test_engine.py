@@ -363,9 +363,9 @@ def test_a_shard_whose_index_points_elsewhere_is_refused_though_its_one_chunk_fi
 
 def test_what_is_answered_after_a_reading_was_given_up_is_wanted_by_nobody():
     done: list[str] = []
-    with pytest.raises(KeyboardInterrupt), Workers(1) as workers:
-        workers.expect()
-        raise KeyboardInterrupt
+    workers = Workers(1)
+    workers.expect()
+    workers.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
 
     workers.submit(lambda: done.append("late"))  # From a thread of the store's.
 

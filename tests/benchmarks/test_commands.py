@@ -21,12 +21,15 @@ _TESTED = {
     "in_memory",
     "simulate",
     "verify",
+    "suggesting",
 }
 # Not benchmarks by themselves: one trial, a bucket, and the tables and plots of results.
 _OTHER = {"trial", "tables", "bucket", "plots"}
 
 
-@pytest.mark.parametrize("name", ["convert", "command_line", "accelerator", "in_memory", "verify"])
+@pytest.mark.parametrize(
+    "name", ["convert", "command_line", "accelerator", "in_memory", "verify", "suggesting"]
+)
 def test_a_benchmark_checks_what_it_measures(name: str, tmp_path: pathlib.Path) -> None:
     toys.check(name, tmp_path)
 

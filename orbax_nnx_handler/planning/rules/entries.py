@@ -6,7 +6,7 @@ import functools
 import operator
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -153,6 +153,84 @@ class Entry:
         starts = range(len(names) - len(own)) if own else ()
         start = next((at for at in starts if names[at : at + len(own)] == own), None)
         return None if start is None else (start + len(own), canonical(names[:start]))
+
+
+class PathIndex:
+    """Which of many paths hold a segment, and some that held it before they were changed."""
+
+    def __init__(self, paths: Iterable[Names]) -> None:
+        self._holding: dict[str, set[int]] = defaultdict(set)
+        for at, path in enumerate(paths):
+            self.add(at, path)
+
+    def add(self, at: int, path: Names) -> None:
+        """Takes note of what a path is called now."""
+        for segment in path:
+            self._holding[segment].add(at)
+
+    def holding_all(self, segments: Iterable[str]) -> list[int]:
+        """Returns the paths that may hold each of some segments."""
+        fewest, *others = sorted((self._holding.get(one, set[int]()) for one in segments), key=len)
+        return sorted(fewest.intersection(*others))
+
+    def holding_any(self, accepts: Callable[[str], object]) -> list[int]:
+        """Returns the paths that may hold some segment that is accepted."""
+        found = (held for segment, held in self._holding.items() if accepts(segment))
+        return sorted(set[int]().union(*found))
+
+
+Called = Callable[[Entry], Names]
+
+
+def whole_of(entry: Entry) -> tuple[str, ...]:
+    """Returns the whole path of an entry."""
+    return entry.whole
+
+
+class Entries(list[Entry]):
+    """Stored leaves as rules meet them, indexed by the segments of their paths once several rules have asked.
+
+    A rename leaves each in its place, so that what comes of it shares the index: that only grows.
+
+    Attributes:
+        changed: What the last rename has made, by place.
+    """
+
+    def __init__(self, entries: Iterable[Entry], changed: Mapping[int, Entry] | None = None) -> None:
+        super().__init__(entries)
+        self.changed: Mapping[int, Entry] = changed or {}
+        self._asked: dict[Called, int] = {}
+        self._indices: dict[Called, PathIndex] = {}
+
+    @classmethod
+    def of(cls, entries: Sequence[Entry]) -> "Entries":
+        """Returns entries as such a list."""
+        return entries if isinstance(entries, cls) else cls(entries)
+
+    def index_of(self, called: Called) -> PathIndex | None:
+        """Returns the index of what the entries are called; None where a look at each is as quick."""
+        self._asked[called] = self._asked.get(called, 0) + 1
+        if called not in self._indices and self._asked[called] > _LOOKS:
+            self._indices[called] = PathIndex(map(called, self))
+        return self._indices.get(called)
+
+    def holding(self, names: Names) -> Sequence[int]:
+        """Returns the places of the entries that may hold all of some segments."""
+        index = self.index_of(whole_of)
+        return range(len(self)) if index is None else index.holding_all(names)
+
+    def with_changes(self, changed: Mapping[int, Entry]) -> "Entries":
+        """Returns the entries with others in some places."""
+        found = Entries(self, changed)
+        found._asked, found._indices = dict(self._asked), dict(self._indices)
+        for at, entry in changed.items():
+            found[at] = entry
+            for called, index in self._indices.items():
+                index.add(at, called(entry))
+        return found
+
+
+_LOOKS = 3
 
 
 def model_entries(placements: Iterable[Placement]) -> list[Entry]:

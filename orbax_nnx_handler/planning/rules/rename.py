@@ -8,13 +8,13 @@ import dataclasses
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, cast
 
 from orbax_nnx_handler.planning.core.errors import RuleError, check_kinds
 from orbax_nnx_handler.planning.core.paths import parse, render
-from orbax_nnx_handler.planning.rules.entries import NUMBER, PLACE, PLACE_OR_NUMBER, Entry, Names
+from orbax_nnx_handler.planning.rules.entries import NUMBER, PLACE, PLACE_OR_NUMBER, Entries, Entry, Names
 from orbax_nnx_handler.planning.rules.rule import (
     Applied,
     Match,
@@ -109,12 +109,10 @@ class Rename(Rule):
         """Returns all entries after the rule."""
         if self.regex:
             return self._apply_expression(entries)
-        likely = self._left.candidates(entry.whole for entry in entries)
-        rewritten = {at: self._rewrite(entries[at]) for at in likely}
-        changed = {at: new for at, new in rewritten.items() if new is not entries[at]}
-        after = list(entries)
-        for at, new in changed.items():
-            after[at] = new
+        listed = Entries.of(entries)
+        rewritten = {at: self._rewrite(listed[at]) for at in self._left.among(listed)}
+        changed = {at: new for at, new in rewritten.items() if new is not listed[at]}
+        after = listed.with_changes(changed)
         return Applied(entries=after, matched=len(changed), changed=list(changed.values()))
 
     def _apply_expression(self, entries: Sequence[Entry]) -> Applied:
@@ -217,7 +215,7 @@ def comes_late(rule: Rename, entries: Iterable[Entry]) -> bool:
     return any(True for entry in entries for _ in left.spans(entry.whole))
 
 
-def leads_back(rule: Rename, before: Sequence[Entry], after: Sequence[Entry]) -> bool:
+def leads_back(rule: Rename, before: Sequence[Entry], after: Entries) -> bool:
     """Tells whether the rename back makes of some entries what a rename has made them from.
 
     Args:
@@ -230,31 +228,41 @@ def leads_back(rule: Rename, before: Sequence[Entry], after: Sequence[Entry]) ->
     except RuleError:
         return False
     left, right = Pattern(rule.pattern), Pattern(rule.replacement)
-    found = set(right.candidates(entry.whole for entry in after))
+    found = set(right.among(after))
     if _NUMBER_AT_END.search(rule.replacement):
         # A save reads `norm_1` into `norm/1` too, which Linen may have joined.
-        joined = [tuple(_joined(entry.whole)) for entry in after]
-        kept = [at for at in right.candidates(joined) if after[at] is before[at]]
-        if any(joined[at] != after[at].whole and any(right.spans(joined[at])) for at in kept):
+        kept = (at for at in right.among(after, _joined_of) if after[at] is before[at])
+        joined = ((_joined_of(after[at]), after[at].whole) for at in kept)
+        if any(names != whole and any(right.spans(names)) for names, whole in joined):
             return False
     return isinstance(back, Rename) and all(
-        old.whole == (_replaced(right, left, new.whole) if at in found else new.whole)
-        for at, (old, new) in enumerate(zip(before, after, strict=True))
-        if at in found or old is not new
+        before[at].whole == (_replaced(right, left, after[at].whole) if at in found else after[at].whole)
+        for at in found | after.changed.keys()
     )
+
+
+def matches_only(pattern: Pattern, entries: Entries, good: Collection[Names]) -> bool:
+    """Tells whether a pattern matches no weights but those whose paths within their collection are good."""
+    for at in pattern.among(entries):
+        entry = entries[at]
+        if entry.section in ("optimizer", "step"):
+            continue
+        if next(pattern.spans(entry.whole), None) is not None and entry.segments not in good:
+            return False
+    return True
 
 
 _NUMBER_AT_END = re.compile(r"_([0-9]+|\{\w+\})(/|$)")
 
 
-def _joined(names: Sequence[str]) -> list[str]:
+def _joined_of(entry: Entry) -> tuple[str, ...]:
     found: list[str] = []
-    for name in names:
+    for name in entry.whole:
         if name.isdecimal() and found:
             found[-1] += f"_{name}"
         else:
             found.append(name)
-    return found
+    return tuple(found)
 
 
 def _replaced(pattern: Pattern, replacement: Pattern, names: tuple[str, ...]) -> tuple[str, ...]:

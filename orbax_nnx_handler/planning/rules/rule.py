@@ -16,7 +16,7 @@ from orbax_nnx_handler.planning.core.errors import RuleError
 from orbax_nnx_handler.planning.core.leaves import Shape, with_fields
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, parse, render
 from orbax_nnx_handler.planning.core.recipes import RecipeError, render_reads
-from orbax_nnx_handler.planning.rules.entries import Entry
+from orbax_nnx_handler.planning.rules.entries import Called, Entries, Entry, PathIndex, whole_of
 
 Bindings = Mapping[str, str]
 """What each place of a pattern stood for; the nth star is `__star<n>`."""
@@ -79,6 +79,18 @@ class Pattern:
             first = self.templates[0]
             found = [at for at in found if any(_bound(first, name) is not None for name in every[at])]
         return list(found)
+
+    def among(self, entries: Sequence[Entry], called: Called = whole_of) -> Sequence[int]:
+        """Returns the places of the entries that may match by what they are called."""
+        index = entries.index_of(called) if isinstance(entries, Entries) else None
+        return self.candidates(map(called, entries)) if index is None else self.within(index)
+
+    def within(self, index: PathIndex) -> Sequence[int]:
+        """Returns the places of the paths that may match."""
+        literal = [part for part in self.templates if part not in self._open]
+        if literal:
+            return index.holding_all(literal)
+        return index.holding_any(lambda name: _bound(self.templates[0], name) is not None)
 
     def spans(self, names: Sequence[str], accepts: Callable[[Span], bool] | None = None) -> Iterator[Span]:
         """Yields the matches in a path, from left to right, that are accepted; none overlaps another."""
@@ -252,9 +264,9 @@ def find(
         weights_only: Leave out optimizers and steps, which no rule on values is for.
         accepts: Tells which segments that match are meant.
     """
-    listed = list(entries)
+    listed = entries if isinstance(entries, Sequence) else list(entries)
     found: dict[int, Match] = {}
-    for at in pattern.candidates(entry.whole for entry in listed):
+    for at in pattern.among(listed):
         entry = listed[at]
         if weights_only and entry.section in ("optimizer", "step"):
             continue

@@ -12,7 +12,7 @@ from orbax_nnx_handler.planning.core.recipes import Read, Shapes, reads
 from orbax_nnx_handler.planning.layouts.layout import Stored, is_copy_beside
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.rules import Rename, Rule
-from orbax_nnx_handler.planning.rules.entries import Entry
+from orbax_nnx_handler.planning.rules.entries import Entries, Entry
 from orbax_nnx_handler.planning.rules.rename import by_network
 from orbax_nnx_handler.planning.suggesting.link_groups import (
     agrees,
@@ -333,7 +333,7 @@ class _Proposing:
     ) -> tuple[Mapping[Rule, Sequence[Link]], Tried]:
         """Returns the rules of a few layers, if they are those of all; else those of all."""
         few, entries = of_few_layers(links, self._entries)
-        rules = Writer(entries, root, below).write(few, searched.found.groups)
+        rules = Writer(Entries(entries), root, below).write(few, searched.found.groups)
         tried = self._judged(links, rules, root, below)
         if tried.is_clean or few is links:
             return rules, tried
@@ -394,7 +394,7 @@ class _Proposing:
     def _write(
         self, links: Sequence[Link], searched: Searched, root: int, below: Names
     ) -> Mapping[Rule, Sequence[Link]]:
-        return Writer(self._entries, root, below).write(links, searched.found.groups)
+        return Writer(Entries(self._entries), root, below).write(links, searched.found.groups)
 
     @cached_property
     def _entries(self) -> Sequence[Entry]:

@@ -9,8 +9,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from orbax_nnx_handler.planning.core.errors import RuleError
 from orbax_nnx_handler.planning.core.paths import canonical, is_index
 from orbax_nnx_handler.planning.rules import Copy, Fuse, Rename, Rule, Split, StackLayers, UnstackLayers
-from orbax_nnx_handler.planning.rules.entries import Entry
-from orbax_nnx_handler.planning.rules.rename import leads_back
+from orbax_nnx_handler.planning.rules.entries import Entries, Entry, PathIndex
+from orbax_nnx_handler.planning.rules.rename import leads_back, matches_only
 from orbax_nnx_handler.planning.rules.rule import Pattern, shared_ends, with_places
 from orbax_nnx_handler.planning.suggesting.link_groups import whole_parts
 from orbax_nnx_handler.planning.suggesting.module_parts import Layers, Link
@@ -64,7 +64,7 @@ class Writer:
         rules: What is written, each rule with the links that it serves.
     """
 
-    entries: Sequence[Entry]
+    entries: Entries
     root: int
     below: Names = ()
     rules: dict[Rule, list[Link]] = dataclasses.field(default_factory=dict[Rule, list[Link]])
@@ -81,12 +81,13 @@ class Writer:
         alone = self._join(links, moves)
         self._reshape(alone)  # The parts of what was split.
         # Layers that become those of several lists are called as those that hold the most of them.
-        several = Counter(stored for stored, _ in set(groups))
-        held = {
-            pair: several[pair[0]] > 1 and len(self._inside(*pair, alone)) for pair in sorted(set(groups))
-        }
-        groups = [*dict(sorted(held, key=held.__getitem__)).items()]
-        leaving = {id(move): move for move in alone if self._leaves_group(move, groups)}
+        several, index = Counter(stored for stored, _ in set(groups)), PathIndex(x.names for x in alone)
+        inside = {pair: self._inside(*pair, alone, index) for pair in sorted(set(groups))}
+        ordered = sorted(inside, key=lambda pair: several[pair[0]] > 1 and len(inside[pair]))
+        groups = [*dict(ordered).items()]
+        staying = {id(move) for pair in groups for move in inside[pair].values()}
+        around = {at for stored, _ in groups for at in _led_into(stored, alone, index)}
+        leaving = {id(alone[at]): alone[at] for at in sorted(around) if id(alone[at]) not in staying}
         self._rename(list(leaving.values()))
         self._stack([move.link for move in leaving.values()])  # Before the layers around get other names.
         alone = [move for move in alone if id(move) not in leaving]
@@ -100,18 +101,27 @@ class Writer:
     def _listed(self, entries: Iterable[Entry]) -> set[str]:
         """Returns the names before numbers of their own, `layers/0`, that no rename and no stack writes."""
         written = [getattr(rule, _WRITES[type(rule)]) for rule in self.rules if type(rule) in _WRITES]
-        found: set[str] = set()
-        for names in {_with_first(entry.whole) for entry in entries}:
-            spans = [span for text in written for span in _compiled(text).spans(names)]
-            for at in range(1, len(names)):
-                if names[at].isdecimal() and not any(span.start <= at < span.stop for span in spans):
-                    found.add(names[at - 1])
-        return found
+        paths = [*{_with_first(entry.whole) for entry in entries}]
+        listed = [at for at, names in enumerate(paths) if any(map(str.isdecimal, names[1:]))]
+        held: dict[int, set[int]] = {at: {0} for at in listed}
+        index = PathIndex(paths)
+        for pattern in map(_compiled, written if listed else ()):
+            for at in held.keys() & pattern.within(index):
+                for span in pattern.spans(paths[at]):
+                    held[at].update(range(span.start, span.stop))
+        return {
+            paths[at][seat - 1]
+            for at, spans in held.items()
+            for seat, name in enumerate(paths[at])
+            if name.isdecimal() and seat not in spans
+        }
 
     def _keeping(self, name: str) -> Rename | None:
         """Returns a rename that only keeps `layers/0`, which a save would join to `layers_0`."""
         rule = Rename(f"{name}/{{i}}", f"{name}/{{i}}")
-        spans = (span for entry in self.entries for span in _compiled(rule.pattern).spans(entry.segments))
+        pattern = _compiled(rule.pattern)
+        near = (self.entries[at].segments for at in pattern.among(self.entries))
+        spans = (span for names in near for span in pattern.spans(names))
         return rule if all(is_index(span.bindings["i"]) for span in spans) else None
 
     def _below(self, names: Names) -> Names:
@@ -210,16 +220,16 @@ class Writer:
 
     def _pattern(self, template: Names, good: Collection[Names]) -> str:
         """Returns the shortest end of a path that matches none but the good ones; empty if none does."""
-        wholes = [entry.whole for entry in self.entries]
         least = 2 if len(template) > 1 else 1
         for width in range(least, len(template) + 1):
             pattern = Pattern("/".join(template[-width:]))
-            if _matches_only(pattern, wholes, self.entries, good):
+            if matches_only(pattern, self.entries, good):
                 return pattern.text
         return ""
 
     def _whole(self, names: Names) -> Names:
-        return next((entry.whole for entry in self.entries if entry.segments == names), names)
+        found = (self.entries[at] for at in self.entries.holding(names))
+        return next((entry.whole for entry in found if entry.segments == names), names)
 
     def _join(self, links: Sequence[Link], moves: Sequence[_Move]) -> list[_Move]:
         """Writes what fuses and splits leaves; returns the leaves that are left to rename."""
@@ -246,15 +256,14 @@ class Writer:
 
     def _fits(self, rule: Rule, links: Iterable[Link]) -> bool:
         """Tells whether the rule of a fuse or split is about no other leaf."""
-        wholes = [entry.whole for entry in self.entries]
         good = {self._now(link, leaf.names) for link in links for leaf in link.stored}
         patterns = (
             rule.patterns if isinstance(rule, Fuse) else (rule.pattern,) if isinstance(rule, Split) else ()
         )
         into = map(_compiled, rule.into if isinstance(rule, Split) else ())
-        if not all(_matches_only(pattern, wholes, self.entries, ()) for pattern in into):
+        if not all(matches_only(pattern, self.entries, ()) for pattern in into):
             return False  # A save would fuse other leaves too.
-        return all(_matches_only(_compiled(text), wholes, self.entries, good) for text in patterns)
+        return all(matches_only(_compiled(text), self.entries, good) for text in patterns)
 
     def _joining(self, link: Link, kept: int, twice: Collection[Names]) -> tuple[Rule, list[_Move]]:
         """Returns the rule of a fuse or split, and what comes out of it: one name is not given to two."""
@@ -283,33 +292,33 @@ class Writer:
                 now = _numbered(self._below(layers.wanted), link.layer)
                 yield now, link.target.names[: len(layers.wanted) - 1]
 
-    def _leaves_group(self, move: _Move, groups: Sequence[tuple[Names, Names]]) -> bool:
-        """Tells whether a leaf leaves its layer, so that what renames the layers would mislead it."""
-        around = [self._below(wanted) for stored, wanted in groups if _leads(stored, move.names)]
-        return bool(around) and not any(_leads(into, move.aim) for into in around)
-
     def _rename_groups(self, moves: Sequence[_Move], groups: Sequence[tuple[Names, Names]]) -> None:
         """Renames what leads into layers, so that the rules within are one for all of them."""
         # `block_{i}` is for `block_3_audio` too: longer names come first.
+        index = PathIndex(move.names for move in moves)
         for stored, wanted in sorted(set(groups), key=lambda pair: (-len(pair[0]), -len(pair[0][-1]), pair)):
             into = self._below(wanted)
-            inside = self._inside(stored, wanted, moves)
-            are_few = len({move.names[len(stored) :] for move in inside}) < 2
+            inside = self._inside(stored, wanted, moves, index)
+            are_few = len({move.names[len(stored) :] for move in inside.values()}) < 2
             if are_few or _alike(stored, into) or stored[0].startswith("{"):
                 continue  # A number alone stands for any name.
             rule = Rename("/".join(stored), "/".join(into))
-            if not leads_back(rule, self.entries, rule.apply(self.entries).entries):
+            if not leads_back(rule, self.entries, Entries.of(rule.apply(self.entries).entries)):
                 continue  # Each leaf gets a rule that does.
             self._take(rule, [])
             shift = len(into) - len(stored)
-            for move in inside:
+            for at, move in inside.items():
                 rest = move.names[len(stored) :]
                 move.names = (*move.aim[: len(into)], *rest)
+                index.add(at, move.names)
                 move.seats = [(aim if seat < len(stored) else seat + shift, aim) for seat, aim in move.seats]
 
-    def _inside(self, stored: Names, wanted: Names, moves: Iterable[_Move]) -> list[_Move]:
+    def _inside(
+        self, stored: Names, wanted: Names, moves: Sequence[_Move], index: PathIndex
+    ) -> Mapping[int, _Move]:
+        """Returns the leaves that lie in layers and stay in them, by their places among all."""
         into = self._below(wanted)
-        return [move for move in moves if _leads(stored, move.names) and _leads(into, move.aim)]
+        return {at: moves[at] for at in _led_into(stored, moves, index) if _leads(into, moves[at].aim)}
 
     def _rename(self, moves: Sequence[_Move]) -> None:
         aims = {move.names: move.aim for move in moves}
@@ -334,46 +343,45 @@ class Writer:
                     self.rules.setdefault(rule, []).extend(served)
                 waiting = [move for move in waiting if move.names not in changed]
 
-    def _renamed(self, after: Sequence[Entry], aims: dict[Names, Names]) -> set[Names]:
+    def _renamed(self, after: Entries, aims: dict[Names, Names]) -> set[Names]:
         """Takes the entries after a rename and returns the paths that it changed."""
         before, self.entries = self.entries, after
         changed: set[Names] = set()
-        for old, new in zip(before, after, strict=True):
-            if new is not old:
-                changed.add(old.segments)
-                aims[new.segments] = aims.get(old.segments, new.segments)
+        for at, new in after.changed.items():
+            changed.add(old := before[at].segments)
+            aims[new.segments] = aims.get(old, new.segments)
         return changed
 
-    def _rename_rule(self, move: _Move, aims: Mapping[Names, Names]) -> tuple[Rename, Sequence[Entry]] | None:
+    def _rename_rule(self, move: _Move, aims: Mapping[Names, Names]) -> tuple[Rename, Entries] | None:
         """Returns the shortest rename that takes this leaf to its aim, no other astray, and all of them back.
 
         Where none leads back, the shortest of the others. With it, the entries after it.
         """
         whole = self._whole(move.names)
         above = whole[: len(whole) - len(move.names)]
-        first: tuple[Rename, Sequence[Entry]] | None = None
+        first: tuple[Rename, Entries] | None = None
         for left, right in move.templates:
             stored, wanted = (*above, *left), (*above, *right)
             for start, stop in _cuts(stored, wanted):
                 rule = _renamed(stored[start : len(stored) - stop], wanted[start : len(wanted) - stop])
                 if rule is None:
                     continue
-                after = rule.apply(self.entries).entries
+                after = Entries.of(rule.apply(self.entries).entries)
                 if self._is_safe(after, move.names, aims):
                     if leads_back(rule, self.entries, after):
                         return rule, after
                     first = first or (rule, after)
         return first
 
-    def _is_safe(self, after: Sequence[Entry], names: Names, aims: Mapping[Names, Names]) -> bool:
+    def _is_safe(self, after: Entries, names: Names, aims: Mapping[Names, Names]) -> bool:
         """Tells whether a rename takes a leaf to its aim, and every other leaf that it changes too."""
         reached = False
-        for old, new in zip(self.entries, after, strict=True):
-            if new is not old:
-                aim = aims.get(old.segments)
-                if aim is None or not _alike(new.segments, aim):
-                    return False
-                reached |= old.segments == names
+        for at, new in after.changed.items():
+            old = self.entries[at].segments
+            aim = aims.get(old)
+            if aim is None or not _alike(new.segments, aim):
+                return False
+            reached |= old == names
         return reached
 
     def _take(self, rule: Rule, links: Iterable[Link]) -> None:
@@ -382,7 +390,7 @@ class Writer:
         except RuleError:
             return  # The plan with the other rules shows what is lost.
         if applied.matched:
-            self.entries = applied.entries
+            self.entries = Entries.of(applied.entries)
             self.rules.setdefault(rule, []).extend(links)
 
 
@@ -390,18 +398,6 @@ def _with_first(names: Names) -> Names:
     """Returns a path as that of the first layer: what is asked of 20,000 leaves is asked of one layer's."""
     at = next((at for at, name in enumerate(names) if name.isdecimal()), len(names))
     return (*names[:at], *("0" for _ in names[at : at + 1]), *names[at + 1 :])
-
-
-def _matches_only(
-    pattern: Pattern, wholes: Sequence[Names], entries: Sequence[Entry], good: Collection[Names]
-) -> bool:
-    for at in pattern.candidates(wholes):
-        entry = entries[at]
-        if entry.section in ("optimizer", "step"):
-            continue
-        if next(pattern.spans(wholes[at]), None) is not None and entry.segments not in good:
-            return False
-    return True
 
 
 def _renamed(stored: Names, wanted: Names) -> Rename | None:
@@ -421,7 +417,7 @@ def _numbered(template: Names, number: int) -> Names:
     return tuple(name.replace("{i}", str(number)) for name in template)
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=16384)
 def _compiled(text: str) -> Pattern:
     return Pattern(text)
 
@@ -429,6 +425,10 @@ def _compiled(text: str) -> Pattern:
 def _leads(template: Names, names: Names) -> bool:
     at = len(template)
     return len(names) > at and _compiled("/".join(template)).match(names[:at]) is not None
+
+
+def _led_into(template: Names, moves: Sequence[_Move], index: PathIndex) -> list[int]:
+    return [at for at in _compiled("/".join(template)).within(index) if _leads(template, moves[at].names)]
 
 
 def _alike(one: Names, other: Names) -> bool:

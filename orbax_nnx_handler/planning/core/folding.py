@@ -1,21 +1,27 @@
-"""Rows that differ in one number become one: `layers/{0..31}/mlp/kernel`. Last: the levels that count."""
+"""Rows that differ in one number become one: `layers/{0..31}/mlp/kernel`.
+
+Last: the levels that count, and the modules around parts.
+"""
 
 import dataclasses
 import functools
 import operator
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from orbax_nnx_handler.planning.core.paths import (
     MAX_DIGITS,
     Level,
     Path,
+    Tokens,
     levels,
+    module_of,
     natural_key,
     printable,
     render,
+    shared_levels,
 )
 
 # A number as `str(int)` writes it: folding `Conv_01` and `Conv_1` would print a name that nobody has.
@@ -367,3 +373,78 @@ def plain_names(names: tuple[str, ...]) -> tuple[str, ...]:
     """Returns the names that lead to a part, but for the numbers of layers."""
     found = (f"{level.base}{level.number}" if level.style == "" else level.base for level in levels(names))
     return tuple(filter(None, found))
+
+
+class Homes:
+    """The modules around the parts of two sides, by their paths."""
+
+    def __init__(self, wanted: Sequence[Tokens], stored: Sequence[Tokens]) -> None:
+        self._sides = wanted, stored
+        self.held = [
+            Counter(names[:depth] for names in side for depth in range(len(names))) for side in self._sides
+        ]
+
+    def of(self, at: int, to: int) -> tuple[Tokens, Tokens]:
+        """Returns the modules around two parts: lists, where both sides hold as many parts there."""
+        one, other = self._sides[0][at], self._sides[1][to]
+        are_equal = self.held[0][one[:-1]] == self.held[1][other[:-1]]
+        return (one[:-1], other[:-1]) if are_equal else (module_of(one), module_of(other))
+
+    def shared(self, group: Iterable[tuple[int, int]]) -> tuple[Tokens, Tokens]:
+        """Returns the modules around all parts of a group; nothing where one side has more of them."""
+        pairs = list(group)
+        ours, theirs = {at for at, _ in pairs}, {to for _, to in pairs}
+        if not 1 < len(ours) == len(theirs):
+            return (), ()
+        one = shared_levels([module_of(self._sides[0][at]) for at in ours])
+        return one, shared_levels([module_of(self._sides[1][to]) for to in theirs])
+
+    def strays(
+        self,
+        pairs: Sequence[tuple[int, int]],
+        possible: Iterable[tuple[int, int]],
+        partial: Sequence[Collection[Tokens]],
+    ) -> set[tuple[int, int]]:
+        """Returns pairs that take a part out of a module whose every other part is that of another one.
+
+        Where that other module has a part to give that nothing takes.
+
+        Args:
+            pairs: The pairs that seem to be each other's.
+            possible: These and others.
+            partial: Modules of either side that hold more than these parts.
+        """
+        homes = [self.of(*pair) for pair in pairs]
+        taken = [{pair[side] for pair in pairs} for side in (0, 1)]
+        free: dict[tuple[int, int], list[Tokens]] = defaultdict(list)
+        for pair in possible:
+            for side in (0, 1):
+                if pair[1 - side] not in taken[1 - side]:
+                    free[side, pair[side]].append(self.of(*pair)[1 - side])
+        return {
+            pair
+            for pair, home in zip(pairs, homes, strict=True)
+            for side in (0, 1)
+            if (places := free.get((side, pair[side]))) and home[side] not in partial[side]
+            for other in [_counterpart(home[side], side, [each for each in homes if each is not home])]
+            if other and not _lies_in(home[1 - side], other)
+            if any(_lies_in(place, other) for place in places)
+        }
+
+
+def lies_within(module: Tokens, other: Tokens, known: Mapping[Tokens, Tokens]) -> bool:
+    """Tells whether all modules around a part that are known lie around the other part too."""
+    around = (known.get(module[:depth], ()) for depth in range(1, len(module) + 1))
+    return all(_lies_in(other, found) for found in around)
+
+
+def _lies_in(names: Tokens, module: Tokens) -> bool:
+    return names[: len(module)] == module
+
+
+def _counterpart(module: Tokens, side: int, homes: Iterable[tuple[Tokens, Tokens]]) -> Tokens:
+    """Returns the other side's module that all parts of one belong to, not by one of them alone."""
+    pairs = [home for home in homes if module and _lies_in(home[side], module)]
+    lacking = [[*pairs[:at], *pairs[at + 1 :]] for at in range(len(pairs))] if len(pairs) > 1 else []
+    is_whole = all(shared_levels([home[side] for home in some]) == module for some in lacking)
+    return shared_levels([home[1 - side] for home in pairs]) if lacking and is_whole else ()

@@ -410,31 +410,6 @@ def same_modules(pairs: Iterable[tuple[Tokens, Tokens]]) -> Mapping[Tokens, Toke
     }
 
 
-class Homes:
-    """The modules around the parts of two sides, by their paths."""
-
-    def __init__(self, wanted: Sequence[Tokens], stored: Sequence[Tokens]) -> None:
-        self._sides = wanted, stored
-        self.held = [
-            Counter(names[:depth] for names in side for depth in range(len(names))) for side in self._sides
-        ]
-
-    def of(self, at: int, to: int) -> tuple[Tokens, Tokens]:
-        """Returns the modules around two parts: lists, where both sides hold as many parts there."""
-        one, other = self._sides[0][at], self._sides[1][to]
-        are_equal = self.held[0][one[:-1]] == self.held[1][other[:-1]]
-        return (one[:-1], other[:-1]) if are_equal else (module_of(one), module_of(other))
-
-    def shared(self, group: Iterable[tuple[int, int]]) -> tuple[Tokens, Tokens]:
-        """Returns the modules around all parts of a group; nothing where one side has more of them."""
-        pairs = list(group)
-        ours, theirs = {at for at, _ in pairs}, {to for _, to in pairs}
-        if not 1 < len(ours) == len(theirs):
-            return (), ()
-        one = shared_levels([module_of(self._sides[0][at]) for at in ours])
-        return one, shared_levels([module_of(self._sides[1][to]) for to in theirs])
-
-
 def module_of(names: Tokens) -> Tokens:
     """Returns the path of the module around a part: a number belongs to the name before it."""
     own = levels(names)[-1:]

@@ -4,7 +4,7 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
-from orbax_nnx_handler.planning.core.folding import same_numbers
+from orbax_nnx_handler.planning.core.folding import around, same_numbers
 from orbax_nnx_handler.planning.core.paths import Tokens, levels, shared_levels
 from orbax_nnx_handler.planning.suggesting.assignment import in_turn, part_sizes, sizes_within
 from orbax_nnx_handler.planning.suggesting.matching_parts import Known, match_parts, nothing_known
@@ -295,6 +295,7 @@ def _match_rest(wanted: Sequence[Leaf], stored: Sequence[Leaf], context: Context
         (names[0], names[1]),
         lambda part: creation_place((*start[0], *part.names), context.order),
         lambda one, other: context.known((*start[0], *one), (*start[1], *other)),
+        partial=(_modules_beside(wanted, context.wanted, up), _modules_beside(stored, context.stored, down)),
     )
     counted = [(*context.levels, *_same_numbers(link, context.above)) for link in matched.links]
     pairs = zip(matched.links, counted, strict=True)
@@ -310,6 +311,12 @@ def _match_rest(wanted: Sequence[Leaf], stored: Sequence[Leaf], context: Context
         for tie in _by_modules(matched.ties)
     ]
     return Findings(links=[dataclasses.replace(link, levels=at) for link, at in pairs], ties=ties)
+
+
+def _modules_beside(leaves: Iterable[Leaf], every: Iterable[Leaf], above: int) -> set[Names]:
+    """Returns the modules that hold others than some leaves."""
+    own = set(map(id, leaves))
+    return {names for leaf in every if id(leaf) not in own for names in around(part_of(leaf)[above:])}
 
 
 def _same_numbers(link: Link, above: tuple[int, int]) -> tuple[tuple[int, int], ...]:

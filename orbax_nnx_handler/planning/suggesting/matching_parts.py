@@ -3,9 +3,10 @@
 import dataclasses
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
-from orbax_nnx_handler.planning.core.paths import Homes, ranks_of, same_modules
+from orbax_nnx_handler.planning.core.folding import Homes, lies_within
+from orbax_nnx_handler.planning.core.paths import ranks_of, same_modules
 from orbax_nnx_handler.planning.suggesting.assignment import Fit, Table, components, fit_of, may_be, merged
 from orbax_nnx_handler.planning.suggesting.module_parts import Findings, Link, ModulePart, PairGrounds, Tie
 from orbax_nnx_handler.planning.suggesting.named_parts import (
@@ -16,7 +17,7 @@ from orbax_nnx_handler.planning.suggesting.named_parts import (
     in_order,
     named_parts,
 )
-from orbax_nnx_handler.planning.suggesting.scoring import gated, joined_parts
+from orbax_nnx_handler.planning.suggesting.scoring import across_networks, gated, joined_parts
 from orbax_nnx_handler.planning.suggesting.vocabulary import (
     MARGIN,
     Names,
@@ -55,6 +56,7 @@ def match_parts(
     created: Created = lambda _: None,
     known: Known = nothing_known,
     used: Sequence[ModulePart] = (),
+    partial: Sequence[Collection[Names]] = ((), ()),
 ) -> Findings:
     """Matches the parts of a context.
 
@@ -65,11 +67,12 @@ def match_parts(
         created: The place of a wanted part in the order of creation, or None.
         known: How much of what is known elsewhere speaks for a pair.
         used: Further stored parts that have a wanted one already: the context of names only.
+        partial: Modules of either side that hold more than these parts.
     """
     ours, theirs = named_parts(wanted, above[0]), named_parts([*stored, *used], above[1])[: len(stored)]
     links, ties, left, right = joined_parts(ours, theirs)
     ties += [*gated(left, right, split=False), *gated(right, left, split=True)]
-    pairs = _Pairs(left, right, known, is_outermost=not any(above))
+    pairs = _Pairs(left, right, known, partial, is_outermost=not any(above))
     found, more = pairs.settle(created)
     for one, other, grounds in found:
         links += pairs.links(one, other, grounds)
@@ -87,9 +90,16 @@ class _Pairs:
     """The possible pairs of a context, and which of them nothing else can be."""
 
     def __init__(
-        self, wanted: Sequence[NamedPart], stored: Sequence[NamedPart], known: Known, *, is_outermost: bool
+        self,
+        wanted: Sequence[NamedPart],
+        stored: Sequence[NamedPart],
+        known: Known,
+        partial: Sequence[Collection[Names]],
+        *,
+        is_outermost: bool,
     ) -> None:
         self._wanted, self._stored = wanted, stored
+        self._partial = partial
         self._fits: dict[tuple[int, int], Fit] = {}
         self._excluded: set[tuple[int, int]] = set()
         self._known: set[tuple[int, int]] = set()
@@ -117,7 +127,7 @@ class _Pairs:
             if self._homes.of(*pair) in modules:
                 self._fits[pair] = dataclasses.replace(fit, score=fit.score + _TOLD)
         if is_outermost:
-            foreign = set(self._of_other_networks())
+            foreign = set(across_networks(self._fits, wanted, stored))
             self._fits = {pair: fit for pair, fit in self._fits.items() if pair not in foreign}
             self._excluded |= foreign
 
@@ -130,21 +140,18 @@ class _Pairs:
         sides = [Counter(pair[side] for pair in told) for side in (0, 1)]
         return {pair for pair in told if all(pair) and sides[0][pair[0]] == sides[1][pair[1]] == 1}
 
-    def _of_other_networks(self) -> Iterator[tuple[int, int]]:
-        """Yields pairs across networks, where a network of the wanted one's own name has enough to give."""
-        groups: dict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
-        for at, to in self._fits:
-            names = self._wanted[at].part.names
-            if len(names) > 1:
-                groups[names[0], self._wanted[at].main_size].append((at, to))
-        for (name, _), pairs in groups.items():
-            networks = {to: self._stored[to].part.names[:-1][:1] for _, to in pairs}
-            own = {to for to, network in networks.items() if network == (name,)}
-            if len(own) >= len({at for at, _ in pairs}):
-                yield from (pair for pair in pairs if networks[pair[1]] not in ((), (name,)))
-
     def settle(self, created: Created) -> tuple[list[tuple[int, int, PairGrounds]], list[Tie]]:
-        """Returns the pairs that stand, and the choices that are left."""
+        """Returns the pairs that stand, and the choices that are left; no pair strays from its module."""
+        while True:
+            self._ours, self._theirs, self._unlikely, self._closed = {}, {}, [], []
+            found, ties = self._settled(created)
+            strays = self._homes.strays([pair[:2] for pair in found], self._fits, self._partial)
+            if not strays:
+                return found, ties
+            self._fits = {pair: fit for pair, fit in self._fits.items() if pair not in strays}
+            self._excluded |= strays
+
+    def _settled(self, created: Created) -> tuple[list[tuple[int, int, PairGrounds]], list[Tie]]:
         found: list[tuple[int, int, PairGrounds]] = []
         ties: list[Tie] = []
         waiting = [group for group in components(self._fits) if len(group) <= MOST_PAIRS]
@@ -163,8 +170,8 @@ class _Pairs:
             if len(found) == before:
                 break
         for tie, group in undecided:
-            ours, theirs, rivals = self._sides(tie, group, found)
-            ties.append(self._tie(ours, sorted({*theirs, *rivals})))
+            ours, theirs, rivals, lone = self._sides(tie, group, found)
+            ties.append(self._tie(sorted({*ours, *lone}), sorted({*theirs, *rivals})))
         modules, homes = self._modules(found), [self._homes.of(at, to) for at, to, _ in found]
         among = Counter(itertools.starmap(self._homes.of, self._unlikely))
         wanted, stored = self._homes.held
@@ -224,7 +231,7 @@ class _Pairs:
             left, right = self._wanted[at], self._stored[to]
             one, other = self._homes.of(at, to)
             in_order = all(ascend((left, right), pair) for pair in anchors)
-            if in_order and _lies_within(one, other, modules) and _lies_within(other, one, sources):
+            if in_order and lies_within(one, other, modules) and lies_within(other, one, sources):
                 kept.add((at, to))
         is_whole = {at for at, _ in kept} == ours and {to for _, to in kept} == theirs
         return kept if is_whole and kept != among else None
@@ -291,12 +298,14 @@ class _Pairs:
         tie: Sequence[tuple[int, int]],
         group: set[tuple[int, int]],
         found: Sequence[tuple[int, int, PairGrounds]],
-    ) -> tuple[list[int], list[int], set[int]]:
-        """Returns the parts of a tie on both sides, and the stored ones that could take a place in it."""
+    ) -> tuple[list[int], list[int], set[int], set[int]]:
+        """Returns the parts of a tie on both sides, and what else could be in it: stored, wanted."""
         ours, theirs = sorted({at for at, _ in tie}), sorted({to for _, to in tie})
-        others = (pair for pair in group if pair[0] in ours and pair[1] not in theirs)
-        rivals = {pair[1] for pair in others if self._comes_near(pair, group) and _is_free(pair[1], found)}
-        return ours, theirs, rivals
+        others = (pair for pair in group if (pair[0] in ours) != (pair[1] in theirs))
+        near = [pair for pair in others if self._comes_near(pair, group)]
+        taken = {at for at, _, _ in found}, {to for _, to, _ in found}
+        rivals = {to for at, to in near if at in ours and to not in taken[1]}
+        return ours, theirs, rivals, {at for at, to in near if to in theirs and at not in taken[0]}
 
     def _comes_near(self, pair: tuple[int, int], group: set[tuple[int, int]]) -> bool:
         """Tells whether the best pairs are nearly as good where two of them change places for another one."""
@@ -314,11 +323,8 @@ class _Pairs:
         found: list[tuple[int, int, PairGrounds]],
     ) -> bool:
         """Adds the pairs of a tie that the order of both sides tells; tells whether it does."""
-        ours, theirs, rivals = self._sides(tie, group, found)
-        taken = {at for at, _, _ in found}
-        others = (pair for pair in group if pair[1] in theirs and pair[0] not in ours)
-        lone = {pair[0] for pair in others if self._comes_near(pair, group) and pair[0] not in taken}
-        ordered = self._by_numbering(ours, theirs, {*theirs, *rivals})
+        ours, theirs, rivals, lone = self._sides(tie, group, found)
+        ordered = None if lone else self._by_numbering(ours, theirs, {*theirs, *rivals})
         if ordered is None and not (rivals or lone):
             ordered = self._in_order(ours, theirs, created, found)
         if ordered is None or any(not _is_free(to, found) for _, to in ordered):
@@ -336,7 +342,7 @@ class _Pairs:
         found: list[tuple[int, int, PairGrounds]],
     ) -> _Undecided:
         """Adds the norm of a block's only network, which comes last; returns the other ones' tie."""
-        ours, theirs, _ = self._sides(tie, group, found)
+        ours, theirs, *_ = self._sides(tie, group, found)
         last = last_of_block([self._wanted[at].place for at in ours])
         right = None if last is None else in_order([self._stored[to] for to in theirs], to_last=True)
         is_all = {at for at, to in group if to in theirs} == {*ours} and len(ours) == len(theirs)
@@ -441,9 +447,3 @@ def _together(undecided: Iterable[_Undecided]) -> Iterator[_Undecided]:
 
 def _is_free(to: int, found: Iterable[tuple[int, int, PairGrounds]]) -> bool:
     return all(to != other for _, other, _ in found)
-
-
-def _lies_within(module: Names, other: Names, known: Mapping[Names, Names]) -> bool:
-    """Tells whether all modules around a part that are known lie around the other part too."""
-    around = (known.get(module[:depth], ()) for depth in range(1, len(module) + 1))
-    return all(other[: len(found)] == found for found in around)

@@ -121,13 +121,14 @@ class _Context:
                 self._below[names] |= below
                 if "conv" in below or not (part.is_vector or below & {"attn", "mlp", "q", "k", "v", "o"}):
                     self._mixed.add(names)
+        # BERT has a `self` in its `crossattention`, too.
+        self._empty = {"self"} if sum(names[-1] == "self" for names in self._held) > 1 else set[str]()
         called = [names for names in self._held if "attn" in meanings(levels(names)[-1].base)]
         self._attentions = {names for names in called if {"q", "k"} <= self._held[names]}
         self._holding = Counter(x[:depth] for x in self._attentions for depth in range(len(x) + 1))
         self._has_attention = any("attn" in part.said or part.own >= _QKV for part in parts)
         # Deformable DETR numbers the norm of its cross attention first, RT-DETR that of its self attention.
-        words = frozenset[str]().union(*(part.said for part in parts))
-        self._is_deformable = {"sampling", "cross"} <= words
+        self._is_deformable = {"sampling", "cross"} <= {word for part in parts for word in part.said}
         self._has_actor = any("actor" in part.said for part in parts)
         # In `nn.Dense(4)(nn.relu(nn.Dense(8)(x)))` Linen numbers the last layer first.
         held = [(base, [each[at] for at in sorted(each)]) for (_, base), each in self._shapes.items()]
@@ -135,11 +136,11 @@ class _Context:
         self._backwards = {base for base, two in pairs if not follow(*two) and follow(*two[::-1])}
 
     def role(self, part: ModulePart) -> NamedPart:
-        # What lies around one of several norms is not what this one is about.
-        is_any = part.is_norm and self._is_one_of_several(part)
-        around = set[str]() if is_any else self._surroundings(part)
-        said = set(part.said | around) | self._above
+        said = {*part.said, *self._above}
+        if not (part.is_norm and self._is_one_of_several(part)):
+            said |= self._surroundings(part)  # One of several norms is not about what lies around it.
         said -= {"attn"} if self._is_beside_attention(part) else set()
+        said -= self._empty - concepts(name for name in part.names if name not in self._empty)
         said |= set() if said & {"self", "cross"} else self._other_attention(part)
         numbers = tuple(
             (level, tuple(sorted(self._families[prefix, level.base, level.style])))

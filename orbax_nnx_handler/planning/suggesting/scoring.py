@@ -45,6 +45,22 @@ from orbax_nnx_handler.planning.suggesting.vocabulary import (
 _READINGS = 6
 
 
+def across_networks(
+    possible: Iterable[tuple[int, int]], wanted: Sequence[NamedPart], stored: Sequence[NamedPart]
+) -> Iterator[tuple[int, int]]:
+    """Yields pairs across networks, where a network of the wanted one's own name has enough to give."""
+    groups: dict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
+    for at, to in possible:
+        names = wanted[at].part.names
+        if len(names) > 1:
+            groups[names[0], wanted[at].main_size].append((at, to))
+    for (name, _), pairs in groups.items():
+        networks = {to: stored[to].part.names[:-1][:1] for _, to in pairs}
+        own = {to for to, network in networks.items() if network == (name,)}
+        if len(own) >= len({at for at, _ in pairs}):
+            yield from (pair for pair in pairs if networks[pair[1]] not in ((), (name,)))
+
+
 # Several in one array.
 
 
@@ -179,7 +195,7 @@ def _by_mark(whole: NamedPart, members: Sequence[NamedPart]) -> Iterator[tuple[C
             for each, size in zip(chosen, largest, strict=True)
         ]
     marks = [{role.part.own - set(whole.fused): role for role in each} for each in chosen]
-    if all(len(each) == 1 for each in chosen):
+    if all(len(each) == 1 for each in chosen) and len({*itertools.chain(*marks)}) == 1:
         yield next(iter(marks[0])), [each[0] for each in chosen]
     elif all(len(each) == len(marked) for each, marked in zip(chosen, marks, strict=True)):
         for mark in marks[0]:

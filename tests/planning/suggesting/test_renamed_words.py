@@ -44,6 +44,10 @@ def left_and_wrong(name, words):
         ("qformer", {"attention": "wezape", "output_query": "mihuke", "dense": "penulo"}),
         ("ddpm_ho", {"down": "vukimi", "block": "kemivu", "mid": "sisiki", "up": "zaravu"}),
         ("coatnet", {"rel_pos": "tokipe"}),
+        ("controlnet", {"attn": "huhuwe", "blocks": "dududu"}),
+        ("recurrentgemma", {"rg_lru": "vutoyo", "temporal_pre_norm": "webafi"}),
+        ("qformer", {"crossattention": "rabara"}),
+        ("mmdit", {"add_q_proj": "rayoja", "add_v_proj": "baxifi", "to_k": "dubadu"}),
         ("pointnet", {"bn": "tofivu", "fstn": "toraza", "stn": "pepepe", "conv": "siwelo", "fc": "nukeke"}),
     ],
 )

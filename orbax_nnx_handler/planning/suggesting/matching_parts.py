@@ -8,7 +8,15 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from orbax_nnx_handler.planning.core.folding import Homes, lies_within
 from orbax_nnx_handler.planning.core.paths import ranks_of, same_modules
 from orbax_nnx_handler.planning.suggesting.assignment import Fit, Table, components, fit_of, may_be, merged
-from orbax_nnx_handler.planning.suggesting.module_parts import Findings, Link, ModulePart, PairGrounds, Tie
+from orbax_nnx_handler.planning.suggesting.module_parts import (
+    Findings,
+    Link,
+    ModulePart,
+    PairGrounds,
+    Tie,
+    Undecided,
+    together,
+)
 from orbax_nnx_handler.planning.suggesting.named_parts import (
     NamedPart,
     are_automatic,
@@ -72,7 +80,7 @@ def match_parts(
     ours, theirs = named_parts(wanted, above[0]), named_parts([*stored, *used], above[1])[: len(stored)]
     links, ties, left, right = joined_parts(ours, theirs)
     ties += [*gated(left, right, split=False), *gated(right, left, split=True)]
-    pairs = _Pairs(left, right, known, partial, is_outermost=not any(above))
+    pairs = _Pairs((left, right), known, partial, is_outermost=not any(above))
     found, more = pairs.settle(created)
     for one, other, grounds in found:
         links += pairs.links(one, other, grounds)
@@ -82,23 +90,16 @@ def match_parts(
 # One to one.
 
 
-_Undecided = tuple[list[tuple[int, int]], set[tuple[int, int]]]
-"""A tie, and the pairs among which it is one."""
+_Sides = tuple[Sequence[NamedPart], Sequence[NamedPart]]
 
 
 class _Pairs:
     """The possible pairs of a context, and which of them nothing else can be."""
 
     def __init__(
-        self,
-        wanted: Sequence[NamedPart],
-        stored: Sequence[NamedPart],
-        known: Known,
-        partial: Sequence[Collection[Names]],
-        *,
-        is_outermost: bool,
+        self, sides: _Sides, known: Known, partial: Sequence[Collection[Names]], *, is_outermost: bool
     ) -> None:
-        self._wanted, self._stored = wanted, stored
+        self._wanted, self._stored = wanted, stored = sides
         self._partial = partial
         self._fits: dict[tuple[int, int], Fit] = {}
         self._excluded: set[tuple[int, int]] = set()
@@ -155,7 +156,7 @@ class _Pairs:
         found: list[tuple[int, int, PairGrounds]] = []
         ties: list[Tie] = []
         waiting = [group for group in components(self._fits) if len(group) <= MOST_PAIRS]
-        undecided: list[_Undecided] = []
+        undecided: list[Undecided] = []
         self._closed += filter(all, map(self._homes.shared, waiting))
         for group in waiting:
             undecided += [(tie, group) for tie in self._settle(group, found)]
@@ -164,7 +165,7 @@ class _Pairs:
             undecided = self._within_modules(undecided, found)
             undecided = [self._without_last(*item, created, found) for item in undecided]
             undecided = [item for item in undecided if not self._settle_in_order(*item, created, found)]
-            for tie, group in _together(undecided):
+            for tie, group in together(undecided):
                 if self._are_siblings(tie) and self._settle_in_order(tie, group, created, found):
                     undecided = [item for item in undecided if item[1] is not group]
             if len(found) == before:
@@ -189,11 +190,11 @@ class _Pairs:
         return found, ties
 
     def _within_modules(
-        self, undecided: list[_Undecided], found: list[tuple[int, int, PairGrounds]]
-    ) -> list[_Undecided]:
+        self, undecided: list[Undecided], found: list[tuple[int, int, PairGrounds]]
+    ) -> list[Undecided]:
         """Adds what modules that are known tell; returns what is left undecided."""
         while True:
-            left: list[_Undecided] = []
+            left: list[Undecided] = []
             modules = self._modules(found)
             for tie, group in undecided:
                 kept = self._among_siblings(tie, group, modules, found)
@@ -247,8 +248,9 @@ class _Pairs:
         best, value = table.best()
         for at, to in best:
             self._ours[to], self._theirs[at] = at, to
-        doubtful: set[frozenset[tuple[int, int]]] = set()
-        for pair in best:
+        doubtful = {frozenset((pair, other)) for pair in best for other in self._rather(pair, best)}
+        unstable = {pair for tie in doubtful for pair in tie}  # Names that speak against each other.
+        for pair in filter(lambda pair: pair not in unstable, best):
             second, lower = table.best(without=pair)
             if value - lower >= MARGIN or not self._rivals(pair, group):
                 if asked or self._is_plausible(pair, group):
@@ -262,6 +264,14 @@ class _Pairs:
             if (crossed := (one[0], other[1])) in group and self._comes_near(crossed, group):
                 doubtful.add(frozenset((one, other)))
         return [sorted(tie) for tie in merged(doubtful)]
+
+    def _rather(self, pair: tuple[int, int], best: Collection[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+        """Yields best pairs whose stored part and this one's wanted part are both more like each other."""
+        score, at = self._fits[pair].score, pair[0]
+        for other in best:
+            fit = self._fits.get((at, other[1])) if other != pair else None
+            if fit is not None and fit.score - MARGIN >= max(score, self._fits[other].score):
+                yield other
 
     def _rivals(self, pair: tuple[int, int], group: set[tuple[int, int]]) -> bool:
         return any(other != pair and (other[0] == pair[0] or other[1] == pair[1]) for other in group)
@@ -340,7 +350,7 @@ class _Pairs:
         group: set[tuple[int, int]],
         created: Created,
         found: list[tuple[int, int, PairGrounds]],
-    ) -> _Undecided:
+    ) -> Undecided:
         """Adds the norm of a block's only network, which comes last; returns the other ones' tie."""
         ours, theirs, *_ = self._sides(tie, group, found)
         last = last_of_block([self._wanted[at].place for at in ours])
@@ -433,16 +443,6 @@ class _Pairs:
             Link(wanted=(one,), stored=(other,), grounds=kind, ways=(found,), fact=fact)
             for one, other, found in self._fits[at, to].pairs
         ]
-
-
-def _together(undecided: Iterable[_Undecided]) -> Iterator[_Undecided]:
-    """Yields several ties among the same pairs as one."""
-    ties: dict[int, list[_Undecided]] = defaultdict(list)
-    for item in undecided:
-        ties[id(item[1])].append(item)
-    for items in ties.values():
-        if len(items) > 1:
-            yield [pair for tie, _ in items for pair in tie], items[0][1]
 
 
 def _is_free(to: int, found: Iterable[tuple[int, int, PairGrounds]]) -> bool:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 from orbax_nnx_handler.planning.core.leaves import Shape, record
@@ -431,3 +431,17 @@ def _keys(link: Link, leaf: Leaf) -> Iterable[tuple[object, ...]]:
         yield "module", bases[:-2], named, rank
         yield "block", block, named, rank
         yield "model", named, rank
+
+
+Undecided = tuple[list[tuple[int, int]], set[tuple[int, int]]]
+"""A choice among pairs of parts by their places, and all pairs among which it is one."""
+
+
+def together(undecided: Iterable[Undecided]) -> Iterator[Undecided]:
+    """Yields several ties among the same pairs as one."""
+    ties: dict[int, list[Undecided]] = defaultdict(list)
+    for item in undecided:
+        ties[id(item[1])].append(item)
+    for items in ties.values():
+        if len(items) > 1:
+            yield [pair for tie, _ in items for pair in tie], items[0][1]

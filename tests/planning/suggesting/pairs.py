@@ -68,9 +68,9 @@ attention that Linen numbered is which (perceiver, set_transformer), which of `a
 (evoformer), which of two attentions comes first (maxvit), whether a temperature is a scale (dual_encoder,
 coca), which of two last norms is the text's (coca), which of a block's convolutions of one shape is which
 branch (inception, nafnet), which comes first (rrdb), which of two networks of a block is which (painn) and
-which of a cross attention's norm and another one's is called after vision (lxmert), only outputs tell. Not found yet: the bias of
-queries and of values in one for all three (qformer), a lone vector (ncsnpp), and two levels of a U-Net that
-are as large (ddpm).
+which of a cross attention's norm and another one's is called after vision (lxmert), only outputs tell. Not
+found yet: the bias of queries and of values in one for all three (qformer), a lone vector (ncsnpp), and two
+levels of a U-Net that are as large (ddpm).
 """
 
 KINDS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}

@@ -48,7 +48,7 @@ def was_interrupted(item: epath.Path, files: Files) -> epath.Path | None:
     """Returns the item, or the step around it, if its save was never finished."""
     step = item.parent
     files.ask(*commit_questions(item))
-    if _is_step(step, files) and lacks_commit(step, files):
+    if is_noted_step(step, files) and lacks_commit(step, files):
         return step
     if lacks_commit(item, files) and not _has_commit(step, files):
         return item
@@ -61,7 +61,7 @@ def was_only_begun(directory: epath.Path, files: Files) -> epath.Path | None:
     if any(files.optional(folder / COMMIT_FILE) is not None for folder in around):
         return None
     for folder in around:
-        if _is_step(folder, files) and lacks_commit(folder, files):
+        if is_noted_step(folder, files) and lacks_commit(folder, files):
             return folder
     folders = [directory, *files.folders(directory)[:_PROBED_REMOTE]]
     files.look_into(folders)
@@ -86,7 +86,8 @@ def _has_commit(directory: epath.Path, files: Files) -> bool:
     return files.content(directory / COMMIT_FILE) is not None
 
 
-def _is_step(directory: epath.Path, files: Files) -> bool:
+def is_noted_step(directory: epath.Path, files: Files) -> bool:
+    """Tells whether Orbax noted in a directory that it is a step."""
     return files.optional(directory / STEP_FILE) is not None
 
 
@@ -113,11 +114,14 @@ _BEFORE_THE_TREE = (STEP_FILE, "_sharding", "array_metadatas")
 _WORKING = re.compile(r".+\.converting-[0-9]+")
 HUGGING_FACE_INDEX = ".index.json"
 HUGGING_FACE_SAFETENSORS = ".safetensors"
+_FLAX_SUFFIX = ".msgpack"
 HUGGING_FACE_FILES = (
     *("flax_model.msgpack", "flax_model.msgpack.index.json"),
     *("diffusion_flax_model.msgpack", "model.safetensors", "model.safetensors.index.json"),
 )
 """What transformers and diffusers call a model's weights, those of Flax first."""
+# A file that is the only part is no part.
+_WEIGHTS_PART = re.compile(r"(?P<whole>.+)-[0-9]+-of-(?!0*1\.)[0-9]+(?P<kind>\.msgpack|\.safetensors)")
 _ITEM_FILES = ("_METADATA", "manifest.ocdbt", "checkpoint", ".zgroup")
 # How many folders are looked into to see whether they hold an array; behind a network each costs a request.
 _PROBED, _PROBED_REMOTE = 64, 4
@@ -305,6 +309,24 @@ def is_weights_file(name: str) -> bool:
     """Tells whether a file is named as Hugging Face's libraries name weights, or an index of them."""
     whole = name.removesuffix(HUGGING_FACE_INDEX)
     return whole.endswith(HUGGING_FACE_SAFETENSORS) or (name in HUGGING_FACE_FILES)
+
+
+def index_of(part: str) -> str:
+    """Returns the name of the index that a part of weights belongs to, or an empty text for another file."""
+    named = _WEIGHTS_PART.fullmatch(part)
+    return f"{named['whole']}{named['kind']}{HUGGING_FACE_INDEX}" if named else ""
+
+
+def absent_indices(directory: epath.Path, files: Files) -> list[str]:
+    """Returns the indices that parts of weights in a directory belong to and that are not there."""
+    names = files.entries(directory)
+    return sorted({index for name in names if (index := index_of(name)) and index not in names})
+
+
+def weights_in(directory: epath.Path, files: Files) -> list[str]:
+    """Returns the files of weights in a directory, whatever their names, that are each a checkpoint."""
+    names = [name for name in files.entries(directory) if files.has_file(directory, name)]
+    return [n for n in names if (is_weights_file(n) or n.endswith(_FLAX_SUFFIX)) and not index_of(n)]
 
 
 def is_flax_file(path: epath.Path, files: Files) -> bool:

@@ -6,7 +6,9 @@ from etils import epath
 
 from orbax_nnx_handler.planning.core.errors import Hint, NotACheckpointError
 from orbax_nnx_handler.storage.checkpoint.directories import (
+    absent_indices,
     holds_tree,
+    index_of,
     is_archive,
     is_flax_file,
     is_item,
@@ -63,6 +65,8 @@ def find_item(path: epath.PathLike, item: str | None = None, files: Files | None
                 hints=[f"pass the step {root.parent} for its item {item!r}, or leave the item's name out."],
             )
         return root
+    if absent_indices(root, files):
+        raise no_checkpoint(root, files)
     newest = _newest_step(root, files)
     if newest is None or is_numbered(newest, files):
         newest = _only_archive(root, files) or newest
@@ -89,7 +93,7 @@ def _only_archive(root: epath.Path, files: Files) -> epath.Path | None:
 
 
 def _file(path: epath.Path, files: Files) -> epath.Path:
-    if not files.is_file(path):
+    if not files.is_file(path) or index_of(path.name):
         raise no_checkpoint(path, files)
     try:
         is_alone = is_weights_file(path.name) or is_flax_file(path, files) or is_archive(path, files)

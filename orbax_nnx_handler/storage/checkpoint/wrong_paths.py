@@ -16,10 +16,13 @@ from orbax_nnx_handler.planning.core.paths import printable
 from orbax_nnx_handler.storage.checkpoint.directories import (
     COMMIT_FILE,
     STEP_FILE,
+    absent_indices,
     archives_in,
     holds_tree,
+    index_of,
     is_archive,
     is_item,
+    is_noted_step,
     is_replaceable,
     is_root,
     is_temporary,
@@ -32,6 +35,7 @@ from orbax_nnx_handler.storage.checkpoint.directories import (
     step_names,
     steps_of,
     was_only_begun,
+    weights_in,
 )
 from orbax_nnx_handler.storage.stores.files import Files, SearchEndedError
 from orbax_nnx_handler.storage.stores.locations import absolute, parents_of
@@ -63,6 +67,11 @@ def _what_it_is(path: epath.Path, files: Files) -> NotACheckpointError:
         return _refusal(f"there is nothing at {path}.", _hint(_instead_of, path, files))
     if is_unfinished(path):
         return interrupted(path, files)
+    if index_of(path.name) and files.is_file(path):
+        return _of_part(path, files)
+    if indices := absent_indices(path, files):
+        what = f"{path} holds parts of weights without the index that names them: {_listed(indices)}."
+        return _refusal(what, _copy_index(path, indices))
     unfinished = _unfinished_in(path, files)
     if unfinished:
         saves = "a save that was interrupted" if len(unfinished) == 1 else "saves that were interrupted"
@@ -77,6 +86,16 @@ def _what_it_is(path: epath.Path, files: Files) -> NotACheckpointError:
         what = "a file" if files.is_file(path) else "no file and no directory"
         return _refusal(f"{path} is {what}.", _hint(_around, path, files))
     return _of_folder(path, files)
+
+
+def _of_part(path: epath.Path, files: Files) -> NotACheckpointError:
+    index = path.parent / index_of(path.name)
+    hint = _pass(index, f"pass {index}.") if files.is_file(index) else _copy_index(path.parent, [index.name])
+    return _refusal(f"{path} is one of several parts of weights.", hint)
+
+
+def _copy_index(directory: epath.Path, indices: Iterable[str]) -> Hint:
+    return Hint(f"download or copy {_listed(indices)} into {directory} too.")
 
 
 def _unfinished_in(path: epath.Path, files: Files) -> list[str]:
@@ -292,7 +311,15 @@ def _steps_beside(path: epath.Path, root: epath.Path, files: Files) -> dict[int,
 
 
 def _near(path: epath.Path, files: Files) -> Hint:
-    return _below(path, files) or _around(path, files)
+    return _weights(path, files) or _below(path, files) or _around(path, files)
+
+
+def _weights(path: epath.Path, files: Files) -> Hint | None:
+    """Returns the file of weights in a directory, of a name that a directory's are not looked for under."""
+    found = weights_in(path, files)
+    if len(found) > 1:
+        return _pass(path / found[0], f"pass one of the files of weights in it: {_listed(found)}.")
+    return _pass(path / found[0], f"pass {path / found[0]}.") if found else None
 
 
 def _below(path: epath.Path, files: Files) -> Hint | None:
@@ -332,7 +359,9 @@ def _around(path: epath.Path, files: Files) -> Hint:
         return _pass(above, f"it is a part of the item {above}; pass that.")
     if not parents:
         return ANY_KIND
-    beside = items_of(parents[0], files)
+    # The items of a step belong together; models that lie in one folder do not.
+    is_step = parents[0].name.isdecimal() or is_noted_step(parents[0], files)
+    beside = items_of(parents[0], files) if is_step else []
     if beside:
         return _pass(beside[0], f"it lies beside the item {beside[0]}; pass that, or the step {parents[0]}.")
     steps = _steps_beside(path, parents[0], files)

@@ -326,6 +326,46 @@ def test_a_text_where_the_index_says_that_an_array_lies_is_not_missing(tmp_path:
         )
 
 
+@pytest.mark.parametrize("name", TWO_PARTS)
+def test_parts_without_their_index_lead_to_it_and_to_no_model_beside_or_below(
+    name: str, tmp_path: pathlib.Path
+) -> None:
+    for other in ("another", "mine/original"):
+        hugging_face.msgpack(tmp_path / other, TREE)
+    folder = tmp_path / "mine"
+    write, _ = TWO_PARTS[name]
+    for file in write(tmp_path / "whole", TREE).iterdir():
+        file.rename(folder / file.name)
+    index, part = folder / name, next(file for file in folder.iterdir() if "-of-" in file.name)
+
+    with pytest.raises(
+        NotACheckpointError, match=rf"one of several parts of weights\.\nhint: pass {index}\."
+    ):
+        restore(part, abstract(TREE))
+    index.unlink()
+    for path in (folder, part):
+        with pytest.raises(NotACheckpointError) as raised:
+            restore(path, abstract(TREE), policy="warn")
+
+        assert f"hint: download or copy {name} into {folder} too." in str(raised.value)
+        assert str(tmp_path / "another") not in str(raised.value)
+
+
+def test_weights_of_another_name_are_named_and_no_model_beside_them(tmp_path: pathlib.Path) -> None:
+    hugging_face.msgpack(tmp_path / "another", TREE)
+    folder = hugging_face.safetensors(tmp_path / "mine", TREE)
+    file = (folder / "model.safetensors").rename(folder / "mine.safetensors")
+
+    with pytest.raises(NotACheckpointError, match=rf"\nhint: pass {file}\.$"):
+        restore(folder, abstract(TREE))
+    assert_equal(restore(file, abstract(TREE)), TREE)
+
+    file.rename(folder / "pytorch_model.bin")
+    with pytest.raises(NotACheckpointError) as raised:
+        restore(folder, abstract(TREE))
+    assert str(tmp_path / "another") not in str(raised.value)
+
+
 def test_a_file_cut_short_says_which_leaves_are_lost(tmp_path: pathlib.Path) -> None:
     folder = hugging_face.safetensors(tmp_path / "model", TREE)
     file = folder / "model.safetensors"

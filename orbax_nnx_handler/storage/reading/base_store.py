@@ -5,6 +5,7 @@ asked again: its catalog has told the place of every value, and asking through i
 each value whether the database has changed meanwhile.
 """
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,8 @@ from typing import Any, Protocol
 from orbax_nnx_handler.storage.stores.files import ANYWHERE
 from orbax_nnx_handler.storage.stores.kvstore import Store
 from orbax_nnx_handler.storage.stores.locations import open_file
+
+_logger = logging.getLogger(__name__)
 
 # The most buffers that one call fills (IOV_MAX is 1024 on Linux and on macOS).
 _BUFFERS = 1000
@@ -139,6 +142,34 @@ class KeyValueReader(Protocol):
         ...
 
 
+_MOST_TRIES = 3
+
+
+class _AskedAgain:
+    """A range that is asked for again where a store returns too little, which TensorStore does not."""
+
+    def __init__(self, ask: Callable[[], Answer], what: str, size: int) -> None:
+        self._ask, self._what, self._size = ask, what, size
+        self._answer = ask()
+
+    def result(self, timeout: float | None = None) -> Any:
+        for _ in range(_MOST_TRIES - 1):
+            try:
+                result = self._answer.result(timeout=timeout)
+            except ValueError as error:
+                if "OUT_OF_RANGE" not in str(error):
+                    raise
+            else:
+                if result.state != "value" or len(result.value) >= self._size:
+                    return result
+            _logger.warning("the store returned too little for %s; asking again", self._what)
+            self._answer = self._ask()
+        return self._answer.result(timeout=timeout)
+
+    def add_done_callback(self, callback: Callable[[Any], None]) -> None:
+        self._answer.add_done_callback(callback)
+
+
 class RemoteData:
     """Objects behind a network: every read is begun at once and waited for later."""
 
@@ -153,8 +184,9 @@ class RemoteData:
         self._versions: dict[str, bytes] = {} if versions is None else versions
 
     def begin(self, file: str, start: int, size: int) -> Answer:
-        """Asks for a range."""
-        return self._base.read(file, byte_range=slice(start, start + size))
+        """Asks for a range, and again where the answer is shorter."""
+        wanted = slice(start, start + size)
+        return _AskedAgain(lambda: self._base.read(file, byte_range=wanted), f"{size} bytes of {file}", size)
 
     def begin_whole(self, file: str) -> Answer:
         """Asks for all bytes of an object whose length nobody knows."""

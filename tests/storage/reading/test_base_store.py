@@ -87,6 +87,23 @@ def test_a_read_past_the_end_is_an_error(local, remote):
         remote.content("file", remote.begin("file", 6, 6), 6)
 
 
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_a_short_answer_is_asked_for_again_a_few_times(times, remote, caplog):
+    asked = []
+
+    class Short:
+        def read(self, key, *, byte_range=None):
+            asked.append(key)
+            cut = 1 if len(asked) <= times else 0
+            return remote._base.read(key, byte_range=slice(byte_range.start, byte_range.stop - cut))
+
+    files = RemoteData(Short())
+    with contextlib.nullcontext() if times < 3 else pytest.raises(ShortReadError, match="4 of 5 bytes"):
+        assert files.content("file", files.begin("file", 2, 5), 5) == CONTENT[2:7]
+    assert len(asked) == min(times + 1, 3)
+    assert "too little for 5 bytes of file; asking again" in caplog.text
+
+
 def test_an_answer_of_another_length_is_an_error(remote):
     with pytest.raises(ShortReadError, match="the store returned 4 of 6 bytes"):
         remote.content("file", remote.begin("file", 6, 4), 6)

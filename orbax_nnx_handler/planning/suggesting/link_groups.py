@@ -272,9 +272,11 @@ def apart_from_copies(links: Sequence[Link], stored: Iterable[Leaf]) -> tuple[li
     kinds: dict[str, list[Link]] = defaultdict(list)
     for link in links:
         names, is_stored = link.target.names[:-1], any(is_copied(leaf.source) for leaf in link.stored)
-        is_lent = link.target.source in doubled or (any(map(is_copy_level, names)) and not is_stored)
+        said = {*words("/".join(link.source.names))}  # RAFT's `mask` is a `mask_head`.
+        is_copy = not is_stored and any(is_copy_level(x) and not {*words(x)} <= said for x in names)
         is_taken = is_stored and not is_copied(names) and link.source.names[-2:] in free
-        kinds["lent" if is_lent else "taken" if is_taken else ""].append(link)
+        kind = "lent" if is_copy or link.target.source in doubled else "taken" if is_taken else ""
+        kinds[kind].append(link)
     return kinds.pop("", []), [_tie([some]) for some in kinds.values()]
 
 

@@ -87,9 +87,6 @@ def match_parts(
     return Findings(links=links, ties=[*ties, *more])
 
 
-# One to one.
-
-
 _Sides = tuple[Sequence[NamedPart], Sequence[NamedPart]]
 
 
@@ -248,7 +245,7 @@ class _Pairs:
         best, value = table.best()
         for at, to in best:
             self._ours[to], self._theirs[at] = at, to
-        doubtful = {frozenset((pair, other)) for pair in best for other in self._rather(pair, best)}
+        doubtful = {frozenset((pair, other)) for pair in best for other in self._rather(pair, best, group)}
         unstable = {pair for tie in doubtful for pair in tie}  # Names that speak against each other.
         for pair in filter(lambda pair: pair not in unstable, best):
             second, lower = table.best(without=pair)
@@ -265,13 +262,15 @@ class _Pairs:
                 doubtful.add(frozenset((one, other)))
         return [sorted(tie) for tie in merged(doubtful)]
 
-    def _rather(self, pair: tuple[int, int], best: Collection[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    def _rather(
+        self, pair: tuple[int, int], best: Collection[tuple[int, int]], group: set[tuple[int, int]]
+    ) -> Iterator[tuple[int, int]]:
         """Yields best pairs whose stored part and this one's wanted part are both more like each other."""
-        score, at = self._fits[pair].score, pair[0]
         for other in best:
-            fit = self._fits.get((at, other[1])) if other != pair else None
-            if fit is not None and fit.score - MARGIN >= max(score, self._fits[other].score):
-                yield other
+            if other != pair and (both := (pair[0], other[1])) in group:
+                scores = [self._fits[each].score for each in (both, pair, other)]
+                if scores[0] - MARGIN >= max(scores[1:]):
+                    yield other
 
     def _rivals(self, pair: tuple[int, int], group: set[tuple[int, int]]) -> bool:
         return any(other != pair and (other[0] == pair[0] or other[1] == pair[1]) for other in group)

@@ -168,7 +168,7 @@ _MEANING = {
 _LONGEST = max(map(len, _PHRASES))
 
 
-_WORD = re.compile(r"\d+x\d+|\d+[a-z](?![A-Za-z])|\d+|[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+_WORD = re.compile(r"\d+x\d+|\d+[a-z](?![A-Za-z])|\d+|conv(?=[a-rt-z](?![a-z]))|[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 
 
 @functools.lru_cache(maxsize=65536)
@@ -221,6 +221,7 @@ def weight(concept: str) -> float:
     return 1.0 if len(concept) > 1 else 0.5
 
 
+@functools.lru_cache(maxsize=65536)
 def likeness(one: Concepts, other: Concepts) -> float:
     """Returns how much two names say alike; what only one of them says counts a little against it."""
     left, right = one - other, other - one

@@ -41,6 +41,16 @@ def test_a_plan_under_many_rules_is_the_expected_one() -> None:
     planning.check(plan, expected)
 
 
+# Few leaves are looked at in another way than many where these ask for what could be meant.
+OTHERWISE_FOR_FEW = {
+    "the layers have another name",
+    "all names differ",
+    "all names differ, deep",
+    "all names differ, one level",
+    "half of the layers unexpected",
+}
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_the_work_of_a_verdict_grows_no_faster_than_the_leaves(way: str) -> None:
     def verdict(layers: int) -> Callable[[], object]:
@@ -48,7 +58,7 @@ def test_the_work_of_a_verdict_grows_no_faster_than_the_leaves(way: str) -> None
         return lambda: str(make_plan(target, stored, options).error())
 
     # What grows with a square is bent half as much at half the size.
-    size, bound = (15, 0.0125) if way == "another model" else (30, 0.025)
+    size, bound = (30, 0.025) if way in OTHERWISE_FOR_FEW else (15, 0.0125)
 
     assert bent(*lines_run(verdict, size)) < bound
 
@@ -63,7 +73,7 @@ def test_the_work_of_a_suggestion_grows_no_faster_than_the_leaves(way: str) -> N
         target, stored, _ = problem(way, layers)
         return lambda: str(propose(target, stored, RestoreOptions.of(policy="warn")))
 
-    assert bent(*lines_run(suggestion, 20)) < 0.066
+    assert bent(*lines_run(suggestion, 10)) < 0.033
 
 
 def problem(way: str, layers: int) -> tuple[Any, dict[Any, StoredLeaf], RestoreOptions]:

@@ -417,10 +417,7 @@ def _layer(names: Names) -> Names:
     return next((names[:at] for at, level in inside if level.number is not None and at < len(names)), ())
 
 
-Readings = Sequence[Sequence[Link]]
-
-
-def as_one(several: Iterable[Readings]) -> list[Readings]:
+def as_one(several: Iterable[Sequence[Sequence[Link]]]) -> list[Sequence[Sequence[Link]]]:
     """Returns possible readings, those as one that say the same of blocks of one kind."""
     groups: dict[object, list[dict[object, Sequence[Link]]]] = defaultdict(list)
     for at, readings in enumerate(several):
@@ -431,7 +428,7 @@ def as_one(several: Iterable[Readings]) -> list[Readings]:
     return [[[link for x in group for link in x[each]] for each in group[0]] for group in groups.values()]
 
 
-def _said_by(readings: Readings) -> list[object]:
+def _said_by(readings: Sequence[Sequence[Link]]) -> list[object]:
     """Returns what each reading says, whichever block it says it of."""
     ends = [{part_of(link.target): part_of(link.source) for link in reading} for reading in readings]
     back = [{other: one for one, other in pairs.items()} for pairs in ends]

@@ -241,8 +241,9 @@ def _are_near_zero(runs: Runs) -> bool:
 
 def _size_of_smallest(value: Any) -> float:
     """Returns the largest magnitude in a weight; the smallest of those in its slices along the first axis."""
-    axes = tuple(range(1, value.ndim)) if value.ndim > 1 else None
-    return float(jnp.maximum(value.max(axis=axes), -value.min(axis=axes)).min())
+    axes, array = tuple(range(1, value.ndim)) if value.ndim > 1 else None, np.asarray(value)
+    # By NumPy: JAX would compile it for each shape.
+    return float(np.maximum(array.max(axis=axes), -array.min(axis=axes)).min())
 
 
 _HARDLY = 1e-3

@@ -57,8 +57,8 @@ def test_the_work_of_a_verdict_grows_no_faster_than_the_leaves(way: str) -> None
         target, stored, options = problem(way, layers)
         return lambda: str(make_plan(target, stored, options).error())
 
-    # What grows with a square is bent half as much at half the size.
-    size, bound = (30, 0.025) if way in OTHERWISE_FOR_FEW else (15, 0.0125)
+    # What grows with a square is bent half as much at half the size or a little less.
+    size, bound = (30, 0.025) if way in OTHERWISE_FOR_FEW else (15, 0.01)
 
     assert bent(*lines_run(verdict, size)) < bound
 
@@ -73,7 +73,7 @@ def test_the_work_of_a_suggestion_grows_no_faster_than_the_leaves(way: str) -> N
         target, stored, _ = problem(way, layers)
         return lambda: str(propose(target, stored, RestoreOptions.of(policy="warn")))
 
-    assert bent(*lines_run(suggestion, 10)) < 0.033
+    assert bent(*lines_run(suggestion, 10)) < 0.03
 
 
 def problem(way: str, layers: int) -> tuple[Any, dict[Any, StoredLeaf], RestoreOptions]:

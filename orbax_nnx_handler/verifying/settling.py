@@ -156,8 +156,7 @@ class Settling:
     def _may_tell(self, one: Compared, number: int) -> bool:
         """Tells whether a module may answer a question: not one whose outputs come in another order too."""
         question = self.suggestion.questions[number]
-        inside = not one.path or not any(leaf[:-1] == one.path for leaf in question.wanted)
-        return question.about != "how" or inside  # The whole program's are what the caller compares.
+        return question.about != "how" or not any(leaf[:-1] == one.path for leaf in question.wanted)
 
     def _ways(
         self, number: int, answers: Sequence[int | None], changes: Sequence[Remade], plan: RestorePlan
@@ -270,12 +269,12 @@ def _made_otherwise(first: FirstDifference, plan: RestorePlan) -> list[Remade]:
 
     A leaf whose weights they take gets theirs: two modules were exchanged.
     """
-    layer, restored = first.module.nnx.layer, plan.restored
-    made = dict(first.changes)
-    for leaf, item in restored.items() if layer is None else ():
-        takers = [path for path, recipe in first.changes.items() if recipe == item.recipe and path != leaf]
-        if takers and leaf not in made and item.wanted.shape == restored[takers[0]].wanted.shape:
-            made[leaf] = restored[takers[0]].recipe
+    layer, restored, made = first.module.nnx.layer, plan.restored, dict(first.changes)
+    takers = {recipe: path for path, recipe in first.changes.items()} if layer is None else {}
+    for leaf, item in restored.items():
+        taker = takers.get(item.recipe)
+        if taker and leaf not in made and item.wanted.shape == restored[taker].wanted.shape:
+            made[leaf] = restored[taker].recipe
     return [Remade(leaf=leaf, layer=layer, recipe=recipe) for leaf, recipe in made.items()]
 
 

@@ -86,9 +86,8 @@ def distance(reference: Array, other: Array) -> tuple[float, float]:
         if not np.isfinite(apart).all():
             return float("inf"), float("inf")
         if {reference.dtype.kind, other.dtype.kind} <= set("biu"):
-            return float(apart.max()), float(
-                apart.max()
-            )  # Of the words 200000 and 200001 none is nearly right.
+            largest = float(apart.max())  # Of the words 200000 and 200001 none is nearly right.
+            return largest, largest
         size = np.abs(a)
         usual = _usual(size)
         mean = float(usual.mean(dtype=np.float64)) if usual.size else 1.0

@@ -148,9 +148,12 @@ _MOST_TRIES = 3
 class _AskedAgain:
     """A range that is asked for again where a store returns too little, which TensorStore does not."""
 
-    def __init__(self, ask: Callable[[], Answer], what: str, size: int) -> None:
-        self._ask, self._what, self._size = ask, what, size
-        self._answer = ask()
+    def __init__(self, base: KeyValueReader, file: str, start: int, size: int) -> None:
+        self._base, self._file, self._start, self._size = base, file, start, size
+        self._answer = self._ask()
+
+    def _ask(self) -> Answer:
+        return self._base.read(self._file, byte_range=slice(self._start, self._start + self._size))
 
     def result(self, timeout: float | None = None) -> Any:
         for _ in range(_MOST_TRIES - 1):
@@ -162,7 +165,8 @@ class _AskedAgain:
             else:
                 if result.state != "value" or len(result.value) >= self._size:
                     return result
-            _logger.warning("the store returned too little for %s; asking again", self._what)
+            what = "the store returned too little for %d bytes of %s; asking again"
+            _logger.warning(what, self._size, self._file)
             self._answer = self._ask()
         return self._answer.result(timeout=timeout)
 
@@ -185,8 +189,7 @@ class RemoteData:
 
     def begin(self, file: str, start: int, size: int) -> Answer:
         """Asks for a range, and again where the answer is shorter."""
-        wanted = slice(start, start + size)
-        return _AskedAgain(lambda: self._base.read(file, byte_range=wanted), f"{size} bytes of {file}", size)
+        return _AskedAgain(self._base, file, start, size)
 
     def begin_whole(self, file: str) -> Answer:
         """Asks for all bytes of an object whose length nobody knows."""

@@ -13,7 +13,7 @@ from orbax_nnx_handler.planning.core.paths import (
     trained_by,
     without_box,
 )
-from orbax_nnx_handler.planning.core.recipes import Read, Recipe, Scale, parts_of, reads, without_arithmetic
+from orbax_nnx_handler.planning.core.recipes import Add, Read, Recipe, reads
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement, is_copy_level
 from orbax_nnx_handler.planning.target.roles import Wanted
 from orbax_nnx_handler.planning.verdict.claims import stored_name
@@ -79,6 +79,7 @@ class ReplacedWeights:
         self._owners = {canonical(item.owner) for item in some}
         self._beside = Counter(without_box(item.leaf.path)[:-1] for item in wanted if by_rule)
         self._made: dict[Tokens, _Made] = {}
+        self._moments = _OfMoments()
         self._by_end: dict[Tokens, list[Tokens]] = defaultdict(list)
         if not by_rule or all(by_rule.isdisjoint(reads(recipe)) for _, recipe, _ in weights):
             return  # Nearly every plan.
@@ -121,24 +122,30 @@ class ReplacedWeights:
     def kept(self, leaves: Sequence[tuple[Wanted, Recipe, object]]) -> Iterator[_Kept]:
         """Yields what is read of an optimizer, and of statistics, though their weights were replaced."""
         by_part: dict[tuple[Path, Tokens], list[Claim]] = defaultdict(list)
+        is_moved = any(made.read is not None for made in self._made.values())
         for item, recipe, _ in leaves if self._made or self._called else ():
+            # Where weights are only changed, a moment that a recipe changes too is that of its weight.
+            is_open = self._made and (is_moved or isinstance(recipe, Read))
             if item.role == "model":
-                if self._made and self._is_step_alone(item):
+                if is_open and self._is_step_alone(item):
                     by_part[without_box(item.leaf.path)[:-1], ()].append((item, recipe))
                 continue
-            by_part[item.owner, _labels_of(item)].append((item, recipe))
-            if any(self._is_called_otherwise(canonical(item.owner), path) for path in reads(recipe)):
+            if is_open:
+                by_part[item.owner, self._moments.of(item)[0]].append((item, recipe))
+            if self._called and any(
+                self._is_called_otherwise(canonical(item.owner), path) for path in reads(recipe)
+            ):
                 yield 3, item.leaf.path, reads(recipe)[0], "a rule calls it otherwise"
         names: dict[tuple[Path, Tokens], set[Tokens]] = defaultdict(set)
-        for item in self._wanted if self._made else ():
-            name = _name_of(item)
+        for item in self._wanted if by_part else ():
+            labels, name = self._moments.of(item)
             if name and name[-1:] in self._by_end:
-                for labels in ((), _labels_of(item)):
-                    names[item.owner, labels].add(name)
-        for (owner, labels), some in by_part.items() if self._made else ():
+                for each in {(), labels}:
+                    names[item.owner, each].add(name)
+        for (owner, labels), some in by_part.items():
             known = names.get((owner, labels), set[Tokens]())
             yield from self._kept_by(self._trained(labels[-1:] or canonical(owner), known), known, some)
-        yield from self._statistics(leaves if self._made else ())
+        yield from self._statistics(leaves if is_moved else ())
 
     def _statistics(self, leaves: Iterable[tuple[Wanted, Recipe, object]]) -> Iterator[_Kept]:
         """Yields statistics that are not read from where all weights of their module, or network, are."""
@@ -167,7 +174,7 @@ class ReplacedWeights:
     ) -> Iterator[_Kept]:
         is_replaced = any(_are_others(made.values()) for made in trained.values())
         for item, recipe in leaves:
-            path, read, name = item.leaf.path, reads(recipe), _name_of(item)
+            path, read, name = item.leaf.path, reads(recipe), self._moments.of(item)[1]
             if not read or not self._by_rule.isdisjoint(read):
                 continue
             if name not in known:
@@ -221,17 +228,21 @@ def _are_others(weights: Collection[_Made]) -> bool:
     )
 
 
-def _labels_of(item: Wanted) -> Tokens:
-    return labels_of(slot_of(item.tokens).place) if item.role == "optimizer" else ()
+class _OfMoments(dict[Tokens, tuple[Tokens, Tokens]]):
+    """The labels above each leaf of an optimizer, and its name of its parameter: nothing for what is none."""
 
+    def __missing__(self, tokens: Tokens) -> tuple[Tokens, Tokens]:
+        place, field = slot_of(tokens)
+        found = self[tokens] = labels_of(place), field[1:]
+        return found
 
-def _name_of(item: Wanted) -> Tokens:
-    """Returns a moment's name of its parameter; nothing for what is none."""
-    return slot_of(item.tokens).field[1:] if item.role == "optimizer" else ()
+    def of(self, item: Wanted) -> tuple[Tokens, Tokens]:
+        """Returns both for a wanted leaf; nothing for a step or a weight."""
+        return self[item.tokens] if item.role == "optimizer" else ((), ())
 
 
 def _is_changed(recipe: Recipe) -> bool:
     """Tells whether a rule does more to what is read than to add a constant."""
-    if any(isinstance(part, Scale) for part in parts_of(recipe)):
-        return True
-    return not isinstance(without_arithmetic(recipe), Read)
+    while isinstance(recipe, Add):
+        recipe = recipe.source
+    return not isinstance(recipe, Read)

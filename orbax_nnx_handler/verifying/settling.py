@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from orbax_nnx_handler.planner import decide
-from orbax_nnx_handler.planning.core.errors import RestoreError, VerificationError
+from orbax_nnx_handler.planning.core.errors import RestoreError, UnreadableLeafError, VerificationError
 from orbax_nnx_handler.planning.core.lines import counted
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import Add, Recipe
@@ -85,6 +85,7 @@ class Settling:
 
         Raises:
             VerificationError: One of the programs fails, or their outputs cannot be compared.
+            UnreadableLeafError: Stored bytes are absent or damaged.
         """
         answers: list[int | None] = [None] * len(self.suggestion.questions)
         changes: list[Remade] = []
@@ -94,16 +95,19 @@ class Settling:
         for _ in range(_MOST_RUNS):
             try:
                 plan, parts = self._decided(rules)
-            except RestoreError as error:
+                if not plan.restored or not plan.restored.keys() >= restored:
+                    return self._with(
+                        *kept, None
+                    )  # A proof of one module is none where another loses its own.
+                runs = run_both(self.checkpoint, plan, parts, self.programs, self.init, linen)
+            except (VerificationError, UnreadableLeafError):
+                raise
+            except RestoreError as error:  # The rules do not go together, or leave a value that counts.
                 if restored:
                     return self._with(*kept, None)
-                words = f"not run: {str(error).splitlines()[0]}"
-                return dataclasses.replace(self.suggestion, proof=words)
-            if not plan.restored or not plan.restored.keys() >= restored:
-                return self._with(*kept, None)  # A proof of one module is none where another loses its own.
-            restored, kept = frozenset(plan.restored), (answers[:], changes[:])
-            runs = run_both(self.checkpoint, plan, parts, self.programs, self.init, linen)
-            linen = runs.linen
+                words = [str(error).splitlines()[0].rstrip(":."), *(hint.words for hint in error.hints[:1])]
+                return dataclasses.replace(self.suggestion, proof=f"not run: {'; '.join(words)}")
+            restored, kept, linen = frozenset(plan.restored), (answers[:], changes[:]), runs.linen
             ways = self._answer(answers, changes, plan, runs)
             verification = None
             if (found := self._rules(answers, changes)) == rules:

@@ -165,6 +165,36 @@ def test_programs_that_differ_leave_a_word_on_where(saved: Save):
     assert "# confidence: open\n" in str(found)
 
 
+class Recurrent(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.Dense(3, name="out")(nn.RNN(nn.GRUCell(8), name="rnn")(x))
+
+
+class Recurring(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.cell = nnx.GRUCell(4, 8, rngs=rngs)
+        self.head = nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.head(nnx.RNN(self.cell)(x))
+
+
+def test_programs_are_not_run_where_rules_leave_a_value_that_counts(tmp_path: pathlib.Path):
+    # Linen's GRU has a bias that nnx.GRUCell has no place for; no restore may drop it but at zero.
+    x = jax.random.normal(jax.random.key(0), (2, 5, 4))
+    variables = jax.tree.map(lambda leaf: leaf + 0.1, Recurrent().init(jax.random.key(1), x))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "c", variables)
+
+    verify = (Recurrent().apply, lambda model, x: model(x), (x,))
+    found = suggest(tmp_path / "c", nnx.eval_shape(lambda: Recurring(nnx.Rngs(0))), verify=verify)
+
+    assert not found.is_proved
+    assert found.proof.startswith("not run: 1 stored value")
+    assert "Drop('hn/bias', 'why')" in str(found)
+
+
 def test_a_program_that_fails_is_an_error(saved: Save):
     with pytest.raises(VerificationError, match="nnx_apply fails: ZeroDivisionError"):
         suggest(

@@ -135,9 +135,17 @@ def find_another_model(evidence: Evidence) -> Iterable[Cause]:
             text=f"this looks like a checkpoint of another model: it shares {named} of the target's "
             f"{len(weights)} names and {shaped} of its shapes.",
             paths=evidence.with_moments(evidence.missing_weights),
-            way=LOOK,
+            way=_unless_renamed(evidence),
             facts={"weights": len(weights), "named_alike": named, "shaped_alike": shaped},
         )
+
+
+def _unless_renamed(evidence: Evidence) -> Hint:
+    """Returns the way out of another model's checkpoint; by other names it may be the same one's."""
+    lost = evidence.missing_weights
+    if 2 * len(evidence.perhaps_stored.intersection(lost)) < len(lost):
+        return LOOK
+    return Hint(f"{LOOK.words} If it is this model by other names: {search_hint(evidence).words}")
 
 
 def find_other_groups(evidence: Evidence) -> Iterable[Cause]:

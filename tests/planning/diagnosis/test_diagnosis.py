@@ -174,6 +174,18 @@ def test_another_model_shares_neither_names_nor_shapes():
     assert kinds(found) == ["AnotherModel"]
 
 
+def test_what_may_be_the_same_model_by_other_names_is_searched_for_rules_too():
+    # Fused gates: no name and no shape agree, and all shapes can be arranged.
+    gates = ("ir", "iz", "in", "hr", "hz", "hn")
+    stored = {f"params/cells_{at}/{gate}/kernel": (8, 8) for at in range(2) for gate in gates}
+    wanted = {f"rnn_{side}/dense_{part}/w": (8, 24) for side in ("a", "b") for part in ("i", "h")}
+
+    (cause,) = diagnose(plan(stored, wanted))
+
+    assert cause.kind == "AnotherModel"
+    assert "If it is this model by other names: " in cause.way.words
+
+
 def test_the_same_model_in_another_width_is_not_another_model():
     found = diagnose(plan(model(2, width=4), model(2, "", "layers/{}", width=6)))
 

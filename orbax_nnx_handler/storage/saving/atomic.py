@@ -58,11 +58,11 @@ def save_item(destination: epath.Path, arguments: ocp.args.PyTreeSave, *, force:
         RestoreError: It cannot be written.
     """
     is_alone = jax.process_count() == 1
-    if force or not is_url(destination):
+    is_taken = is_alone and files_at(destination).exists(destination)
+    if force or is_taken or not is_url(destination):
         # Of several processes, one that is late may see what the first has begun to write.
         agree(lambda: check_replaceable(destination, files_at(destination)))
-    # Of several processes, Orbax asks before.
-    if is_alone and not force and files_at(destination).exists(destination):
+    if is_taken and not force:  # Of several processes, Orbax asks.
         raise ValueError(f"Destination {destination} already exists.\nhint: pass force=True to replace it.")
     opened = cast(Any, ocp.Checkpointer(ocp.PyTreeCheckpointHandler()))
     if is_url(destination) or not is_alone:

@@ -83,6 +83,11 @@ def check_writable(path: epath.Path) -> None:
             f"{text} cannot be written: Orbax writes to gs:// and to directories of this machine.",
             hints=[Hint("write to a local directory, and copy it there: aws s3 cp --recursive LOCAL URL.")],
         )
+    if is_url(path) and not parents_of(path):
+        raise RestoreError(
+            f"{text} cannot be written: it is a whole bucket.",
+            hints=[Hint(f"name a folder in it: '{text.rstrip('/')}/NAME'.")],
+        )
     if "[" in text:
         # It looks for its parts by a pattern, in which brackets have a meaning, and finds none.
         raise RestoreError(

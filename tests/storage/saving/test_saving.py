@@ -471,6 +471,15 @@ def test_a_place_that_is_taken_is_said_with_the_way_out_in_a_bucket_as_on_a_disk
         with pytest.raises(ValueError, match=r"already exists\.\nhint: pass force=True to replace it\."):
             save(place, state)
 
+    # What force=True would not replace either is not said to be replaced by it.
+    (tmp_path / "7").mkdir()
+    (tmp_path / "item").rename(tmp_path / "7" / "default")
+    for place in (tmp_path / "7", "gs://bucket/7"):
+        with pytest.raises(
+            NotACheckpointError, match=r"is a step, not an item; .*\nhint: pass the path of an item"
+        ):
+            save(place, state)
+
 
 @pytest.mark.parametrize("options", [{}, {"force": True}])
 def test_what_a_store_refuses_where_a_save_looks_first_is_one_error(tmp_path, monkeypatch, options):

@@ -105,6 +105,8 @@ def test_a_key_is_what_the_path_says_whatever_its_characters_mean_in_a_url(schem
         ("/run[1]/x", "a directory with '\\[' in its name"),
         ("/run\\1/x", "takes a backslash in a path for a separator"),
         ("gs:/bucket/x", "pass 'gs://bucket/x', as a string"),
+        ("gs://bucket", "it is a whole bucket.\nhint: name a folder in it: 'gs://bucket/NAME'"),
+        ("gs://bucket/", "it is a whole bucket.\nhint: name a folder in it: 'gs://bucket/NAME'"),
     ],
 )
 def test_where_orbax_cannot_write_nothing_is_begun(path, said):

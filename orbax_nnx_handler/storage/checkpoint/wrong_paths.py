@@ -209,13 +209,15 @@ def _finished_near(path: epath.Path, files: Files) -> Hint:
         return _pass(archives[0], f"the newest finished one is {newest}.") if archives else _NONE_FINISHED
     root = next((part.parent for part in (path, *path.parents) if is_temporary(part.name)), path)
     # An unfinished item lies in a step; what lies beside that is one too if it is called the same.
-    places = [root, *parents_of(root)[:1]]
-    files.look_into(places)
-    for place in places:
+    around = [root, *parents_of(root)[:2]]
+    files.look_into(around[:2])
+    for inner, place in zip([root, *around], around, strict=False):
+        if inner != root and not inner.name[-1:].isdecimal():
+            break  # No step: what lies beside it is none of this manager's.
         steps = {
             step: child
             for step, child in steps_of(place, files).items()
-            if child not in (path, root) and (place == root or _prefix(child) == _prefix(root))
+            if child not in (path, inner) and (place == root or _prefix(child) == _prefix(inner))
         }
         if steps:
             newest = steps[max(steps)]
@@ -260,8 +262,8 @@ def _instead_of(path: epath.Path, files: Files) -> Hint:
     steps = steps_of(parent, files)
     if steps:
         return _newest_of(parent, steps)
-    names = list(files.entries(parent))
     missing = [path, *parents][parents.index(parent)].name
+    names = [name for name in files.entries(parent) if name != missing]
     close = difflib.get_close_matches(missing, names, n=2)
     if close and len({difflib.SequenceMatcher(None, name, missing).ratio() for name in close}) == len(close):
         return _pass(parent / close[0], f"did you mean {parent / close[0]}?")

@@ -94,6 +94,12 @@ def check_writable(path: epath.Path) -> None:
             f"{text} cannot be written: Orbax would store nothing below a directory with '[' in its name.",
             hints=[Hint("choose a path without '['.")],
         )
+    if is_url(path) and (odd := _odd_in_url(text)):
+        # Orbax writes the arrays by a path, and all else by a URL, of which these are no part of a name.
+        raise RestoreError(
+            f"{printable(text)} cannot be written: Orbax would write a part of it elsewhere for {odd!r}.",
+            hints=[Hint(f"choose a path without {odd!r}.")],
+        )
     taken = next((part for part in pathlib.PurePath(text).parts if part in _COLLAPSED), None)
     if taken and not is_url(path):
         url = f"{taken}//{text.partition(taken)[2].strip('/')}"
@@ -106,6 +112,12 @@ def check_writable(path: epath.Path) -> None:
             f"{text} cannot be written: {MISREAD}, and Orbax would write half of it elsewhere.",
             hints=[Hint("choose a path without a backslash.")],
         )
+
+
+def _odd_in_url(text: str) -> str | None:
+    """Returns what in a bucket's path Orbax, fsspec and TensorStore take for different names."""
+    odd = (char for char in text if char in "?#*" or not char.isprintable())
+    return next(odd, ".." if ".." in pathlib.PurePosixPath(text).parts else None)
 
 
 def parents_of(path: epath.Path) -> list[epath.Path]:
@@ -185,6 +197,8 @@ _LIBRARIES = {"gs": "gcsfs", "s3": "s3fs"}
 # TensorStore adds where in its own source a status was made, and what the store's answer looked like.
 _DETAILS = re.compile(r"\s*\[(source locations|tensorstore_spec|http_response_body)=.*?\](?=\s|$)", re.DOTALL)
 _CODE = re.compile(r"\s*\[http_response_code='(\d+)'\]")
+# Where a bucket of another region is asked, the store redirects; botocore follows without end.
+_ELSEWHERE = re.compile(r"PermanentRedirect|AuthorizationHeaderMalformed|\b301\b")
 _UNKNOWN_CALLER = "[http_response_code='401']"
 
 
@@ -206,7 +220,8 @@ def reason_and_hint(
 ) -> tuple[str, str]:
     """Returns what went wrong, and what to do about it; `rights` are those an account needs, by scheme."""
     text = _CODE.sub(r" (HTTP \1)", _DETAILS.sub("", str(error))).strip().splitlines()
-    reason = f"{type(error).__name__}: {text[0] if text else 'no reason is given'}".removesuffix(".")
+    first = " ".join(text[: 2 if text[0].endswith(":") else 1]) if text else "no reason is given"
+    reason = f"{type(error).__name__}: {first}".removesuffix(".")
     key = os.fspath(path).rpartition("://")[2].partition("/")[2]
     # Neither a step's number is a status code, nor one of bytes.
     said = _BYTES.sub("", str(error).replace(key, "") if key else str(error))
@@ -226,6 +241,10 @@ def _hint(path: str, error: BaseException, text: str, rights: Mapping[str, str])
         return f"the account in use needs {rights[scheme]} there, or log in as another: {_LOGIN[scheme]}."
     if isinstance(error, TimeoutError) or _BUSY.search(text):
         return "the store did not answer, several retries included: try again later, or check the network."
+    if scheme == "s3" and (isinstance(error, RecursionError) or _ELSEWHERE.search(text)):
+        return (
+            "the bucket may be of another region, or store: set AWS_REGION, or AWS_ENDPOINT_URL, to its own."
+        )
     if isinstance(error, FileNotFoundError):
         return "another process deletes or writes there: let one at a time save to a path."
     if _CUT_OFF.search(text):

@@ -21,9 +21,11 @@ from safetensors.numpy import save_file
 from orbax_nnx_handler import NotACheckpointError, UnreadableLeafError, restore
 from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
+from orbax_nnx_handler.storage.checkpoint.wrong_paths import interrupted
 from orbax_nnx_handler.storage.converting.blocks import as_stored
 from orbax_nnx_handler.storage.converting.write import Conversion, write_converted
 from orbax_nnx_handler.storage.reading import check_one_save, read_values
+from orbax_nnx_handler.storage.stores.locations import as_path
 from tests.storage.checkpoints import FORMATS, DiskFormat, as_remote, save
 from tests.storage.stores.fake_store import files_of
 
@@ -161,6 +163,17 @@ def test_in_a_bucket_a_save_that_ended_before_its_tree_is_called_one(tmp_path, w
 
     assert re.search("(is|holds only) a save that was interrupted", str(raised.value))
     assert raised.value.hints[0].words.startswith("no finished step lies beside it")
+
+
+def test_beside_a_step_whose_item_has_no_mark_the_finished_steps_are_named(tmp_path):
+    # A manager deletes an old step file by file; the step's own mark may be the last to go.
+    root = manager_root(tmp_path / "run", steps=(2, 4, 6))
+    (root / "2" / "default" / "commit_success.txt").unlink()
+
+    error = interrupted(as_path("gs://bucket/run/2/default"), files_of(tmp_path)[0])
+
+    assert "a save that was interrupted: it has no commit_success.txt" in str(error)
+    assert error.hints[0].words == "the newest finished step is gs://bucket/run/6."
 
 
 def test_in_a_finished_step_of_a_bucket_an_item_without_arrays_is_no_interrupted_save(tmp_path):

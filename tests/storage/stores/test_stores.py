@@ -105,6 +105,11 @@ def test_a_key_is_what_the_path_says_whatever_its_characters_mean_in_a_url(schem
         ("/run[1]/x", "a directory with '\\[' in its name"),
         ("/run\\1/x", "takes a backslash in a path for a separator"),
         ("gs:/bucket/x", "pass 'gs://bucket/x', as a string"),
+        ("gs://bucket/x?y", "would write a part of it elsewhere for '\\?'"),
+        ("gs://bucket/x#1", "would write a part of it elsewhere for '#'"),
+        ("gs://bucket/x*", "would write a part of it elsewhere for '\\*'"),
+        ("gs://bucket/x\ty", "would write a part of it elsewhere for '\\\\t'"),
+        ("gs://bucket/x/../y", "would write a part of it elsewhere for '\\.\\.'"),
         ("gs://bucket", "it is a whole bucket.\nhint: name a folder in it: 'gs://bucket/NAME'"),
         ("gs://bucket/", "it is a whole bucket.\nhint: name a folder in it: 'gs://bucket/NAME'"),
     ],
@@ -183,6 +188,21 @@ def test_a_store_s_refusal_is_one_sentence_with_a_hint_that_fits(error, hint):
     assert f"\nhint: {hint}" in message
     assert "source locations" not in message
     assert "copy it again" not in message
+
+
+@pytest.mark.parametrize(
+    "error", [RecursionError("maximum recursion depth"), HttpError("PermanentRedirect: 301")]
+)
+def test_a_bucket_of_another_region_is_told_by_its_redirects(error):
+    assert "\nhint: the bucket may be of another region, or store: set AWS_REGION" in str(
+        cannot_read("s3://bucket/x", error)
+    )
+
+
+def test_a_reason_whose_first_line_only_announces_it_is_said_whole():
+    error = HttpError("Parameter validation failed:\nInvalid bucket name 'a:80'")
+
+    assert "failed: Invalid bucket name 'a:80'.\n" in str(cannot_read("s3://a:80/x", error))
 
 
 def test_a_step_called_403_is_no_refusal():

@@ -36,20 +36,22 @@ _COMPLETE, _LACKING, _UNLIKE, _NUMBER, _LITERAL = 2.0, 1.0, 10.0, 2.0, 1.0
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """How well a stored part fits a wanted one."""
+    """How well a stored part fits a wanted one; `differs` where both have a level of another number."""
 
     score: float
     pairs: tuple[tuple[Leaf, Leaf, tuple[Way, ...]], ...]
     is_exact: bool
+    differs: bool
 
 
 def fit_of(one: NamedPart, other: NamedPart) -> Fit | None:
     """Returns how a stored part may become a wanted one; None where shapes do not come out."""
-    (equal, _), ours, theirs = _compare_numbers(one, other), one.part.leaves.keys(), other.part.leaves.keys()
+    ours, theirs = one.part.leaves.keys(), other.part.leaves.keys()
     shared, lacking = [kind for kind in ours if kind in theirs], len(ours ^ theirs)
     if not shared and (lone := _lone_bias(one, other)) is not None:
-        score = _COMPLETE + likeness(one.said, other.said) + _NUMBER * equal
-        return Fit(score + 20.0, (lone,), is_exact=True)
+        equal, differs = _compare_numbers(one, other)
+        score = 20.0 + _COMPLETE + likeness(one.said, other.said) + _NUMBER * equal
+        return Fit(score, (lone,), is_exact=True, differs=differs)
     # A norm with statistics and a bias is none that does nothing but scale.
     if not shared or lacking > 2 or ("main" not in shared and "main" in ours | theirs):
         return None
@@ -74,9 +76,10 @@ def fit_of(one: NamedPart, other: NamedPart) -> Fit | None:
         score += likeness(one.said - PLACING, other.said - PLACING) + 2 * (one.place == other.place)
     else:
         score += likeness(one.said, other.said) + 0.5 * likeness(one.part.own, other.part.own)
+    equal, differs = _compare_numbers(one, other)
     score += _NUMBER * equal + _LITERAL * (one.part.names[-1:] == other.part.names[-1:])
     # A pair that shapes allow is better than none.
-    return Fit(score + 20.0, tuple(pairs), not lacking)
+    return Fit(score + 20.0, tuple(pairs), not lacking, differs)
 
 
 def _lone_bias(one: NamedPart, other: NamedPart) -> tuple[Leaf, Leaf, tuple[Way, ...]] | None:
@@ -94,8 +97,8 @@ def _lone_bias(one: NamedPart, other: NamedPart) -> tuple[Leaf, Leaf, tuple[Way,
     return (left, right, found) if found else None
 
 
-def may_be(one: NamedPart, other: NamedPart) -> bool:
-    """Tells whether no name speaks against a pair."""
+def may_be(fit: Fit, one: NamedPart, other: NamedPart) -> bool:
+    """Tells whether no name and no number speaks against a pair that fits."""
     left, right = one.said, other.said
     if one.place is not None and other.place is not None:
         if not same_place(one.place, other.place):
@@ -111,7 +114,7 @@ def may_be(one: NamedPart, other: NamedPart) -> bool:
     if any(is_norm and own & {"q", "k", "v"} for own, is_norm in placed):
         return False
     back = {(to, at) for at, to in directions(one.part.names) if at != to}
-    return back.isdisjoint(directions(other.part.names)) and not _compare_numbers(one, other)[1]
+    return not fit.differs and back.isdisjoint(directions(other.part.names))
 
 
 def _say_something(one: NamedPart, other: NamedPart) -> bool:
@@ -189,13 +192,10 @@ def _compare_numbers(one: NamedPart, other: NamedPart) -> tuple[int, bool]:
 
     Numbers that begin alike are compared as they are; `ln_0, ln_1` and `norm1, norm2` by their rank.
     """
-    equal, different = 0, False
     is_one = _counts_through(one, other) or _counts_through(other, one)
-    for (level, held), (against, others) in itertools.product(() if is_one else one.numbers, other.numbers):
-        same = same_number(level, held, against, others) if same_name(level, against) else None
-        equal += same is True
-        different |= same is False
-    return equal, different
+    pairs = itertools.product(() if is_one else one.numbers, other.numbers)
+    same = [same_number(*left, *right) for left, right in pairs if same_name(left[0].base, right[0].base)]
+    return same.count(True), False in same
 
 
 def _counts_through(one: NamedPart, other: NamedPart) -> bool:

@@ -28,7 +28,6 @@ from orbax_nnx_handler.planning.suggesting.series import (
     in_sequence,
     kinds_of,
     lists_within,
-    looks_of,
     paired_series,
     same_layers,
     series_of,
@@ -148,7 +147,7 @@ class _Matching:
     def _match(self, pairs: Pairs) -> None:
         """Matches groups of layers with each other; adds what is found, and what is no other group's then."""
         for one, other in pairs:
-            kind = tuple((each.base, _looks_in(each)) for each in (one, other))
+            kind = tuple((each.base, frozenset(each.looks.values())) for each in (one, other))
             if kind in self._unlike:
                 continue  # As the layers before them, in a list that a program does not keep as one.
             members = _match_members(one, other, self._context)
@@ -265,10 +264,6 @@ class _Matching:
         return rest
 
 
-def _looks_in(series: Series) -> frozenset[Looks]:
-    return frozenset(looks_of(held, series.depth) for held in series.members.values())
-
-
 def _hold_alike(ours: Sequence[Leaf], theirs: Sequence[Leaf], linked: Collection[int]) -> bool:
     """Tells whether two layers hold so much alike that they may be the same."""
     alike = sizes_of(leaf for leaf in ours if id(leaf) in linked)
@@ -359,29 +354,34 @@ def _module_pairs(reading: Iterable[Link]) -> _ModulePairs:
 def _match_members(one: Series, other: Series, context: Context) -> Findings:
     """Matches two groups layer by layer; layers that look alike on both sides are matched once."""
     classes: dict[tuple[Looks, Looks], list[tuple[int, int]]] = defaultdict(list)
-    pairs = same_layers(one, other)
-    for left, right in pairs:
-        looks = (looks_of(one.members[left], one.depth), looks_of(other.members[right], other.depth))
-        classes[looks].append((left, right))
+    for left, right in (pairs := same_layers(one, other)):
+        classes[one.looks[left], other.looks[right]].append((left, right))
     found, depths = Findings(), (one.depth, other.depth)
     equal = all(left == right for left, right in pairs)
-    seats = ((other.seat, one.seat),) if equal else ()
+    seats = (*context.levels, *(((other.seat, one.seat),) if equal else ()))
     for numbers in classes.values():
         left, right = numbers[0]
         inner = dataclasses.replace(
-            context,
-            wanted=one.members[left],
-            stored=other.members[right],
-            above=(one.depth, other.depth),
-            levels=(*context.levels, *seats),
+            context, wanted=one.members[left], stored=other.members[right], above=depths, levels=seats
         )
         layers = [_leaves_by_name(one, other, *pair) for pair in numbers]
-        found.add(match_context(inner).mapped(lambda links, layers=layers: _moved(links, layers, depths)))
+        matched = match_context(inner).mapped(lambda links, layers=layers: _moved(links, layers, depths))
+        within = [(_in_each(other, stored), _in_each(one, wanted)) for stored, wanted in matched.groups]
+        is_told = equal and len(classes) == 1  # Else layers of another kind may have them otherwise.
+        found.add(dataclasses.replace(matched, groups=within) if is_told else matched)
         for pair in (*numbers[1:], numbers[0]) if not equal else ():
             found.groups.append((other.place(pair[1]), one.place(pair[0])))
     if equal:
         found.groups.append((other.template, one.template))
     return found
+
+
+def _in_each(series: Series, names: Names) -> Names:
+    """Returns what leads into a list in one layer as that in each of them, by the number of both."""
+    below = "/".join(names[series.depth :])
+    for place, inner in (("{k}", "{l}"), ("{j}", "{k}"), ("{i}", "{j}")):
+        below = below.replace(place, inner)
+    return (*series.template, *below.split("/"))
 
 
 _Layer = tuple[Names, Names, Mapping[Names, Leaf], Mapping[Names, Leaf]]

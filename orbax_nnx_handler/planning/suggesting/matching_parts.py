@@ -113,7 +113,7 @@ class _Pairs:
             few = counts[one.main_size] * len(sizes[one.main_size]) <= 2 * MOST_PAIRS
             for to in sizes[one.main_size] if few else ():
                 fit = fit_of(one, stored[to])
-                if fit is not None and may_be(one, stored[to]):
+                if fit is not None and may_be(fit, one, stored[to]):
                     self._fits[at, to] = fit
                     if told := known(one.part.names, stored[to].part.names):
                         self._fits[at, to] = dataclasses.replace(fit, score=fit.score + _PRECEDENT * told)

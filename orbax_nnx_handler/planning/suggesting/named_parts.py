@@ -92,7 +92,7 @@ class _Context:
     def __init__(self, parts: Sequence[ModulePart], above: Concepts) -> None:
         self._above = above
         self._inside: dict[Names, set[Names]] = defaultdict(set)
-        self._families: dict[tuple[Names, str, str], set[int]] = defaultdict(set)
+        families: dict[tuple[Names, str, str], set[int]] = defaultdict(set)
         self._held: dict[Names, set[str]] = defaultdict(set)
         self._below: dict[Names, set[str]] = defaultdict(set)
         self._bases: dict[Names, set[str]] = defaultdict(set)
@@ -106,7 +106,7 @@ class _Context:
         for part in parts:
             for prefix, level in _prefixes(part):
                 if level.number is not None:
-                    self._families[prefix, level.base, level.style].add(level.number)
+                    families[prefix, level.base, level.style].add(level.number)
             if part.levels and part.levels[-1].number is not None and "main" in part.leaves:
                 self._shapes[part.family][part.levels[-1].number] = part.leaves["main"].shape
             if len(part.own & _QKV) == 1 and not part.is_norm:
@@ -121,6 +121,7 @@ class _Context:
                 self._below[names] |= below
                 if "conv" in below or not (part.is_vector or below & {"attn", "mlp", "q", "k", "v", "o"}):
                     self._mixed.add(names)
+        self._families = {key: tuple(sorted(numbers)) for key, numbers in families.items()}
         # BERT has a `self` in its `crossattention`, too.
         self._empty = {"self"} if sum(names[-1] == "self" for names in self._held) > 1 else set[str]()
         called = [names for names in self._held if "attn" in meanings(levels(names)[-1].base)]
@@ -142,11 +143,8 @@ class _Context:
         said -= {"attn"} if self._is_beside_attention(part) else set()
         said -= self._empty - concepts(name for name in part.names if name not in self._empty)
         said |= set() if said & {"self", "cross"} else self._other_attention(part)
-        numbers = tuple(
-            (level, tuple(sorted(self._families[prefix, level.base, level.style])))
-            for prefix, level in _prefixes(part)
-            if level.number is not None
-        )
+        counted = [(at, level) for at, level in _prefixes(part) if level.number is not None]
+        numbers = tuple((level, self._families[at, level.base, level.style]) for at, level in counted)
         fused, fact = self._fused(part)
         computed = () if fused else self._computed(part)
         said.update(computed)
@@ -352,7 +350,7 @@ class _Context:
         return lacking[0] if is_known and len(lacking) == 1 and self._norms[part.module] == 1 else set()
 
     def _is_one_of_several(self, part: ModulePart) -> bool:
-        last = [self._families[prefix, level.base, level.style] for prefix, level in _prefixes(part)[-1:]]
+        last = [self._families.get((at, own.base, own.style), ()) for at, own in _prefixes(part)[-1:]]
         return any(len(numbers) > 1 for numbers in last)
 
 

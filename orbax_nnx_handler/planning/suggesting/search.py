@@ -241,7 +241,7 @@ def match_leftovers(wanted: Sequence[Leaf], stored: Sequence[Leaf], links: Itera
             continue
         for to in sizes[size]:
             fit = fit_of(one, theirs[to])
-            if fit is not None and may_be(one, theirs[to]):
+            if fit is not None and may_be(fit, one, theirs[to]):
                 fits[to][at] = fit
                 counts[at] += 1
     # A large model of which nothing is left over is not counted.

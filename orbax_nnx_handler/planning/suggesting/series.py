@@ -29,6 +29,8 @@ from orbax_nnx_handler.planning.suggesting.vocabulary import (
     telling,
 )
 
+Looks = tuple[tuple[Names, Shape], ...]
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Series:
@@ -51,7 +53,7 @@ class Series:
         """How many segments lead into a member."""
         return len(self.template)
 
-    @property
+    @functools.cached_property
     def numbers(self) -> list[int]:
         """The numbers in order."""
         return sorted(self.members)
@@ -65,6 +67,12 @@ class Series:
     def sizes(self) -> list[int]:
         """How many elements each member holds, by their numbers."""
         return [sizes_of(self.members[number]) for number in self.numbers]
+
+    @functools.cached_property
+    def looks(self) -> Mapping[int, Looks]:
+        """The names and shapes below each member; layers of equal looks are matched once."""
+        held = ((at, [(x.names[self.depth :], x.shape) for x in each]) for at, each in self.members.items())
+        return {at: tuple(sorted(looks)) for at, looks in held}
 
     @functools.cached_property
     def size(self) -> int:
@@ -343,17 +351,9 @@ def is_complete(series: Series) -> bool:
     return series.is_kind or in_stages or is_count(series.numbers)
 
 
-Looks = tuple[tuple[Names, Shape], ...]
-
-
-def looks_of(leaves: Sequence[Leaf], depth: int) -> Looks:
-    """Returns the names and shapes below a layer; layers of equal looks are matched once."""
-    return tuple(sorted((leaf.names[depth:], leaf.shape) for leaf in leaves))
-
-
 def are_alike(series: Series) -> bool:
     """Tells whether all layers of a group look alike."""
-    return len({looks_of(leaves, series.depth) for leaves in series.members.values()}) == 1
+    return len({*series.looks.values()}) == 1
 
 
 # Stacks of layers.
@@ -364,7 +364,7 @@ def shared_in(series: Series) -> Series:
 
     The first one often holds something beside it: the table of relative positions.
     """
-    looks = [{*looks_of(held, series.depth)} for held in series.members.values()]
+    looks = [{*held} for held in series.looks.values()]
     shared = set[tuple[Names, Shape]].intersection(*looks)
     if all(held == shared for held in looks) or not shared:
         return series

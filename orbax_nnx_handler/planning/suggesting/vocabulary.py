@@ -201,6 +201,7 @@ def concepts(names: Iterable[str]) -> Concepts:
     return frozenset(concept for name in names for concept in meanings(name))
 
 
+@functools.lru_cache(maxsize=65536)
 def exclude(one: Concepts, other: Concepts) -> bool:
     """Tells whether two names mean parts of which one is never the other: `pre` and `post`, `q` and `k`."""
     return any(one & group and other & group and not one & other & group for group in _EXCLUSIVE)
@@ -251,13 +252,12 @@ def directions(names: tuple[str, ...]) -> frozenset[tuple[Sequence[str], Sequenc
     return frozenset((meanings(at), meanings(to)) for at, middle, to in around if middle in ("to", "2"))
 
 
-def same_name(one: Level, other: Level) -> bool:
-    """Tells whether two numbered levels are called alike."""
-    if one.base == other.base:
-        return True
-    if any(map(str.isdecimal, one.base + other.base)):
-        return False  # `stage1_block0` counts blocks, not stages.
-    return bool(said := {*meanings(one.base)}) and said == {*meanings(other.base)}
+@functools.lru_cache(maxsize=65536)
+def same_name(one: str, other: str) -> bool:
+    """Tells whether two numbered levels are called alike, by their names without numbers."""
+    if one == other or any(map(str.isdecimal, one + other)):
+        return one == other  # `stage1_block0` counts blocks, not stages.
+    return bool(said := {*meanings(one)}) and said == {*meanings(other)}
 
 
 def same_number(one: Level, held: tuple[int, ...], other: Level, others: tuple[int, ...]) -> bool | None:

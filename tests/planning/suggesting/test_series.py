@@ -1,5 +1,7 @@
 """Groups of layers: what all of them hold, where the first one holds something beside it."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -25,6 +27,24 @@ def layers(*held):
     ]
     (series,) = series_of(leaves, 0)
     return series
+
+
+def test_a_list_in_each_of_several_layers_is_renamed_by_one_rule_for_all_of_them():
+    expected = {}
+    for layer in range(3):
+        for name, shape in (("q", (4, 8)), ("o", (8, 4))):
+            expected[f"blocks/{layer}/attn/w{name}/kernel"] = f"layers_{layer}/mix/{name}_proj/kernel", shape
+        for expert, (kind, shape) in itertools.product(range(4), (("up", (4, 6)), ("down", (6, 4)))):
+            held = f"layers_{layer}/mlp/experts_{expert}/{kind}_proj/kernel", shape
+            expected[f"blocks/{layer}/moe/experts/{expert}/{kind}/kernel"] = held
+    stored = filled(dict(expected.values()))
+
+    found, values = proposed(stored, {path: shape for path, (_, shape) in expected.items()})
+
+    check(values, {path: stored[name] for path, (name, _) in expected.items()})
+    rules = [str(rule) for rule in found.renames]
+    assert "('layers_{i}/mlp/experts_{j}', 'blocks/{i}/moe/experts/{j}')" in rules
+    assert len(rules) == 5
 
 
 @pytest.mark.parametrize(("rows", "is_left_out"), [(4, True), (400, False)])

@@ -18,7 +18,6 @@ from orbax_nnx_handler.planning.suggesting.module_parts import (
     part_of,
 )
 from orbax_nnx_handler.planning.suggesting.series import (
-    Looks,
     Pairs,
     Series,
     Share,
@@ -353,7 +352,7 @@ def _module_pairs(reading: Iterable[Link]) -> _ModulePairs:
 
 def _match_members(one: Series, other: Series, context: Context) -> Findings:
     """Matches two groups layer by layer; layers that look alike on both sides are matched once."""
-    classes: dict[tuple[Looks, Looks], list[tuple[int, int]]] = defaultdict(list)
+    classes: dict[object, list[tuple[int, int]]] = defaultdict(list)
     for left, right in (pairs := same_layers(one, other)):
         classes[one.looks[left], other.looks[right]].append((left, right))
     found, depths = Findings(), (one.depth, other.depth)

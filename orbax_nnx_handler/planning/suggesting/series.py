@@ -29,8 +29,6 @@ from orbax_nnx_handler.planning.suggesting.vocabulary import (
     telling,
 )
 
-Looks = tuple[tuple[Names, Shape], ...]
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Series:
@@ -69,7 +67,7 @@ class Series:
         return [sizes_of(self.members[number]) for number in self.numbers]
 
     @functools.cached_property
-    def looks(self) -> Mapping[int, Looks]:
+    def looks(self) -> Mapping[int, tuple[tuple[Names, Shape], ...]]:
         """The names and shapes below each member; layers of equal looks are matched once."""
         held = ((at, [(x.names[self.depth :], x.shape) for x in each]) for at, each in self.members.items())
         return {at: tuple(sorted(looks)) for at, looks in held}
@@ -126,8 +124,7 @@ def with_inner(groups: Iterable[Series]) -> list[Series]:
 
 
 def _is_series(template: Names, base: Names, members: Mapping[int, Sequence[Leaf]], least: int) -> bool:
-    depth = len(template)
-    if any(len(module_parts(leaves, depth)) < least for leaves in members.values()):
+    if any(len(module_parts(leaves, len(template))) < least for leaves in members.values()):
         return False
     return len(members) > 1 or base[-1].lower() in SINGLE
 
@@ -136,9 +133,8 @@ def kinds_of(series: Series) -> list[Series]:
     """Returns a group as its layers of each kind: those that hold parts of the same names."""
     kinds: dict[frozenset[Names], dict[int, list[Leaf]]] = defaultdict(dict)
     for number, leaves in series.members.items():
-        names = frozenset(
-            tuple(level.base for level in levels(leaf.names[series.depth :])) for leaf in leaves
-        )
+        paths = (levels(leaf.names[series.depth :]) for leaf in leaves)
+        names = frozenset(tuple(level.base for level in path) for path in paths)
         kinds[names][number] = leaves
     if len(kinds) == 1:
         return [series]
@@ -221,6 +217,10 @@ def _in_sequence(series: Series, free: Sequence[Leaf], above: int, arms: int) ->
     ordered = sorted(found, key=lambda at: (arm(bases[at]), [level.number or 0 for level in levels(at)]))
     if [sizes_of(found[names]) for names in ordered] != series.sizes or not is_complete(series):
         return []
+    counted = [numbered((*names, ""), 0)[-1] for names in ordered]
+    if len({key for key, _ in counted}) == 1 and [number for _, number in counted] == series.numbers:
+        members = {number: found[names] for (_, number), names in zip(counted, ordered, strict=True)}
+        return [(series, Series(*counted[0][0], members))]  # A list, in another one.
     return [
         (alone(series.place(number), series.members[number], 0), alone(names, found[names], 1))
         for number, names in zip(series.numbers, ordered, strict=True)
@@ -248,8 +248,7 @@ def have_equal_layers(one: Series, other: Series) -> bool:
 
 def alone(names: Names, leaves: list[Leaf], number: int) -> Series:
     """Returns a module as the only one of its group."""
-    base = tuple(level.base for level in levels(names))
-    return Series(names, base, {number: leaves}, is_kind=True)
+    return Series(names, tuple(level.base for level in levels(names)), {number: leaves}, is_kind=True)
 
 
 def _modules_of_sizes(free: Sequence[Leaf], above: int, sizes: Collection[int]) -> Mapping[Names, list[Leaf]]:

@@ -47,6 +47,27 @@ def test_a_list_in_each_of_several_layers_is_renamed_by_one_rule_for_all_of_them
     assert len(rules) == 5
 
 
+def test_layers_that_are_a_list_inside_another_list_are_renamed_by_one_rule_for_each_of_these():
+    kinds = {"conv1": "convs/0", "conv2": "convs/1", "out": "out"}
+    expected = {
+        f"stages/{stage}/blocks/{at}/{wanted}/kernel": (
+            f"layer{stage + 1}_block{at}/{name}/kernel",
+            (4 + 4 * stage, 4 + 4 * stage + (name == "out")),
+        )
+        for stage, at, (name, wanted) in itertools.product(range(2), range(4), kinds.items())
+    }
+    stored = filled(dict(expected.values()))
+
+    found, values = proposed(stored, {path: shape for path, (_, shape) in expected.items()})
+
+    check(values, {path: stored[name] for path, (name, _) in expected.items()})
+    rules = [str(rule) for rule in found.renames]
+    assert [rule for rule in rules if "stages" in rule] == [
+        "('layer1_block{i}', 'stages/0/blocks/{i}')",
+        "('layer2_block{i}', 'stages/1/blocks/{i}')",
+    ]
+
+
 @pytest.mark.parametrize(("rows", "is_left_out"), [(4, True), (400, False)])
 def test_what_only_the_first_layer_holds_is_left_out_where_it_is_little(rows, is_left_out):
     series = layers({**LAYER, "attn/relative/embedding": (rows, 2)}, LAYER, LAYER)

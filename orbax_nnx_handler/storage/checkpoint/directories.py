@@ -125,6 +125,8 @@ _WEIGHTS_PART = re.compile(r"(?P<whole>.+)-[0-9]+-of-(?!0*1\.)[0-9]+(?P<kind>\.m
 _ITEM_FILES = ("_METADATA", "manifest.ocdbt", "checkpoint", ".zgroup")
 # How many folders are looked into to see whether they hold an array; behind a network each costs a request.
 _PROBED, _PROBED_REMOTE = 64, 4
+_MORE_STEPS = 3
+"""So many times the steps before are asked together for their marks."""
 
 
 def is_archive(path: epath.Path, files: Files) -> bool:
@@ -258,7 +260,12 @@ def steps_of(root: epath.Path, files: Files) -> dict[int, epath.Path]:
     }
     if not files.remote:
         files.look_into(path for path in found.values() if entries[path.name].kind == "folder")
-    for step in sorted(found, reverse=True):
+    ready = size = 1
+    for at, step in enumerate(newest := sorted(found, reverse=True)):
+        if files.remote and at == ready:  # Marks of ever more steps at once: a job may have failed for days.
+            size *= _MORE_STEPS
+            files.ask(*(ReadFile(os.fspath(found[s] / COMMIT_FILE)) for s in newest[at : at + size]))
+            ready += size
         if entries[found[step].name].kind == "folder" and lacks_commit(found[step], files):
             del found[step]
         elif files.remote:

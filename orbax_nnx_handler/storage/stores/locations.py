@@ -176,7 +176,7 @@ def _first_set(names: tuple[str, ...]) -> str | None:
 _BYTES = re.compile(r"\[\d+, ?\d+\)|\b(size|length) \d+|\b\d+ (out of \d+ )?bytes", re.IGNORECASE)
 _DENIED = re.compile(r"\b403\b|forbidden|PERMISSION_DENIED|AccessDenied", re.IGNORECASE)
 _NOT_LOGGED_IN = re.compile(
-    r"\b401\b|UNAUTHENTICATED|anonymous|credential|unauthorized|reauth|InvalidAccessKeyId|SignatureDoesNotMatch",
+    r"\b401\b|UNAUTHENTICATED|anonymous|credential|unauthorized|reauth|ProfileNotFound|InvalidAccessKeyId|SignatureDoesNotMatch",
     re.IGNORECASE,
 )
 _BUSY = re.compile(

@@ -127,6 +127,19 @@ def test_an_item_of_thousands_of_directories_costs_the_pages_of_its_listing(buck
     assert asked.trips <= 5 + 2
 
 
+@pytest.mark.parametrize(("left", "requests", "trips"), [(39, 18, 8), (37, 20, 8), (25, 54, 10), (1, 60, 11)])
+def test_the_marks_of_steps_without_any_are_asked_for_together(bucket, tmp_path, left, requests, trips):
+    shutil.copytree(bucket / "run", tmp_path / "run")
+    for step in range(left + 1, 41):
+        (tmp_path / "run" / str(step) / "commit_success.txt").unlink()
+
+    checkpoint, asked = look(tmp_path, "run")
+
+    assert str(checkpoint.directory) == f"gs://bucket/run/{left}/default"
+    assert asked.requests <= requests
+    assert asked.trips <= trips
+
+
 def test_a_newest_step_without_its_mark_leads_to_the_one_before(bucket, tmp_path):
     shutil.copytree(bucket / "run", tmp_path / "run")
     (tmp_path / "run" / "40" / "commit_success.txt").unlink()

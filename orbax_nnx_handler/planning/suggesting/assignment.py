@@ -69,9 +69,8 @@ def fit_of(one: NamedPart, other: NamedPart) -> Fit | None:
         if not found[0].turned or kept:
             cost += found[0].cost + 0.5 * found[0].turned
         pairs.append((left, right, found))
-    score = _COMPLETE - _LACKING * lacking - cost
-    if {"mean", "var"} & (ours ^ theirs):
-        score -= _UNLIKE  # A norm with statistics is one without only where there is none like it.
+    # A norm with statistics is one without only where there is none like it.
+    score = _COMPLETE - _LACKING * lacking - cost - _UNLIKE * bool({"mean", "var"} & (ours ^ theirs))
     if one.place is not None and other.place is not None:
         score += likeness(one.said - PLACING, other.said - PLACING) + 2 * (one.place == other.place)
     else:
@@ -283,11 +282,12 @@ def in_turn(wanted: Sequence[Leaf], stored: Sequence[Leaf], above: Sequence[int]
     several names comes next, sizes tell.
     """
     ours, theirs = _runs(wanted, above[0]), _runs(stored, above[1])
-    scores = dict[tuple[int, int], float]()
-    found = dict[tuple[int, int], list[list[Module]]]()
+    scores, found = dict[tuple[int, int], float](), dict[tuple[int, int], list[list[Module]]]()
+    counted = [[_is_counted(run) for _, run in runs] for runs in (ours, theirs)]
     for (at, (names, run)), (to, (others, other)) in itertools.product(enumerate(ours), enumerate(theirs)):
-        pairs = _one_by_one(run, other) or [pair[::-1] for pair in _one_by_one(other, run)]
-        pairs = [] if _is_counted(run) and _is_counted(other) else pairs
+        if counted[0][at] == counted[1][to] or abs(len(run) - len(other)) > 1:
+            continue  # Of one side alone numbers tell the order.
+        pairs = _one_by_one(run, other) if counted[0][at] else [x[::-1] for x in _one_by_one(other, run)]
         are_modules = sum(len({leaf.names[:-1] for leaf in held}) > 1 for (_, held), _ in pairs) > 1
         is_known = not any(exclude(concepts(one), concepts(two)) for (one, _), (two, _) in pairs)
         if are_modules and arm(names) * arm(others) >= 0 and is_known:
@@ -323,7 +323,7 @@ def _one_by_one(run: Run, other: Run) -> list[list[Module]]:
     keys = sorted(run, key=lambda key: (key[0], key[2]))
     if len(keys) == len(other) + 1 and len({leaf.names[:-1] for leaf in run[keys[0]][1]}) == 1:
         keys = keys[1:]  # What leads in lies beside the list elsewhere.
-    if not _is_counted(run) or len(keys) != len(other):
+    if len(keys) != len(other):
         return []
     left: dict[int, dict[str, list[Module]]] = defaultdict(lambda: defaultdict(list))
     for key in sorted(other, key=lambda key: key[::2], reverse=True):

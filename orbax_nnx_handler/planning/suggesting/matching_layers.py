@@ -1,6 +1,7 @@
 """Layers: which stored group is which wanted one, also where one side keeps them stacked."""
 
 import dataclasses
+import itertools
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
@@ -134,14 +135,11 @@ class _Matching:
                 self._match(pairs)
                 continue
             names = [tuple(pair[side].template for pair in pairs) for side in (0, 1)]
-            readings = tuple(tuple(self._links(each)) for each in several)
+            held = ([_match_members(*pair, self._context).links for pair in each] for each in several)
+            readings = tuple(tuple(itertools.chain(*each)) for each in held)
             self._found.ties.append(Tie(wanted=names[0], stored=names[1], readings=readings))
             for pair in pairs:
                 self._take((*pair[0].leaves, *pair[1].leaves))
-
-    def _links(self, pairs: Pairs) -> Iterator[Link]:
-        for one, other in pairs:
-            yield from _match_members(one, other, self._context).links
 
     def _match(self, pairs: Pairs) -> None:
         """Matches groups of layers with each other; adds what is found, and what is no other group's then."""
@@ -356,6 +354,7 @@ def _match_members(one: Series, other: Series, context: Context) -> Findings:
     for left, right in (pairs := same_layers(one, other)):
         classes[one.looks[left], other.looks[right]].append((left, right))
     found, depths = Findings(), (one.depth, other.depth)
+    within = list[dict[tuple[Names, Names], tuple[Names, Names]]]()
     equal = all(left == right for left, right in pairs)
     seats = (*context.levels, *(((other.seat, one.seat),) if equal else ()))
     for numbers in classes.values():
@@ -365,11 +364,13 @@ def _match_members(one: Series, other: Series, context: Context) -> Findings:
         )
         layers = [_leaves_by_name(one, other, *pair) for pair in numbers]
         matched = match_context(inner).mapped(lambda links, layers=layers: _moved(links, layers, depths))
-        within = [(_in_each(other, stored), _in_each(one, wanted)) for stored, wanted in matched.groups]
-        is_told = equal and len(classes) == 1  # Else layers of another kind may have them otherwise.
-        found.add(dataclasses.replace(matched, groups=within) if is_told else matched)
+        within.append({(_in_each(other, x), _in_each(one, y)): (x, y) for x, y in matched.groups})
+        found.add(dataclasses.replace(matched, groups=[]))
         for pair in (*numbers[1:], numbers[0]) if not equal else ():
             found.groups.append((other.place(pair[1]), one.place(pair[0])))
+    # A list inside layers of one kind may be another one inside the others.
+    shared = {pair for each in within for pair in each if equal and all(pair in held for held in within)}
+    found.groups.extend(pair if pair in shared else own for each in within for pair, own in each.items())
     if equal:
         found.groups.append((other.template, one.template))
     return found
@@ -377,10 +378,10 @@ def _match_members(one: Series, other: Series, context: Context) -> Findings:
 
 def _in_each(series: Series, names: Names) -> Names:
     """Returns what leads into a list in one layer as that in each of them, by the number of both."""
-    below = "/".join(names[series.depth :])
+    below = names[series.depth :]
     for place, inner in (("{k}", "{l}"), ("{j}", "{k}"), ("{i}", "{j}")):
-        below = below.replace(place, inner)
-    return (*series.template, *below.split("/"))
+        below = tuple(name.replace(place, inner) for name in below)
+    return (*series.template, *below)
 
 
 _Layer = tuple[Names, Names, Mapping[Names, Leaf], Mapping[Names, Leaf]]

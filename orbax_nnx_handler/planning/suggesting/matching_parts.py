@@ -142,6 +142,9 @@ class _Pairs:
         """Returns the pairs that stand, and the choices that are left; no pair strays from its module."""
         while True:
             self._ours, self._theirs, self._unlikely, self._closed = {}, {}, [], []
+            self._beside = defaultdict[tuple[int, int], list[tuple[int, int]]](list)
+            for pair, side in itertools.product((*self._fits, *self._excluded), (0, 1)):
+                self._beside[side, pair[side]].append(pair)
             found, ties = self._settled(created)
             strays = self._homes.strays([pair[:2] for pair in found], self._fits, self._partial)
             if not strays:
@@ -277,8 +280,7 @@ class _Pairs:
 
     def _others(self, pair: tuple[int, int]) -> Iterator[tuple[int, int]]:
         """Yields the pairs that shapes alone allow for either part."""
-        every = itertools.chain(self._fits, self._excluded)
-        return (other for other in every if other != pair and (other[0] == pair[0] or other[1] == pair[1]))
+        return (other for side in (0, 1) for other in self._beside[side, pair[side]] if other != pair)
 
     def _has_same_shape(self, pair: tuple[int, int]) -> bool:
         leaves = self._wanted[pair[0]].part.leaves, self._stored[pair[1]].part.leaves
@@ -293,8 +295,8 @@ class _Pairs:
         if pair in self._known or likeness(one.said, other.said) > 0 or one.said & other.said or is_same:
             return True
         is_layer = (leaf := one.part.leaves.get("main")) and len(fit.pairs) > 1 and len(leaf.shape) > 1
-        exact = {other for other, its in self._fits.items() if its.is_exact}
-        if fit.is_exact and is_layer and not self._rivals(pair, exact | self._excluded):
+        near = (other in self._excluded or self._fits[other].is_exact for other in self._others(pair))
+        if fit.is_exact and is_layer and not any(near):
             return True  # Of one output too, where kernel and bias are vectors.
         # What could be another one as it is, is not this one reshaped.
         is_other = not self._has_same_shape(pair) and any(map(self._has_same_shape, self._others(pair)))

@@ -279,7 +279,7 @@ def said_of(series: Series) -> frozenset[str]:
 def _may_be_one(one: Series, other: Series) -> bool:
     """Tells whether two groups may be the same layers: nearly as large each, and named no opposites."""
     pairs = [(one.members[left], other.members[right]) for left, right in same_layers(one, other)]
-    if not pairs or exclude(said_of(one), said_of(other)):
+    if not pairs or exclude(said_of(one), said_of(other)) or arm(one.base) * arm(other.base) < 0:
         return False
     held = [[sorted(math.prod(leaf.shape) for leaf in side) for side in pair] for pair in pairs]
     if one.is_kind or other.is_kind:
@@ -379,17 +379,18 @@ def stack_of(
     series: Series, free: Sequence[Leaf], above: int, least: int
 ) -> tuple[Names, int, list[Leaf]] | None:
     """Returns the module whose leaves all have an axis for the layers, and the axis."""
+    said, count = said_of(series), len(series.members)
     found: list[tuple[float, float, int, Names, int, list[Leaf]]] = []
     for prefix, leaves, enough in possible_stacks(free, above, least):
+        lengths = enumerate(leaves[0].shape[:3])
+        axes = [at for at, length in lengths if length == count and _have_axis(leaves, at, count)]
         # What is a list or holds one is no query and no value of an attention.
-        if exclude(said_of(series) - {"q", "v"}, concepts(level.base for level in levels(prefix))):
+        if not axes or exclude(said - {"q", "v"}, concepts(level.base for level in levels(prefix))):
             continue
-        axes = [axis for axis in range(3) if _have_axis(leaves, axis, len(series.members))]
         size = sizes_of(leaves)
         ratio = min(size, series.size) / max(size, series.size)
-        alike = likeness(said_of(series), concepts(prefix))
-        if axes and ratio > enough:
-            axis = _likeliest_axis(series, leaves, axes)
+        if ratio > enough:
+            alike, axis = likeness(said, concepts(prefix)), _likeliest_axis(series, leaves, axes)
             found.append((ratio, alike, depth_of(prefix, leaves), prefix, axis, leaves))
     # A network of the group's own name comes first.
     found = [item for item in found if item[3][:1] == series.template[:1]] or found

@@ -198,7 +198,7 @@ def _singular(word: str) -> str:
 
 def concepts(names: Iterable[str]) -> Concepts:
     """Returns all that some names say."""
-    return frozenset(concept for name in names for concept in meanings(name))
+    return frozenset[str]().union(*map(meanings, names))
 
 
 @functools.lru_cache(maxsize=65536)

@@ -362,8 +362,10 @@ def _match_members(one: Series, other: Series, context: Context) -> Findings:
         inner = dataclasses.replace(
             context, wanted=one.members[left], stored=other.members[right], above=depths, levels=seats
         )
+        if not (inside := match_context(inner)).links and len(classes) == 1:
+            return found
         layers = [_leaves_by_name(one, other, *pair) for pair in numbers]
-        matched = match_context(inner).mapped(lambda links, layers=layers: _moved(links, layers, depths))
+        matched = inside.mapped(lambda links, layers=layers: _moved(links, layers, depths))
         within.append({(_in_each(other, x), _in_each(one, y)): (x, y) for x, y in matched.groups})
         found.add(dataclasses.replace(matched, groups=[]))
         for pair in (*numbers[1:], numbers[0]) if not equal else ():
@@ -424,12 +426,9 @@ def _matched_stack(share: Share, stacks: bool, context: Context) -> Findings:
     members = series.members[series.numbers[0]]
     layer = [dataclasses.replace(leaf, shape=without_axis(leaf.shape, axis)) for leaf in inside]
     # The stack's path takes the place of a layer's, so that both sides count the same levels below.
-    inner = dataclasses.replace(
-        context,
-        wanted=layer if stacks else members,
-        stored=members if stacks else layer,
-        above=(len(prefix), series.depth) if stacks else (series.depth, len(prefix)),
-    )
+    ours, theirs = (layer, members) if stacks else (members, layer)
+    above = (len(prefix), series.depth) if stacks else (series.depth, len(prefix))
+    inner = dataclasses.replace(context, wanted=ours, stored=theirs, above=above)
     counted = stacks or series.numbers == list(range(len(series.numbers)))
     # What counts otherwise than from 0, as `q1` and `q2`, takes its numbers once the stack is taken apart.
     template = series.template if counted else (*series.template[:-1], prefix[-1], "{i}")

@@ -107,11 +107,11 @@ class _Pairs:
         self._homes = Homes(*([role.part.names for role in side] for side in (wanted, stored)))
         sizes: dict[int, list[int]] = defaultdict(list)
         for to, other in enumerate(stored):
-            sizes[other.main_size].append(to)
-        counts = Counter(one.main_size for one in wanted)
+            sizes[other.part.main_size].append(to)
+        counts = Counter(one.part.main_size for one in wanted)
         for at, one in enumerate(wanted):
-            few = counts[one.main_size] * len(sizes[one.main_size]) <= 2 * MOST_PAIRS
-            for to in sizes[one.main_size] if few else ():
+            few = counts[one.part.main_size] * len(sizes[one.part.main_size]) <= 2 * MOST_PAIRS
+            for to in sizes[one.part.main_size] if few else ():
                 fit = fit_of(one, stored[to])
                 if fit is not None and may_be(fit, one, stored[to]):
                     self._fits[at, to] = fit

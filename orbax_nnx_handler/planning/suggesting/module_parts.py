@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Literal
@@ -76,6 +77,11 @@ class ModulePart:
         if leaf is None or leaf.names[-len(self.names) :] == self.names:
             return frozenset()
         return concepts([{"scale": "norm", "gamma": "norm", "embedding": "embed"}.get(leaf.names[-1], "")])
+
+    @functools.cached_property
+    def main_size(self) -> int:
+        """How many elements its main leaf holds."""
+        return math.prod((self.leaves.get("main") or next(iter(self.leaves.values()))).shape)
 
     @property
     def is_norm(self) -> bool:
@@ -342,8 +348,7 @@ def settle_turns(links: Sequence[Link]) -> tuple[list[Link], list[Link]]:
             if len(possible) == 1 and _axes(leaf) > 1 and leaf.names[-1] != "embedding":
                 for key in _keys(link, leaf):
                     evidence[key].add(possible[0].turned)
-    settled: list[Link] = []
-    left: list[Link] = []
+    settled, left = list[Link](), list[Link]()
     for link in links:
         chosen = tuple(_chosen(link, leaf, possible, evidence) for leaf, possible in link.by_part)
         if any(ways is None for ways in chosen):
@@ -420,9 +425,7 @@ def _keys(link: Link, leaf: Leaf) -> Iterable[tuple[object, ...]]:
     # A part of a stack of parts has an axis less; heads that are joined to a matrix are one.
     is_new = link.joint is not None and link.joint.is_new
     ranks = _axes(leaf) - (is_new and link.is_split), _axes(link.target) - (is_new and not link.is_split)
-    seat = link.levels[-1][0] + 1 if link.levels else 0
-    if link.layers is not None:
-        seat = max(seat, len(link.layers.stored))
+    seat = max(link.levels[-1][0] + 1 if link.levels else 0, len(link.layers.stored) if link.layers else 0)
     bases, block = (tuple(level.base for level in levels(names)) for names in (leaf.names, leaf.names[:seat]))
     named = tuple(map(parameter_of, (leaf.names[-1], link.target.names[-1])))
     for rank in dict.fromkeys((ranks[0], min(ranks))):

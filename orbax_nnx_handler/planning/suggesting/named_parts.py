@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Level, counted_apart, levels
@@ -65,27 +65,24 @@ class NamedPart:
         return self.position if self.part.is_norm else None
 
     @property
-    def main_size(self) -> int:
-        """How many elements its main leaf holds."""
-        leaves = self.part.leaves
-        return math.prod((leaves.get("main") or next(iter(leaves.values()))).shape)
-
-    @property
     def is_table(self) -> bool:
         """Whether it is a table of rows, which nobody stores the other way around."""
         return bool(self.said & {"embed", "pos", "rel", "token", "type", "cls"}) and "head" not in self.said
 
 
-def named_parts(parts: Sequence[ModulePart], above: Sequence[str] = ()) -> list[NamedPart]:
+def named_parts(
+    parts: Sequence[ModulePart], above: Sequence[str] = (), sizes: Collection[int] | None = None
+) -> list[NamedPart]:
     """Returns the parts of one context with their roles.
 
     Args:
         parts: The parts.
         above: The names that lead to the context; `encoder` of `encoder/layers/3`.
+        sizes: How many elements the main leaves of the only parts that matter have; None for all.
     """
     # An `EncDecBlock` looks at itself too, and what is a list is no query and no value.
     context = _Context(parts, concepts(above) - {"self", "cross", "q", "v"})
-    return [context.role(part) for part in parts]
+    return [context.role(part) for part in parts if sizes is None or part.main_size in sizes]
 
 
 class _Context:

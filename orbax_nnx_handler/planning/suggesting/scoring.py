@@ -53,7 +53,7 @@ def across_networks(
     for at, to in possible:
         names = wanted[at].part.names
         if len(names) > 1:
-            groups[names[0], wanted[at].main_size].append((at, to))
+            groups[names[0], wanted[at].part.main_size].append((at, to))
     for (name, _), pairs in groups.items():
         networks = {to: stored[to].part.names[:-1][:1] for _, to in pairs}
         own = {to for to, network in networks.items() if network == (name,)}
@@ -189,9 +189,9 @@ def _by_mark(whole: NamedPart, members: Sequence[NamedPart]) -> Iterator[tuple[C
         [role for role in members if name in role.said and not role.part.is_norm] for name in whole.fused
     ]
     if "gate" in whole.fused:  # The router of experts is called a gate too, and is smaller than one.
-        largest = [max((role.main_size for role in each), default=0) for each in chosen]
+        largest = [max((role.part.main_size for role in each), default=0) for each in chosen]
         chosen = [
-            [role for role in each if role.main_size == size]
+            [role for role in each if role.part.main_size == size]
             for each, size in zip(chosen, largest, strict=True)
         ]
     marks = [{role.part.own - set(whole.fused): role for role in each} for each in chosen]
@@ -289,7 +289,7 @@ def gated(wholes: list[NamedPart], singles: list[NamedPart], split: bool) -> Ite
 
 
 def _gate_orders(whole: NamedPart, parts: Sequence[NamedPart], split: bool) -> tuple[tuple[Link, ...], ...]:
-    if whole.main_size != sum(part.main_size for part in parts) or exclude(
+    if whole.part.main_size != sum(part.part.main_size for part in parts) or exclude(
         whole.said - {"up"}, parts[0].said - {"gate"}
     ):
         return ()

@@ -150,32 +150,30 @@ def _tied(wanted: Sequence[Leaf], stored: Sequence[Leaf], found: Findings) -> Fi
     covered = {leaf.source for link in (*found.links, *asked) for leaf in link.wanted}
     used = {leaf.source for link in (*found.links, *asked) for leaf in link.stored}
     settled = {leaf.source for link in found.links for leaf in link.stored}
-    left = named_parts(module_parts([leaf for leaf in wanted if leaf.source not in covered]))
-    layers = [
-        x for x in left if {"main"} <= x.part.leaves.keys() <= {"main", "bias"} and not x.part.is_vector
-    ]
-    heads = [role for role in layers if "head" in role.said] or layers
+    left = module_parts(leaf for leaf in wanted if leaf.source not in covered)
+    layers = [x for x in left if {"main"} <= x.leaves.keys() <= {"main", "bias"} and not x.is_vector]
+    heads = [part for part in layers if "head" in part.said] or layers
     if len(heads) != 1:
         return Findings()
     tables = [
-        role
-        for role in named_parts(module_parts([leaf for leaf in stored if leaf.source in used]))
-        if role.said & {"embed", "token"} and not role.said & {"pos", "type", "patch", "cls", "vision"}
+        part
+        for part in module_parts(leaf for leaf in stored if leaf.source in used)
+        if part.said & {"embed", "token"} and not part.said & {"pos", "type", "patch", "cls", "vision"}
     ]
-    head, free = heads[0].part.leaves["main"], [leaf for leaf in stored if leaf.source not in settled]
-    made = ((leaf, _as_head(leaf, head)) for role in tables for leaf in role.part.leaves.values())
+    head, free = heads[0].leaves["main"], [leaf for leaf in stored if leaf.source not in settled]
+    made = ((leaf, _as_head(leaf, head)) for part in tables for leaf in part.leaves.values())
     options = [(leaf, possible) for leaf, possible in made if possible]
     if any(ways(leaf.shape, head.shape) for leaf in free) or len(options) != 1 or len(options[0][1]) != 1:
         return Findings()
     leaf, way = options[0]
     links = [Link(wanted=(head,), stored=(leaf,), grounds="names", ways=(way,), copied=True)]
-    bias = heads[0].part.leaves.get("bias")
+    bias = heads[0].leaves.get("bias")
     fitting = [one for one in free if bias is not None and one.shape == bias.shape]
     if bias is not None and len(fitting) == 1:
         links.append(Link(wanted=(bias,), stored=(fitting[0],), grounds="names", ways=((Way(()),),)))
     if "head" in heads[0].said:
         return Findings(links=links)
-    names = heads[0].part.names, part_of(leaf)
+    names = heads[0].names, part_of(leaf)
     return Findings(ties=[Tie(wanted=names[:1], stored=names[1:], readings=(tuple(links),))])
 
 
@@ -226,20 +224,23 @@ def match_leftovers(wanted: Sequence[Leaf], stored: Sequence[Leaf], links: Itera
     nothing else wants, are all made from it.
     """
     every = list(links)
-    ours = _free(wanted, {leaf.source for link in every for leaf in link.wanted})
-    theirs = _free(stored, {leaf.source for link in every for leaf in link.stored})
+    made = {leaf.source for link in every for leaf in link.wanted}
+    used = {leaf.source for link in every for leaf in link.stored}
+    sides = (wanted, made), (stored, used)
+    free = [module_parts(leaf for leaf in leaves if leaf.source not in own) for leaves, own in sides]
+    counted = [Counter(part.main_size for part in parts) for parts in free]
+    few = {size for size, count in counted[0].items() if 0 < count * counted[1][size] <= MOST_PAIRS}
+    if not few:
+        return []
+    ours, theirs = (named_parts(parts, sizes=few) for parts in free)
     tokens = {link.target.shape[0] for link in every if _is_of_tokens(link)}
     fits: dict[int, dict[int, Fit]] = defaultdict(dict)
     sizes: dict[int, list[int]] = defaultdict(list)
     for to, other in enumerate(theirs):
-        sizes[other.main_size].append(to)
+        sizes[other.part.main_size].append(to)
     counts: dict[int, int] = defaultdict(int)
-    alike = Counter(one.main_size for one in ours)
     for at, one in enumerate(ours):
-        size = one.main_size
-        if alike[size] * len(sizes[size]) > MOST_PAIRS:
-            continue
-        for to in sizes[size]:
+        for to in sizes[one.part.main_size]:
             fit = fit_of(one, theirs[to])
             if fit is not None and may_be(fit, one, theirs[to]):
                 fits[to][at] = fit
@@ -249,7 +250,7 @@ def match_leftovers(wanted: Sequence[Leaf], stored: Sequence[Leaf], links: Itera
     found: list[Link] = []
     for to, options in fits.items():
         takers = [ours[at] for at in options]
-        if any(counts[at] > 1 for at in options) or not _are_one(takers, theirs[to], theirs):
+        if any(counts[at] > 1 for at in options) or not _are_one(takers, theirs[to], free[1]):
             continue
         if all(fit.is_exact and len(fit.pairs) > 1 for fit in options.values()) and _are_alone(
             takers, theirs[to], shapes
@@ -257,21 +258,17 @@ def match_leftovers(wanted: Sequence[Leaf], stored: Sequence[Leaf], links: Itera
             found += _links(options.values())
             continue
         # A vector with an element for each token is a bias of the logits.
-        is_bias = theirs[to].part.is_vector and theirs[to].main_size in tokens
+        is_bias = theirs[to].part.is_vector and theirs[to].part.main_size in tokens
         if all(fit.is_exact and (is_bias or _is_meant(ours[at], theirs[to])) for at, fit in options.items()):
             found += _links(options.values())
     return found
 
 
-def _free(leaves: Iterable[Leaf], used: set[object]) -> list[NamedPart]:
-    return named_parts(module_parts([leaf for leaf in leaves if leaf.source not in used]))
-
-
-def _are_one(takers: Sequence[NamedPart], other: NamedPart, theirs: Sequence[NamedPart]) -> bool:
+def _are_one(takers: Sequence[NamedPart], other: NamedPart, theirs: Sequence[ModulePart]) -> bool:
     """Tells whether parts are one that a program holds several times; else a stack may hold the rest."""
-    alike = sum(one.part.names[-1:] == other.part.names[-1:] for one in theirs)
     called = {(role.part.names[-1:], _shapes(role.part)) for role in takers}
-    return len(called) == 1 and (len(takers) == 1 or alike == 1)
+    is_alone = len(takers) == 1 or sum(x.names[-1:] == other.part.names[-1:] for x in theirs) == 1
+    return len(called) == 1 and is_alone
 
 
 def _are_alone(

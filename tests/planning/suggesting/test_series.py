@@ -68,6 +68,29 @@ def test_layers_that_are_a_list_inside_another_list_are_renamed_by_one_rule_for_
     ]
 
 
+def test_the_arms_of_a_u_net_are_told_by_their_names_where_sizes_mirror_each_other():
+    arms = {("down_blocks", "encoder"): (4, 8, 16), ("up_blocks", "decoder"): (16, 8, 4)}
+    expected = {
+        f"{wanted}/{level}/res/{at}/conv_{conv}/{kind}": (
+            f"{name}_{level}/resnets_{at}/conv{conv}/{kind}",
+            (3, 3, wide, wide)[0 if kind == "kernel" else 3 :],
+        )
+        for (name, wanted), widths in arms.items()
+        for (level, wide), at, conv in itertools.product(enumerate(widths), range(2), (1, 2))
+        for kind in ("kernel", "bias")
+    }
+    stored = filled(dict(expected.values()))
+
+    found, values = proposed(stored, {path: shape for path, (_, shape) in expected.items()})
+
+    check(values, {path: stored[name] for path, (name, _) in expected.items()})
+    assert [str(rule) for rule in found.renames] == [
+        "('down_blocks_{i}/resnets_{j}', 'encoder/{i}/res/{j}')",
+        "('up_blocks_{i}/resnets_{j}', 'decoder/{i}/res/{j}')",
+        "('conv{k}', 'conv_{k}')",
+    ]
+
+
 @pytest.mark.parametrize(("rows", "is_left_out"), [(4, True), (400, False)])
 def test_what_only_the_first_layer_holds_is_left_out_where_it_is_little(rows, is_left_out):
     series = layers({**LAYER, "attn/relative/embedding": (rows, 2)}, LAYER, LAYER)

@@ -341,6 +341,11 @@ class Level:
     style: str = ""
     width: int = 1
 
+    @property
+    def is_automatic(self) -> bool:
+        """Whether Linen itself numbered it: a class's name and a count."""
+        return self.style == "_" and self.base[:1].isupper()
+
 
 _NUMBERED = re.compile(rf"(.*?(?:[A-Za-z]|\d(?=[_.-])))([_.-]?)(?<!\dx)(\d{{1,{MAX_DIGITS}}})")
 _WITHIN = re.compile(rf"(.*[A-Za-z])_(\d{{1,{MAX_DIGITS}}})_([A-Za-z]+)")
@@ -423,3 +428,12 @@ def counted_apart(one: Sequence[Level], other: Sequence[Level]) -> tuple[Level, 
             is_counted = left.base == right.base and None not in (left.number, right.number)
             return (left, right) if is_counted else None
     return None
+
+
+def ascend(ours: Sequence[Sequence[Level]], theirs: Sequence[Sequence[Level]]) -> bool:
+    """Tells whether two paths are in the order of two that Linen numbered as it made them."""
+    pair, made = (counted_apart(*side) for side in (ours, theirs))
+    if pair is None or made is None or not made[0].is_automatic:
+        return True
+    first, second = ([level.number or 0 for level in side] for side in (pair, made))
+    return (first[0] < first[1]) == (second[0] < second[1])

@@ -105,7 +105,8 @@ def may_be(fit: Fit, one: NamedPart, other: NamedPart) -> bool:
         left, right = left - PLACING, right - PLACING
     if all("bias" in role.part.leaves for role in (one, other)):
         left, right = left - {"embed"}, right - {"embed"}  # DETR's `class_embed` is no table.
-    if exclude(left, right) or (bool(one.fused) != bool(other.fused) and _say_something(one, other)):
+    plain = other if one.fused else one  # What says something else is no fused one.
+    if exclude(left, right) or (bool(one.fused) != bool(other.fused) and plain.part.own):
         return False
     # The norm of keys is none of a block.
     both = (one, other), (other, one)
@@ -114,11 +115,6 @@ def may_be(fit: Fit, one: NamedPart, other: NamedPart) -> bool:
         return False
     back = {(to, at) for at, to in directions(one.part.names) if at != to}
     return not fit.differs and back.isdisjoint(directions(other.part.names))
-
-
-def _say_something(one: NamedPart, other: NamedPart) -> bool:
-    """Tells whether the part of two that is not called a fused one has a name of another meaning."""
-    return bool((other if one.fused else one).part.own)
 
 
 def _ways(wanted: Leaf, stored: Leaf, one: NamedPart, other: NamedPart) -> tuple[Way, ...]:
@@ -191,7 +187,8 @@ def _compare_numbers(one: NamedPart, other: NamedPart) -> tuple[int, bool]:
 
     Numbers that begin alike are compared as they are; `ln_0, ln_1` and `norm1, norm2` by their rank.
     """
-    is_one = _counts_through(one, other) or _counts_through(other, one)
+    both = (one, other), (other, one)
+    is_one = any(_counts_through(x, y) or (x.is_either and x.part.is_norm) for x, y in both)
     pairs = itertools.product(() if is_one else one.numbers, other.numbers)
     same = [same_number(*left, *right) for left, right in pairs if same_name(left[0].base, right[0].base)]
     return same.count(True), False in same

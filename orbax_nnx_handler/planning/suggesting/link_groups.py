@@ -411,10 +411,10 @@ def _sizes_by_layer(leaves: Iterable[Leaf]) -> Mapping[Names, list[int]]:
 
 
 def _layer(names: Names) -> Names:
-    """Returns what leads into the outermost layer that a path is in; nothing where it is in none."""
+    """Returns what leads into the outermost layer that a part is in; nothing where it is in none."""
     ends = itertools.accumulate(level.width for level in levels(names))
     inside = zip(ends, levels(names), strict=True)
-    return next((names[:at] for at, level in inside if level.number is not None and at < len(names)), ())
+    return next((names[:at] for at, level in inside if level.number is not None and at + 1 < len(names)), ())
 
 
 def as_one(several: Iterable[Sequence[Sequence[Link]]]) -> list[Sequence[Sequence[Link]]]:

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.folding import Homes, lies_within
-from orbax_nnx_handler.planning.core.paths import ranks_of, same_modules
+from orbax_nnx_handler.planning.core.paths import ascend, ranks_of, same_modules
 from orbax_nnx_handler.planning.suggesting.assignment import Fit, Table, components, fit_of, may_be, merged
 from orbax_nnx_handler.planning.suggesting.module_parts import (
     Findings,
@@ -21,7 +21,6 @@ from orbax_nnx_handler.planning.suggesting.named_parts import (
     NamedPart,
     are_automatic,
     are_counted,
-    ascend,
     in_order,
     named_parts,
 )
@@ -227,11 +226,11 @@ class _Pairs:
         sources = {other: one for one, other in modules.items()}
         among = {(at, to) for at, to in group if at in ours and to in theirs}
         kept: set[tuple[int, int]] = set()
-        anchors = [(self._wanted[at], self._stored[to]) for at, to, _ in found]
+        anchors = [(self._wanted[at].part.levels, self._stored[to].part.levels) for at, to, _ in found]
         for at, to in among:
-            left, right = self._wanted[at], self._stored[to]
+            left, right = self._wanted[at].part.levels, self._stored[to].part.levels
             one, other = self._homes.of(at, to)
-            in_order = all(ascend((left, right), pair) for pair in anchors)
+            in_order = all(ascend((left, ours), (right, theirs)) for ours, theirs in anchors)
             if in_order and lies_within(one, other, modules) and lies_within(other, one, sources):
                 kept.add((at, to))
         is_whole = {at for at, _ in kept} == ours and {to for _, to in kept} == theirs

@@ -153,8 +153,18 @@ class _Context:
         else:
             fact = self._resolve(part, said, numbers) or fact
         position = self._position(part, said)
-        is_either = self._is_deformable if part.is_norm else part.family[1] in self._backwards
+        is_either = part.family[1] in self._backwards
+        if part.is_norm:
+            is_either = self._may_come_first(part, len(numbers[-1][1]) if numbers else 0)
         return NamedPart(part, frozenset(said), numbers, position, fused, fact, untold, is_either)
+
+    def _may_come_first(self, part: ModulePart, counted: int) -> bool:
+        """Tells whether programs differ in how they count a norm: XCiT's `norm3` lies before `norm2`."""
+        beside = [{*meanings(names[-1])} for names in self._inside[part.module]]
+        others = [said for said in beside if "attn" not in said]
+        is_known = counted < 3 or len(others) < 2 or all("mlp" in said for said in others)
+        is_known |= not (part.levels and part.levels[-1].is_automatic)
+        return self._is_deformable or not (is_known or "mean" in part.leaves)
 
     def _surroundings(self, part: ModulePart) -> set[str]:
         """Returns what the modules around a part hold: an attention, a gated network."""
@@ -232,7 +242,9 @@ class _Context:
         around = part.levels[-2:-1] if self._layers[part.module] == 1 else ()
         named = meanings(last.base) or tuple(word for level in around for word in meanings(level.base))
         own = set(named) - {"attn", "mlp", "self", "cross"}
-        if own & (STRONG - {"up"}) or said & {"conv", "embed"}:
+        window = part.leaves["main"].shape[:-2] if "main" in part.leaves else ()
+        is_image = len(window) == 2 and window[0] == window[1] > 1  # A kernel of 3x3 leads out of no network.
+        if own & (STRONG - {"up"}) or said & {"conv", "embed"} or is_image:
             return ""
         family = numbers[-1][1] if last.number is not None else ()
         known = NUMBERED.get((last.base, family))
@@ -429,17 +441,4 @@ def are_counted(roles: Sequence[NamedPart]) -> bool:
 
 def are_automatic(roles: Sequence[NamedPart]) -> bool:
     """Tells whether Linen itself numbered these modules: a class's name and a count."""
-    return all(role.numbers and all(_is_automatic(level) for level, _ in role.numbers) for role in roles)
-
-
-def _is_automatic(level: Level) -> bool:
-    return level.style == "_" and level.base[:1].isupper()
-
-
-def ascend(one: tuple[NamedPart, NamedPart], other: tuple[NamedPart, NamedPart]) -> bool:
-    """Tells whether two pairs are in one order, counted by the target and by Linen as it made them."""
-    ours, theirs = (counted_apart(one[side].part.levels, other[side].part.levels) for side in (0, 1))
-    if ours is None or theirs is None or not _is_automatic(theirs[0]):
-        return True
-    first, second = ([level.number or 0 for level in side] for side in (ours, theirs))
-    return (first[0] < first[1]) == (second[0] < second[1])
+    return all(role.numbers and all(level.is_automatic for level, _ in role.numbers) for role in roles)

@@ -106,7 +106,7 @@ _TOGETHER = (
     "c attn: attn q k v, in proj: in, down sample: downsample, up sample: upsample, "
     "layer scale: layerscale, conv proj: conv shortcut, norm proj: norm shortcut, src attn: cross attn, "
     "log std: std, log var: logvar, add q: enc text q, add k: enc text k, add v: enc text v, "
-    "add out: enc text out, score model:, score net:, score network:, score unet:"
+    "add out: enc text out, w pack: q k v, score model:, score net:, score network:, score unet:"
 )
 _PHRASES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     tuple(words.split()): tuple(said.split())
@@ -115,7 +115,7 @@ _PHRASES: Mapping[tuple[str, ...], tuple[str, ...]] = {
 """Words that mean something else together. `c_attn`, `c_fc`: GPT-2; `dense_h_to_4h`: NeoX and Bloom;
 `embed_out`: NeoX; `attn_vec_einsum`: Gemma; `DenseReluDense`: T5; `encoder_attn`: Bart and Whisper;
 `conv_proj`: Flax's ResNet; `src_attn`: The Annotated Transformer; `add_q_proj`, `norm_added_q`,
-`to_add_out`: what diffusers computes of a text encoder's tokens; `fc1_g`, `fc1_x`: timm's SwiGLU."""
+`to_add_out`: diffusers' tokens of a text encoder; `W_pack`: Baichuan; `fc1_g`, `fc1_x`: timm's SwiGLU."""
 
 _APART = (
     "q k v o, up down gate, in out, pre post, first last, enc dec, self cross, attn mlp, "

@@ -88,6 +88,7 @@ class Series:
 
 
 Pairs = list[tuple[Series, Series]]
+_numbered = functools.lru_cache(maxsize=65536)(numbered)  # Asked of each leaf in every context.
 
 
 def series_of(leaves: Sequence[Leaf], above: int, least: int = 2) -> list[Series]:
@@ -95,7 +96,7 @@ def series_of(leaves: Sequence[Leaf], above: int, least: int = 2) -> list[Series
 
     A layer must have `least` parts: a single one is rather a part with a number.
     """
-    waiting = [(leaf, numbered(leaf.names, above)) for leaf in leaves]
+    waiting = [(leaf, _numbered(leaf.names, above)) for leaf in leaves]
     found: list[Series] = []
     while waiting:
         groups: dict[tuple[Names, Names], dict[int, list[tuple[Leaf, list[Any]]]]] = defaultdict(
@@ -124,7 +125,7 @@ def with_inner(groups: Iterable[Series]) -> list[Series]:
 
 
 def _is_series(template: Names, base: Names, members: Mapping[int, Sequence[Leaf]], least: int) -> bool:
-    if any(len(module_parts(leaves, len(template))) < least for leaves in members.values()):
+    if least > 1 and any(len(module_parts(held, len(template))) < least for held in members.values()):
         return False
     return len(members) > 1 or base[-1].lower() in SINGLE
 
@@ -255,7 +256,7 @@ def _modules_of_sizes(free: Sequence[Leaf], above: int, sizes: Collection[int]) 
     """Returns the outermost modules with a number of some sizes; of one that only holds another one, that."""
     below: dict[Names, list[Leaf]] = defaultdict(list)
     for leaf in free:
-        for (template, _), number in numbered(leaf.names, above):
+        for (template, _), number in _numbered(leaf.names, above):
             below[(*template[:-1], template[-1].replace(PLACE, str(number)))].append(leaf)
     found: dict[Names, list[Leaf]] = {}
     for names in sorted(below, key=len):

@@ -201,8 +201,7 @@ def in_sequence(groups: Iterable[Series], free: Sequence[Leaf], above: int, arms
     """Returns the modules of the other side that one after the other are the layers of a group, as pairs.
 
     `Block_{0..3}` are `stages/{0..1}/{0..1}`, or what lies in `down`, `mid` and `up`, in so many arms of a
-    U-Net: as many modules with numbers, each as large as the one in its place. Nothing where that is not so,
-    or so of two groups.
+    U-Net: as many modules with numbers, each as large as the one in its place. Nothing where two groups are.
     """
     found = [_in_sequence(series, free, above, arms) for series in groups]
     claims = Counter(other.template for pairs in found for _, other in pairs)

@@ -46,10 +46,13 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from tests.by_numpy import move_by_numpy
+
 share_lowering_context()
 leave_origins_unsaid()
 remember_initial_shapes()
 remember_kinds_of_values()
+move_by_numpy()
 spare_garbage_collector()
 
 # Both were looked up before.
@@ -114,6 +117,30 @@ _SLOWEST = (
     "tests/storage/saving/test_undoing.py",
     "tests/laws/test_law_09_roles.py",
 )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Has a worker of a run tell how each test ended, not also that it began and was set up well."""
+    plugins = config.pluginmanager.get_plugins() if hasattr(config, "workerinput") else ()
+    worker = next((plugin for plugin in plugins if type(plugin).__name__ == "WorkerInteractor"), None)
+    if (
+        not worker
+        or config.option.verbose > 0
+        or config.option.durations is not None
+        or config.option.xmlpath
+    ):
+        return
+    tell = worker.pytest_runtest_logreport
+
+    def tell_the_end(report: pytest.TestReport) -> None:
+        if report.when == "call" or not report.passed:
+            tell(report)
+
+    # Hooks are looked up when a plugin is registered.
+    config.pluginmanager.unregister(worker)
+    worker.pytest_runtest_logstart = worker.pytest_runtest_logfinish = None
+    worker.pytest_runtest_logreport = tell_the_end
+    config.pluginmanager.register(worker)
 
 
 def pytest_collection() -> None:

@@ -26,7 +26,7 @@ def test_hostile_checkpoints_are_refused_in_bounded_time_and_memory(tmp_path):
     assert held, "\n".join(lines)
 
 
-@pytest.mark.parametrize(("campaign", "trials"), [("kill", 4), ("pressure", 8)])
+@pytest.mark.parametrize(("campaign", "trials"), [("kill", 3), ("pressure", 6)])
 def test_processes_that_are_killed_or_short_of_something(campaign, trials):
     words = [sys.executable, "-m", "tests.campaigns", campaign, "--trials", str(trials), "--seconds", "60"]
 

@@ -206,9 +206,15 @@ def as_plain_dicts(item: Any, lists: bool) -> Any:
     )
 
 
-@pytest.mark.parametrize("lists", [True, False])
-@pytest.mark.parametrize("optimizers", OPTIMIZERS)
-@pytest.mark.parametrize("places", PLACES)
+@pytest.mark.parametrize(
+    ("places", "optimizers", "lists"),
+    [
+        # Each place with each pair of optimizers, and each of both with lists and without.
+        (places, optimizers, (row + column) % 2 == 0)
+        for row, places in enumerate(PLACES)
+        for column, optimizers in enumerate(OPTIMIZERS)
+    ],
+)
 def test_two_networks_and_optimizers_are_written_as_they_were(
     places: str, optimizers: str, lists: bool, tmp_path: Path
 ) -> None:

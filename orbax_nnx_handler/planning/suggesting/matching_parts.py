@@ -19,7 +19,6 @@ from orbax_nnx_handler.planning.suggesting.module_parts import (
 )
 from orbax_nnx_handler.planning.suggesting.named_parts import (
     NamedPart,
-    are_automatic,
     are_counted,
     in_order,
     named_parts,
@@ -28,7 +27,6 @@ from orbax_nnx_handler.planning.suggesting.scoring import across_networks, gated
 from orbax_nnx_handler.planning.suggesting.vocabulary import (
     MARGIN,
     Names,
-    are_peers,
     in_strict_order,
     last_of_block,
     likeness,
@@ -395,10 +393,9 @@ class _Pairs:
             right = self._in_order_beside(1, theirs, found)
         if right is None or len(ours) != len(theirs):
             return None
+        # The order in which the target creates its modules only speaks against one that names tell: what
+        # is created first is not therefore computed first, and Linen numbers what it computes.
         made = in_strict_order([created(self._wanted[at].part) for at in ours])
-        paths = ([level.base for level in self._wanted[at].part.levels] for at in ours)
-        if left is None and are_automatic([self._stored[to] for to in theirs]) and not are_peers(paths):
-            left = made
         if left is None or made not in (None, left):
             return None
         pairs = [(ours[one], theirs[other]) for one, other in zip(left, right, strict=True)]

@@ -23,6 +23,7 @@ from orbax_nnx_handler.planning.suggesting.vocabulary import (
     component,
     concepts,
     in_strict_order,
+    letters,
     meanings,
     networks_outputs,
     order_word,
@@ -390,7 +391,9 @@ def in_order(roles: Sequence[NamedPart], *, to_last: bool = False) -> list[int] 
         # Every decoder looks at itself before it looks across.
         places = [float("cross" in role.said) for role in roles]
     by_words = in_strict_order(placed(places) if are_norms else _around(places, roles))
-    by_words = by_words or in_strict_order(_ends(roles))
+    told = telling([frozenset(role.part.said) for role in roles])
+    by_ends = [order_word(words & _ENDS) or None for words in told]  # `ffn_start`, `ffn_end`.
+    by_words = by_words or in_strict_order(by_ends) or in_strict_order(letters(told))
     is_told = to_last or not any(role.is_either for role in roles)
     by_numbers = in_strict_order(_number_keys(roles)) if is_told else None
     if by_words is not None and by_numbers is not None and by_words != by_numbers:
@@ -398,18 +401,13 @@ def in_order(roles: Sequence[NamedPart], *, to_last: bool = False) -> list[int] 
     return by_words or by_numbers
 
 
-def _ends(roles: Sequence[NamedPart]) -> Sequence[float | None]:
-    """Returns which part lies in the first and which in the last of two modules: `ffn_start`, `ffn_end`."""
-    told = telling([frozenset(role.part.said) for role in roles])
-    return [order_word(words & _ENDS) or None for words in told]
-
-
 def _around(places: Sequence[float | None], roles: Sequence[NamedPart]) -> Sequence[float | None]:
     """Returns places, those of a list by number behind what leads in, and before what leads out."""
     within = [role for role, place in zip(roles, places, strict=True) if place is None]
     ends = {abs(place) for place in places if place is not None}
-    if not within or ends != {END} or not are_counted(within):
-        return places
+    outer = [role for role, place in zip(roles, places, strict=True) if place is not None]
+    if not within or ends != {END} or not are_counted(within) or are_counted(outer):
+        return places  # Of two lists, `prior` and `post` of one model, neither leads into the other.
     numbers = [role.part.levels[-1].number or 0 for role in roles]
     within_ends = [number / (number + 1) for number in numbers]
     return [at if place is None else place for place, at in zip(places, within_ends, strict=True)]

@@ -303,22 +303,6 @@ def arm(names: Iterable[str]) -> int:
     return bool(said & {"up", "dec", "out", "last"}) - bool(said & {"down", "enc", "in", "first"})
 
 
-def are_peers(paths: Iterable[Iterable[str]]) -> bool:
-    """Tells whether modules stand beside each other by their paths, as a gate and what it gates.
-
-    Nobody computes them in the order in which they are created, but by chance. Names of single letters
-    (`w_r`, `u_r`) tell no more.
-    """
-    said = [concepts(names) for names in paths]
-    said = [one - frozenset.intersection(*said) for one in said]
-    told = frozenset[str]().union(*said)
-    if told <= {"a", "b", "c", "d"}:
-        return False  # Letters that count.
-    if all(len(word) == 1 for word in told):
-        return True
-    return any(exclude(one, other) for one, other in itertools.combinations(said, 2))
-
-
 # What known programs call parts that hold several.
 
 
@@ -387,7 +371,12 @@ def component(said: Iterable[str]) -> float | None:
         return _CROSS
     if found & {"attn", "self"}:
         return _SELF
-    return _MLP if "mlp" in found else None
+    return _MLP if found & {"mlp", "expert", "experts"} else None
+
+
+def letters(told: Iterable[frozenset[str]]) -> list[str | None]:
+    """Returns the letters by which parts are counted, `conv_a` and `conv_b`, from what tells them apart."""
+    return [min(words) if len(words) == 1 and words <= {*"abcd"} else None for words in told]
 
 
 def last_of_block(places: Sequence[float | None]) -> int | None:

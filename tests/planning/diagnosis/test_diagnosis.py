@@ -176,7 +176,7 @@ def test_another_model_shares_neither_names_nor_shapes():
 
 def test_what_may_be_the_same_model_by_other_names_is_searched_for_rules_too():
     # Fused gates: no name and no shape agree, and all shapes can be arranged.
-    gates = ("ir", "iz", "in", "hr", "hz", "hn")
+    gates = ("p", "q", "r", "s", "t", "u")
     stored = {f"params/cells_{at}/{gate}/kernel": (8, 8) for at in range(2) for gate in gates}
     wanted = {f"rnn_{side}/dense_{part}/w": (8, 24) for side in ("a", "b") for part in ("i", "h")}
 

@@ -142,14 +142,23 @@ def test_the_norm_of_a_network_lies_in_it_or_beside_it_and_two_that_nothing_tell
     ]
 
 
-def test_equal_modules_go_by_the_order_of_creation_where_it_is_known():
+def test_the_order_of_creation_alone_decides_nothing():
+    # What is created first is not therefore computed first, as Linen counts.
     wanted, stored = {"zeta": DENSE, "alpha": DENSE}, {"Dense_0": DENSE, "Dense_1": DENSE}
 
     found = proposal(wanted, stored, {(): ["zeta", "alpha"]})
 
-    assert renames(found) == [("Dense_0", "zeta"), ("Dense_1", "alpha")]
-    assert found.confidence == "likely"
-    assert {item.grounds for item in found.proposals} == {"order"}
+    assert (found.renames, found.confidence, len(found.questions)) == ((), "open", 1)
+
+
+def test_an_order_that_names_tell_is_that_of_linens_numbers_unless_creation_speaks_against_it():
+    names = ("conv_a", "conv_b")
+    wanted, stored = dict.fromkeys(names, DENSE), {"Dense_0": DENSE, "Dense_1": DENSE}
+
+    for order in ({}, {(): names}):
+        found = proposal(wanted, stored, order)
+        assert renames(found) == [*zip(("Dense_0", "Dense_1"), names, strict=True)]
+    assert proposal(wanted, stored, {(): names[::-1]}).confidence == "open"
 
 
 def test_equal_modules_are_a_question_where_the_order_is_not_known():
@@ -172,18 +181,11 @@ def test_modules_that_stand_beside_each_other_do_not_go_by_the_order_of_creation
     assert (found.renames, found.confidence, len(found.questions)) == ((), "open", 1)
 
 
-def test_the_order_of_creation_goes_level_by_level_however_deep_a_module_lies():
-    stored = {f"Dense_{at}": DENSE for at in range(3)}
-    wanted = {"entry": {0: {"one": {"two": DENSE}}}, "middle": {0: DENSE}, "exit": {"three": DENSE}}
-    order = {(): ["entry", "middle", "exit"]}
+def test_of_two_lists_neither_leads_into_the_other():
+    stored = {f"Dense_{at}": DENSE for at in range(4)}
+    wanted = {"prior": {0: DENSE, 1: DENSE}, "post": {0: DENSE, 1: DENSE}}
 
-    found = proposal(wanted, stored, order)
-
-    assert sorted(renames(found)) == [
-        ("Dense_0", "entry/0/one/two"),
-        ("Dense_1", "middle/0"),
-        ("Dense_2", "exit/three"),
-    ]
+    assert proposal(wanted, stored, {(): ["prior", "post"]}).confidence == "open"
 
 
 def test_the_arms_of_a_unet_do_not_go_in_the_order_of_a_network_that_goes_up_first():
@@ -454,16 +456,17 @@ def test_a_model_below_many_names_is_found_without_trying_every_depth_against_ev
 
 
 def test_layers_that_one_name_counts_through_several_lists_are_named_one_by_one():
-    stored = {f"Dense_{i}": DENSE for i in range(4)}
-    wanted = {"first": {0: DENSE, 1: DENSE}, "second": {0: DENSE, 1: DENSE}}
+    sizes = [{"kernel": (at + 2, at + 3)} for at in range(4)]
+    stored = {f"Dense_{at}": size for at, size in enumerate(sizes)}
+    wanted = {"first": dict(enumerate(sizes[:2])), "last": dict(enumerate(sizes[2:]))}
 
-    found = proposal(wanted, stored, {(): ["first", "second"]})
+    found = proposal(wanted, stored)
 
     assert renames(found) == [
         ("Dense_0", "first/0"),
         ("Dense_1", "first/1"),
-        ("Dense_2", "second/0"),
-        ("Dense_3", "second/1"),
+        ("Dense_2", "last/0"),
+        ("Dense_3", "last/1"),
     ]
     assert (found.unmatched_wanted, found.unmatched_stored, found.problem) == ((), (), "")
 

@@ -50,7 +50,10 @@ def test_the_first_proposal_gives_linens_logits_wherever_shapes_and_order_tell(
     if pair.determined == "outputs":
         assert {about for about, _ in map(_places, proposal.questions)} == {("Dense_0", "Dense_1")}
         return
-    assert gives_linens_logits(pair, state, path, target, proposal) == (pair.determined != "nothing")
+    if pair.determined == "nothing":
+        assert proposal.questions
+        return
+    assert gives_linens_logits(pair, state, path, target, proposal)
 
 
 def _places(question: Question) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -76,7 +79,7 @@ def gives_linens_logits(
 
 def test_it_says_what_it_rests_on(pair: ModelPair, proposal: Suggestion) -> None:
     assert proposal.problem == ""
-    if pair.determined == "outputs":
+    if pair.determined in ("outputs", "nothing"):
         assert proposal.confidence == "open"
         return
     assert proposal.unmatched_wanted == proposal.unmatched_stored == ()

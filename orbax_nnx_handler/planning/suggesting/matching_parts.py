@@ -136,7 +136,7 @@ class _Pairs:
         return {pair for pair in told if all(pair) and sides[0][pair[0]] == sides[1][pair[1]] == 1}
 
     def settle(self, created: Created) -> tuple[list[tuple[int, int, PairGrounds]], list[Tie]]:
-        """Returns the pairs that stand, and the choices that are left; no pair strays from its module."""
+        """Returns the pairs that stand, and the choices that are left; none strays but attention outputs."""
         while True:
             self._ours, self._theirs, self._unlikely, self._closed = {}, {}, [], []
             self._beside = defaultdict[tuple[int, int], list[tuple[int, int]]](list)
@@ -144,6 +144,7 @@ class _Pairs:
                 self._beside[side, pair[side]].append(pair)
             found, ties = self._settled(created)
             strays = self._homes.strays([pair[:2] for pair in found], self._fits, self._partial)
+            strays -= {(at, to) for at, to in strays if "o" in self._wanted[at].said & self._stored[to].said}
             if not strays:
                 return found, ties
             self._fits = {pair: fit for pair, fit in self._fits.items() if pair not in strays}

@@ -182,11 +182,11 @@ class _Context:
         return set()
 
     def _other_attention(self, part: ModulePart) -> set[str]:
-        """Returns what an attention is whose only neighbour says it: `attn` beside `cross_attn`."""
+        """Returns what an attention is whose neighbours all say it: `attn` beside `cross_attn`."""
         own = [names for names in _containers(part) if names in self._attentions]
         beside = [x for names in own for x in self._attentions if x[:-1] == names[:-1] and x != names]
-        kinds = [{"self", "cross"} & {*meanings(names[-1])} for names in beside]
-        return {"self", "cross"} - kinds[0] if len(kinds) == 1 and kinds[0] else set()
+        kinds = {frozenset({"self", "cross"} & {*meanings(names[-1])}) for names in beside}
+        return {"self", "cross"} - next(iter(kinds)) if len(kinds) == 1 and any(kinds) else set()
 
     def _is_beside_attention(self, part: ModulePart) -> bool:
         """Tells whether a part lies in a block that is called an attention, and beside that attention."""
@@ -324,6 +324,7 @@ class _Context:
         names = [set(meanings(level.base)) for level in part.levels[:-1]]
         inner = next((words for words in reversed(names) if words & {"attn", "mlp"}), set[str]())
         around = set[str]().union(*names) - ({"attn"} if "mlp" in inner else set())
+        around |= said & {"cross"} if "attn" in around else set()
         # Of `norm_slots` in an attention nothing is told, nor by what a module with both is called.
         is_plain = not own - PLACING - {"norm"} and not self._holds_both(part.module)
         place = component(own) or (component(around) if side <= 0 and is_plain else None)

@@ -27,6 +27,7 @@ from orbax_nnx_handler.planning.suggesting.vocabulary import (
     exclude,
     likeness,
     telling,
+    words,
 )
 
 
@@ -187,7 +188,7 @@ def lists_within(series: Series, others: Sequence[Series]) -> list[Pairs]:
     return [list(zip(parts, choice, strict=True)) for choice in made]
 
 
-_MOST_WAYS = 24
+_MOST_WAYS, _UNCOUNTED = 24, str.maketrans("", "", "0123456789")
 _KINDS = frozenset(("self", "cross", "attn", "mlp", "conv"))
 
 
@@ -200,8 +201,8 @@ def _said_within(series: Series) -> frozenset[str]:
 def in_sequence(groups: Iterable[Series], free: Sequence[Leaf], above: int, arms: int) -> list[Pairs]:
     """Returns the modules of the other side that one after the other are the layers of a group, as pairs.
 
-    `Block_{0..3}` are `stages/{0..1}/{0..1}`, or what lies in `down`, `mid` and `up`, in so many arms of a
-    U-Net: as many modules with numbers, each as large as the one in its place. Nothing where two groups are.
+    `Block_{0..3}` are `stages/{0..1}/{0..1}`, `stage_{0..1}_block_{0..1}`, or what lies in so many arms of a
+    U-Net: as many modules with numbers, each as large as the one in its place. Else, or of two groups, none.
     """
     found = [_in_sequence(series, free, above, arms) for series in groups]
     claims = Counter(other.template for pairs in found for _, other in pairs)
@@ -210,12 +211,11 @@ def in_sequence(groups: Iterable[Series], free: Sequence[Leaf], above: int, arms
 
 def _in_sequence(series: Series, free: Sequence[Leaf], above: int, arms: int) -> Pairs:
     found = _modules_of_sizes(free, above, {*series.sizes})
-    bases = {names: tuple(level.base for level in levels(names)) for names in found}
-    ways = {arm(base) for base in bases.values()}
-    if len(found) != len(series.sizes) or len(ways) < max(len({*bases.values()}), arms):
-        return []
-    ordered = sorted(found, key=lambda at: (arm(bases[at]), [level.number or 0 for level in levels(at)]))
-    if [sizes_of(found[names]) for names in ordered] != series.sizes or not is_complete(series):
+    bases = {names: tuple(level.base.translate(_UNCOUNTED) for level in levels(names)) for names in found}
+    counts = {at: [int(word) for word in words("/".join(at)) if word.isdecimal()] for at in found}
+    ordered = sorted(found, key=lambda at: (arm(bases[at]), counts[at]))
+    is_told = is_complete(series) and len({*map(arm, bases.values())}) >= max(len({*bases.values()}), arms)
+    if not is_told or [sizes_of(found[names]) for names in ordered] != series.sizes:
         return []
     counted = [numbered((*names, ""), 0)[-1] for names in ordered]
     if len({key for key, _ in counted}) == 1 and [number for _, number in counted] == series.numbers:

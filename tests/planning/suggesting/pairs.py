@@ -51,7 +51,7 @@ OPEN = {
     "coca": 5,
     "nafnet": 20,
     "painn": 12,
-    "lxmert": 8,
+    "conv_tasnet": 3,
     "xcit": 24,
     "protein_mpnn": 36,
     "guided_diffusion": 6,
@@ -72,10 +72,9 @@ attention that Linen numbered is which (perceiver, set_transformer), which of `a
 coca), which of two last norms is the text's (coca), which of a block's convolutions of one shape is which
 branch (inception, nafnet), which comes first (rrdb), which of three norms is of which part (xcit),
 what is a message of nodes and what one of edges (protein_mpnn), how queries, keys and values lie in one array
-(guided_diffusion), which of two networks of a block is which (painn) and
-which of a cross attention's norm and another one's is called after vision (lxmert), only outputs tell. Not
-found yet: the bias of queries and of values in one for all three (qformer), a lone vector (ncsnpp), and two
-levels of a U-Net that are as large (ddpm).
+(guided_diffusion), and which of two networks of a block is which (painn), only outputs tell. Not found yet:
+the mask's layer in a list of its own (conv_tasnet), the bias of queries and of values in one for all three
+(qformer), a lone vector (ncsnpp), and two levels of a U-Net that are as large (ddpm).
 """
 
 KINDS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}

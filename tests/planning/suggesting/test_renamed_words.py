@@ -48,6 +48,8 @@ def left_and_wrong(name, words):
         ("recurrentgemma", {"rg_lru": "vutoyo", "temporal_pre_norm": "webafi"}),
         ("qformer", {"crossattention": "rabara"}),
         ("mmdit", {"add_q_proj": "rayoja", "add_v_proj": "baxifi", "to_k": "dubadu"}),
+        ("lxmert", {"language_mlp_norm": "mimifi"}),
+        ("segformer", {"key": "fifinu"}),
         ("pointnet", {"bn": "tofivu", "fstn": "toraza", "stn": "pepepe", "conv": "siwelo", "fc": "nukeke"}),
     ],
 )

@@ -1,6 +1,7 @@
 """What each stored leaf is, in the words of a Linen program."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Literal
@@ -232,6 +233,7 @@ def is_copy_name(name: str) -> bool:
     return (copied and bool(words)) or (bool(words) and words <= _COPIES)
 
 
+@functools.lru_cache(maxsize=65536)
 def is_copy_level(level: str) -> bool:
     """Tells whether a level above a whole model says that it is a copy: `ema`, `unet_ema`, `EMAModel`.
 

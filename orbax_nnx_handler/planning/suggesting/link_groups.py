@@ -272,8 +272,9 @@ def apart_from_copies(links: Sequence[Link], stored: Iterable[Leaf]) -> tuple[li
     kinds: dict[str, list[Link]] = defaultdict(list)
     for link in links:
         names, is_stored = link.target.names[:-1], any(is_copied(leaf.source) for leaf in link.stored)
-        said = {*words("/".join(link.source.names))}  # RAFT's `mask` is a `mask_head`.
-        is_copy = not is_stored and any(is_copy_level(x) and not {*words(x)} <= said for x in names)
+        copies = [name for name in names if is_copy_level(name)]
+        said = words("/".join(link.source.names)) if copies else ()  # RAFT's `mask` is a `mask_head`.
+        is_copy = not is_stored and any(not {*words(name)} <= {*said} for name in copies)
         is_taken = is_stored and not is_copied(names) and link.source.names[-2:] in free
         kind = "lent" if is_copy or link.target.source in doubled else "taken" if is_taken else ""
         kinds[kind].append(link)

@@ -52,6 +52,9 @@ def main() -> None:
             print(f"\n**{title}**\n\n{table(_chosen(rows, columns))}")
     for title, curves in _results("scaling").items():
         print(f"\n**{title}**, seconds\n\n{table(_curve(curves))}")
+    proposals = _results("suggesting")
+    if proposals:
+        print(f"\n**Proposing**\n\n{table(proposals)}")
     processes = _results("multihost")
     if processes:
         print(f"\n**Processes**\n\n{table(processes)}")

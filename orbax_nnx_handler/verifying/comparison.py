@@ -72,7 +72,7 @@ def verify(
     ```
 
     Args:
-        path: See `plan_restore`.
+        path: The checkpoint's path, as `plan_restore` takes it.
         target: See `plan_restore`; the model that `nnx_apply` is called with. Its floats are restored
             as float32, whatever they are in the target.
         linen_apply: Called with the variables as Linen wrote them (`{"params": ...}` and the other

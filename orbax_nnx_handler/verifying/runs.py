@@ -35,6 +35,7 @@ from orbax_nnx_handler.verifying.verification import (
 )
 from orbax_nnx_handler.verifying.weights import (
     LinenWeights,
+    as_jax,
     find_nnx,
     flat_state,
     is_other,
@@ -157,6 +158,7 @@ class Programs:
                 f"inputs is of type {type(self.inputs).__name__}: both programs are called with a tuple.",
                 hints=["pass a tuple, of one where there is one input: (x,)."],
             )
+        object.__setattr__(self, "inputs", jax.tree.map(as_jax, self.inputs))
 
 
 LINEN, NNX = "linen_model.apply", "lambda model, x: model(x)"

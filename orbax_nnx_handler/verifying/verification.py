@@ -26,6 +26,7 @@ from orbax_nnx_handler.planning.rendering.display import line_on_console
 from orbax_nnx_handler.planning.verdict.outcomes import Restored
 from orbax_nnx_handler.verifying.pairing import Unit
 from orbax_nnx_handler.verifying.recording import Array, Call
+from orbax_nnx_handler.verifying.weights import mixed_sources
 
 ROUNDING = 3e-6
 """What two ways of computing one module in float32 differ by, and no more, from equal inputs."""
@@ -286,7 +287,8 @@ class FirstDifference:
             made = f"{ways} of making the weights in it (transposed, divided, joined, exchanged)"
             said.append(Sentence("note", f"{made} {are} wrong too."))
         if not self.settings:
-            said.append(Sentence("hint", _CODE if self.tried or not self.weights else _WEIGHTS))
+            otherwise = _CODE if self.tried or not self.weights else _WEIGHTS
+            said.append(Sentence("hint", mixed_sources(self.weights) or otherwise))
         return said
 
     def _place(self) -> str:
@@ -296,7 +298,7 @@ class FirstDifference:
 
 
 _CODE = (
-    "all its weights agree, so the code differs: look for another epsilon, activation (gelu exact or by "
+    "if all its weights are right, the code differs: look for another epsilon, activation (gelu exact or by "
     "tanh), mask, scale, residual, dtype, dropout or base of rotary positions."
 )
 _WEIGHTS = "the module does not run by itself, so its weights were not tried: check how the plan makes them."

@@ -11,11 +11,12 @@ from flax import nnx
 from jax.core import Tracer
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from orbax_nnx_handler.planning.core.paths import Path, nested, segments
+from orbax_nnx_handler.planning.core.paths import Path, nested, render, segments
 from orbax_nnx_handler.planning.core.recipes import Read, reads
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement
 from orbax_nnx_handler.planning.restore_plan import RestorePlan
 from orbax_nnx_handler.planning.target.target import flatten_target
+from orbax_nnx_handler.planning.verdict.outcomes import Restored
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.storage.reading import Job, read_everywhere
 
@@ -36,6 +37,29 @@ class OneDevice:
 def one_device() -> Sharding:
     """Returns where both programs run: the device on which JAX makes an array now."""
     return SingleDeviceSharding(next(iter(jnp.zeros(()).devices())))
+
+
+def as_jax(value: Any) -> Any:
+    """Returns a NumPy array of numbers as JAX's: `nnx.scan` carries no other where nothing is compiled."""
+    is_array = isinstance(value, np.ndarray) and value.dtype.kind in "biufc"
+    return jnp.asarray(cast(Any, value)) if is_array else cast(Any, value)
+
+
+_OF_ONE_LAYER = frozenset(("kernel", "bias", "scale", "mean", "var", "embedding"))
+
+
+def mixed_sources(weights: Iterable[Restored]) -> str:
+    """Returns which leaves of one layer come from two Linen modules, in words; nothing where none do."""
+    first: dict[Path, tuple[str, frozenset[Path]]] = {}
+    for item in weights:
+        path, read = item.wanted.path, frozenset(source[1:-1] for source in reads(item.recipe))
+        if str(path[-1]) not in _OF_ONE_LAYER or not read:
+            continue
+        name, beside = first.setdefault(path[:-1], (render(path), read))
+        if beside.isdisjoint(read):
+            here, there = (", ".join(sorted(map(render, some))) for some in (read, beside))
+            return f"{render(path)} comes from {here}, and {name} from {there}: check their rules."
+    return ""
 
 
 def on_one_device(target: Any) -> dict[Path, OneDevice]:

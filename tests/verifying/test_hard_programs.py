@@ -371,3 +371,51 @@ def test_layers_in_another_order_are_found_in_a_model_that_is_a_scan_alone(tmp_p
     assert found.first is not None
     assert found.first.path == "blocks/0/up"
     assert "needs those that blocks/2 was given" in found.first.proved
+
+
+class ScannedLayers(nnx.Module):
+    def __init__(self, rngs):
+        self.blocks = nnx.vmap(Layer, in_axes=0, out_axes=0)(rngs.fork(split=3))
+
+    def __call__(self, x):
+        run = nnx.scan(lambda x, block: block(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        return run(x, self.blocks)
+
+
+def test_a_numpy_array_may_be_what_a_scan_carries(tmp_path: pathlib.Path):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "c", weights(LinenLayers().init(jax.random.key(0), X)))
+
+    assert compared(tmp_path / "c", LinenLayers().apply, port=ScannedLayers).equal
+
+
+class LinenNorms(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(use_running_average=True, name="n1")(nn.Dense(4, name="a")(x))
+        return nn.BatchNorm(use_running_average=True, name="n2")(nn.Dense(4, name="b")(jnp.tanh(x)))
+
+
+class Norms(nnx.Module):
+    def __init__(self, rngs):
+        self.a, self.b = nnx.Linear(4, 4, rngs=rngs), nnx.Linear(4, 4, rngs=rngs)
+        self.n1 = nnx.BatchNorm(4, use_running_average=True, rngs=rngs)
+        self.n2 = nnx.BatchNorm(4, use_running_average=True, rngs=rngs)
+
+    def __call__(self, x):
+        return self.n2(self.b(jnp.tanh(self.n1(self.a(x)))))
+
+
+def test_of_statistics_that_are_another_norm_s_the_code_is_not_blamed(tmp_path: pathlib.Path):
+    variables = weights(LinenNorms().init(jax.random.key(0), X))
+    variables["batch_stats"] = jax.tree.map(abs, variables["batch_stats"])
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "c", variables)
+
+    exchanged = [("batch_stats/n1", "batch_stats/n2"), ("batch_stats/n2", "batch_stats/n1")]
+    target = nnx.eval_shape(lambda: Norms(nnx.Rngs(0)))
+    run = LinenNorms().apply, lambda model, x: model(x), (X,)
+    found = verify(tmp_path / "c", target, *run, renames=exchanged)
+
+    assert "n1/mean comes from n2, and n1/bias from n1: check their rules." in str(found)
+    assert "the code differs" not in str(found)

@@ -34,6 +34,7 @@ from orbax_nnx_handler.planning.suggesting.vocabulary import (
     Names,
     is_alone,
     kinds_of_modules,
+    may_hold_otherwise,
     meanings,
     words,
 )
@@ -259,7 +260,7 @@ def possible_roots(links: Sequence[Link], roots: Roots, *, is_alone: bool) -> It
 
 
 def apart_from_copies(links: Sequence[Link], stored: Iterable[Leaf]) -> tuple[list[Link], list[Tie]]:
-    """Returns the links, and as questions those that lend weights to what may be a copy, or take a copy's.
+    """Returns the links, and as questions those of what may be a copy, or may hold its parts otherwise.
 
     A copy is what is called one, `unet_ema`, and a module of one name that is wanted twice and stored once.
     """
@@ -277,7 +278,7 @@ def apart_from_copies(links: Sequence[Link], stored: Iterable[Leaf]) -> tuple[li
         is_copy = not is_stored and any(not {*words(name)} <= {*said} for name in copies)
         is_taken = is_stored and not is_copied(names) and link.source.names[-2:] in free
         kind = "lent" if is_copy or link.target.source in doubled else "taken" if is_taken else ""
-        kinds[kind].append(link)
+        kinds["held" if may_hold_otherwise(names, link.source.names[:-1]) else kind].append(link)
     return kinds.pop("", []), [_tie([some]) for some in kinds.values()]
 
 

@@ -143,8 +143,14 @@ def _claims(wholes: Sequence[NamedPart], singles: Sequence[NamedPart], split: bo
 def _by_head(links: Sequence[Link], roles: Sequence[str], *, split: bool) -> tuple[tuple[Link, ...], ...]:
     """Returns fused parts side by side, and head by head; the number of heads may be open too."""
     joints = [link.joint for link in links if link.joint is not None]
-    if not links or any(joint.is_new or joint.sizes for joint in joints):
+    if not links or any(joint.is_new for joint in joints):
         return ()
+    if any(joint.sizes for joint in joints):
+        # Of fewer keys than queries: in groups, one for each head of the keys, where these have several.
+        parts = [leaf.shape for link in links for leaf in (link.wanted if split else link.stored)]
+        lengths = {shape[-1] for shape in parts if len(shape) > 2}
+        is_one = any(1 in shape[1:-1] or (len(shape) == 2 and shape[-1] in lengths) for shape in parts)
+        return () if is_one else (tuple(dataclasses.replace(link, told="side by side") for link in links),)
     wholes = [(link.source if split else link.target).shape for link in links]
     axes = [link.joint.axis if link.joint is not None else len(link.target.shape) - 1 for link in links]
     singles = [leaf.shape for link in links for leaf in (link.wanted if split else link.stored) if joints]

@@ -319,6 +319,16 @@ FUSED: Mapping[str, tuple[tuple[str, ...], str]] = {
 UNTOLD = ("query_key_value", "wqkv")
 """Names of arrays that hold query, key and value head by head (NeoX, Bloom), or of others side by side."""
 
+_OWN_ORDER: Sequence[Names] = (("dense_i",), ("dense_h",), ("norm_out", "linear"))
+"""Arrays of several parts in an order of their own: the gates of NNX's cells, diffusers' scale and shift."""
+
+
+def may_hold_otherwise(one: Names, other: Names) -> bool:
+    """Tells whether one of two arrays, whose shapes agree, may hold its parts in another order."""
+    ends = [{end for end in _OWN_ORDER if names[-len(end) :] == end} for names in (one, other)]
+    return ends[0] != ends[1]
+
+
 NUMBERED: Mapping[tuple[str, tuple[int, ...]], tuple[tuple[str, ...], str]] = {
     ("wi", (0, 1)): (("gate", "up"), "T5 and MaxText: wi_0 is the activated one"),
     ("w", (1, 2, 3)): (("gate", "down", "up"), "Llama: w1 is the activated one, w2 leads back"),

@@ -55,16 +55,18 @@ OPEN = {
     "xcit": 24,
     "protein_mpnn": 36,
     "guided_diffusion": 6,
+    "flux": 2,
+    "mmdit": 2,
 }
 """Leaves that stay open.
 
 An array that holds queries, keys and values may hold them head by head (bloom); a logarithm of a
 variance is not that of a deviation (vae_flax); `t` and `b` may be anything (siglip_two_towers); networks
-and parts of one shape that Linen numbered (sac, drq, simba, graphnet, nerf, savi, genie, rt1) take the
-order of creation, which a state has forgotten. How keys and values lie in an array of a layer that Linen
-numbered (segformer), which half of an array or which of two layers is the gate (recurrentgemma,
-dinov2_giant, qwen2), whether gates and what they gate lie in turns (gpt_oss), which of square layers that
-stand beside each other is which (transformer_xl_ppo), whether a square matrix is transposed
+and parts of one shape that Linen numbered (sac, drq, simba, graphnet, nerf, savi, genie, rt1) are in no
+order that names tell. Whether shift or scale comes first (flux, mmdit), how keys and values lie in an
+array of a layer that Linen numbered (segformer), which half of an array or which of two layers is the gate
+(recurrentgemma, dinov2_giant, qwen2), whether gates and what they gate lie in turns (gpt_oss), which of
+square layers that stand beside each other is which (transformer_xl_ppo), whether a square matrix is transposed
 (recurrentgemma), and what `v` and `w` are (hypernerf), which of `out` and `out2` is the gate (s4, lru_glu),
 which norm of a decoder with deformable attention is which (deformable_detr), which of the layers of an
 attention that Linen numbered is which (perceiver, set_transformer), which of `a` and `b` is left

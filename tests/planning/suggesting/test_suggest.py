@@ -544,3 +544,30 @@ def test_a_layer_more_on_one_side_is_no_part_of_something_else(stored, wanted):
 
     assert found.questions == ()
     assert renames(found) == [("h_{i}", "blocks/{i}"), ("ln_f", "norm")]
+
+
+@pytest.mark.parametrize("name", ["wqkv", "query_key_value"])
+def test_fewer_keys_than_queries_in_one_array_may_lie_in_groups(name):
+    wanted = {"attn": {"q": {"kernel": (16, 16)}, "k": {"kernel": (16, 8)}, "v": {"kernel": (16, 8)}}}
+    found = proposal(wanted, {"attn": {name: {"kernel": (16, 32)}}})
+
+    assert (found.renames, found.confidence, len(found.questions)) == ((), "open", 1)
+    (rule,) = found.answered([0])
+    assert rule.sizes == (16, 8, 8)
+
+    # A single head of keys makes one group, in which all lie side by side.
+    wanted["attn"] = {"q": {"kernel": (16, 4, 4)}, "k": {"kernel": (16, 4)}, "v": {"kernel": (16, 4)}}
+    assert proposal(wanted, {"attn": {name: {"kernel": (16, 24)}}}).confidence == "likely"
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted"),
+    [
+        ({"gru": {"kernel": (4, 9), "bias": (9,)}}, {"cell": {"dense_i": {"kernel": (4, 9), "bias": (9,)}}}),
+        ({"final": {"modulation": {"kernel": (4, 8)}}}, {"norm_out": {"linear": {"kernel": (4, 8)}}}),
+    ],
+    ids=["gates", "scale and shift"],
+)
+def test_arrays_that_hold_parts_in_an_order_of_their_own_are_asked_about(stored, wanted):
+    assert proposal(wanted, stored).confidence == "open"
+    assert proposal(wanted, wanted).confidence == "certain"

@@ -60,20 +60,20 @@ OPEN = {
 }
 """Leaves that stay open.
 
-An array that holds queries, keys and values may hold them head by head (bloom); a logarithm of a
-variance is not that of a deviation (vae_flax); `t` and `b` may be anything (siglip_two_towers); networks
-and parts of one shape that Linen numbered (sac, drq, simba, graphnet, nerf, savi, genie, rt1) are in no
-order that names tell. Whether shift or scale comes first (flux, mmdit), how keys and values lie in an
-array of a layer that Linen numbered (segformer), which half of an array or which of two layers is the gate
-(recurrentgemma, dinov2_giant, qwen2), whether gates and what they gate lie in turns (gpt_oss), which of
-square layers that stand beside each other is which (transformer_xl_ppo), whether a square matrix is transposed
+An array that holds queries, keys and values may hold them head by head (bloom); a logarithm of a variance
+is not that of a deviation (vae_flax); `t` and `b` may be anything (siglip_two_towers); networks and parts
+of one shape that Linen numbered (sac, drq, simba, graphnet, nerf, savi, genie, rt1) are in no order that
+names tell. Whether shift or scale comes first (flux, mmdit), how keys and values lie in an array of a layer
+that Linen numbered (segformer), which half of an array or which of two layers is the gate (recurrentgemma,
+dinov2_giant, qwen2), whether gates and what they gate lie in turns (gpt_oss), which of square layers that
+stand beside each other is which (transformer_xl_ppo), whether a square matrix is transposed
 (recurrentgemma), and what `v` and `w` are (hypernerf), which of `out` and `out2` is the gate (s4, lru_glu),
 which norm of a decoder with deformable attention is which (deformable_detr), which of the layers of an
 attention that Linen numbered is which (perceiver, set_transformer), which of `a` and `b` is left
 (evoformer), which of two attentions comes first (maxvit), whether a temperature is a scale (dual_encoder,
 coca), which of two last norms is the text's (coca), which of a block's convolutions of one shape is which
-branch (inception, nafnet), which comes first (rrdb), which of three norms is of which part (xcit),
-what is a message of nodes and what one of edges (protein_mpnn), how queries, keys and values lie in one array
+branch (inception, nafnet), which comes first (rrdb), which of three norms is of which part (xcit), what is
+a message of nodes and what one of edges (protein_mpnn), how queries, keys and values lie in one array
 (guided_diffusion), and which of two networks of a block is which (painn), only outputs tell. Not found yet:
 the mask's layer in a list of its own (conv_tasnet), the bias of queries and of values in one for all three
 (qformer), a lone vector (ncsnpp), and two levels of a U-Net that are as large (ddpm).

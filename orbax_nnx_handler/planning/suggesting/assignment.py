@@ -149,8 +149,11 @@ def ways_of_heads(one: tuple[Leaf, Shape], other: tuple[Leaf, Shape], said: Conc
     are_last = stored[0] == wanted[0] or stored[2] != wanted[1]
     if are_last and is_out:
         found = tuple(dataclasses.replace(way, turned=not way.turned) for way in reversed(found))
-    is_told = kinds[1] == "kernel" and (not are_last or is_led)
-    return (dataclasses.replace(found[0], named=True),) if is_told else found
+    if kinds[1] == "kernel" and (not are_last or is_led):
+        return (dataclasses.replace(found[0], named=True),)
+    is_alike = one[0].names[-1] == other[0].names[-1] not in PYTORCHS
+    is_open = are_last and not is_alike and not said & {"q", "k", "v", "o", "gate"}
+    return tuple(dataclasses.replace(way, named=None) for way in found) if is_open else found
 
 
 def _of_gemma(stored: Shape, wanted: Shape, *, is_stored: bool, is_out: bool) -> Way | None:

@@ -17,12 +17,7 @@ from orbax_nnx_handler.planning.suggesting.module_parts import (
     Undecided,
     together,
 )
-from orbax_nnx_handler.planning.suggesting.named_parts import (
-    NamedPart,
-    are_counted,
-    in_order,
-    named_parts,
-)
+from orbax_nnx_handler.planning.suggesting.named_parts import NamedPart, are_counted, in_order, named_parts
 from orbax_nnx_handler.planning.suggesting.scoring import across_networks, gated, joined_parts
 from orbax_nnx_handler.planning.suggesting.vocabulary import (
     MARGIN,
@@ -175,7 +170,7 @@ class _Pairs:
         among = Counter(itertools.starmap(self._homes.of, self._unlikely))
         wanted, stored = self._homes.held
         for at, to in self._unlikely:
-            if not _is_free(to, found) or any(at == one for one, _, _ in found):
+            if any(at == one or to == other for one, other, _ in found):
                 continue
             home, other = self._homes.of(at, to)
             is_whole = wanted[home] == stored[other] == among[home, other] > 1
@@ -247,6 +242,7 @@ class _Pairs:
         for at, to in best:
             self._ours[to], self._theirs[at] = at, to
         doubtful = {frozenset((pair, other)) for pair in best for other in self._rather(pair, best, group)}
+        doubtful.update(self._displaced(best, group))
         unstable = {pair for tie in doubtful for pair in tie}  # Names that speak against each other.
         for pair in filter(lambda pair: pair not in unstable, best):
             second, lower = table.best(without=pair)
@@ -272,6 +268,16 @@ class _Pairs:
                 scores = [self._fits[each].score for each in (both, pair, other)]
                 if scores[0] - MARGIN >= max(scores[1:]):
                     yield other
+
+    def _displaced(
+        self, best: frozenset[tuple[int, int]], group: set[tuple[int, int]]
+    ) -> Iterator[frozenset[tuple[int, int]]]:
+        """Yields pairs with those of what is left, where only modules around tell which part has the role."""
+        unsaid = {(at, to) for at, to in group if self._wanted[at].has_role != self._stored[to].has_role}
+        ours, theirs = {at for at, _ in best}, {to for _, to in best}
+        for pair, (at, to) in itertools.product(unsaid & best, unsaid):
+            if (at == pair[0] and to not in theirs) or (to == pair[1] and at not in ours):
+                yield frozenset((pair, (at, to)))
 
     def _rivals(self, pair: tuple[int, int], group: set[tuple[int, int]]) -> bool:
         return any(other != pair and (other[0] == pair[0] or other[1] == pair[1]) for other in group)
@@ -336,7 +342,7 @@ class _Pairs:
         ordered = None if lone else self._by_numbering(ours, theirs, {*theirs, *rivals})
         if ordered is None and not (rivals or lone):
             ordered = self._in_order(ours, theirs, created, found)
-        if ordered is None or any(not _is_free(to, found) for _, to in ordered):
+        if ordered is None or not {to for _, to in ordered}.isdisjoint(to for _, to, _ in found):
             return False
         sides = ([self._wanted[at] for at in ours], [self._stored[to] for to in theirs])
         grounds: PairGrounds = "shapes" if all(map(are_counted, sides)) else "order"
@@ -441,7 +447,3 @@ class _Pairs:
             Link(wanted=(one,), stored=(other,), grounds=kind, ways=(found,), fact=fact)
             for one, other, found in self._fits[at, to].pairs
         ]
-
-
-def _is_free(to: int, found: Iterable[tuple[int, int, PairGrounds]]) -> bool:
-    return all(to != other for _, other, _ in found)

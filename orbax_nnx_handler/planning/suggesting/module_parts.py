@@ -383,8 +383,8 @@ def simplest(links: Sequence[Link]) -> list[Link]:
 def _chosen(
     link: Link, leaf: Leaf, ways: tuple[Way, ...], evidence: dict[tuple[object, ...], set[bool]]
 ) -> Way | None:
-    if len(ways) == 1:
-        return ways[0]
+    if len(ways) == 1 or ways[0].named is None:
+        return ways[0] if len(ways) == 1 else None
     if (is_first := _are_outputs_first(link)) is not None:
         return next((way for way in ways if way.turned is is_first), None)
     for key in _keys(link, leaf):
@@ -445,6 +445,5 @@ def together(undecided: Iterable[Undecided]) -> Iterator[Undecided]:
     ties: dict[int, list[Undecided]] = defaultdict(list)
     for item in undecided:
         ties[id(item[1])].append(item)
-    for items in ties.values():
-        if len(items) > 1:
-            yield [pair for tie, _ in items for pair in tie], items[0][1]
+    for items in (each for each in ties.values() if len(each) > 1):
+        yield [pair for tie, _ in items for pair in tie], items[0][1]

@@ -66,6 +66,11 @@ class NamedPart:
         return self.position if self.part.is_norm else None
 
     @property
+    def has_role(self) -> bool:
+        """Whether names tell which part of an attention or of a gated network it is."""
+        return not STRONG.isdisjoint(self.said)
+
+    @property
     def is_table(self) -> bool:
         """Whether it is a table of rows, which nobody stores the other way around."""
         return bool(self.said & {"embed", "pos", "rel", "token", "type", "cls"}) and "head" not in self.said

@@ -51,12 +51,12 @@ class Way:
     Attributes:
         steps: What is done, in order.
         turned: Whether a matrix is transposed: its inputs and outputs change places.
-        named: Whether the names of both arrays tell what their axes are.
+        named: Whether names tell what the axes of both arrays are; None where they alone could, and do not.
     """
 
     steps: Steps
     turned: bool = False
-    named: bool = False
+    named: bool | None = False
 
     @property
     def cost(self) -> float:

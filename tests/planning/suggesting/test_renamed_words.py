@@ -50,6 +50,9 @@ def left_and_wrong(name, words):
         ("mmdit", {"add_q_proj": "rayoja", "add_v_proj": "baxifi", "to_k": "dubadu"}),
         ("lxmert", {"language_mlp_norm": "mimifi"}),
         ("segformer", {"key": "fifinu"}),
+        ("segformer", {"dense": "kizake", "key": "fifinu"}),
+        ("segformer", {"output": "rakebe", "value": "lomipe"}),
+        ("timesfm", {"o_proj": "kijavu"}),
         ("pointnet", {"bn": "tofivu", "fstn": "toraza", "stn": "pepepe", "conv": "siwelo", "fc": "nukeke"}),
     ],
 )
@@ -57,6 +60,12 @@ def test_modules_whose_names_mean_nothing_are_never_taken_for_others(name, words
     _, wrong = left_and_wrong(name, words)
 
     assert not wrong
+
+
+def test_square_of_heads_whose_role_no_name_tells_is_asked_about_both_ways():
+    left, _ = left_and_wrong("timesfm", {"o_proj": "kijavu"})
+
+    assert left == {f"stacked_transformer/layers/{layer}/self_attn/kijavu/kernel" for layer in range(3)}
 
 
 @pytest.mark.parametrize("name", ["vitdet", "beit", "sac", "resnet_flax"])

@@ -97,7 +97,7 @@ _SPELLINGS = {
 """Each concept with its spellings; those of the last line say nothing."""
 
 _TOGETHER = (
-    "multi head: attn, map head: attn pool, multihead: attn, enc dec: cross, "
+    "ln f: norm last, multi head: attn, map head: attn pool, multihead: attn, enc dec: cross, "
     "encoder decoder attention: cross attn, encoder decoder: cross, encoder attn: cross attn, "
     "encoder attention: cross attn, feed forward: mlp, dense relu dense: mlp, dense gated: mlp, "
     "layer norm: norm, rms norm: norm, batch norm: norm, group norm: norm, lm head: head, embed out: head, "
@@ -115,7 +115,8 @@ _PHRASES: Mapping[tuple[str, ...], tuple[str, ...]] = {
 """Words that mean something else together. `c_attn`, `c_fc`: GPT-2; `dense_h_to_4h`: NeoX and Bloom;
 `embed_out`: NeoX; `attn_vec_einsum`: Gemma; `DenseReluDense`: T5; `encoder_attn`: Bart and Whisper;
 `conv_proj`: Flax's ResNet; `src_attn`: The Annotated Transformer; `add_q_proj`, `norm_added_q`,
-`to_add_out`: diffusers' tokens of a text encoder; `W_pack`: Baichuan; `fc1_g`, `fc1_x`: timm's SwiGLU."""
+`to_add_out`: diffusers' tokens of a text encoder; `W_pack`: Baichuan; `fc1_g`, `fc1_x`: timm's SwiGLU;
+`ln_f`: GPT-2."""
 
 _APART = (
     "q k v o, up down gate, in out, pre post, first last, enc dec, self cross, attn mlp, "

@@ -79,6 +79,7 @@ Kind = Literal[
     "OtherWrapper",
     "TiedEmbedding",
     "UnneededRule",
+    "UnusedPart",
 ]
 """Every cause that the diagnosis knows; `planning.diagnosis` has the finder of each."""
 

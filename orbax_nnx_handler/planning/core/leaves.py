@@ -298,6 +298,45 @@ def differing_axes(stored: Shape, wanted: Shape) -> list[int]:
     return [at for at, (a, b) in enumerate(zip(stored, wanted, strict=True)) if a != b]
 
 
+def suffice(size: int, count: int, others: Mapping[int, int], least: int = 1) -> bool:
+    """Tells whether leaves of one size are enough for one of another, or some of another for one of these.
+
+    Args:
+        size: Their number of elements.
+        count: How many there are.
+        others: How many there are of others, by their number of elements.
+        least: How many it takes at least.
+    """
+    most = max(others.values(), default=0)
+    if max(count, most) > len(others):
+        pairs = (sorted(((size, count), other)) for other in others.items())
+        return any(s > 1 and not big % s and least <= big // s <= there for (s, there), (big, _) in pairs)
+    return (size > 1 and any(size * times in others for times in range(least, count + 1))) or any(
+        not size % times and others.get(size // times, 0) >= times
+        for times in range(least, min(most, size - 1) + 1)
+    )
+
+
+def repeats(stored: Shape, wanted: Shape) -> bool:
+    """Tells whether one axis alone is longer, several times over, as that of keys which heads share."""
+    axes = differing_axes(stored, wanted)
+    return len(axes) == 1 and stored[axes[0]] > 0 and wanted[axes[0]] % stored[axes[0]] == 0 < wanted[axes[0]]
+
+
+MOST_JOINED = 12
+"""Leaves of one kind near each other; of more no one array is made."""
+
+
+@functools.lru_cache(maxsize=4096)
+def totals_with(sizes: tuple[int, ...], size: int) -> frozenset[int]:
+    """Returns what one of several sizes is together with others, not all of them its like."""
+    totals = {(size, False)}
+    for at, other in enumerate(sizes):
+        if at != sizes.index(size):
+            totals |= {(total + other, is_mixed or other != size) for total, is_mixed in totals}
+    return frozenset(total for total, is_mixed in totals if is_mixed)
+
+
 def permuted(shape: Shape, axes: Sequence[int]) -> Shape:
     """Returns a shape with its axes in another order."""
     return tuple(shape[axis] for axis in axes)

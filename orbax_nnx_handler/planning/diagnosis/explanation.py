@@ -57,6 +57,7 @@ from orbax_nnx_handler.planning.diagnosis.passed_rules import (
     find_rules_of_layers,
     find_sizes_of_rules,
     find_unneeded,
+    find_unused_parts,
 )
 from orbax_nnx_handler.planning.diagnosis.rearranged import (
     find_fused,
@@ -111,6 +112,7 @@ _FINDERS: tuple[_Finder, ...] = (
     find_stuck_moments,
     find_dropped,
     find_unneeded,
+    find_unused_parts,
     find_sizes_of_rules,
     find_shifted,
     find_layer_counts,

@@ -1,12 +1,13 @@
 """Rules that were passed and stand in the way: what they drop or make is not what the target wants."""
 
 import dataclasses
+import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from orbax_nnx_handler.planning.core.errors import Cause, Hint, as_python
+from orbax_nnx_handler.planning.core.errors import Cause, Hint, RuleError, as_python
 from orbax_nnx_handler.planning.core.folding import fold_paths
-from orbax_nnx_handler.planning.core.leaves import differing_axes
+from orbax_nnx_handler.planning.core.leaves import Shape, differing_axes
 from orbax_nnx_handler.planning.core.lines import counted, listed
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, reads
@@ -15,6 +16,7 @@ from orbax_nnx_handler.planning.diagnosis.ways import AXES, selecting
 from orbax_nnx_handler.planning.mapping.matches import Discarded
 from orbax_nnx_handler.planning.rules import Drop, Fuse, Repeat, Reshape, Rule, Split
 from orbax_nnx_handler.planning.rules.stacking import stacking_otherwise
+from orbax_nnx_handler.planning.suggesting.shapes import ways, without_axis
 from orbax_nnx_handler.planning.verdict.outcomes import Mismatched
 
 _TRIED = 6
@@ -114,6 +116,43 @@ def find_rules_of_layers(evidence: Evidence) -> Iterable[Cause]:
             way = f"pass {' or '.join(listed(map(as_python, each)) for each in others)} instead of {names}."
         yield Cause(kind="RuleOfLayers", text=text, paths=paths, way=Hint(way))
         return
+
+
+def find_unused_parts(evidence: Evidence) -> Iterable[Cause]:
+    """Yields the missing weights that could be what a rule cuts out of a stored leaf and nothing wants."""
+    loose = {p for fault in evidence.verdict.faults if isinstance(fault, RuleError) for p in fault.paths}
+    if not loose:
+        return
+    kept = [*evidence.restored.values(), *evidence.verdict.mismatched.values()]
+    for source in [path for path in evidence.stored_weights if path in loose]:
+        used = sum(math.prod(item.wanted.shape) for item in kept if reads(item.recipe) == (source,))
+        lost = [
+            p for p in evidence.missing_weights if _is_piece(evidence.shape(p), evidence.shape(source), used)
+        ]
+        if used and lost:
+            be = (
+                "could be that part under another name"
+                if len(lost) == 1
+                else "could be such under other names"
+            )
+            yield Cause(
+                kind="UnusedPart",
+                text=f"a rule takes {render(source)} apart, and nothing uses a part of it: "
+                f"{fold_paths(lost)} {be}.",
+                paths=evidence.with_moments(lost),
+                facts={"stored": source, "wanted": tuple(lost)},
+            )
+
+
+def _is_piece(part: Shape, whole: Shape, used: int) -> bool:
+    """Tells whether what is left of a stored leaf along one axis may hold a wanted one, however arranged."""
+    size = math.prod(part)
+    return size <= math.prod(whole) - used and any(
+        size % math.prod(rest) == 0
+        and bool(ways((*whole[:at], size // math.prod(rest), *whole[at + 1 :]), part))
+        for at in range(len(whole))
+        if math.prod(rest := without_axis(whole, at))
+    )
 
 
 def find_sizes_of_rules(evidence: Evidence) -> Iterable[Cause]:

@@ -18,7 +18,13 @@ from orbax_nnx_handler.planning.core.lines import counted, listed
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, is_number, render
 from orbax_nnx_handler.planning.core.recipes import Read
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, spell
-from orbax_nnx_handler.planning.diagnosis.ways import selecting, shortest_patterns, tried, weights_alone
+from orbax_nnx_handler.planning.diagnosis.ways import (
+    in_any_order,
+    selecting,
+    shortest_patterns,
+    tried,
+    weights_alone,
+)
 from orbax_nnx_handler.planning.mapping.moments import StuckMoment
 from orbax_nnx_handler.planning.rules import Fuse, Reshape, Rule, Split, Transpose
 
@@ -301,7 +307,7 @@ def find_fused(evidence: Evidence) -> Iterable[Cause]:
     wanted = _siblings({path: evidence.below[path] for path in evidence.missing_weights})
     stored = _siblings({path: evidence.stored_below(item) for path, item in evidence.free_weights.items()})
     found: dict[tuple[_Join, str], list[Path]] = defaultdict(list)
-    for place in wanted.keys() & stored.keys():
+    for place in (place for place in wanted if place in stored):
         sides = (("checkpoint", stored[place], wanted[place]), ("target", wanted[place], stored[place]))
         for side, wholes, parts in sides:
             for join, path in _joins(evidence, place[1], wholes, parts):
@@ -360,19 +366,19 @@ def _side_by_side(whole: Shape, parts: Sequence[Shape], axis: int) -> bool:
 
 def _fused_cause(evidence: Evidence, join: _Join, side: str, paths: Sequence[Path]) -> Cause:
     lost = [path for path in paths if path in evidence.missing]
-    count = len(paths) // (len(join.parts) + 1)
-    other = "target" if side == "checkpoint" else "checkpoint"
+    count, other = len(paths) // (len(join.parts) + 1), "target" if side == "checkpoint" else "checkpoint"
     times = f", in {counted(count, 'module')}" if count > 1 else ""
-    is_ordered = bool(_spelled(join.whole, join.parts))
-    order = "" if is_ordered else " (in the order in which they were joined, which no metadata tells)"
-    return Cause(
+    cause = Cause(
         kind="Fused",
         text=f"{listed(map(repr, join.parts))} are one array {join.whole!r} in the {side} {join.shape} and "
         f"{len(join.parts)} in the {other} {join.shapes[0]}{times}.",
         paths=(*evidence.with_moments(lost), *(path for path in paths if path not in evidence.missing)),
-        way=_pass(_fused_rules(join, side), after=f"{order}."),
+        way=_pass(_fused_rules(join, side)),
         facts={"whole": join.whole, "parts": join.parts, "side": side, "count": count},
     )
+    names = [f"{name}/{join.leaf}" for name in join.parts]
+    is_ordered = bool(_spelled(join.whole, join.parts))
+    return cause if is_ordered else in_any_order(cause, evidence, names, join.shapes)
 
 
 def _fused_rules(join: _Join, side: str) -> tuple[Rule, ...]:
@@ -427,8 +433,8 @@ def find_open_factoring(evidence: Evidence) -> Iterable[Cause]:
     ]
     if not stored:
         return
-    missing: list[Path] = [path for path, (slot, _) in evidence.moments.items() if _is_factored(slot[-1:])]
-    missing = [path for path in missing if path in evidence.missing]
+    slots = {path: slot[-1:] for path, (slot, _) in evidence.moments.items() if path in evidence.missing}
+    missing = [path for path, slot in slots.items() if _is_factored(slot)]
     if missing:
         yield Cause(
             kind="OpenFactoring",

@@ -15,6 +15,8 @@ from typing import Any, cast
 from flax import nnx
 
 from orbax_nnx_handler.planning.core.errors import Cause, Hint, as_python, fill_hint
+from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.lines import listed
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, segments, without_box
 from orbax_nnx_handler.planning.core.recipes import Recipe, reads
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, spell
@@ -125,6 +127,22 @@ def tried(cause: Cause, evidence: Evidence) -> Hint:
             arguments = {**way.arguments, "renames": every}
             return dataclasses.replace(way, words=words if where else way.words, arguments=arguments)
     return suggest_hint(evidence)
+
+
+def in_any_order(cause: Cause, evidence: Evidence, names: Sequence[str], shapes: Sequence[Shape]) -> Cause:
+    """Returns a cause whose rules join parts, or take them apart, with their order left to fill in.
+
+    Whatever the order, they would fit: none is there to be pasted.
+    """
+    blanks = f"({', '.join('?' * len(names))})"
+    rules = as_python(cause.way.arguments["renames"]).replace(repr((*names,)), blanks)
+    parts = listed(f"{name!r} {shape}" for name, shape in zip(names, shapes, strict=True))
+    words = (
+        f"pass renames={re.sub(r'(?<=sizes=)[(].*?[)]', blanks, rules)} with {parts} in the order in which "
+    )
+    way = Hint(f"{words}they were joined, which no metadata tells.", cause.way.arguments)
+    way = tried(dataclasses.replace(cause, way=way), evidence)
+    return dataclasses.replace(cause, way=dataclasses.replace(way, arguments={}))
 
 
 def _helps(cause: Cause, evidence: Evidence, rules: Sequence[Rule]) -> bool:

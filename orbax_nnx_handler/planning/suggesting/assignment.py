@@ -1,6 +1,7 @@
 """How well a stored part fits a wanted one, and which pairs of two sides together fit best."""
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections import Counter, defaultdict
@@ -9,7 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from orbax_nnx_handler.planning.core.leaves import Shape, permuted
+from orbax_nnx_handler.planning.core.leaves import MOST_JOINED, Shape, permuted, repeats, suffice, totals_with
 from orbax_nnx_handler.planning.core.paths import Path, levels
 from orbax_nnx_handler.planning.suggesting.module_parts import Leaf
 from orbax_nnx_handler.planning.suggesting.named_parts import NamedPart, are_automatic
@@ -25,6 +26,7 @@ from orbax_nnx_handler.planning.suggesting.vocabulary import (
     directions,
     exclude,
     likeness,
+    meanings,
     same_name,
     same_number,
     same_place,
@@ -385,16 +387,11 @@ def part_sizes(leaves: Iterable[Leaf]) -> Sizes:
     return tuple(sorted(math.prod(leaf.shape) for leaf in leaves))
 
 
-_MOST_JOINED = 4
-_MOST_SIBLINGS = 12
-"""Queries, keys and values with what leads out; more leaves of one module are never one array."""
-
-
 def arrangeable(wanted: Sequence[Leaf], stored: Sequence[Leaf]) -> set[Path]:
     """Returns the wanted leaves that stored ones could be by their shapes, in any arrangement.
 
     One leaf with its axes in another order, or split, or merged; several of one size in one array,
-    or one of several; or leaves of sibling modules side by side.
+    or one of several; leaves of modules near each other side by side; one of its place several times.
     """
     found: set[Path] = set()
     for collection in {leaf.collection for leaf in wanted}:
@@ -408,43 +405,47 @@ def arrangeable(wanted: Sequence[Leaf], stored: Sequence[Leaf]) -> set[Path]:
 
 def _arrangeable(ours: Sequence[Leaf], theirs: Sequence[Leaf]) -> set[Path]:
     lacking, held = (Counter(math.prod(leaf.shape) for leaf in side) for side in (ours, theirs))
-    shapes: dict[int, set[Shape]] = defaultdict(set)
+    shapes: dict[object, set[Shape]] = defaultdict(set)
     for leaf in theirs:
-        shapes[math.prod(leaf.shape)].add(leaf.shape)
-    parts = _joined(ours)
-    wholes = {whole for sizes in _joined(theirs).values() for whole in sizes}
-    found: set[Path] = set()
-    for leaf in ours:
-        size = math.prod(leaf.shape)
-        if (
-            any(ways(shape, leaf.shape) for shape in shapes.get(size, ()))
-            or any(_makes(size, lacking[size], whole) for whole in held)
-            or any(_makes(part, count, size) for part, count in held.items())
-            or any(size % whole == 0 for whole in wholes)
-            or any(whole % part == 0 for part in parts.get(leaf.names, ()) for whole in held)
-        ):
-            found.add(leaf.source)
-    return found
+        for key in (math.prod(leaf.shape), *_places(leaf)):
+            shapes[key].add(leaf.shape)
+    parts, joined = _families(ours), set(itertools.chain(*_families(theirs).values()))
+    wholes = dict(sorted((whole, held[size]) for sizes, size in joined for whole in totals_with(sizes, size)))
+
+    likes = {size for size, n in lacking.items() if suffice(size, n, held, 2) or suffice(size, n, wholes)}
+
+    @functools.cache
+    def is_part(sizes: tuple[int, ...], size: int) -> bool:
+        return any(suffice(total, lacking[size], held) for total in totals_with(sizes, size))
+
+    return {
+        leaf.source
+        for leaf in ours
+        if math.prod(leaf.shape) in likes
+        or any(ways(shape, leaf.shape) for shape in shapes.get(math.prod(leaf.shape), ()))
+        or any(is_part(*family) for family in parts.get(leaf.names, ()))
+        or any(repeats(shape, leaf.shape) for key in _places(leaf) for shape in shapes.get(key, ()))
+    }
 
 
-def _makes(part: int, count: int, whole: int) -> bool:
-    """Tells whether so many parts of one size suffice for a whole that is several of them."""
-    return part > 1 and whole % part == 0 and 2 <= whole // part <= count
+def _places(leaf: Leaf) -> Iterator[tuple[object, ...]]:
+    """Yields what is alike for leaves of one place: the module above, or what their own module is called."""
+    yield leaf.names[:-2], leaf.names[-1]
+    if len(leaf.names) > 1 and (said := meanings(leaf.names[-2])):
+        yield said, leaf.names[-1:]
 
 
-def _joined(leaves: Sequence[Leaf]) -> Mapping[Names, set[int]]:
-    """Returns the sizes that leaves have side by side with those of sibling modules, of other sizes."""
-    families: dict[tuple[Names, str], list[Leaf]] = defaultdict(list)
+def _families(leaves: Sequence[Leaf]) -> Mapping[Names, list[tuple[tuple[int, ...], int]]]:
+    """Returns the sizes of the leaves of one kind beside each leaf, or below one level, with its own."""
+    families: dict[tuple[Names, str], list[tuple[Names, int]]] = defaultdict(list)
     for leaf in leaves:
-        families[leaf.names[:-2], leaf.names[-1]].append(leaf)
-    found: dict[Names, set[int]] = defaultdict(set)
+        is_layer = "".join(leaf.names[-3:-2])[-1:].isdigit()  # Of several no array is made but a stack.
+        for above in {leaf.names[:-2], leaf.names[: -2 if is_layer else -3]}:
+            families[above, leaf.names[-1]].append((leaf.names, math.prod(leaf.shape)))
+    found: dict[Names, list[tuple[tuple[int, ...], int]]] = defaultdict(list)
     for family in families.values():
-        sizes = [math.prod(leaf.shape) for leaf in family]
-        if len(family) > _MOST_SIBLINGS or len(set(sizes)) < 2 or 0 in sizes:
-            continue
-        for count in range(2, min(_MOST_JOINED, len(family)) + 1):
-            for some in itertools.combinations(range(len(family)), count):
-                if len({sizes[at] for at in some}) > 1:
-                    for at in some:
-                        found[family[at].names].add(sum(sizes[each] for each in some))
+        sizes = tuple(sorted(size for _, size in family))
+        is_mixed = len(sizes) <= MOST_JOINED and 0 < sizes[0] < sizes[-1]
+        for names, size in family if is_mixed else ():
+            found[names].append((sizes, size))
     return found

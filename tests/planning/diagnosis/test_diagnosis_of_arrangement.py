@@ -73,6 +73,79 @@ def test_the_rules_of_the_hint_make_it_fit(have, want, kind):
     assert plan(have, want, **cause.hint.arguments).fits
 
 
+@pytest.mark.parametrize(
+    ("have", "want"),
+    [
+        ({"b/wi/kernel": (8, 24)}, {"b/a/kernel": (8, 16), "b/b/kernel": (8, 8)}),
+        ({"b/wi/kernel": (8, 16)}, {"b/a/kernel": (8, 8), "b/b/kernel": (8, 8)}),
+        ({"b/a/kernel": (8, 8), "b/b/kernel": (8, 8)}, {"b/wi/kernel": (8, 16)}),
+        ({"b/wi/kernel": (8, 2, 4)}, {"b/a/kernel": (8, 4), "b/b/kernel": (8, 4)}),
+    ],
+)
+def test_an_order_of_parts_that_nothing_tells_is_left_to_fill_in(have: Shapes, want: Shapes):
+    found = plan(stored(have | other()), want | other())
+
+    (cause,) = diagnose(found)
+
+    assert cause.kind == "Fused"
+    assert "b/kernel" in cause.way.words
+    assert "(?, ?)" in cause.way.words
+    assert "in the order in which they were joined, which no metadata tells" in cause.way.words
+    assert not [hint for hint in found.error().hints if hint.arguments]
+    with pytest.raises(SyntaxError):
+        pasted(cause.way.words, "renames")
+
+
+def blocks(shapes: Shapes, name: str = "blocks/{}") -> Shapes:
+    return {f"{name.format(at)}/{path}": shape for at in range(2) for path, shape in shapes.items()}
+
+
+NORM = {f"norm{at}/scale": (8,) for at in range(9)}
+UNEVEN = {f"attn/{name}/kernel": (8, 8) for name in "qkv"} | {"mlp/kernel": (8, 32)}
+GATED = {f"attn/{n}/kernel": (8, w) for n, w in (("q", 8), ("k", 4), ("v", 4))}
+GATED |= {"mlp/up/kernel": (8, 16), "mlp/gate/kernel": (8, 12)}
+
+
+@pytest.mark.parametrize(
+    ("have", "want"),
+    [
+        # Parts of unlike sizes at other depths, in one array; and the other way round.
+        ({"linear1/kernel": (8, 56)}, UNEVEN),
+        (UNEVEN, {"linear1/kernel": (8, 56)}),
+        ({"fused/kernel": (8, 44)}, GATED),
+        # Keys that several heads share, in one module or of one name in another.
+        ({"a/k/kernel": (8, 4)}, {"a/key/kernel": (8, 16)}),
+        ({"a/k/kernel": (8, 4)}, {"b/keys/kernel": (8, 16)}),
+        ({"a/k/kernel": (8, 1, 4)}, {"a/key/kernel": (8, 3, 4)}),
+    ],
+)
+@pytest.mark.parametrize("name", ["blocks/{}", "single_{}"])
+def test_nothing_is_filled_that_unused_leaves_could_be_side_by_side_or_several_times(
+    have: Shapes, want: Shapes, name: str
+):
+    rules = [("single_{i}", "blocks/{i}")] if name == "single_{}" else []
+
+    error = plan(stored(blocks(have | NORM, name)), blocks(want | NORM), renames=rules).error()
+
+    assert error is not None
+    assert "init" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("have", "want"),
+    [
+        ({"old/kernel": (8, 57)}, UNEVEN),
+        ({"old/kernel": (8, 5)}, {"a/new/kernel": (8, 16)}),
+        ({"a/k/kernel": (8, 16)}, {"a/new/kernel": (8, 4)}),
+        ({"a/query/kernel": (8, 4)}, {"b/head/kernel": (8, 16)}),
+    ],
+)
+def test_what_no_unused_leaf_could_be_may_be_filled(have: Shapes, want: Shapes):
+    error = plan(stored(blocks(have | NORM)), blocks(want | NORM)).error()
+
+    assert "init" in str(error)
+
+
 def within(outer: int, inner: int, shapes: dict[str, tuple[int, ...]]) -> Shapes:
     """Returns layers within layers, one by one."""
     places = [(i, j) for i in range(outer) for j in range(inner)]

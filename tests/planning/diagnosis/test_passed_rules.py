@@ -138,6 +138,22 @@ def test_a_part_that_a_split_leaves_out_is_told():
     assert "init" not in text
 
 
+def test_a_part_of_a_split_whose_rename_was_forgotten_is_not_said_to_be_stored_nowhere():
+    rules = [Split("qkv", ("q", "k", "v"), axis=1), ("x/q", "y/q"), ("x/k", "y/k")]
+    have = {"params/x/qkv/kernel": (8, 24), "params/embed/embedding": (20, 8)}
+    wanted = {f"y/{name}/kernel": (8, 8) for name in "qkv"} | {"embed/embedding": (20, 8)}
+
+    text = message(have, wanted, *rules)
+
+    assert "takes params/x/qkv/kernel apart, and nothing uses a part of it: y/v/kernel could be that" in text
+    assert "init" not in text
+    assert plan(have, wanted, renames=[*rules, ("x/v", "y/v")]).fits
+    assert "init" in message(have, wanted | {"new/kernel": (5, 5)}, *rules, ("x/v", "y/v"))
+    # A leaf larger than what is left of the stored one, or one of other axes, is none of its parts.
+    assert "init" in message(have, wanted | {"new/kernel": (8, 16)}, *rules)
+    assert "init" in message(have, wanted | {"new/kernel": (5, 5)}, *rules)
+
+
 def test_sizes_of_parts_that_do_not_fit_are_the_rules_and_not_stored():
     rule = Split("qkv/kernel", ("q/kernel", "k/kernel", "v/kernel"), axis=1, sizes=(8, 12, 4))
     wanted = {f"attn/{name}/kernel": (8, 8) for name in "qkv"}

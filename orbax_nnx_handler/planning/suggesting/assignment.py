@@ -411,7 +411,6 @@ def _arrangeable(ours: Sequence[Leaf], theirs: Sequence[Leaf]) -> set[Path]:
             shapes[key].add(leaf.shape)
     parts, joined = _families(ours), set(itertools.chain(*_families(theirs).values()))
     wholes = dict(sorted((whole, held[size]) for sizes, size in joined for whole in totals_with(sizes, size)))
-
     likes = {size for size, n in lacking.items() if suffice(size, n, held, 2) or suffice(size, n, wholes)}
 
     @functools.cache

@@ -26,7 +26,7 @@ from orbax_nnx_handler.planning.core.errors import NotACheckpointError
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.layouts.linen import AUX
-from orbax_nnx_handler.storage import paused_collection
+from orbax_nnx_handler.storage import naming_shortage, paused_collection
 from orbax_nnx_handler.storage.checkpoint import fields, hugging_face, npz
 from orbax_nnx_handler.storage.checkpoint.checkpoint import (
     METADATA_KEY,
@@ -152,7 +152,7 @@ def read_metadata(directory: epath.PathLike, files: Files | None = None) -> Chec
     """
     directory = epath.Path(directory)
     files = files or kvstore.files_at(directory)
-    with paused_collection():
+    with paused_collection(), naming_shortage(f"{directory} cannot be read", ()):
         if (weights := hugging_face.read_weights(directory, files)) is not None:
             return weights
         if is_archive(directory, files):

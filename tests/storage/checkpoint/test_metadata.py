@@ -1,5 +1,7 @@
 """What metadata tells about a checkpoint, against what stock Orbax restores from it."""
 
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import serialization
 
+from orbax_nnx_handler import RestoreError
 from orbax_nnx_handler.planning.core.errors import NotACheckpointError
 from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
 from tests.storage.checkpoints import FORMATS, DiskFormat, mixed_tree, numbers, save
@@ -188,3 +191,16 @@ def test_damaged_step_metadata_does_not_stop_a_restore(tmp_path):
     (path / "_CHECKPOINT_METADATA").write_text("{")
 
     assert read_metadata(path).step_metadata == {}
+
+
+def test_a_process_that_may_start_no_thread_is_told_so(tmp_path, monkeypatch):
+    path = save(
+        tmp_path / "item", {f"layer_{at}": np.ones(2) for at in range(70)}, DiskFormat(False, False, True)
+    )
+
+    def refuse(*_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(RestoreError, match="item cannot be read: this process may have no more threads"):
+        read_metadata(path)

@@ -220,11 +220,17 @@ class RemoteFiles:
 
     def _files(self) -> Any:
         if self._filesystem is None:
-            # Here, for a checkpoint on this machine needs none of it.
-            import fsspec  # pyright: ignore[reportMissingTypeStubs]
-
-            self._filesystem = cast(Any, fsspec).filesystem(self._scheme)
+            # In a thread: an interrupt would leave modules half imported, and every later call would fail.
+            with concurrent.futures.ThreadPoolExecutor(1) as apart:
+                self._filesystem = apart.submit(_file_system, self._scheme).result()
         return self._filesystem
+
+
+def _file_system(scheme: str) -> Any:
+    # Here, for a checkpoint on this machine needs none of it.
+    import fsspec  # pyright: ignore[reportMissingTypeStubs]
+
+    return cast(Any, fsspec).filesystem(scheme)
 
 
 def _finish(question: FileQuestion, future: _Pending, deadline: float) -> FileAnswer:

@@ -356,3 +356,9 @@ def test_a_step_that_was_written_since_is_seen(monkeypatch):
     assert steps() == ["1"]
     filesystem.names.append("2")
     assert steps() == ["1", "2"]
+
+
+def test_an_interrupt_does_not_reach_the_import_of_a_stores_library(monkeypatch):
+    monkeypatch.setattr(backends, "_file_system", lambda _: threading.current_thread())
+
+    assert RemoteFiles("gs://bucket/run")._files() is not threading.current_thread()

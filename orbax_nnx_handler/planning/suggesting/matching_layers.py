@@ -229,13 +229,14 @@ class _Matching:
         """Matches groups with stacks of the other side; a remainder that lies apart after that."""
         ours, theirs = self._left()
         rests = [(one, without_rest(one, theirs)) for one in ours]
-        heads = [one if rest is None else rest[0] for one, rest in rests]
-        groups = with_inner(heads), with_inner(theirs)
+        groups = with_inner(one if rest is None else rest[0] for one, rest in rests), with_inner(theirs)
         rest: set[int] = set()  # Of a stack: another group may hold it.
         for least in (2, 1):
             left, right = groups if least > 1 else self._series(1)
-            for series, stacks in (*((one, False) for one in left), *((one, True) for one in right)):
-                rest |= self._match_stack(shared_in(series), stacks, least)
+            every = [*((one, False) for one in left), *((one, True) for one in right)]
+            for series, stacks in 2 * every:  # Two may lie in one stack, of which one alone is too little.
+                if not self._is_taken(series):
+                    rest |= self._match_stack(shared_in(series), stacks, least)
         self._taken |= rest
         for _, pair in rests:
             if pair is not None and self._is_taken(pair[0]):
@@ -253,10 +254,10 @@ class _Matching:
             matched, inside = _matched_stack(share, stacks, self._context), share[-1]
             asked = [link for tie in matched.ties for reading in tie.readings for link in reading]
             links = [*matched.links, *asked]
-            used = {leaf.source for link in links for leaf in (link.wanted if stacks else link.stored)}
-            rest |= {id(leaf) for leaf in inside}
+            used = {x.source for link in links for x in (link.wanted if stacks else link.stored)}
+            rest |= {id(leaf) for leaf in inside if links}
             self._take(leaf for leaf in inside if leaf.source in used)
-            self._take(share[0].leaves)
+            self._take(share[0].leaves if links else ())
             self._found.add(matched)
         return rest
 

@@ -63,8 +63,9 @@ class ModulePart:
 
     @functools.cached_property
     def own(self) -> Concepts:
-        """What its last name says."""
-        return frozenset(meanings(self.levels[-1].base if self.levels else "")) | self._kind
+        """What its last name says, or that of the norm whose scale and shift it computes."""
+        last, above, *_ = (frozenset(meanings(x.base)) for x in (*self.levels[:-3:-1], *[Level("")] * 2))
+        return (above if not last and "norm" in above else last) | self._kind
 
     @functools.cached_property
     def said(self) -> Concepts:

@@ -319,7 +319,7 @@ class _Context:
             said.add("down")
 
     def _position(self, part: ModulePart, said: set[str]) -> float | None:
-        own = set(meanings(part.levels[-1].base)) if part.levels else set[str]()
+        own = set(part.own)
         side = order_word(own)
         if not part.is_norm and "layerscale" not in own:
             # The arms of a U-Net go down before they go up; a network in a block goes up first.

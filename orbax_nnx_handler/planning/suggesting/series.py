@@ -380,7 +380,7 @@ def stack_of(
 ) -> tuple[Names, int, list[Leaf]] | None:
     """Returns the module whose leaves all have an axis for the layers, and the axis."""
     said, count = said_of(series), len(series.members)
-    found: list[tuple[float, float, int, Names, int, list[Leaf]]] = []
+    found: list[tuple[bool, float, float, int, Names, int, list[Leaf]]] = []
     for prefix, leaves, enough in possible_stacks(free, above, least):
         lengths = enumerate(leaves[0].shape[:3])
         axes = [at for at, length in lengths if length == count and _have_axis(leaves, at, count)]
@@ -391,20 +391,18 @@ def stack_of(
         ratio = min(size, series.size) / max(size, series.size)
         if ratio > enough:
             alike, axis = likeness(said, concepts(prefix)), _likeliest_axis(series, leaves, axes)
-            found.append((ratio, alike, depth_of(prefix, leaves), prefix, axis, leaves))
+            is_whole = 10 * size >= 9 * series.size  # Else it is a part of one that holds two groups.
+            found.append((is_whole, ratio, alike, depth_of(prefix, leaves), prefix, axis, leaves))
     # A network of the group's own name comes first.
-    found = [item for item in found if item[3][:1] == series.template[:1]] or found
+    found = [item for item in found if item[4][:1] == series.template[:1]] or found
     if not found:
         return None
-    best, *others = sorted(found, key=lambda item: item[:5], reverse=True)
+    best, *others = sorted(found, key=lambda item: item[:6], reverse=True)
     # Of two of one size, that of the group's own words.
-    alike = best[1] - MARGIN if best[1] > 0 else -math.inf
-    rivals = [item for item in others if item[0] == best[0] and item[1] > alike]
-    if best[4] < 0 or any(
-        one != other for item in rivals for one, other in zip(item[3], best[3], strict=False)
-    ):
-        return None
-    return best[3], best[4], best[5]
+    alike = best[2] - MARGIN if best[2] > 0 else -math.inf
+    rivals = [item for item in others if item[1] == best[1] and item[2] > alike]
+    apart = (x != y for item in rivals for x, y in zip(item[4], best[4], strict=False))
+    return None if best[5] < 0 or any(apart) else best[4:]
 
 
 Share = tuple[Series, Names, int, list[Leaf]]

@@ -429,3 +429,19 @@ def _moves(pairs: Sequence[Pair]) -> tuple[Move, ...]:
         if comes_out and len({pair.stored[move[0]] for pair in pairs}) == 1:
             found.setdefault(orders, move)
     return tuple(found.values())
+
+
+def families(leaves: Iterable[tuple[tuple[str, ...], int]]) -> dict[tuple[str, ...], list[tuple[Shape, int]]]:
+    """Returns the sizes of the leaves of one kind beside each leaf, or below one level, with its own."""
+    found: dict[tuple[Path, str], list[tuple[tuple[str, ...], int]]] = defaultdict(list)
+    for names, size in leaves:
+        is_layer = "".join(names[-3:-2])[-1:].isdigit()  # Of several no array is made but a stack.
+        for above in {names[:-2], names[: -2 if is_layer else -3]}:
+            found[above, names[-1]].append((names, size))
+    beside: dict[tuple[str, ...], list[tuple[Shape, int]]] = defaultdict(list)
+    for family in found.values():
+        sizes = tuple(sorted(size for _, size in family))
+        is_mixed = len(sizes) <= MOST_JOINED and 0 < sizes[0] < sizes[-1]
+        for names, size in family if is_mixed else ():
+            beside[names].append((sizes, size))
+    return beside

@@ -1,13 +1,14 @@
 """What rules act on: stored leaves under the paths that `orbax-nnx tree` prints; which are like a name."""
 
+import copy
 import dataclasses
 import difflib
 import functools
 import operator
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, overload
 
 import numpy as np
 
@@ -187,20 +188,42 @@ def whole_of(entry: Entry) -> tuple[str, ...]:
     return entry.whole
 
 
-class Entries(list[Entry]):
+class Entries(Sequence[Entry]):
     """Stored leaves as rules meet them, indexed by the segments of their paths once several rules have asked.
 
-    A rename leaves each in its place, so that what comes of it shares the index: that only grows.
+    A rename leaves each in its place, so that what comes of it shares the index, which only grows, and the
+    list of all, beside the few that were changed since: twenty thousand rules for a leaf each copy it rarely.
 
     Attributes:
         changed: What the last rename has made, by place.
     """
 
-    def __init__(self, entries: Iterable[Entry], changed: Mapping[int, Entry] | None = None) -> None:
-        super().__init__(entries)
-        self.changed: Mapping[int, Entry] = changed or {}
+    def __init__(self, entries: Iterable[Entry]) -> None:
+        self._all: Sequence[Entry] = [*entries]
+        self._since: Mapping[int, Entry] = {}
+        self.changed: Mapping[int, Entry] = {}
         self._asked: dict[Called, int] = {}
         self._indices: dict[Called, PathIndex] = {}
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    @overload
+    def __getitem__(self, at: int) -> Entry: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[Entry]: ...
+    def __getitem__(self, at: Any) -> Any:
+        if self._since and not (isinstance(at, int) and at >= 0):
+            return [*self][at]
+        return self._since[at] if at in self._since else self._all[at]
+
+    def __iter__(self) -> Iterator[Entry]:
+        if self._since:
+            every = [*self._all]
+            for at, entry in self._since.items():
+                every[at] = entry
+            self._all, self._since = every, {}
+        return iter(self._all)
 
     @classmethod
     def of(cls, entries: Sequence[Entry]) -> "Entries":
@@ -221,16 +244,18 @@ class Entries(list[Entry]):
 
     def with_changes(self, changed: Mapping[int, Entry]) -> "Entries":
         """Returns the entries with others in some places."""
-        found = Entries(self, changed)
+        found = copy.copy(self)
+        found.changed, found._since = changed, {**self._since, **changed}
         found._asked, found._indices = dict(self._asked), dict(self._indices)
+        if len(found._since) > _MOST_CHANGES:
+            iter(found)
         for at, entry in changed.items():
-            found[at] = entry
             for called, index in self._indices.items():
                 index.add(at, called(entry))
         return found
 
 
-_LOOKS = 3
+_LOOKS, _MOST_CHANGES = 3, 256
 
 
 def model_entries(placements: Iterable[Placement]) -> list[Entry]:

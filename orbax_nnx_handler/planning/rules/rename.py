@@ -9,10 +9,10 @@ import itertools
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
 from typing import Any, cast
 
 from orbax_nnx_handler.planning.core.errors import RuleError, check_kinds
+from orbax_nnx_handler.planning.core.leaves import derived
 from orbax_nnx_handler.planning.core.paths import parse, render
 from orbax_nnx_handler.planning.rules.entries import NUMBER, PLACE, PLACE_OR_NUMBER, Entries, Entry, Names
 from orbax_nnx_handler.planning.rules.rule import (
@@ -92,15 +92,15 @@ class Rename(Rule):
     def __str__(self) -> str:
         return repr(self) if self.regex else f"({self.pattern!r}, {self.replacement!r})"
 
-    @cached_property
+    @derived
     def _left(self) -> Pattern:
         return Pattern(self.pattern)
 
-    @cached_property
+    @derived
     def _right(self) -> Pattern:
         return Pattern(self.replacement)
 
-    @cached_property
+    @derived
     def _ends(self) -> tuple[int, int]:
         """What both sides share as the rule spells them: a place may stand for what looks like the other."""
         return shared_ends(self._left.templates, self._right.templates)
@@ -223,11 +223,9 @@ def leads_back(rule: Rename, before: Sequence[Entry], after: Entries) -> bool:
         before: The entries before it.
         after: The same after it, in the same order.
     """
-    try:
-        back = rule.inverse()
-    except RuleError:
-        return False
     left, right = Pattern(rule.pattern), Pattern(rule.replacement)
+    if rule.regex or not right.width or left.places != right.places:
+        return False  # Nothing undoes it.
     found = set(right.among(after))
     if _NUMBER_AT_END.search(rule.replacement):
         # A save reads `norm_1` into `norm/1` too, which Linen may have joined.
@@ -235,7 +233,7 @@ def leads_back(rule: Rename, before: Sequence[Entry], after: Entries) -> bool:
         joined = ((_joined_of(after[at]), after[at].whole) for at in kept)
         if any(names != whole and any(right.spans(names)) for names, whole in joined):
             return False
-    return isinstance(back, Rename) and all(
+    return all(
         before[at].whole == (_replaced(right, left, after[at].whole) if at in found else after[at].whole)
         for at in found | after.changed.keys()
     )

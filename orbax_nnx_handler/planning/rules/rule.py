@@ -9,11 +9,10 @@ import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
 from typing import Any, NoReturn
 
 from orbax_nnx_handler.planning.core.errors import RuleError
-from orbax_nnx_handler.planning.core.leaves import Shape, with_fields
+from orbax_nnx_handler.planning.core.leaves import Shape, derived, with_fields
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, parse, render
 from orbax_nnx_handler.planning.core.recipes import RecipeError, render_reads
 from orbax_nnx_handler.planning.rules.entries import Called, Entries, Entry, PathIndex, whole_of
@@ -47,18 +46,18 @@ class Pattern:
 
     text: str
 
-    @cached_property
+    @derived
     def templates(self) -> tuple[str, ...]:
         """The segments with every star as a named place."""
         stars = iter(range(len(self.text)))
         return tuple(f"{{__star{next(stars)}}}" if part == "*" else part for part in parse(self.text))
 
-    @cached_property
+    @derived
     def places(self) -> frozenset[str]:
         """The names of its places, stars included."""
         return frozenset(name for part in self.templates for name in _PLACE.findall(part))
 
-    @cached_property
+    @derived
     def _open(self) -> frozenset[str]:
         """The segments that have places."""
         return frozenset(part for part in self.templates if _PLACE.search(part))
@@ -209,7 +208,7 @@ class Rule(abc.ABC):
             RuleError: The rule does not fit a leaf that it matches.
         """
 
-    @cached_property
+    @derived
     def quoted(self) -> str:
         """The rule as its user wrote it; asked for once a leaf."""
         return str(self)

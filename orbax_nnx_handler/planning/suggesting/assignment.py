@@ -5,12 +5,12 @@ import functools
 import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
 
-from orbax_nnx_handler.planning.core.leaves import MOST_JOINED, Shape, permuted, repeats, suffice, totals_with
+from orbax_nnx_handler.planning.core.leaves import Shape, families, permuted, repeats, suffice, totals_with
 from orbax_nnx_handler.planning.core.paths import Path, levels
 from orbax_nnx_handler.planning.suggesting.module_parts import Leaf
 from orbax_nnx_handler.planning.suggesting.named_parts import NamedPart, are_automatic
@@ -273,6 +273,8 @@ def merged(groups: Iterable[frozenset[tuple[int, int]]]) -> list[frozenset[tuple
 
 Module = tuple[Names, list[Leaf]]
 Sizes = tuple[int, ...]
+BySize = Mapping[int, Sequence[tuple[int, Names, list[Leaf]]]]
+Stacks = Mapping[int, list[tuple[Names, list[Leaf], bool]]]
 Run = dict[tuple[int, str, int], Module]
 """Modules beside each other, or those in a list, by the number in the list, the name and its number."""
 
@@ -348,24 +350,30 @@ def _size(module: Module) -> int:
     return sum(math.prod(leaf.shape) for leaf in module[1])
 
 
-def possible_stacks(
-    free: Sequence[Leaf], above: int, least: int
-) -> Iterator[tuple[Names, list[Leaf], float]]:
-    """Yields modules, and the arrays beside the modules in one, with how much of a group each has to be."""
-    below: dict[Names, list[Leaf]] = defaultdict(list)
-    beside: dict[Names, list[Leaf]] = defaultdict(list)
+def stacks_in(free: Sequence[Leaf], above: int) -> Stacks:
+    """Returns modules (True), and arrays beside the modules in one, by how many layers they may stack."""
+    below, beside = _below(free, above), defaultdict[Names, list[Leaf]](list)
     for leaf in free:
         beside[leaf.names[:-1]].append(leaf)
-        for depth in range(above + 1, len(leaf.names)):
-            below[leaf.names[:depth]].append(leaf)
+    found: dict[int, list[tuple[Names, list[Leaf], bool]]] = defaultdict(list)
     for prefix, leaves in below.items():
         # Of modules that hold nothing but each other, the innermost one is the layer.
         inner = leaves[0].names[: len(prefix) + 1]
         if len(below.get(inner, ())) < len(leaves) or depth_of(inner, leaves) < 0:
-            yield prefix, leaves, 0.5 if least > 1 else 0.99
+            for count in {*leaves[0].shape[:3]}:
+                found[count].append((prefix, leaves, True))
     for prefix, leaves in beside.items():
-        if len(leaves) < len(below.get(prefix, free)):
-            yield prefix, leaves, 0.99
+        for count in {*leaves[0].shape[:3]} if len(leaves) < len(below.get(prefix, free)) else ():
+            found[count].append((prefix, leaves, False))
+    return found
+
+
+def _below(leaves: Iterable[Leaf], above: int) -> dict[Names, list[Leaf]]:
+    found: dict[Names, list[Leaf]] = defaultdict(list)
+    for leaf in leaves:
+        for depth in range(above + 1, len(leaf.names)):
+            found[leaf.names[:depth]].append(leaf)
+    return found
 
 
 def depth_of(prefix: Names, leaves: Sequence[Leaf]) -> int:
@@ -375,11 +383,18 @@ def depth_of(prefix: Names, leaves: Sequence[Leaf]) -> int:
 
 def sizes_within(leaves: Iterable[Leaf], above: int) -> set[Sizes]:
     """Returns the sizes of each module below a context, part by part."""
-    below: dict[Names, list[Leaf]] = defaultdict(list)
-    for leaf in leaves:
-        for depth in range(above + 1, len(leaf.names)):
-            below[leaf.names[:depth]].append(leaf)
-    return set(map(part_sizes, below.values()))
+    return set(map(part_sizes, _below(leaves, above).values()))
+
+
+def of_sizes(below: BySize, sizes: Collection[int]) -> Mapping[Names, list[Leaf]]:
+    """Returns the outermost modules with a number of some sizes; of one that only holds another one, that."""
+    found: dict[Names, list[Leaf]] = {}
+    for _, names, held in sorted((x for size in sizes for x in below.get(size, ())), key=lambda x: x[0]):
+        outer = next((names[:at] for at in range(1, len(names)) if names[:at] in found), names)
+        if outer == names or len(found[outer]) == len(held):
+            found.pop(outer, None)
+            found[names] = held
+    return found
 
 
 def part_sizes(leaves: Iterable[Leaf]) -> Sizes:
@@ -404,12 +419,13 @@ def arrangeable(wanted: Sequence[Leaf], stored: Sequence[Leaf]) -> set[Path]:
 
 
 def _arrangeable(ours: Sequence[Leaf], theirs: Sequence[Leaf]) -> set[Path]:
-    lacking, held = (Counter(math.prod(leaf.shape) for leaf in side) for side in (ours, theirs))
+    sized = [[(leaf.names, math.prod(leaf.shape)) for leaf in side] for side in (ours, theirs)]
+    lacking, held = (Counter(size for _, size in side) for side in sized)
     shapes: dict[object, set[Shape]] = defaultdict(set)
     for leaf in theirs:
         for key in (math.prod(leaf.shape), *_places(leaf)):
             shapes[key].add(leaf.shape)
-    parts, joined = _families(ours), set(itertools.chain(*_families(theirs).values()))
+    parts, joined = families(sized[0]), set(itertools.chain(*families(sized[1]).values()))
     wholes = dict(sorted((whole, held[size]) for sizes, size in joined for whole in totals_with(sizes, size)))
     likes = {size for size, n in lacking.items() if suffice(size, n, held, 2) or suffice(size, n, wholes)}
 
@@ -432,19 +448,3 @@ def _places(leaf: Leaf) -> Iterator[tuple[object, ...]]:
     yield leaf.names[:-2], leaf.names[-1]
     if len(leaf.names) > 1 and (said := meanings(leaf.names[-2])):
         yield said, leaf.names[-1:]
-
-
-def _families(leaves: Sequence[Leaf]) -> Mapping[Names, list[tuple[tuple[int, ...], int]]]:
-    """Returns the sizes of the leaves of one kind beside each leaf, or below one level, with its own."""
-    families: dict[tuple[Names, str], list[tuple[Names, int]]] = defaultdict(list)
-    for leaf in leaves:
-        is_layer = "".join(leaf.names[-3:-2])[-1:].isdigit()  # Of several no array is made but a stack.
-        for above in {leaf.names[:-2], leaf.names[: -2 if is_layer else -3]}:
-            families[above, leaf.names[-1]].append((leaf.names, math.prod(leaf.shape)))
-    found: dict[Names, list[tuple[tuple[int, ...], int]]] = defaultdict(list)
-    for family in families.values():
-        sizes = tuple(sorted(size for _, size in family))
-        is_mixed = len(sizes) <= MOST_JOINED and 0 < sizes[0] < sizes[-1]
-        for names, size in family if is_mixed else ():
-            found[names].append((sizes, size))
-    return found

@@ -1,13 +1,15 @@
 """Layers: which stored group is which wanted one, also where one side keeps them stacked."""
 
 import dataclasses
+import functools
 import itertools
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from orbax_nnx_handler.planning.core.folding import around, same_numbers
 from orbax_nnx_handler.planning.core.paths import Tokens, levels, shared_levels
-from orbax_nnx_handler.planning.suggesting.assignment import in_turn, part_sizes, sizes_within
+from orbax_nnx_handler.planning.suggesting.assignment import in_turn, part_sizes, sizes_within, stacks_in
 from orbax_nnx_handler.planning.suggesting.matching_parts import Known, match_parts, nothing_known
 from orbax_nnx_handler.planning.suggesting.module_parts import (
     Findings,
@@ -79,6 +81,7 @@ class _Matching:
         self._found = Findings()
         self._taken: set[int] = set()
         self._unlike: set[object] = set()
+        self._possible: dict[object, Any] = {}
 
     def result(self) -> Findings:
         self._match_in_sequence(arms=2)
@@ -138,8 +141,7 @@ class _Matching:
             held = ([_match_members(*pair, self._context).links for pair in each] for each in several)
             readings = tuple(tuple(itertools.chain(*each)) for each in held)
             self._found.ties.append(Tie(wanted=names[0], stored=names[1], readings=readings))
-            for pair in pairs:
-                self._take((*pair[0].leaves, *pair[1].leaves))
+            self._take(leaf for pair in pairs for one in pair for leaf in one.leaves)
 
     def _match(self, pairs: Pairs) -> None:
         """Matches groups of layers with each other; adds what is found, and what is no other group's then."""
@@ -244,11 +246,13 @@ class _Matching:
 
     def _match_stack(self, series: Series, stacks: bool, least: int) -> set[int]:
         """Adds what the other side keeps stacked of a group; returns all that lies in the stack."""
-        other, above = self._free(1 - stacks), self._context.above[1 - stacks]
-        stack = stack_of(series, other, above, least)
+        if (known := (stacks, len(self._taken))) not in self._possible:
+            free = self._free(1 - stacks), self._context.above[1 - stacks]
+            self._possible = {known: (stacks_in(*free), functools.cache(functools.partial(series_of, *free)))}
+        stack = stack_of(series, self._possible[known][0], least)
         found = [(series, *stack)] if stack is not None and are_alike(series) else []
         if not (found or stacks or least == 1):
-            found = shares_of(series, other, above)
+            found = shares_of(series, *self._possible[known])
         rest: set[int] = set()
         for share in found:
             matched, inside = _matched_stack(share, stacks, self._context), share[-1]
@@ -290,8 +294,8 @@ def _match_rest(wanted: Sequence[Leaf], stored: Sequence[Leaf], context: Context
         lambda one, other: context.known((*start[0], *one), (*start[1], *other)),
         partial=(_modules_beside(wanted, context.wanted, up), _modules_beside(stored, context.stored, down)),
     )
-    counted = [(*context.levels, *_same_numbers(link, context.above)) for link in matched.links]
-    pairs = zip(matched.links, counted, strict=True)
+    lone = (x for x in matched.links if len(x.wanted) == len(x.stored) == 1)
+    counted = {id(x): same_numbers(x.target.names, x.source.names, context.above) for x in lone}
     ties = [
         Tie(
             wanted=tuple((*start[0], *path) for path in tie.wanted),
@@ -303,18 +307,14 @@ def _match_rest(wanted: Sequence[Leaf], stored: Sequence[Leaf], context: Context
         )
         for tie in _by_modules(matched.ties)
     ]
-    return Findings(links=[dataclasses.replace(link, levels=at) for link, at in pairs], ties=ties)
+    every = ((link, (*context.levels, *counted.get(id(link), ()))) for link in matched.links)
+    return Findings(links=[dataclasses.replace(link, levels=at) for link, at in every], ties=ties)
 
 
 def _modules_beside(leaves: Iterable[Leaf], every: Iterable[Leaf], above: int) -> set[Names]:
     """Returns the modules that hold others than some leaves."""
     own = set(map(id, leaves))
     return {names for leaf in every if id(leaf) not in own for names in around(part_of(leaf)[above:])}
-
-
-def _same_numbers(link: Link, above: tuple[int, int]) -> tuple[tuple[int, int], ...]:
-    is_one = len(link.wanted) == len(link.stored) == 1
-    return same_numbers(link.target.names, link.source.names, above) if is_one else ()
 
 
 _ModulePairs = frozenset[tuple[Names, Names]]

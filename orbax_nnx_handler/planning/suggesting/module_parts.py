@@ -1,13 +1,12 @@
 """The parts of a model that hold leaves of their own, and the links found between those of two sides."""
 
 import dataclasses
-import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
-from orbax_nnx_handler.planning.core.leaves import Shape, record
+from orbax_nnx_handler.planning.core.leaves import Shape, derived, record
 from orbax_nnx_handler.planning.core.paths import Level, Path, levels
 from orbax_nnx_handler.planning.suggesting.shapes import Joint, Steps, Way, is_vector
 from orbax_nnx_handler.planning.suggesting.vocabulary import (
@@ -56,30 +55,30 @@ class ModulePart:
     names: Names
     leaves: Mapping[str, Leaf]
 
-    @functools.cached_property
+    @derived
     def levels(self) -> tuple[Level, ...]:
         """Its path level by level."""
         return levels(self.names)
 
-    @functools.cached_property
+    @derived
     def own(self) -> Concepts:
         """What its last name says, or that of the norm whose scale and shift it computes."""
         last, above, *_ = (frozenset(meanings(x.base)) for x in (*self.levels[:-3:-1], *[Level("")] * 2))
         return (above if not last and "norm" in above else last) | self._kind
 
-    @functools.cached_property
+    @derived
     def said(self) -> Concepts:
         """What all its names say."""
         return concepts(level.base for level in self.levels) | self._kind
 
-    @functools.cached_property
+    @derived
     def _kind(self) -> Concepts:
         leaf = self.leaves.get("main")
         if leaf is None or leaf.names[-len(self.names) :] == self.names:
             return frozenset()
         return concepts([{"scale": "norm", "gamma": "norm", "embedding": "embed"}.get(leaf.names[-1], "")])
 
-    @functools.cached_property
+    @derived
     def main_size(self) -> int:
         """How many elements its main leaf holds."""
         return math.prod((self.leaves.get("main") or next(iter(self.leaves.values()))).shape)

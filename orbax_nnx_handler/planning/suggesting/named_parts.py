@@ -189,7 +189,8 @@ class _Context:
     def _other_attention(self, part: ModulePart) -> set[str]:
         """Returns what an attention is whose neighbours all say it: `attn` beside `cross_attn`."""
         own = [names for names in _containers(part) if names in self._attentions]
-        beside = [x for names in own for x in self._attentions if x[:-1] == names[:-1] and x != names]
+        near = [(names, self._inside[names[:-1]] & self._attentions) for names in own]
+        beside = [x for names, attentions in near for x in attentions if x != names]
         kinds = {frozenset({"self", "cross"} & {*meanings(names[-1])}) for names in beside}
         return {"self", "cross"} - next(iter(kinds)) if len(kinds) == 1 and any(kinds) else set()
 

@@ -343,9 +343,9 @@ class _Proposing:
     def _judged(
         self, links: Sequence[Link], rules: Mapping[Rule, Sequence[Link]], root: int, below: Names
     ) -> Tried:
-        every = (*self.options.renames, *rules)
+        options = dataclasses.replace(self.options, renames=(*self.options.renames, *rules))
         try:
-            verdict = judge(self.target, self.stored, dataclasses.replace(self.options, renames=every))
+            verdict = judge(self.target, self.stored, options) if rules else self._base
         except RestoreError as error:
             return Tried(rules=rules, verdict=None, problem=str(error), right=-1)
         problem = "\n".join(str(fault) for fault in verdict.faults if not self._is_old(fault))

@@ -322,19 +322,19 @@ class Writer:
 
     def _rename(self, moves: Sequence[_Move]) -> None:
         aims = {move.names: move.aim for move in moves}
-        groups: dict[tuple[Names, Names], list[_Move]] = defaultdict(list)
+        groups, refused = defaultdict[tuple[Names, Names], list[_Move]](list), set[Rename]()
         for move in moves:
             if not _alike(move.names, move.aim):
                 groups[_differing(move)].append(move)
         # Longer ones first: what one rename wrote is safe from the others. A name is given once it is free.
-        order, names = sorted(groups, key=lambda pair: -len(pair[0])), Counter(stored for stored, _ in groups)
+        order, names = sorted(groups, key=lambda pair: -len(pair[0]))[::-1], Counter(one for one, _ in groups)
         while order:
-            pair = next((each for each in order if not names[each[1]]), order[0])
-            order.remove(pair)
+            free = (at for at in range(len(order))[::-1] if not names[order[at][1]])
+            pair = order.pop(next(free, -1))
             names[pair[0]] -= 1
             waiting = groups[pair]
             while waiting:
-                found = self._rename_rule(waiting[0], aims)
+                found = self._rename_rule(waiting[0], aims, refused)
                 changed = {waiting[0].names}
                 if found is not None:
                     rule, applied = found
@@ -352,7 +352,9 @@ class Writer:
             aims[new.segments] = aims.get(old, new.segments)
         return changed
 
-    def _rename_rule(self, move: _Move, aims: Mapping[Names, Names]) -> tuple[Rename, Entries] | None:
+    def _rename_rule(
+        self, move: _Move, aims: Mapping[Names, Names], refused: set[Rename]
+    ) -> tuple[Rename, Entries] | None:
         """Returns the shortest rename that takes this leaf to its aim, no other astray, and all of them back.
 
         Where none leads back, the shortest of the others. With it, the entries after it.
@@ -364,25 +366,17 @@ class Writer:
             stored, wanted = (*above, *left), (*above, *right)
             for start, stop in _cuts(stored, wanted):
                 rule = _renamed(stored[start : len(stored) - stop], wanted[start : len(wanted) - stop])
-                if rule is None:
+                if rule is None or rule in refused:
                     continue
                 after = Entries.of(rule.apply(self.entries).entries)
-                if self._is_safe(after, move.names, aims):
+                changed = [(self.entries[at].segments, new.segments) for at, new in after.changed.items()]
+                if any(old not in aims for old, _ in changed):
+                    refused.add(rule)  # For good: nothing renames the leaves without an aim.
+                elif move.names in dict(changed) and all(_alike(new, aims[old]) for old, new in changed):
                     if leads_back(rule, self.entries, after):
                         return rule, after
                     first = first or (rule, after)
         return first
-
-    def _is_safe(self, after: Entries, names: Names, aims: Mapping[Names, Names]) -> bool:
-        """Tells whether a rename takes a leaf to its aim, and every other leaf that it changes too."""
-        reached = False
-        for at, new in after.changed.items():
-            old = self.entries[at].segments
-            aim = aims.get(old)
-            if aim is None or not _alike(new.segments, aim):
-                return False
-            reached |= old == names
-        return reached
 
     def _take(self, rule: Rule, links: Iterable[Link]) -> None:
         try:

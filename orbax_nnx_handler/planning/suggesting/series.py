@@ -8,13 +8,13 @@ import functools
 import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from orbax_nnx_handler.planning.core.folding import PLACE, numbered
-from orbax_nnx_handler.planning.core.leaves import Shape
-from orbax_nnx_handler.planning.core.paths import levels
-from orbax_nnx_handler.planning.suggesting.assignment import best_pairs, depth_of, possible_stacks
+from orbax_nnx_handler.planning.core.leaves import Shape, derived
+from orbax_nnx_handler.planning.core.paths import is_count, levels
+from orbax_nnx_handler.planning.suggesting.assignment import BySize, Stacks, best_pairs, depth_of, of_sizes
 from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, module_parts
 from orbax_nnx_handler.planning.suggesting.shapes import without_axis
 from orbax_nnx_handler.planning.suggesting.vocabulary import (
@@ -52,28 +52,28 @@ class Series:
         """How many segments lead into a member."""
         return len(self.template)
 
-    @functools.cached_property
+    @derived
     def numbers(self) -> list[int]:
         """The numbers in order."""
         return sorted(self.members)
 
-    @functools.cached_property
+    @derived
     def leaves(self) -> list[Leaf]:
         """The leaves of all members."""
         return [leaf for held in self.members.values() for leaf in held]
 
-    @functools.cached_property
+    @derived
     def sizes(self) -> list[int]:
         """How many elements each member holds, by their numbers."""
         return [sizes_of(self.members[number]) for number in self.numbers]
 
-    @functools.cached_property
+    @derived
     def looks(self) -> Mapping[int, tuple[tuple[Names, Shape], ...]]:
         """The names and shapes below each member; layers of equal looks are matched once."""
         held = ((at, [(x.names[self.depth :], x.shape) for x in each]) for at, each in self.members.items())
         return {at: tuple(sorted(looks)) for at, looks in held}
 
-    @functools.cached_property
+    @derived
     def size(self) -> int:
         """How many elements all members hold."""
         return sum(self.sizes)
@@ -121,12 +121,17 @@ def with_inner(groups: Iterable[Series]) -> list[Series]:
     """Returns groups of layers with those within their layers: experts in a list of a block's parts."""
     found = list(groups)
     for one in found:  # It grows.
-        found += [inner for held in one.members.values() for inner in series_of(held, one.depth)]
+        kinds = {one.looks[number]: held for number, held in one.members.items()}
+        holding = {looks for looks, held in kinds.items() if series_of(held, one.depth)}
+        inner = (held for number, held in one.members.items() if one.looks[number] in holding)
+        found += [each for held in inner for each in series_of(held, one.depth)]
     return found
 
 
 def _is_series(template: Names, base: Names, members: Mapping[int, Sequence[Leaf]], least: int) -> bool:
-    if least > 1 and any(len(module_parts(held, len(template))) < least for held in members.values()):
+    above, some = len(template), members.values() if least > 1 else ()
+    looks = {tuple((leaf.names[above:], leaf.shape) for leaf in held): held for held in some}
+    if any(len(module_parts(held, above)) < least for held in looks.values()):
         return False
     return len(members) > 1 or base[-1].lower() in SINGLE
 
@@ -134,10 +139,11 @@ def _is_series(template: Names, base: Names, members: Mapping[int, Sequence[Leaf
 def kinds_of(series: Series) -> list[Series]:
     """Returns a group as its layers of each kind: those that hold parts of the same names."""
     kinds: dict[frozenset[Names], dict[int, list[Leaf]]] = defaultdict(dict)
+    names: dict[object, frozenset[Names]] = {}
     for number, leaves in series.members.items():
-        paths = (levels(leaf.names[series.depth :]) for leaf in leaves)
-        names = frozenset(tuple(level.base for level in path) for path in paths)
-        kinds[names][number] = leaves
+        if (looks := series.looks[number]) not in names:
+            names[looks] = frozenset(tuple(level.base for level in levels(path)) for path, _ in looks)
+        kinds[names[looks]][number] = leaves
     if len(kinds) == 1:
         return [series]
     return [dataclasses.replace(series, members=members, is_kind=True) for members in kinds.values()]
@@ -198,23 +204,27 @@ def _said_within(series: Series) -> frozenset[str]:
     return said_of(series) | inside & _KINDS
 
 
-def in_sequence(groups: Iterable[Series], free: Sequence[Leaf], above: int, arms: int) -> list[Pairs]:
+def in_sequence(groups: Sequence[Series], free: Sequence[Leaf], above: int, arms: int) -> list[Pairs]:
     """Returns the modules of the other side that one after the other are the layers of a group, as pairs.
 
     `Block_{0..3}` are `stages/{0..1}/{0..1}`, `stage_{0..1}_block_{0..1}`, or what lies in so many arms of a
     U-Net: as many modules with numbers, each as large as the one in its place. Else, or of two groups, none.
     """
-    found = [_in_sequence(series, free, above, arms) for series in groups]
+    complete = [series for series in groups if is_complete(series)]
+    below = _modules_by_size(free if complete else (), above)
+    held = functools.cache(functools.partial(of_sizes, below))
+    found = [_in_sequence(series, held(frozenset(series.sizes)), arms) for series in complete]
     claims = Counter(other.template for pairs in found for _, other in pairs)
     return [pairs for pairs in found if all(claims[other.template] == 1 for _, other in pairs)]
 
 
-def _in_sequence(series: Series, free: Sequence[Leaf], above: int, arms: int) -> Pairs:
-    found = _modules_of_sizes(free, above, {*series.sizes})
+def _in_sequence(series: Series, found: Mapping[Names, list[Leaf]], arms: int) -> Pairs:
+    if len(found) != len(series.sizes):
+        return []
     bases = {names: tuple(level.base.translate(_UNCOUNTED) for level in levels(names)) for names in found}
     counts = {at: [int(word) for word in words("/".join(at)) if word.isdecimal()] for at in found}
     ordered = sorted(found, key=lambda at: (arm(bases[at]), counts[at]))
-    is_told = is_complete(series) and len({*map(arm, bases.values())}) >= max(len({*bases.values()}), arms)
+    is_told = len({*map(arm, bases.values())}) >= max(len({*bases.values()}), arms)
     if not is_told or [sizes_of(found[names]) for names in ordered] != series.sizes:
         return []
     counted = [numbered((*names, ""), 0)[-1] for names in ordered]
@@ -251,18 +261,15 @@ def alone(names: Names, leaves: list[Leaf], number: int) -> Series:
     return Series(names, tuple(level.base for level in levels(names)), {number: leaves}, is_kind=True)
 
 
-def _modules_of_sizes(free: Sequence[Leaf], above: int, sizes: Collection[int]) -> Mapping[Names, list[Leaf]]:
-    """Returns the outermost modules with a number of some sizes; of one that only holds another one, that."""
+def _modules_by_size(free: Sequence[Leaf], above: int) -> BySize:
+    """Returns the modules with a number, the outer ones first, each with its place among all."""
     below: dict[Names, list[Leaf]] = defaultdict(list)
+    found: dict[int, list[tuple[int, Names, list[Leaf]]]] = defaultdict(list)
     for leaf in free:
         for (template, _), number in _numbered(leaf.names, above):
             below[(*template[:-1], template[-1].replace(PLACE, str(number)))].append(leaf)
-    found: dict[Names, list[Leaf]] = {}
-    for names in sorted(below, key=len):
-        outer = next((names[:at] for at in range(1, len(names)) if names[:at] in found), names)
-        if sizes_of(below[names]) in sizes and (outer == names or len(found[outer]) == len(below[names])):
-            found.pop(outer, None)
-            found[names] = below[names]
+    for at, names in enumerate(sorted(below, key=len)):
+        found[sizes_of(below[names])].append((at, names, below[names]))
     return found
 
 
@@ -339,15 +346,7 @@ def _is_reversed(one: Series, other: Series) -> bool:
 
 def is_complete(series: Series) -> bool:
     """Tells whether a group counts its layers without a gap, or in every stage: `block10` to `block32`."""
-
-    def is_count(numbers: Sequence[int]) -> bool:
-        return numbers[0] in (0, 1) and [*numbers] == [*range(numbers[0], numbers[0] + len(numbers))]
-
-    stages: dict[int, list[int]] = defaultdict(list)
-    for number in series.numbers:
-        stages[number // 10].append(number % 10)
-    in_stages = 0 not in stages and len(stages) > 1 and all(map(is_count, (list(stages), *stages.values())))
-    return series.is_kind or in_stages or is_count(series.numbers)
+    return series.is_kind or is_count(series.numbers)
 
 
 def are_alike(series: Series) -> bool:
@@ -375,13 +374,11 @@ def shared_in(series: Series) -> Series:
     return shared_part if shared_part.size * 10 > series.size * 9 else series
 
 
-def stack_of(
-    series: Series, free: Sequence[Leaf], above: int, least: int
-) -> tuple[Names, int, list[Leaf]] | None:
+def stack_of(series: Series, possible: Stacks, least: int) -> tuple[Names, int, list[Leaf]] | None:
     """Returns the module whose leaves all have an axis for the layers, and the axis."""
     said, count = said_of(series), len(series.members)
     found: list[tuple[bool, float, float, int, Names, int, list[Leaf]]] = []
-    for prefix, leaves, enough in possible_stacks(free, above, least):
+    for prefix, leaves, is_module in possible.get(count, ()):
         lengths = enumerate(leaves[0].shape[:3])
         axes = [at for at, length in lengths if length == count and _have_axis(leaves, at, count)]
         # What is a list or holds one is no query and no value of an attention.
@@ -389,7 +386,7 @@ def stack_of(
             continue
         size = sizes_of(leaves)
         ratio = min(size, series.size) / max(size, series.size)
-        if ratio > enough:
+        if ratio > (0.5 if is_module and least > 1 else 0.99):
             alike, axis = likeness(said, concepts(prefix)), _likeliest_axis(series, leaves, axes)
             is_whole = 10 * size >= 9 * series.size  # Else it is a part of one that holds two groups.
             found.append((is_whole, ratio, alike, depth_of(prefix, leaves), prefix, axis, leaves))
@@ -409,13 +406,13 @@ Share = tuple[Series, Names, int, list[Leaf]]
 """Some layers of a group, with the module that holds them stacked, the axis, and the leaves in it."""
 
 
-def shares_of(series: Series, free: Sequence[Leaf], above: int) -> list[Share]:
+def shares_of(series: Series, possible: Stacks, blocks: Callable[[], Iterable[Series]]) -> list[Share]:
     """Returns the stacks that together hold a group, each those of one kind or every second, third, …."""
-    kinds = [(kind, stack_of(kind, free, above, 2)) for kind in kinds_of(series)]
+    kinds = [(kind, stack_of(kind, possible, 2)) for kind in kinds_of(series)]
     found = [(kind, *stack) for kind, stack in kinds if stack is not None and are_alike(kind)]
     if len(kinds) > 1 and len(found) == len(kinds) and len({share[1] for share in found}) == len(found):
         return found
-    options = [_every_few(series, block) for block in series_of(free, above)]
+    options = [_every_few(series, block) for block in blocks()]
     options = [shares for shares in options if shares]
     return options[0] if len(options) == 1 else []
 

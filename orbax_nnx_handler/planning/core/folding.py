@@ -356,9 +356,8 @@ def same_numbers(
     Numbers of one name, or those of the parts themselves: `Dense_3` and `layers/3`.
     """
     left, right = _numbered_segments(wanted, above[0]), _numbered_segments(stored, above[1])
-    alone = len(left) == len(right)
-    ends = len(wanted) - 2, len(stored) - 2
-    found: list[tuple[int, int]] = []
+    alone, ends = len(left) == len(right), (len(wanted) - 2, len(stored) - 2)
+    found = list[tuple[int, int]]()
     for seat, level in right:
         for at, (other, against) in enumerate(left):
             are_last = alone and (other, seat) == ends
@@ -371,8 +370,7 @@ def same_numbers(
 
 def plain_names(names: tuple[str, ...]) -> tuple[str, ...]:
     """Returns the names that lead to a part, but for the numbers of layers."""
-    found = (f"{level.base}{level.number}" if level.style == "" else level.base for level in levels(names))
-    return tuple(filter(None, found))
+    return tuple(x for at in levels(names) if (x := f"{at.base}{at.number}" if at.style == "" else at.base))
 
 
 class Homes:
@@ -407,7 +405,7 @@ class Homes:
     ) -> set[tuple[int, int]]:
         """Returns pairs that take a part out of a module whose every other part is that of another one.
 
-        Where that other module has a part to give that nothing takes.
+        Where that other module has a part to give that nothing takes, or that two pairs could exchange.
 
         Args:
             pairs: The pairs that seem to be each other's.
@@ -415,12 +413,14 @@ class Homes:
             partial: Modules of either side that hold more than these parts.
         """
         homes = [self.of(*pair) for pair in pairs]
-        taken = [{pair[side] for pair in pairs} for side in (0, 1)]
-        free: dict[tuple[int, int], list[Tokens]] = defaultdict(list)
-        for pair in possible:
-            for side in (0, 1):
-                if pair[1 - side] not in taken[1 - side]:
-                    free[side, pair[side]].append(self.of(*pair)[1 - side])
+        takes, taken, known = dict(pairs), {to: at for at, to in pairs}, Counter(homes)
+        free = defaultdict[tuple[int, int], list[Tokens]](list)
+        found = {pair: self.of(*pair) for pair in possible}
+        for (at, to), home in found.items():
+            other = found.get((taken.get(to, -1), takes.get(at, -1)), ((), ()))
+            exchanged = min(known[other], known[home]) > 1
+            free[0, at] += home[1:] if to not in taken or exchanged else ()
+            free[1, to] += home[:1] if at not in takes or exchanged else ()
         return {
             pair
             for pair, home in zip(pairs, homes, strict=True)

@@ -141,20 +141,21 @@ def ways_of_heads(one: tuple[Leaf, Shape], other: tuple[Leaf, Shape], said: Conc
         said: What the names of the part say.
     """
     (stored, wanted), kinds = (one[1], other[1]), (_kind(one[0]), _kind(other[0]))
-    found, is_out = ways(stored, wanted), "o" in said
-    is_led = bool(said & {"q", "k", "v", "o"})
+    found, is_out, is_led = ways(stored, wanted), "o" in said, bool(said & {"q", "k", "v", "o"})
     if is_led and {*kinds} == {"kernel", "einsum"}:
         way = _of_gemma(stored, wanted, is_stored=kinds[0] == "einsum", is_out=is_out)
         return found if way is None else (way,)
-    if len(found) < 2 or len(stored) != 3 or len(wanted) != 2:
+    if len(found) < 2 or {len(stored), len(wanted)} != {2, 3}:
         return found
-    are_last = stored[0] == wanted[0] or stored[2] != wanted[1]
+    heads, plain = sorted((stored, wanted), key=len, reverse=True)
+    are_last = heads[0] == plain[0] or heads[2] != plain[1]
     if are_last and is_out:
-        found = tuple(dataclasses.replace(way, turned=not way.turned) for way in reversed(found))
-    if kinds[1] == "kernel" and (not are_last or is_led):
+        found = tuple(dataclasses.replace(x, turned=not x.turned) for x in found[::-1])
+    is_told = is_out or are_last if is_led else plain is wanted and not are_last
+    if kinds[plain is wanted] == "kernel" and is_told:
         return (dataclasses.replace(found[0], named=True),)
     is_alike = one[0].names[-1] == other[0].names[-1] not in PYTORCHS
-    is_open = are_last and not is_alike and not said & {"q", "k", "v", "o", "gate"}
+    is_open = are_last and not (is_alike or is_led or "gate" in said)
     return tuple(dataclasses.replace(way, named=None) for way in found) if is_open else found
 
 
@@ -226,9 +227,8 @@ class Table:
         # Here, since it takes as long to load as all of this package, and only a proposal needs it.
         from scipy import optimize
 
-        scores = self._scores
+        scores = self._scores.copy()
         if without is not None:
-            scores = scores.copy()
             scores[self._row_of[without[0]], self._column_of[without[1]]] = 0.0
         chosen = cast(Any, optimize).linear_sum_assignment(scores, maximize=True)
         places = [(int(row), int(column)) for row, column in zip(*chosen, strict=True)]

@@ -52,6 +52,21 @@ def test_heads_go_into_the_layer_that_leads_out_of_an_attention_also_where_they_
     check(values, expected)
 
 
+def test_square_kernels_become_heads_as_the_axes_of_the_heads_tell():
+    names = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj"}
+    stored = filled({f"attention/{name}/kernel": (16, 16) for name in names})
+    expected = {
+        f"attn/{ours}/w": stored[f"attention/{name}/kernel"].reshape(
+            (4, 4, 16) if name == "out" else (16, 4, 4)
+        )
+        for name, ours in names.items()
+    }
+
+    _, values = proposed(stored, {path: value.shape for path, value in expected.items()})
+
+    check(values, expected)
+
+
 EINSUMS = {"q": "q_einsum/w", "kv": "kv_einsum/w", "o": "attn_vec_einsum/w"}
 DENSES = {"q": "query/kernel", "k": "key/kernel", "v": "value/kernel", "o": "out/kernel"}
 WIDTHS = [(2, 4, 8), (4, 2, 8), (4, 4, 16), (8, 4, 8), (4, 4, 4), (4, 8, 4)]

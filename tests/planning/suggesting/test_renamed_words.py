@@ -53,6 +53,7 @@ def left_and_wrong(name, words):
         ("segformer", {"dense": "kizake", "key": "fifinu"}),
         ("segformer", {"output": "rakebe", "value": "lomipe"}),
         ("timesfm", {"o_proj": "kijavu"}),
+        ("genie", {"lam": "kiwesi", "patch_up": "pevudu", "query": "vuyoto", "tokenizer": "jatofi"}),
         ("bloom_fused", {"embed_norm": "fidunu"}),
         ("pointnet", {"bn": "tofivu", "fstn": "toraza", "stn": "pepepe", "conv": "siwelo", "fc": "nukeke"}),
     ],

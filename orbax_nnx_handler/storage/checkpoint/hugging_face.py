@@ -263,7 +263,7 @@ def _read_headed(
         hint = "pass a file or a directory with weights."
         raise NotACheckpointError(f"{directory} holds no array.", hints=[hint])
     catalog: dict[str, bytes | Extent] = {}
-    store = kvstore.open_archive(shards[0], catalog, seen)
+    store = kvstore.open_archive(shards[0], catalog, seen, files.versions_of(shards))
     return _checkpoint(directory, store, catalog, found, config)
 
 

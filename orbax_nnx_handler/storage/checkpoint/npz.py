@@ -173,7 +173,7 @@ class _Found:
     """What the members of one archive turn out to be, while they are looked at."""
 
     encodings: dict[Path, NpyEncoding] = dataclasses.field(default_factory=dict[Path, NpyEncoding])
-    extents: dict[Path, Extent] = dataclasses.field(default_factory=dict[Path, Extent])
+    values: dict[str, bytes | Extent] = dataclasses.field(default_factory=dict[str, bytes | Extent])
     texts: set[Path] = dataclasses.field(default_factory=set[Path])
     lost: dict[Path, str] = dataclasses.field(default_factory=dict[Path, str])
     foreign: dict[Path, str] = dataclasses.field(default_factory=dict[Path, str])
@@ -196,7 +196,9 @@ def read_archive(path: epath.Path, files: Files) -> Checkpoint:
                 f"{path} cannot be read: {error}.", hints=[damaged(path, files)]
             ) from error
         members = _members(path, archive.infolist())
-        return _checkpoint(path, members, _look(path, file, archive, members), seen)
+        found = _look(path, file, archive, members)
+        store = kvstore.open_archive(path, found.values, seen, files.versions_of([path]))
+        return _checkpoint(path, members, found, store)
 
 
 def _keys(info: zipfile.ZipInfo) -> Path:
@@ -276,7 +278,10 @@ def _look(
             if isinstance(header, TextArray):
                 found.texts.add(keys)
             else:
-                found.encodings[keys], found.extents[keys] = header, extent
+                # Behind a network the bytes of small members came with their headers.
+                held = file.held(extent.start, extent.size) if isinstance(file, RangedFile) else b""
+                found.encodings[keys] = header
+                found.values[f"{info.filename}/{header.chunk_key(())}"] = held or extent
     return found
 
 
@@ -305,15 +310,12 @@ def _extent(path: epath.Path, file: IO[bytes], info: zipfile.ZipInfo) -> Extent:
 
 
 def _checkpoint(
-    path: epath.Path, members: dict[Path, zipfile.ZipInfo], found: _Found, seen: kvstore.FileStates
+    path: epath.Path, members: dict[Path, zipfile.ZipInfo], found: _Found, store: kvstore.Store
 ) -> Checkpoint:
-    catalog: dict[str, bytes | Extent] = {}
-    store = kvstore.open_archive(path, catalog, seen)
     arrays = {
         keys: StoredArray(name=members[keys].filename, store=store, encoding=encoding)
         for keys, encoding in found.encodings.items()
     }
-    catalog |= {array.key(()): found.extents[keys] for keys, array in arrays.items()}
     readable = [keys for keys in members if keys in arrays or keys in found.texts]
     return Checkpoint(
         directory=path,

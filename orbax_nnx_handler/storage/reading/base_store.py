@@ -232,7 +232,7 @@ def open_data(store: Store | None) -> DataFiles:
         below = ANYWHERE if store.kind == "archive" else None
         root = os.fspath(store.directory.absolute())
         return LocalData(root, shared=store.kind != "files", below=below)
-    if store.kind == "files":
+    if store.kind != "ocdbt":
         return RemoteData(store.base, store.versions)
     # Without a catalog only the database itself knows its values.
     return RemoteData(store.base if store.catalog is not None else store.kvstore)

@@ -133,8 +133,7 @@ class _Chunk:
     def unreadable(self, error: Exception) -> UnreadableLeafError:
         """Returns the error that names leaf and file."""
         store = self.leaf.array.store
-        extent = store.listed_extent(self.key)
-        return self.leaf.unreadable(f"{store.directory}/{extent.file if extent else self.key}", error)
+        return self.leaf.unreadable(f"{store.directory}/{store.file_of(self.key)}", error)
 
     def fill_absent(self) -> None:
         """Puts the fill value into the places of an absent chunk; null and none mean zero.

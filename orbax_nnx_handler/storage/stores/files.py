@@ -6,6 +6,7 @@ is, how large it is) is never asked for again, and what does not depend on an an
 is asked for in the same trip.
 """
 
+import bisect
 import contextlib
 import dataclasses
 import io
@@ -91,6 +92,11 @@ class Backend(Protocol):
 
     remote: bool
 
+    @property
+    def versions(self) -> Mapping[str, bytes]:
+        """Of each object that was read, the version that was read first; none of local files."""
+        ...
+
     def answer(self, questions: Sequence[FileQuestion]) -> list[FileAnswer]:
         """Answers all questions in one round trip, or as few as the store allows.
 
@@ -136,6 +142,11 @@ class Files:
             raise SearchEndedError
         if new:
             self._known |= zip(new, self._answers(new), strict=True)
+
+    def versions_of(self, objects: Iterable[epath.Path]) -> dict[str, bytes]:
+        """Returns, by their names, which version of objects in a bucket was read."""
+        known = self._backend.versions
+        return {each.name: known[os.fspath(each)] for each in objects if os.fspath(each) in known}
 
     def look_into(self, paths: Iterable[epath.Path]) -> None:
         """Lists several folders in one trip."""
@@ -233,22 +244,49 @@ class Files:
         return self._known[question]
 
     def _answers(self, questions: Sequence[FileQuestion]) -> list[FileAnswer]:
-        answers = self._backend.answer(questions)
+        parts = [self._parts(question) for question in questions]
+        answers = iter(self._backend.answer([part for some in parts for part in some]))
+        found = [_joined([next(answers) for _ in some]) for some in parts]
         return [
-            _vanished(question.path) if answer is None and self._is_listed(question) else answer
-            for question, answer in zip(questions, answers, strict=True)
+            _vanished(question.path) if answer is None and self._listed(question).kind == "file" else answer
+            for question, answer in zip(questions, found, strict=True)
         ]
 
-    def _is_listed(self, question: FileQuestion) -> bool:
-        """Tells whether the file was in its folder when that was listed."""
+    def _parts(self, question: FileQuestion) -> list[FileQuestion]:
+        """Returns what is asked instead: of a large object behind a network several runs, side by side."""
+        if not self.remote or not isinstance(question, ReadFile) or question.size is not None:
+            return [question]
+        size = self._listed(question).size
+        # The last run has no end, so that an object that grew is not taken for what it was.
+        starts = range(question.start, max(size, question.start + 1), _LONGEST_RUN)
+        return [
+            question._replace(start=start, size=_LONGEST_RUN if start + _LONGEST_RUN in starts else None)
+            for start in starts
+        ]
+
+    def _listed(self, question: FileQuestion) -> FolderEntry:
+        """Returns what a file was when it, or its folder, was listed."""
         if not isinstance(question, ReadFile):
-            return False
+            return _NOTHING
         folder, _, name = question.path.rpartition("/")
-        listing = self._known.get(List(folder))
-        return isinstance(listing, Listing) and listing.entries.get(name, _NOTHING).kind == "file"
+        own, listing = self._known.get(List(question.path)), self._known.get(List(folder))
+        if isinstance(own, Listing):
+            return FolderEntry(own.kind, own.size)
+        return listing.entries.get(name, _NOTHING) if isinstance(listing, Listing) else _NOTHING
 
 
 _NOTHING = FolderEntry("other")
+# 8 MB take a few times as long to carry as to ask for.
+_LONGEST_RUN = 8 << 20
+
+
+def _joined(answers: Sequence[FileAnswer]) -> FileAnswer:
+    """Returns the runs of one file as one, or what is the matter with one of them."""
+    if len(answers) == 1:
+        return answers[0]
+    runs = [answer for answer in answers if isinstance(answer, bytes)]
+    errors = [answer for answer in answers if isinstance(answer, NotACheckpointError)]
+    return b"".join(runs) if len(runs) == len(answers) else next(iter(errors), None)
 
 
 def _vanished(path: str) -> NotACheckpointError:
@@ -267,7 +305,7 @@ def _expect(kind: type[_Expected], answer: FileAnswer) -> _Expected | None:
     return answer if isinstance(answer, kind) else None
 
 
-# What is fetched where something was not foreseen.
+# What is fetched where something was not foreseen, and a gap that is read with what lies around it.
 _AT_LEAST = 1 << 16
 
 
@@ -279,15 +317,38 @@ class RangedFile(io.RawIOBase):
         listing = files.listing(path)
         self.size = 0 if listing is None else listing.size
         self._files, self._path = files, path
+        self._starts: list[int] = []
         self._runs: dict[int, bytes] = {}
         self._at = 0
 
     def fetch(self, runs: Iterable[tuple[int, int]]) -> None:
-        """Fetches runs of bytes, each as start and length, in one trip."""
-        cut = {start: min(size, self.size - start) for start, size in runs if 0 <= start < self.size}
-        extents = [Extent(self._path.name, start, size) for start, size in cut.items()]
+        """Fetches runs of bytes, each as start and length, in one trip; neighbours as one, none twice."""
+        extents = [Extent(self._path.name, start, stop - start) for start, stop in self._new(runs)]
         if extents:
-            self._runs |= dict(zip(cut, self._files.extents(self._path.parent, extents), strict=True))
+            fetched = self._files.extents(self._path.parent, extents)
+            self._runs |= {extent.start: run for extent, run in zip(extents, fetched, strict=True)}
+            self._starts = sorted(self._runs)
+
+    def _new(self, runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+        joined: list[tuple[int, int]] = []
+        for start, size in sorted(runs):
+            if not 0 <= start < self.size or self.held(start, 1):
+                continue
+            following = bisect.bisect_right(self._starts, start)
+            stop = min([start + size, self.size, *self._starts[following : following + 1]])
+            first, last = joined[-1] if joined else (0, -1 - _AT_LEAST)
+            if start - last <= _AT_LEAST and stop - first <= _LONGEST_RUN:
+                joined[-1] = first, max(last, stop)
+            elif max(start, last) < stop:
+                joined.append((max(start, last), stop))
+        return joined
+
+    def held(self, start: int, size: int) -> bytes:
+        """Returns bytes that were fetched already, or nothing where one of them was not."""
+        at = bisect.bisect_right(self._starts, start) - 1
+        first = self._starts[at] if at >= 0 else 0
+        content = self._runs[first] if at >= 0 else b""
+        return content[start - first : start - first + size] if start - first + size <= len(content) else b""
 
     def readable(self) -> bool:
         """See `io.IOBase`."""
@@ -326,7 +387,6 @@ class RangedFile(io.RawIOBase):
         return b"".join(pieces)
 
     def _held(self, stop: int) -> bytes:
-        for start, content in self._runs.items():
-            if start <= self._at < start + len(content):
-                return content[self._at - start : stop - start]
-        return b""
+        at = bisect.bisect_right(self._starts, self._at) - 1
+        start = self._starts[at] if at >= 0 else 0
+        return self._runs[start][self._at - start : stop - start] if at >= 0 else b""

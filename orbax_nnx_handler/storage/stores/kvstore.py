@@ -174,7 +174,7 @@ class Store:
         sizes: The size of each file of the database, by its path below the directory.
         local: Whether its files can be opened by this process directly.
         seen: What its files were when they were first looked at.
-        versions: Of directories behind a network, the version of each object when it was first read.
+        versions: Behind a network, the version of each object when it was first read; of a database none.
     """
 
     kind: StoreKind
@@ -204,9 +204,11 @@ class Store:
         """
         if states_of(os.fspath(self.directory), list(self.seen)) != self.seen:
             return True
+        # One file, of which every read was of one version, is of one save.
+        several = self.versions if self.kind == "files" or len(self.versions) > 1 else {}
         answers = [
             (self.base.read(key, if_not_equal=version, byte_range=slice(0, 1)), version)
-            for key, version in self.versions.items()
+            for key, version in several.items()
         ]
         return any(_is_another(answer.result(timeout=TIME_LIMIT_S), version) for answer, version in answers)
 
@@ -280,6 +282,14 @@ class Store:
         """Returns the file that the catalog has for a key's value, here or behind a network."""
         value = self.catalog.get(key) if self.catalog is not None else None
         return value if isinstance(value, Extent) else None
+
+    def file_of(self, key: str) -> str:
+        """Returns the file in which a key's value lies, for messages."""
+        extent = self.listed_extent(key)
+        if extent is not None:
+            return extent.file
+        # Small members of an archive in a bucket came with its headers.
+        return next(iter(self.versions), key) if self.kind == "archive" else key
 
     def inline(self, key: str) -> bytes | None:
         """Returns a value small enough to lie in the catalog itself."""
@@ -355,15 +365,16 @@ def open_files(directory: epath.Path) -> Store:
     return _store("files", directory)
 
 
-def open_archive(file: epath.Path, catalog: Catalog, seen: FileStates) -> Store:
+def open_archive(file: epath.Path, catalog: Catalog, seen: FileStates, versions: dict[str, bytes]) -> Store:
     """Returns the store of a file that holds many arrays, or of several in one folder.
 
     Args:
         file: One of the files.
         catalog: Where each array lies.
         seen: What the files were before they were looked into.
+        versions: Of objects in a bucket, which version was looked into.
     """
-    return _store("archive", file.parent, catalog=catalog, seen=seen)
+    return _store("archive", file.parent, catalog=catalog, seen=seen, versions=versions)
 
 
 def states_before(files_read: Sequence[epath.Path]) -> FileStates:

@@ -12,14 +12,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from flax import nnx, serialization, traverse_util
 
 from orbax_nnx_handler import NotACheckpointError, UnreadableLeafError, plan_restore, restore
 from orbax_nnx_handler.cli import main
 from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
+from orbax_nnx_handler.storage.reading.fetch import read_values
 from tests.storage.checkpoint import hugging_face
 from tests.storage.checkpoint.hugging_face import header_of, write_file
+from tests.storage.reading.networks import CountingStore
+from tests.storage.stores.fake_store import files_of
 
 _RANDOM = np.random.default_rng(0)
 
@@ -379,3 +383,25 @@ def test_arrays_without_an_element_are_read(tmp_path: pathlib.Path) -> None:
     folder = hugging_face.safetensors(tmp_path / "model", tree)
 
     assert_equal(restore(folder, abstract(tree)), tree)
+
+
+@pytest.mark.parametrize("version", [b"1", b"2"])
+def test_data_of_another_version_than_the_header_is_an_error(tmp_path: pathlib.Path, version: bytes) -> None:
+    hugging_face.safetensors(tmp_path / "model", TREE)
+    files, bucket = files_of(tmp_path)
+    file = "gs://bucket/model/model.safetensors"
+    bucket.versions[file] = b"1"
+    checkpoint = read_metadata(epath.Path("gs://bucket/model"), files)
+    paths = list(checkpoint.arrays)
+
+    with CountingStore(tmp_path / "model") as store:
+        store.version = lambda _key, _start: version
+        checkpoint.arrays[paths[0]].store.__dict__["base"] = store
+        if version == b"1":
+            assert len(read_values(checkpoint, paths)) == len(paths)
+            return
+        with pytest.raises(UnreadableLeafError) as raised:
+            read_values(checkpoint, paths)
+
+    assert "cannot be read: the object was written to while it was read" in str(raised.value)
+    assert f"file: {file}" in str(raised.value)

@@ -21,7 +21,7 @@ class FakeBucket:
 
     def __init__(self, directory, bucket="gs://bucket", forbidden=()):
         self.directory, self.bucket, self.forbidden = os.fspath(directory), bucket, forbidden
-        self.trips, self.requests, self.asked = 0, 0, []
+        self.trips, self.requests, self.asked, self.versions = 0, 0, [], {}
 
     def answer(self, questions):
         self.trips += 1

@@ -311,6 +311,43 @@ class Filesystem:
         return self.cached
 
 
+def run_of(content, version):
+    return Done(ts.KvStore.ReadResult("value", content, ts.KvStore.TimestampedStorageGeneration(version)))
+
+
+def test_runs_of_two_versions_of_one_object_are_an_error(monkeypatch):
+    answers = {0: (b"old", b"1"), 3: (b"new", b"2")}
+    monkeypatch.setattr(RemoteFiles, "_start", lambda _, asked: run_of(*answers[asked.start]))
+    files = RemoteFiles("gs://bucket/x")
+
+    first, second = files.answer([ReadFile("gs://bucket/x", 0, 3), ReadFile("gs://bucket/x", 3, 3)])
+
+    assert first == b"old"
+    assert str(second) == (
+        "gs://bucket/x was written to while it was read.\n"
+        "hint: restore again once nothing is written there, or restore another step."
+    )
+    assert files.versions == {"gs://bucket/x": b"1"}
+
+
+def test_runs_that_come_one_after_the_other_are_waited_for(monkeypatch):
+    clock = [0.0]
+
+    class Slow(Done):
+        def result(self, timeout):
+            clock[0] += 50
+            assert timeout > 0, "given up before"
+            return self.value
+
+    monkeypatch.setattr(backends.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(RemoteFiles, "_start", lambda *_: Slow(run_of(b"x", b"1").value))
+
+    assert (
+        RemoteFiles("gs://bucket/x").answer([ReadFile("gs://bucket/x", at, 1) for at in range(9)])
+        == [b"x"] * 9
+    )
+
+
 class Done:
     def __init__(self, value):
         self.value = value

@@ -18,7 +18,7 @@ from orbax_nnx_handler.planning.suggesting.module_parts import (
     together,
 )
 from orbax_nnx_handler.planning.suggesting.named_parts import NamedPart, are_counted, in_order, named_parts
-from orbax_nnx_handler.planning.suggesting.scoring import across_networks, gated, joined_parts
+from orbax_nnx_handler.planning.suggesting.scoring import across_networks, either_way, gated, joined_parts
 from orbax_nnx_handler.planning.suggesting.vocabulary import (
     MARGIN,
     Names,
@@ -74,9 +74,9 @@ def match_parts(
     ties += [*gated(left, right, split=False), *gated(right, left, split=True)]
     pairs = _Pairs((left, right), known, partial, is_outermost=not any(above))
     found, more = pairs.settle(created)
-    for one, other, grounds in found:
-        links += pairs.links(one, other, grounds)
-    return Findings(links=links, ties=[*ties, *more])
+    links += [link for pair in found for link in pairs.links(*pair)]
+    modules = {(left[one].part.module, right[other].part.module) for one, other, _ in found}
+    return Findings(links=links, ties=[*ties, *either_way(left, right, modules), *more])
 
 
 _Sides = tuple[Sequence[NamedPart], Sequence[NamedPart]]

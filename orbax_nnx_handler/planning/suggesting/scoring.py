@@ -84,33 +84,31 @@ def joined_parts(
                 for part in parts:
                     singles.remove(part)
                     singles += _rest(part, used)
-    return links, [*ties, *_arranged_otherwise(left, right)], left, right
+    return links, ties, left, right
 
 
-def _arranged_otherwise(wanted: Sequence[NamedPart], stored: Sequence[NamedPart]) -> Iterator[Tie]:
-    """Yields an array of all parts on both sides that one of them may keep head by head."""
-    pairs = list(itertools.islice(_told_on_one_side(wanted, stored), 2))
-    for one, other in pairs if len(pairs) == 1 else ():
-        ours, theirs = one.part.leaves, other.part.leaves
-        if {kind: leaf.shape for kind, leaf in ours.items()} == {kind: x.shape for kind, x in theirs.items()}:
+def either_way(
+    wanted: Sequence[NamedPart], stored: Sequence[NamedPart], modules: Collection[tuple[Names, Names]]
+) -> Iterator[Tie]:
+    """Yields an array of all parts on both sides that one of them may keep head by head.
+
+    The only one, or one in modules that are each other's.
+    """
+    held = defaultdict[tuple[bool, tuple[str, ...]], list[NamedPart]](list)
+    for part in stored:
+        held[bool(part.untold), part.untold or part.fused].append(part)
+    # Only one of the two says how its parts lie.
+    pairs = [(one, other) for one in wanted for other in held[not one.untold, one.untold or one.fused]]
+    for one, other in pairs:
+        is_one = len(pairs) == 1 or (one.part.module, other.part.module) in modules
+        shapes = ({kind: leaf.shape for kind, leaf in x.part.leaves.items()} for x in (one, other))
+        if is_one and next(shapes) == next(shapes):
             links = [
-                Link(wanted=(leaf,), stored=(theirs[kind],), grounds="names", ways=((Way(()),),))
-                for kind, leaf in ours.items()
+                Link(wanted=(leaf,), stored=(other.part.leaves[kind],), grounds="names", ways=((Way(()),),))
+                for kind, leaf in one.part.leaves.items()
             ]
             readings = _by_head(links, one.untold or other.untold, split=bool(other.untold))
             yield Tie(wanted=(one.part.names,), stored=(other.part.names,), readings=readings)
-
-
-def _told_on_one_side(
-    wanted: Iterable[NamedPart], stored: Iterable[NamedPart]
-) -> Iterator[tuple[NamedPart, NamedPart]]:
-    """Yields the pairs of parts that hold the same roles, where only one of the two says how."""
-    found = defaultdict[tuple[bool, tuple[str, ...]], list[NamedPart]](list)
-    for part in stored:
-        found[bool(part.untold), part.untold or part.fused].append(part)
-    for part in wanted:
-        for other in found[not part.untold, part.untold or part.fused]:
-            yield part, other
 
 
 _Claim = tuple[NamedPart, list[NamedPart], list[Link], Tie | None]

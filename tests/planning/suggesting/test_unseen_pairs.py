@@ -50,6 +50,15 @@ def test_a_part_of_the_rules_for_an_unseen_pair_is_built_upon_and_nothing_become
     assert not spoilt(name, part, target_of(UNSEEN[name]["wanted"]), tree, found.renames)
 
 
+def test_each_array_of_queries_keys_and_values_that_stays_open_is_a_question():
+    tree, found = proposed("guided_diffusion")
+
+    for question in found.questions:
+        assert question.choices[:2] == ("side by side", "head by head, 2 heads")
+    rules = found.answered([0] * len(found.questions))
+    assert wrong_under(rules, tree, UNSEEN["guided_diffusion"]) == set()
+
+
 @pytest.mark.parametrize("name", ["bloom", "bloom_fused"])
 def test_arrays_that_may_be_head_by_head_are_one_question_and_one_answer_is_right(name):
     pair, (tree, found) = UNSEEN[name], proposed(name)

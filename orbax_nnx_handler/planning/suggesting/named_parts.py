@@ -149,6 +149,7 @@ class _Context:
         counted = [(at, level) for at, level in _prefixes(part) if level.number is not None]
         numbers = tuple((level, self._families[at, level.base, level.style]) for at, level in counted)
         fused, fact = self._fused(part)
+        said -= {"in"} & part.own if fused else set()  # The `in_proj` of a block on the way out.
         computed = () if fused else self._computed(part)
         said.update(computed)
         untold = self._untold(part) or (computed if len(computed) > 1 else ())

@@ -112,3 +112,17 @@ def test_a_list_that_is_called_an_attention_and_holds_one_holds_a_network_too(co
 
     assert not found.questions
     check(values, {aims[path]: value for path, value in stored.items()})
+
+
+def test_the_fused_projection_of_a_block_that_leads_out_is_not_one_that_leads_in():
+    shapes = {"norm1/scale": (8,), "attn/qkv/kernel": (8, 24), "attn/proj/kernel": (8, 8)}
+    names = {"norm1/scale": "ln1/scale", "attn/qkv/kernel": "attn/in_proj/kernel"}
+    names["attn/proj/kernel"] = "attn/out_proj/kernel"
+    stored = filled({f"out_blocks_{to}/{path}": shape for to in range(2) for path, shape in shapes.items()})
+    expected = {
+        f"up/{to}/{name}": stored[f"out_blocks_{to}/{at}"] for to in range(2) for at, name in names.items()
+    }
+
+    _, values = proposed(stored, {path: value.shape for path, value in expected.items()})
+
+    check(values, expected)

@@ -67,7 +67,7 @@ class LayerPath(NamedTuple):
     scan: ScannedBlocks | None = None
 
 
-@functools.lru_cache(maxsize=32768)
+@functools.lru_cache(maxsize=65536)
 def layer_paths(tokens: Tokens) -> tuple[LayerPath, ...]:
     """Returns every reading of a canonical path as a part of a layer group; asked several times for each."""
     return tuple(_layer_paths(tokens))

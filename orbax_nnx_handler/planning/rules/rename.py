@@ -207,6 +207,14 @@ def _marked(
     return (*marks[:head], *(True,) * (length - head - tail), *marks[end:]), marks[head:end]
 
 
+def rename_of(stored: Names, wanted: Names) -> Rename | None:
+    """Returns the rename of some segments; None where there is none."""
+    try:
+        return Rename("/".join(stored), "/".join(wanted)) if stored and wanted else None
+    except RuleError:
+        return None
+
+
 def comes_late(rule: Rename, entries: Iterable[Entry]) -> bool:
     """Tells whether a rename without effect would match what one before it has written."""
     if rule.regex:

@@ -179,8 +179,7 @@ def _number(name: str) -> str:
 
 
 def _first_and_last(members: Sequence[tuple[Link, tuple[str, ...]]]) -> Iterator[Link]:
-    counted = zip(*(numbers for _, numbers in members), strict=True)
-    columns = [sorted({*map(int, column)}) for column in counted]
+    columns = [sorted({*map(int, each)}) for each in zip(*(numbers for _, numbers in members), strict=True)]
     few = [{str(number) for number in (*column[:2], column[-1])} for column in columns]
     for link, numbers in members:
         if all(number in some for number, some in zip(numbers, few, strict=True)):
@@ -393,6 +392,8 @@ def without_strays(links: Sequence[Link], wanted: Iterable[Leaf], stored: Iterab
 
     Of levels that the programs number the other way around, a norm may fit the wrong one, and nothing else.
     """
+    if all(link.grounds != "order" for link in links):
+        return list(links)
     ours, theirs = _sizes_by_layer(wanted), _sizes_by_layer(stored)
     held = Counter(_layer(leaf.names) for link in links for leaf in link.wanted)
 
@@ -414,8 +415,7 @@ def _sizes_by_layer(leaves: Iterable[Leaf]) -> Mapping[Names, list[int]]:
 
 def _layer(names: Names) -> Names:
     """Returns what leads into the outermost layer that a part is in; nothing where it is in none."""
-    ends = itertools.accumulate(level.width for level in levels(names))
-    inside = zip(ends, levels(names), strict=True)
+    inside = zip(itertools.accumulate(level.width for level in levels(names)), levels(names), strict=True)
     return next((names[:at] for at, level in inside if level.number is not None and at + 1 < len(names)), ())
 
 

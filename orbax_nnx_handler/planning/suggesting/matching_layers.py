@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from orbax_nnx_handler.planning.core.folding import around, same_numbers
+from orbax_nnx_handler.planning.core.leaves import with_fields
 from orbax_nnx_handler.planning.core.paths import Tokens, levels, shared_levels
 from orbax_nnx_handler.planning.suggesting.assignment import in_turn, part_sizes, sizes_within, stacks_in
 from orbax_nnx_handler.planning.suggesting.matching_parts import Known, match_parts, nothing_known
@@ -268,8 +269,7 @@ class _Matching:
 
 def _hold_alike(ours: Sequence[Leaf], theirs: Sequence[Leaf], linked: Collection[int]) -> bool:
     """Tells whether two layers hold so much alike that they may be the same."""
-    alike = sizes_of(leaf for leaf in ours if id(leaf) in linked)
-    return alike * 4 >= min(sizes_of(ours), sizes_of(theirs))
+    return 4 * sizes_of(leaf for leaf in ours if id(leaf) in linked) >= min(sizes_of(ours), sizes_of(theirs))
 
 
 def _more_of(series: Series, matched: Collection[int]) -> list[Leaf]:
@@ -308,7 +308,7 @@ def _match_rest(wanted: Sequence[Leaf], stored: Sequence[Leaf], context: Context
         for tie in _by_modules(matched.ties)
     ]
     every = ((link, (*context.levels, *counted.get(id(link), ()))) for link in matched.links)
-    return Findings(links=[dataclasses.replace(link, levels=at) for link, at in every], ties=ties)
+    return Findings(links=[with_fields(link, levels=at) for link, at in every], ties=ties)
 
 
 def _modules_beside(leaves: Iterable[Leaf], every: Iterable[Leaf], above: int) -> set[Names]:
@@ -402,7 +402,7 @@ def _moved(links: Iterable[Link], layers: Iterable[_Layer], depths: tuple[int, i
     every = list(links)
     for wanted, stored, ours, theirs in layers:
         for link in every:
-            yield dataclasses.replace(
+            yield with_fields(
                 link,
                 wanted=tuple(ours[leaf.names[depths[0] :]] for leaf in link.wanted),
                 stored=tuple(theirs[leaf.names[depths[1] :]] for leaf in link.stored),
@@ -445,6 +445,6 @@ def _matched_stack(share: Share, stacks: bool, context: Context) -> Findings:
                 else:
                     wanted = tuple(own[leaf.names[series.depth :]] for leaf in wanted)
                 layer = number if counted else at
-                yield dataclasses.replace(link, wanted=wanted, stored=stored, layers=layers, layer=layer)
+                yield with_fields(link, wanted=wanted, stored=stored, layers=layers, layer=layer)
 
     return match_context(inner).mapped(every_layer)

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
-from orbax_nnx_handler.planning.core.leaves import Shape, derived, record
+from orbax_nnx_handler.planning.core.leaves import Shape, derived, record, with_fields
 from orbax_nnx_handler.planning.core.paths import Level, Path, levels
 from orbax_nnx_handler.planning.suggesting.shapes import Joint, Steps, Way, is_vector
 from orbax_nnx_handler.planning.suggesting.vocabulary import (
@@ -356,7 +356,7 @@ def settle_turns(links: Sequence[Link]) -> tuple[list[Link], list[Link]]:
         else:
             made = tuple((way,) for way in chosen if way is not None)
             grounds = _grounds(link.ways, made) if link.grounds == "shapes" else link.grounds
-            settled.append(dataclasses.replace(link, ways=made, grounds=grounds))
+            settled.append(with_fields(link, ways=made, grounds=grounds))
     return settled, left
 
 

@@ -1,6 +1,5 @@
 """Rules out of links: few and general, and none takes a leaf away that it is not meant for."""
 
-import contextlib
 import dataclasses
 import functools
 from collections import Counter, defaultdict
@@ -10,7 +9,7 @@ from orbax_nnx_handler.planning.core.errors import RuleError
 from orbax_nnx_handler.planning.core.paths import canonical, is_index
 from orbax_nnx_handler.planning.rules import Copy, Fuse, Rename, Rule, Split, StackLayers, UnstackLayers
 from orbax_nnx_handler.planning.rules.entries import Entries, Entry, PathIndex
-from orbax_nnx_handler.planning.rules.rename import leads_back, matches_only
+from orbax_nnx_handler.planning.rules.rename import leads_back, matches_only, rename_of
 from orbax_nnx_handler.planning.rules.rule import Pattern, shared_ends, with_places
 from orbax_nnx_handler.planning.suggesting.link_groups import whole_parts
 from orbax_nnx_handler.planning.suggesting.module_parts import Layers, Link
@@ -18,7 +17,7 @@ from orbax_nnx_handler.planning.suggesting.scoring import joining_rule
 from orbax_nnx_handler.planning.suggesting.shapes import Steps, shaping_rule
 from orbax_nnx_handler.planning.suggesting.vocabulary import Names
 
-_MOST_NAMES = 8  # Above the parts of a fuse, for a rule to leave others out.
+_MOST_NAMES, _MANY_MODULES = 8, 24  # Above the parts of a fuse, for a rule to leave others out; for one rule.
 _WRITES: Mapping[type[Rule], str] = {Rename: "replacement", StackLayers: "pattern", UnstackLayers: "into"}
 """The paths with numbers that a save finds in a rule."""
 
@@ -92,6 +91,7 @@ class Writer:
         self._stack([move.link for move in leaving.values()])  # Before the layers around get other names.
         alone = [move for move in alone if id(move) not in leaving]
         self._rename_groups(alone, [*groups, *self._renumbered(links)])
+        self._rename_ends(alone)
         self._rename(alone)
         before = self.entries
         self._stack(links)
@@ -320,6 +320,21 @@ class Writer:
         into = self._below(wanted)
         return {at: moves[at] for at in _led_into(stored, moves, index) if _leads(into, moves[at].aim)}
 
+    def _rename_ends(self, moves: Sequence[_Move]) -> None:
+        """Renames at once what many modules call a leaf, `kernel` for `weight`: else each has a rule."""
+        aims = {move.names: move.aim for move in moves}
+        groups = {(_differing(move), move.names[-1], move.aim[-1]) for move in moves}
+        for (name, aim), count in Counter((name, aim) for _, name, aim in groups).items():
+            if name == aim or count <= _MANY_MODULES or not (rule := rename_of((name,), (aim,))):
+                continue
+            after = Entries.of(rule.apply(self.entries).entries)
+            new = {self.entries[at].segments: entry.segments for at, entry in after.changed.items()}
+            are_meant = all((*old[:-1], aims.get(old, ("",))[-1]) == names for old, names in new.items())
+            if are_meant and leads_back(rule, self.entries, after):
+                self._take(rule, [move.link for move in moves if move.names in new])
+                for move in moves:
+                    move.names = new.get(move.names, move.names)
+
     def _rename(self, moves: Sequence[_Move]) -> None:
         aims = {move.names: move.aim for move in moves}
         groups, refused = defaultdict[tuple[Names, Names], list[_Move]](list), set[Rename]()
@@ -339,8 +354,7 @@ class Writer:
                 if found is not None:
                     rule, applied = found
                     changed |= self._renamed(applied, aims)
-                    served = [move.link for move in waiting if move.names in changed]
-                    self.rules.setdefault(rule, []).extend(served)
+                    self.rules.setdefault(rule, []).extend(x.link for x in waiting if x.names in changed)
                 waiting = [move for move in waiting if move.names not in changed]
 
     def _renamed(self, after: Entries, aims: dict[Names, Names]) -> set[Names]:
@@ -355,17 +369,14 @@ class Writer:
     def _rename_rule(
         self, move: _Move, aims: Mapping[Names, Names], refused: set[Rename]
     ) -> tuple[Rename, Entries] | None:
-        """Returns the shortest rename that takes this leaf to its aim, no other astray, and all of them back.
-
-        Where none leads back, the shortest of the others. With it, the entries after it.
-        """
+        """Returns the shortest rename that takes a leaf to its aim, no other astray, and if one can, back."""
         whole = self._whole(move.names)
         above = whole[: len(whole) - len(move.names)]
         first: tuple[Rename, Entries] | None = None
         for left, right in move.templates:
             stored, wanted = (*above, *left), (*above, *right)
             for start, stop in _cuts(stored, wanted):
-                rule = _renamed(stored[start : len(stored) - stop], wanted[start : len(wanted) - stop])
+                rule = rename_of(stored[start : len(stored) - stop], wanted[start : len(wanted) - stop])
                 if rule is None or rule in refused:
                     continue
                 after = Entries.of(rule.apply(self.entries).entries)
@@ -392,11 +403,6 @@ def _with_first(names: Names) -> Names:
     """Returns a path as that of the first layer: what is asked of 20,000 leaves is asked of one layer's."""
     at = next((at for at, name in enumerate(names) if name.isdecimal()), len(names))
     return (*names[:at], *("0" for _ in names[at : at + 1]), *names[at + 1 :])
-
-
-def _renamed(stored: Names, wanted: Names) -> Rename | None:
-    with contextlib.suppress(RuleError):
-        return Rename("/".join(stored), "/".join(wanted)) if stored and wanted else None
 
 
 def _layers_of(links: Iterable[Link], *, stacks: bool) -> Mapping[Layers, list[Link]]:

@@ -5,15 +5,16 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from flax import nnx
+from flax import nnx, traverse_util
 
-from orbax_nnx_handler import RestoreError, from_linen, suggest
+from orbax_nnx_handler import Rename, RestoreError, from_linen, suggest
+from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.suggesting import matching_parts
 from orbax_nnx_handler.planning.suggesting.assignment import fit_of
 from orbax_nnx_handler.planning.suggesting.module_parts import Leaf
 from orbax_nnx_handler.planning.suggesting.series import are_alike, series_of, shared_in
 from tests.planning.suggesting.pairs import nested, target_of
-from tests.planning.suggesting.proposals import check, filled, proposed
+from tests.planning.suggesting.proposals import abstract, check, filled, proposed
 
 LAYER = {"attn/q/kernel": (8, 8), "attn/o/kernel": (8, 8), "mlp/up/kernel": (8, 32)}
 
@@ -230,3 +231,44 @@ def test_layers_that_no_name_or_shape_tells_apart_are_compared_a_few_times(monke
 
     assert len(found.unmatched_wanted) == len(wanted)
     assert len(calls) < 1_000
+
+
+def test_a_name_that_many_modules_give_to_a_leaf_is_renamed_once_and_each_module_once():
+    words = ["".join(each) for each in itertools.product("bdgkl", "aeiou", "mn", "o", "rst")][:30]
+    kernels = {word: (3, 4 + at) for at, word in enumerate(words)}
+    stored = filled(
+        {f"{word}_dense/kernel": shape for word, shape in kernels.items()}
+        | {f"{word}_dense/bias": shape[1:] for word, shape in kernels.items()}
+    )
+    expected = {f"net/{word}_linear/weight": stored[f"{word}_dense/kernel"] for word in words}
+    expected |= {f"net/{word}_linear/bias": stored[f"{word}_dense/bias"] for word in words}
+
+    found, values = proposed(stored, {path: value.shape for path, value in expected.items()})
+
+    check(values, expected)
+    assert found.renames[0] == Rename("kernel", "weight")
+    assert len(found.renames) == 1 + len(words)
+
+
+def renamed_entries(count, monkeypatch):
+    """Returns how often rules rename an entry, where a norm of one of so many layers is stored in part."""
+    parts = {
+        "attn/query/kernel": ("self_attn/q_proj/kernel", (4, 8)),
+        "mlp/fc1/kernel": ("mlp/up_proj/kernel", (4, 16)),
+        **{f"LayerNorm_0/{kind}": (f"input_norm/{kind}", (4,)) for kind in ("scale", "bias")},
+        **{f"LayerNorm_1/{kind}": (f"post_attention_norm/{kind}", (4,)) for kind in ("scale", "bias")},
+    }
+    stored = {f"block_{at}/{name}": shape for at in range(count) for name, (_, shape) in parts.items()}
+    wanted = {f"layers/{at}/{name}": shape for at in range(count) for name, shape in parts.values()}
+    del stored["block_7/LayerNorm_0/scale"]
+    renamed, called = [], Entry.called
+    with monkeypatch.context() as patched:
+        patched.setattr(Entry, "called", lambda *args, **new: renamed.append(1) or called(*args, **new))
+        suggest({"params": traverse_util.unflatten_dict(filled(stored), sep="/")}, abstract(wanted))
+    return len(renamed)
+
+
+def test_a_rename_that_takes_a_leaf_along_that_nothing_wants_is_not_tried_anew_in_each_layer(
+    monkeypatch,
+):
+    assert renamed_entries(80, monkeypatch) < 2.5 * renamed_entries(40, monkeypatch)

@@ -298,7 +298,8 @@ class _Pairs:
         is_same = one.position is not None and one.position == other.position
         if pair in self._known or likeness(one.said, other.said) > 0 or one.said & other.said or is_same:
             return True
-        is_layer = (leaf := one.part.leaves.get("main")) and len(fit.pairs) > 1 and len(leaf.shape) > 1
+        leaf, is_one = one.part.leaves.get("main"), one.part.main_size == 1  # A scale and a bias of logits.
+        is_layer = leaf and len(fit.pairs) > 1 and (is_one or len(leaf.shape) > 1)
         near = (other in self._excluded or self._fits[other].is_exact for other in self._others(pair))
         if fit.is_exact and is_layer and not any(near):
             return True  # Of one output too, where kernel and bias are vectors.

@@ -169,7 +169,8 @@ def _sort_biases(found: dict[Names, dict[str, Leaf]]) -> None:
 
 
 def _is_kernel(name: str, leaf: Leaf) -> bool:
-    return words(name)[:1] in (("kernel",), ("weight",)) and not is_vector(leaf.shape)
+    is_scale = name == "t" and math.prod(leaf.shape) == 1  # SigLIP's, of logits, beside a bias `b`.
+    return is_scale or (words(name)[:1] in (("kernel",), ("weight",)) and not is_vector(leaf.shape))
 
 
 def _own_place(names: Names, held: Mapping[str, Leaf], modules: Collection[Names], above: int) -> Names:

@@ -18,7 +18,6 @@ UNSEEN = json.loads((Path(__file__).parent / "unseen_pairs.json").read_text())
 OPEN = {
     "bloom": 12,
     "bloom_fused": 4,
-    "siglip_two_towers": 2,
     "vae_flax": 2,
     "sac": 4,
     "graphnet": 28,
@@ -61,9 +60,9 @@ OPEN = {
 """Leaves that stay open.
 
 An array that holds queries, keys and values may hold them head by head (bloom); a logarithm of a variance
-is not that of a deviation (vae_flax); `t` and `b` may be anything (siglip_two_towers); networks and parts
-of one shape that Linen numbered (sac, drq, simba, graphnet, nerf, savi, genie, rt1) are in no order that
-names tell. Whether shift or scale comes first (flux, mmdit), how keys and values lie in an array of a layer
+is not that of a deviation (vae_flax); networks and parts of one shape that Linen numbered (sac, drq, simba,
+graphnet, nerf, savi, genie, rt1) are in no order that names tell.
+Whether shift or scale comes first (flux, mmdit), how keys and values lie in an array of a layer
 that Linen numbered (segformer), which half of an array or which of two layers is the gate (recurrentgemma,
 dinov2_giant, qwen2), whether gates and what they gate lie in turns (gpt_oss), which of square layers that
 stand beside each other is which (transformer_xl_ppo), whether a square matrix is transposed

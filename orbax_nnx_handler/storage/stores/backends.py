@@ -223,9 +223,10 @@ class RemoteFiles:
     def _finish(self, question: FileQuestion, future: _Pending, deadline: float) -> FileAnswer:
         try:
             result = _wait(question, future, deadline)
-        except FileNotFoundError:
-            return {} if isinstance(question, Sizes) else None
         except Exception as error:
+            # That of a file of this machine, such as one with credentials, has the name of the file.
+            if isinstance(error, FileNotFoundError) and not error.filename:
+                return {} if isinstance(question, Sizes) else None
             return cannot_read(question.path, error)
         if isinstance(question, ReadFile):
             return self._of_one_version(question, result) if result.state == "value" else None

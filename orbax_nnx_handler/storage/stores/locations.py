@@ -11,7 +11,7 @@ import pathlib
 import re
 import stat
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from etils import epath
 
@@ -158,9 +158,13 @@ def kvstore_spec(path: epath.Path) -> Any:
     bucket, _, key = rest.partition("/")
     # Not as a URL, in which TensorStore takes a percent sign for the beginning of another character.
     spec = {"driver": _DRIVERS[scheme], "bucket": bucket, "path": f"{key}/" if key else ""}
-    if scheme != "s3":
+    if scheme == "gs":
+        _check_google()
         return spec
     endpoint, region = _first_set(_ENDPOINTS), _first_set(_REGIONS)
+    if not (endpoint and region):
+        configured = _aws_config()
+        endpoint, region = endpoint or configured.get("endpoint_url"), region or configured.get("region")
     if endpoint:
         # TensorStore asks a store for its region, which another than Amazon's does not answer.
         spec |= {"endpoint": endpoint, "aws_region": region or "us-east-1"}
@@ -169,11 +173,50 @@ def kvstore_spec(path: epath.Path) -> Any:
     return spec
 
 
+class SettingError(ValueError):
+    """A variable of the environment that the libraries would take differently, or end the process for."""
+
+    def __init__(self, what: str, hint: str) -> None:
+        super().__init__(what)
+        self.hint = hint
+
+
+def _check_google() -> None:
+    """Raises where gcsfs, which lists, and TensorStore, which reads, would not do the same."""
+    emulator = os.environ.get("STORAGE_EMULATOR_HOST", "default")
+    if emulator not in ("", "default") and not os.environ.get("TENSORSTORE_GCS_HTTP_URL"):
+        url = emulator if "://" in emulator else f"http://{emulator}"
+        raise SettingError(
+            "STORAGE_EMULATOR_HOST is set and TENSORSTORE_GCS_HTTP_URL is not, so that files would be listed "
+            "in one store and read from another",
+            f"export TENSORSTORE_GCS_HTTP_URL={url}",
+        )
+    account = os.environ.get("GOOGLE_APPLICATION_CREDENTIALS", "")
+    if pathlib.Path(account or "/dev/null").is_dir():
+        # TensorStore, which reads it as a file, ends the process.
+        raise SettingError(
+            f"GOOGLE_APPLICATION_CREDENTIALS is the directory {account}",
+            "set it to the JSON file of the account's key.",
+        )
+
+
+def _aws_config() -> Mapping[str, Any]:
+    """Returns what the AWS configuration file says, which s3fs follows and TensorStore does not."""
+    try:
+        from botocore.session import Session  # pyright: ignore[reportMissingTypeStubs]
+    except ImportError:
+        return {}
+    return cast("Mapping[str, Any]", cast(Any, Session)().get_scoped_config())
+
+
 def _first_set(names: tuple[str, ...]) -> str | None:
     return next((os.environ[name] for name in names if os.environ.get(name)), None)
 
 
-_BYTES = re.compile(r"\[\d+, ?\d+\)|\b(size|length) \d+|\b\d+ (out of \d+ )?bytes", re.IGNORECASE)
+_BYTES = re.compile(
+    r"\[\d+, ?\d+\)|\b(size|length|line|column|char) \d+|\b\d+ (out of \d+ )?bytes", re.IGNORECASE
+)
+_URL = re.compile(r"\w+://[^\s\"']+")
 _DENIED = re.compile(r"\b403\b|forbidden|PERMISSION_DENIED|AccessDenied", re.IGNORECASE)
 _NOT_LOGGED_IN = re.compile(
     r"\b401\b|UNAUTHENTICATED|anonymous|credential|unauthorized|reauth|ProfileNotFound|InvalidAccessKeyId|SignatureDoesNotMatch",
@@ -222,9 +265,11 @@ def reason_and_hint(
     text = _CODE.sub(r" (HTTP \1)", _DETAILS.sub("", str(error))).strip().splitlines()
     first = " ".join(text[: 2 if text[0].endswith(":") else 1]) if text else "no reason is given"
     reason = f"{type(error).__name__}: {first}".removesuffix(".")
-    key = os.fspath(path).rpartition("://")[2].partition("/")[2]
-    # Neither a step's number is a status code, nor one of bytes.
-    said = _BYTES.sub("", str(error).replace(key, "") if key else str(error))
+    bucket, _, key = os.fspath(path).rpartition("://")[2].partition("/")
+    # Neither a step's number is a status code, nor one in a bucket's name, nor one of bytes.
+    said = _BYTES.sub("", _URL.sub("", str(error)))
+    for name in filter(None, (key, bucket)):
+        said = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "", said)
     return reason, _hint(os.fspath(path), error, f"{type(error).__name__} {said}", rights or _RIGHTS)
 
 
@@ -232,7 +277,7 @@ def _hint(path: str, error: BaseException, text: str, rights: Mapping[str, str])
     scheme = path.partition("://")[0] if "://" in path else ""
     if isinstance(error, ImportError):
         return f"pip install {_LIBRARIES.get(scheme, 'the library that it names')}."
-    if not scheme:
+    if not scheme or isinstance(error, SettingError):
         return _local_hint(error)
     # TensorStore calls a 401 PERMISSION_DENIED, as it does a 403.
     if _UNKNOWN_CALLER in text or (_NOT_LOGGED_IN.search(text) and not _DENIED.search(text)):
@@ -245,6 +290,10 @@ def _hint(path: str, error: BaseException, text: str, rights: Mapping[str, str])
         return (
             "the bucket may be of another region, or store: set AWS_REGION, or AWS_ENDPOINT_URL, to its own."
         )
+    if isinstance(error, OSError) and error.filename:
+        return (
+            f"that file of this machine, which the store's settings name, cannot be read: {_LOGIN[scheme]}."
+        )
     if isinstance(error, FileNotFoundError):
         return "another process deletes or writes there: let one at a time save to a path."
     if _CUT_OFF.search(text):
@@ -255,6 +304,8 @@ def _hint(path: str, error: BaseException, text: str, rights: Mapping[str, str])
 
 
 def _local_hint(error: BaseException) -> str:
+    if isinstance(error, SettingError):
+        return error.hint
     if isinstance(error, OutsideError):
         return "if that file belongs to it, copy the checkpoint with what its links mean: cp -rL FROM TO."
     if isinstance(error, MisreadError):

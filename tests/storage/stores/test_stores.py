@@ -399,3 +399,53 @@ def test_an_interrupt_does_not_reach_the_import_of_a_stores_library(monkeypatch)
     monkeypatch.setattr(backends, "_file_system", lambda _: threading.current_thread())
 
     assert RemoteFiles("gs://bucket/run")._files() is not threading.current_thread()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        'Connection was closed before we received a valid response: "http://store/exp-401?list-type=2"',
+        "Unterminated string starting at: line 1 column 403 (char 401)",
+        "cannot list exp-401",
+    ],
+)
+def test_a_number_in_a_url_a_name_or_a_position_is_no_status(words):
+    message = str(cannot_read("s3://exp-401/x", OSError(words)))
+
+    assert "who asks" not in message
+    assert "the account in use" not in message
+
+
+def test_what_lists_a_bucket_and_what_reads_it_ask_the_same_store(monkeypatch, tmp_path):
+    monkeypatch.delenv("TENSORSTORE_GCS_HTTP_URL", raising=False)
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "localhost:4443")
+    (answer,) = RemoteFiles("gs://bucket/x").answer([ReadFile("gs://bucket/x/_METADATA")])
+    assert "would be listed in one store and read from another" in str(answer)
+    assert str(answer).endswith("hint: export TENSORSTORE_GCS_HTTP_URL=http://localhost:4443")
+
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "default")
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path))
+    (answer,) = RemoteFiles("gs://bucket/x").answer([ReadFile("gs://bucket/x/_METADATA")])
+    assert f"GOOGLE_APPLICATION_CREDENTIALS is the directory {tmp_path}" in str(answer)
+
+    (tmp_path / "config").write_text("[default]\nregion = north\nendpoint_url = http://localhost:1\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    spec = kvstore_spec(epath.Path("s3://bucket/x"))
+    assert (spec["endpoint"], spec["aws_region"]) == ("http://localhost:1", "north")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://localhost:2")
+    assert kvstore_spec(epath.Path("s3://bucket/x"))["endpoint"] == "http://localhost:2"
+
+
+def test_a_file_of_credentials_that_is_not_there_is_no_absent_checkpoint(monkeypatch):
+    class Lost(Done):
+        def result(self, **_):
+            raise FileNotFoundError(2, "No such file or directory", "/home/me/token")
+
+    monkeypatch.setattr(RemoteFiles, "_start", lambda *_: Lost(None))
+
+    (answer,) = RemoteFiles("s3://bucket/x").answer([List("s3://bucket/x")])
+
+    assert "No such file or directory: '/home/me/token'" in str(answer)
+    assert "hint: that file of this machine, which the store's settings name, cannot be read" in str(answer)

@@ -6,12 +6,14 @@ the folder are followed, and those of Hugging Face's cache, which keeps the file
 a folder `blobs` of their own (https://huggingface.co/docs/huggingface_hub/guides/manage-cache).
 """
 
+import configparser
+import contextlib
 import os
 import pathlib
 import re
 import stat
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 from etils import epath
 
@@ -200,13 +202,19 @@ def _check_google() -> None:
         )
 
 
-def _aws_config() -> Mapping[str, Any]:
-    """Returns what the AWS configuration file says, which s3fs follows and TensorStore does not."""
-    try:
-        from botocore.session import Session  # pyright: ignore[reportMissingTypeStubs]
-    except ImportError:
-        return {}
-    return cast("Mapping[str, Any]", cast(Any, Session)().get_scoped_config())
+def _aws_config() -> Mapping[str, str]:
+    """Returns what the AWS configuration file says, which s3fs follows and TensorStore does not.
+
+    Its place and sections: https://docs.aws.amazon.com/cli/latest/userguide/cli-configure-files.html.
+    """
+    file = pathlib.Path(os.environ.get("AWS_CONFIG_FILE") or "~/.aws/config")
+    profile = os.environ.get("AWS_PROFILE") or "default"
+    found = configparser.RawConfigParser()
+    # One that cannot be parsed, or has no home to lie in, s3fs refuses.
+    with contextlib.suppress(configparser.Error, OSError, RuntimeError, UnicodeDecodeError):
+        found.read(file.expanduser())
+    section = next((name for name in (f"profile {profile}", profile) if found.has_section(name)), "")
+    return dict(found.items(section)) if section else {}
 
 
 def _first_set(names: tuple[str, ...]) -> str | None:

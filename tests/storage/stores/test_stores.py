@@ -428,12 +428,16 @@ def test_what_lists_a_bucket_and_what_reads_it_ask_the_same_store(monkeypatch, t
     (answer,) = RemoteFiles("gs://bucket/x").answer([ReadFile("gs://bucket/x/_METADATA")])
     assert f"GOOGLE_APPLICATION_CREDENTIALS is the directory {tmp_path}" in str(answer)
 
-    (tmp_path / "config").write_text("[default]\nregion = north\nendpoint_url = http://localhost:1\n")
+    settings = "region = north\ns3 =\n  max_queue_size = 9\nendpoint_url = http://localhost:1\n"
+    (tmp_path / "config").write_text(f"[default]\n{settings}[profile far]\nregion = south\n")
+    monkeypatch.delenv("AWS_PROFILE", raising=False)
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION"):
         monkeypatch.delenv(name, raising=False)
     spec = kvstore_spec(epath.Path("s3://bucket/x"))
     assert (spec["endpoint"], spec["aws_region"]) == ("http://localhost:1", "north")
+    monkeypatch.setenv("AWS_PROFILE", "far")
+    assert kvstore_spec(epath.Path("s3://bucket/x"))["aws_region"] == "south"
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://localhost:2")
     assert kvstore_spec(epath.Path("s3://bucket/x"))["endpoint"] == "http://localhost:2"
 
@@ -441,11 +445,11 @@ def test_what_lists_a_bucket_and_what_reads_it_ask_the_same_store(monkeypatch, t
 def test_a_file_of_credentials_that_is_not_there_is_no_absent_checkpoint(monkeypatch):
     class Lost(Done):
         def result(self, **_):
-            raise FileNotFoundError(2, "No such file or directory", "/home/me/token")
+            raise FileNotFoundError(2, "No such file or directory", "/secrets/token")
 
     monkeypatch.setattr(RemoteFiles, "_start", lambda *_: Lost(None))
 
     (answer,) = RemoteFiles("s3://bucket/x").answer([List("s3://bucket/x")])
 
-    assert "No such file or directory: '/home/me/token'" in str(answer)
+    assert "No such file or directory: '/secrets/token'" in str(answer)
     assert "hint: that file of this machine, which the store's settings name, cannot be read" in str(answer)

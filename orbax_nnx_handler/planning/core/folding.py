@@ -405,12 +405,7 @@ class Homes:
     ) -> set[tuple[int, int]]:
         """Returns pairs that take a part out of a module whose every other part is that of another one.
 
-        Where that other module has a part to give that nothing takes, or that two pairs could exchange.
-
-        Args:
-            pairs: The pairs that seem to be each other's.
-            possible: These and others.
-            partial: Modules of either side that hold more than these parts.
+        Where that has a part to give that nothing takes, or that two pairs could exchange; not of `partial`.
         """
         homes = [self.of(*pair) for pair in pairs]
         takes, taken, known = dict(pairs), {to: at for at, to in pairs}, Counter(homes)
@@ -421,12 +416,18 @@ class Homes:
             exchanged = min(known[other], known[home]) > 1
             free[0, at] += home[1:] if to not in taken or exchanged else ()
             free[1, to] += home[:1] if at not in takes or exchanged else ()
+        below = defaultdict[tuple[int, Tokens], list[tuple[Tokens, Tokens]]](list)
+        for home, side in ((home, side) for home in homes for side in (0, 1)):
+            for depth in range(len(home[side])):
+                below[side, home[side][: depth + 1]].append(home)
         return {
             pair
             for pair, home in zip(pairs, homes, strict=True)
             for side in (0, 1)
             if (places := free.get((side, pair[side]))) and home[side] not in partial[side]
-            for other in [_counterpart(home[side], side, [each for each in homes if each is not home])]
+            for other in [
+                _counterpart(home[side], side, [each for each in below[side, home[side]] if each is not home])
+            ]
             if other and not _lies_in(home[1 - side], other)
             if any(_lies_in(place, other) for place in places)
         }
@@ -442,9 +443,8 @@ def _lies_in(names: Tokens, module: Tokens) -> bool:
     return names[: len(module)] == module
 
 
-def _counterpart(module: Tokens, side: int, homes: Iterable[tuple[Tokens, Tokens]]) -> Tokens:
+def _counterpart(module: Tokens, side: int, pairs: Sequence[tuple[Tokens, Tokens]]) -> Tokens:
     """Returns the other side's module that all parts of one belong to, not by one of them alone."""
-    pairs = [home for home in homes if module and _lies_in(home[side], module)]
     lacking = [[*pairs[:at], *pairs[at + 1 :]] for at in range(len(pairs))] if len(pairs) > 1 else []
     is_whole = all(shared_levels([home[side] for home in some]) == module for some in lacking)
     return shared_levels([home[1 - side] for home in pairs]) if lacking and is_whole else ()

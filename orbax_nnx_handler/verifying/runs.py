@@ -423,9 +423,9 @@ def _opened(tree: Any) -> Any:
         if is_dataclass(leaf):
             fields = dataclasses.fields(leaf)
             return {field.name: _opened(getattr(leaf, field.name)) for field in fields}
-        if np.asarray(leaf).dtype.kind not in _NUMBERS:
-            waits = inspect.iscoroutine(leaf)
-            if waits:
+        is_key = jax.numpy.issubdtype(getattr(leaf, "dtype", "f4"), jax.dtypes.prng_key)
+        if is_key or np.asarray(leaf).dtype.kind not in _NUMBERS:
+            if waits := inspect.iscoroutine(leaf):
                 leaf.close()  # Nobody waits for it.
             raise VerificationError(
                 f"a program returns a {type(leaf).__name__}, which cannot be compared.",

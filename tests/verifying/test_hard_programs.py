@@ -92,6 +92,11 @@ def test_outputs_may_be_any_structure_of_arrays(wrapped: Callable[[Any], Any], s
             (X,),
             "a program returns a str, which cannot be compared",
         ),
+        (
+            lambda v, x: (Linen().apply(v, x), jax.random.key(0)),
+            (X,),
+            "a program returns a PRNGKeyArray, which cannot be compared",
+        ),
         (lambda v, x: Linen().apply(v, x), X, "both programs are called with a tuple"),
         (
             jax.jit(lambda v, x: Linen().apply(v, x))

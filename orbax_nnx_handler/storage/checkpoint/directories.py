@@ -16,7 +16,7 @@ Weights are published in files of any name that ends in `.npz`.
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from etils import epath
 
@@ -121,7 +121,9 @@ HUGGING_FACE_FILES = (
 )
 """What transformers and diffusers call a model's weights, those of Flax first."""
 # A file that is the only part is no part.
-_WEIGHTS_PART = re.compile(r"(?P<whole>.+)-[0-9]+-of-(?!0*1\.)[0-9]+(?P<kind>\.msgpack|\.safetensors)")
+_WEIGHTS_PART = re.compile(
+    r"(?P<whole>.+)-(?P<number>[0-9]{1,9})-of-(?!0*1\.)(?P<count>[0-9]{1,9})(?P<kind>\.msgpack|\.safetensors)"
+)
 _ITEM_FILES = ("_METADATA", "manifest.ocdbt", "checkpoint", ".zgroup")
 # How many folders are looked into to see whether they hold an array; behind a network each costs a request.
 _PROBED, _PROBED_REMOTE = 64, 4
@@ -316,6 +318,17 @@ def is_weights_file(name: str) -> bool:
     """Tells whether a file is named as Hugging Face's libraries name weights, or an index of them."""
     whole = name.removesuffix(HUGGING_FACE_INDEX)
     return whole.endswith(HUGGING_FACE_SAFETENSORS) or (name in HUGGING_FACE_FILES)
+
+
+def first_unnamed(names: Collection[str]) -> str:
+    """Returns a part of weights that the names of its neighbours tell of and that is none of them, or ""."""
+    parts = filter(None, map(_WEIGHTS_PART.fullmatch, names))
+    saves = {(part["whole"], len(part["number"]), part["count"], part["kind"]) for part in parts}
+    for whole, width, count, kind in sorted(saves):
+        for number in range(1, int(count) + 1):
+            if (part := f"{whole}-{number:0{width}}-of-{count}{kind}") not in names:
+                return part
+    return ""
 
 
 def index_of(part: str) -> str:

@@ -30,6 +30,7 @@ from orbax_nnx_handler.storage.checkpoint.directories import (
     HUGGING_FACE_FILES,
     HUGGING_FACE_INDEX,
     HUGGING_FACE_SAFETENSORS,
+    first_unnamed,
     is_weights_file,
 )
 from orbax_nnx_handler.storage.checkpoint.fields import (
@@ -50,6 +51,7 @@ from orbax_nnx_handler.storage.stores.ocdbt import Extent
 CONFIG_FILE = "config.json"
 _LONGEST_CONFIG = 1 << 20
 _LISTED = 20
+_AGAIN = "download or copy the directory again."
 _LONGEST_NAME = 255  # Of a file, on every system.
 _OUTSIDE = frozenset("/\\\0")
 
@@ -167,17 +169,18 @@ def _indexed(index: epath.Path, files: Files) -> _Weights:
         if outside or not names:
             raise FieldError(f"weight_map names {', '.join(map(repr, outside[:_LISTED])) or 'no file'}")
     except FieldError as error:
-        raise NotACheckpointError(
-            f"{index} is no index of weights: {str(error).removesuffix('.')}.", hints=[damaged(index, files)]
-        ) from error
+        what = f"{index} is no index of weights: {str(error).removesuffix('.')}."
+        raise NotACheckpointError(what, hints=[damaged(index, files)]) from error
     absent = [name for name in names if not files.has_file(index.parent, name)]
     if absent:
         listed = "\n".join(f"  {name}" for name in absent[:_LISTED])
         listed += f"... and {len(absent) - _LISTED} more" if len(absent) > _LISTED else ""
-        raise NotACheckpointError(
-            f"{len(absent)} of the {len(names)} files that {index} names are not there:\n{listed}",
-            hints=["download or copy the directory again."],
-        )
+        what = f"{len(absent)} of the {len(names)} files that {index} names are not there:\n{listed}"
+        raise NotACheckpointError(what, hints=[_AGAIN])
+    if part := first_unnamed(frozenset(names)):
+        # No policy may fill what lies in a part that the index has lost.
+        what = f"{index} does not name {part}, of which the names of the other parts tell."
+        raise NotACheckpointError(what, hints=[_AGAIN])
     return _Weights([index.parent / name for name in names], index, places)
 
 

@@ -280,6 +280,23 @@ def test_one_path_in_two_parts_is_refused(tmp_path: pathlib.Path) -> None:
         read_metadata(folder)
 
 
+@pytest.mark.parametrize("kept", [0, 1])
+@pytest.mark.parametrize("save", [hugging_face.msgpack_in_parts, hugging_face.safetensors_in_parts])
+def test_an_index_that_lost_a_part_is_refused(save: Any, kept: int, tmp_path: pathlib.Path) -> None:
+    folder = save(tmp_path / "model", TREE)
+    (index,) = folder.glob("*.index.json")
+    parts = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    fields = json.loads(index.read_text())["weight_map"].items()
+    index.write_text(json.dumps({"weight_map": {k: part for k, part in fields if part == parts[kept]}}))
+
+    with pytest.raises(NotACheckpointError) as raised:
+        plan_restore(folder, TREE, policy="init")
+
+    assert f"{index} does not name {parts[1 - kept]}, of which the names of the other parts" in str(
+        raised.value
+    )
+
+
 BIAS = ("encoder", "layer", "1", "dense", "bias")
 TWO_PARTS: dict[str, tuple[Callable[[pathlib.Path, Any], pathlib.Path], str]] = {
     "flax_model.msgpack.index.json": (hugging_face.msgpack_in_parts, "/"),

@@ -107,16 +107,17 @@ def may_be(fit: Fit, one: NamedPart, other: NamedPart) -> bool:
         left, right = left - PLACING, right - PLACING
     if all("bias" in role.part.leaves for role in (one, other)):
         left, right = left - {"embed"}, right - {"embed"}  # DETR's `class_embed` is no table.
+    # Of a text in diffusers' SD3 and Flux, of an image in Wan.
+    left, right = (said - ({"text"} if "added" in said else set[str]()) for said in (left, right))
     plain = other if one.fused else one  # What says something else is no fused one.
     if exclude(left, right) or (bool(one.fused) != bool(other.fused) and plain.part.own):
         return False
     # The norm of keys is none of a block.
     both = (one, other), (other, one)
     placed = ((y.part.own - x.said, y.part.is_norm) for x, y in both if x.place and x.part.own & PLACING)
-    if any(is_norm and own & {"q", "k", "v"} for own, is_norm in placed):
-        return False
+    is_of_keys = any(is_norm and own & {"q", "k", "v"} for own, is_norm in placed)
     back = {(to, at) for at, to in directions(one.part.names) if at != to}
-    return not fit.differs and back.isdisjoint(directions(other.part.names))
+    return not (fit.differs or is_of_keys) and back.isdisjoint(directions(other.part.names))
 
 
 def _ways(wanted: Leaf, stored: Leaf, one: NamedPart, other: NamedPart) -> tuple[Way, ...]:
@@ -183,9 +184,8 @@ def _kind(leaf: Leaf) -> str:
 
 def _are_of_a_kind(kind: str, wanted: Leaf, stored: Leaf, one: NamedPart, other: NamedPart) -> bool:
     """Tells whether a vector stays one, but for a bias of heads and a norm of them."""
-    if is_vector(wanted.shape) == is_vector(stored.shape) or kind == "bias":
-        return True
-    return one.part.is_norm and other.part.is_norm
+    are_norms = one.part.is_norm and other.part.is_norm
+    return are_norms or kind == "bias" or is_vector(wanted.shape) == is_vector(stored.shape)
 
 
 def _compare_numbers(one: NamedPart, other: NamedPart) -> tuple[int, bool]:

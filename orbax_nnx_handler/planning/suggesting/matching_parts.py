@@ -201,9 +201,7 @@ class _Pairs:
 
     def _modules(self, found: Iterable[tuple[int, int, PairGrounds]]) -> Mapping[Names, Names]:
         """Returns which wanted module is which stored one; a list is one where both hold as many parts."""
-        pairs = [self._homes.of(at, to) for at, to, _ in found]
-        pairs += self._closed
-        return same_modules(pairs)
+        return same_modules([*(self._homes.of(at, to) for at, to, _ in found), *self._closed])
 
     def _among_siblings(
         self,
@@ -379,8 +377,10 @@ class _Pairs:
         """Returns the pairs of parts that both sides count alike: `conv2_1` and `blocks/1/convs/0`."""
         sides = (self._wanted, ours[0]), (self._stored, theirs[0])
         left, right = (ranks_of([role.part.names for role in roles], like) for roles, like in sides)
-        places = {at: place for place, at in left.items() if not self._stored[theirs[0]].is_either}
-        if left.keys() != right.keys() or len(left) < 2 or not {*ours} <= {*places}:
+        places = {at: place for place, at in left.items()}
+        is_all = left.keys() == right.keys() and {*ours} <= {*places} and free <= {*right.values()}
+        roles = *(self._wanted[at] for at in ours), *(self._stored[to] for to in theirs)
+        if any(role.is_either for role in roles) or len(left) < 2 or not is_all:
             return None
         pairs = [(at, right[places[at]]) for at in ours]
         return pairs if all(pair in self._fits and pair[1] in free for pair in pairs) else None

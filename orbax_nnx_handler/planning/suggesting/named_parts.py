@@ -6,11 +6,13 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 
+from orbax_nnx_handler.planning.core.folding import around
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Level, counted_apart, levels
 from orbax_nnx_handler.planning.suggesting.module_parts import ModulePart
 from orbax_nnx_handler.planning.suggesting.shapes import follow
 from orbax_nnx_handler.planning.suggesting.vocabulary import (
+    BEFORE_NETWORK,
     COMPUTED,
     END,
     FUSED,
@@ -157,13 +159,13 @@ class _Context:
             said = (said - {"v"}) | {"critic"}  # The value of a state.
         if part.is_norm:
             said -= STRONG - part.own
+            is_either = self._may_come_first(part, len(numbers[-1][1]) if numbers else 0)
         else:
             fact = self._resolve(part, said, numbers) or fact
-        position = self._position(part, said)
-        is_either = part.family[1] in self._backwards
-        if part.is_norm:
-            is_either = self._may_come_first(part, len(numbers[-1][1]) if numbers else 0)
-        return NamedPart(part, frozenset(said), numbers, position, fused, fact, untold, is_either)
+            is_turned = any((part.levels[-1].base, x) in NUMBERED for _, x in numbers[-1:])  # `w3`, `w2`.
+            is_either = part.family[1] in self._backwards or ("down" in said and is_turned)
+        place = self._position(part, said)
+        return NamedPart(part, frozenset(said), numbers, place, fused, fact, untold, is_either)
 
     def _may_come_first(self, part: ModulePart, counted: int) -> bool:
         """Tells whether programs differ in how they count a norm: XCiT's `norm3` lies before `norm2`."""
@@ -215,12 +217,11 @@ class _Context:
         if known is not None and part.levels[-1].number is None and is_one:
             # GPT-2's cross attention has its queries beside `c_attn`.
             return tuple(role for role in known[0] if role not in self._single[part.module]), known[1]
-        if self._untold(part):
+        # A norm of keys and values is one of what both are made of.
+        if self._untold(part) or (part.is_norm and part.own >= {"k", "v"}):
             return (), ""
-        named = tuple(word for word in meanings(last) if word in _QKV)
-        if len(named) < 2:
-            named = tuple(word for word in meanings(last) if word in ("gate", "up"))
-        return (named, "") if len(named) > 1 else ((), "")
+        named = [tuple(x for x in meanings(last) if x in group) for group in (_QKV, ("gate", "up"))]
+        return next((roles for roles in named if len(roles) > 1), ()), ""
 
     def _untold(self, part: ModulePart) -> tuple[str, ...]:
         last, bias = part.levels[-1].base if part.levels else "", part.leaves.get("bias")
@@ -269,7 +270,7 @@ class _Context:
                 self._resolve_mlp(said, own, family, last, is_counted=True)
             return ""
         if "attn" in said and "mlp" not in said:
-            if own & {"out"} or (not own - {"enc", "text"} and "proj" in last.base):
+            if own & {"out"} or (not own - {"enc", "text", "added"} and "proj" in last.base):
                 said -= {"out"}
                 said.add("o")
             elif not own and any(self._held[names] >= _QKV for names in _containers(part)[:1]):
@@ -322,11 +323,13 @@ class _Context:
 
     def _position(self, part: ModulePart, said: set[str]) -> float | None:
         own = set(part.own)
+        if "mlp" not in said and not concepts(self._bases[part.module]) & {"gate", "depthwise", "pointwise"}:
+            own -= {"up", "down", "expand"}  # An adapter or an hourglass leads down first.
         side = order_word(own)
         if not part.is_norm and "layerscale" not in own:
             # The arms of a U-Net go down before they go up; a network in a block goes up first.
             arms = ({"up", "down"} & concepts(level.base for level in part.levels[:-1])) - own
-            side = order_word(said - self._above - arms)
+            side = order_word(said - self._above - arms - (part.own - own))
             return END * side if side else None
         names = [set(meanings(level.base)) for level in part.levels[:-1]]
         inner = next((words for words in reversed(names) if words & {"attn", "mlp"}), set[str]())
@@ -338,17 +341,23 @@ class _Context:
         if place is None and not side:
             place = component(self._beside(part, own - {"norm"}))  # `spatial_norm`, `spatial_attention`.
         if place is None and not side and not own - {"norm"} and not self._is_one_of_several(part):
-            place = component(set(self._surroundings(part)))
-            place = component(self._without_norm(part)) if place is None else place
+            place = component(self._surroundings(part)) or component(self._without_norm(part))
         if place is not None:
-            return place + side
+            return self._behind(part, place) if side > 0 and "attn" in own else place + side
         if not side and "out" in around:
             # The output of a module beside the block's own, whatever it mixes tokens by, comes before that.
-            is_inside = len(part.levels) > 2 and any(
-                "out" in meanings(*n) for n in self._normed if len(n) == 1
-            )
-            return component(("attn",)) if is_inside else END
+            has_own = any("out" in meanings(*n) for n in self._normed if len(n) == 1)
+            return component(("attn",)) if has_own and len(part.levels) > 2 else END
         return END * side if side else None
+
+    def _behind(self, part: ModulePart, place: float) -> float:
+        """Returns where a norm behind an attention stands: it may be the one before the network, too."""
+        norms = [x for name in self._bases[part.module] if "norm" in (x := concepts([name])) != part.own]
+        behind = [words for words in norms if words >= {"post", "attn"}]
+        if any("self" in words for words in behind) and not part.own & {"self", "cross"}:
+            return BEFORE_NETWORK  # GLM-4's `post_attention_layernorm` beside `post_self_attn_layernorm`.
+        is_told = behind or any("mlp" in words and "post" not in words for words in norms)
+        return place + (1 if is_told else 2)
 
     def _holds_both(self, module: Names) -> bool:
         """Tells whether a module holds an attention and a network."""
@@ -368,22 +377,16 @@ class _Context:
         return lacking[0] if is_known and len(lacking) == 1 and self._norms[part.module] == 1 else set()
 
     def _is_one_of_several(self, part: ModulePart) -> bool:
-        last = [self._families.get((at, own.base, own.style), ()) for at, own in _prefixes(part)[-1:]]
-        return any(len(numbers) > 1 for numbers in last)
+        return any(len(self._families.get((at, x.base, x.style), ())) > 1 for at, x in _prefixes(part)[-1:])
 
 
 def _prefixes(part: ModulePart) -> list[tuple[Names, Level]]:
-    at, found = 0, list[tuple[Names, Level]]()
-    for level in part.levels:
-        found.append((part.names[:at], level))
-        at += level.width
-    return found
+    return list(zip([(), *around(part.names)], part.levels, strict=False))
 
 
 def _containers(part: ModulePart) -> list[Names]:
     """Returns the modules around a part, the innermost first, the context itself left out."""
-    starts = [len(prefix) for prefix, _ in _prefixes(part)]
-    return [part.names[:start] for start in reversed(starts) if start]
+    return [*around(part.names)][::-1]
 
 
 def in_order(roles: Sequence[NamedPart], *, to_last: bool = False) -> list[int] | None:
@@ -430,10 +433,7 @@ def _number_keys(roles: Sequence[NamedPart]) -> list[tuple[int, ...] | None]:
     pairs = itertools.combinations(paths, 2)
     if not are_first or (len(shapes) > 1 and not all(itertools.starmap(counted_apart, pairs))):
         return [None] * len(roles)
-    return [
-        tuple(level.number for level in role.part.levels if level.number is not None) or None
-        for role in roles
-    ]
+    return [tuple(x.number for x in role.part.levels if x.number is not None) or None for role in roles]
 
 
 def are_counted(roles: Sequence[NamedPart]) -> bool:

@@ -49,7 +49,7 @@ _SPELLINGS = {
     "down": "down",
     "head": "head heads classifier logits logit score predictions prediction unembed unembedding",
     "enc": "enc encoder encoders encoderblock",
-    "enc text": "added",
+    "enc text added": "added",
     "dec": "dec decoder decoders decoderblock",
     "vision": "vision visual visn image img rgb",
     "audio": "audio spectrogram spec mel",
@@ -105,8 +105,9 @@ _TOGETHER = (
     "fc 1 g: gate, fc 1 x: up, dense h to 4h: up, dense 4h to h: down, attn vec: attn o, "
     "c attn: attn q k v, in proj: in, down sample: downsample, up sample: upsample, "
     "layer scale: layerscale, conv proj: conv shortcut, norm proj: norm shortcut, src attn: cross attn, "
-    "log std: std, log var: logvar, add q: enc text q, add k: enc text k, add v: enc text v, "
-    "add out: enc text out, w pack: q k v, score model:, score net:, score network:, score unet:"
+    "log std: std, log var: logvar, add q: enc text added q, add k: enc text added k, "
+    "add v: enc text added v, add out: enc text added out, w pack: q k v, score model:, score net:, "
+    "score network:, score unet:"
 )
 _PHRASES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     tuple(words.split()): tuple(said.split())
@@ -167,8 +168,6 @@ _MEANING = {
     for spelling in spellings.split()
 }
 _LONGEST = max(map(len, _PHRASES))
-
-
 _WORD = re.compile(r"\d+x\d+|\d+[a-z](?![A-Za-z])|\d+|conv(?=[a-rt-z](?![a-z]))|[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 
 
@@ -233,7 +232,7 @@ def likeness(one: Concepts, other: Concepts) -> float:
 
 def _abbreviated(short: Concepts, said: Concepts) -> int:
     """Returns how many words begin one other word alone: `s_net` and `scale_net`, `pred` and `predictor`."""
-    words = [word for word in short - _KNOWN if len(word) > 2 or (len(word) == 1 and word not in "abcdxyz")]
+    words = [word for word in short - _KNOWN if len(word) > 2 or (len(word) == 1 and word not in "abcdpxyz")]
     begun = [sum(long != word and long.startswith(word) for long in said - _KNOWN) for word in words]
     return begun.count(1)
 
@@ -274,7 +273,7 @@ def same_number(one: Level, held: tuple[int, ...], other: Level, others: tuple[i
 
 def order_word(found: Collection[str]) -> int:
     """Returns -1 for a name that means the beginning of something, 1 for its end, 0 for neither or both."""
-    low = bool({"pre", "first", "in", "up", "expand"}.intersection(found))
+    low = bool({"pre", "first", "in", "up", "expand", "stem"}.intersection(found))
     high = bool({"post", "last", "out", "down", "pointwise"}.intersection(found))
     return high - low
 
@@ -355,6 +354,7 @@ PLACING = frozenset(("pre", "post", "first", "last", "in", "out", "attn", "mlp",
 """The words that tell where a norm stands in its block."""
 
 _SELF, _CROSS, _MLP, END = 10.0, 20.0, 30.0, 100.0
+BEFORE_NETWORK = _MLP - 1
 
 
 def same_place(one: float, other: float) -> bool:
@@ -363,7 +363,7 @@ def same_place(one: float, other: float) -> bool:
     What comes after the attention comes before the network that follows it: Llama's
     `post_attention_layernorm` is Gemma's `pre_ffw_norm`.
     """
-    low, high = sorted((one, other))
+    low, high = sorted(x - 1 if x in (_SELF + 2, _CROSS + 2) else x for x in (one, other))
     if low == -END or high == END:
         return low != -END or high != END
     if high - low <= 1:

@@ -122,6 +122,46 @@ def test_words_of_the_field_decide_where_they_are_clear(module):
         assert found_pairs(text, module, "") == truth, text
 
 
+BLOCKS = {
+    "input_layernorm=pre_attention_norm post_self_attn_layernorm=post_attention_norm "
+    "post_attention_layernorm=pre_ffw_norm post_mlp_layernorm=post_ffw_norm": ("scale", 4),
+    "ln_pre_attn=input_layernorm ln_post_attn=third_layernorm "
+    "ln_pre_mlp=post_attention_layernorm ln_post_mlp=fourth_layernorm": ("scale", 0),
+    "q=to_q k=to_k v=to_v k_img=add_k_proj v_img=add_v_proj": ("kernel", 1),
+    "img_q=to_q img_k=to_k txt_q=add_q_proj txt_k=add_k_proj": ("kernel", 4),
+    "text_encoder=enc_p posterior_encoder=enc_q": ("kernel", 0),
+    "norm_x=ln_latents norm_media=ln_kv": ("scale", 0),
+    "Conv_0=down Conv_1=up": ("kernel", 0),
+    "ffn/Dense_0=mlp/w1 ffn/Dense_1=mlp/w3 ffn/Dense_2=mlp/w2": ("kernel", 0),
+}
+"""Parts of a block, `stored=wanted`: what each is, and how many of them names tell.
+
+GLM-4 has two norms around either part of a block, as Gemma; one name means another norm in each, and in
+CogView, too. What is added is an image in Wan, a text in Flux. The encoders are those of VITS.
+"""
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("text", BLOCKS)
+def test_parts_of_a_block_that_names_do_not_tell_are_asked_about(text, turned):
+    kind, told = BLOCKS[text]
+    pairs = [pair.split("=")[:: -1 if turned else 1] for pair in text.split()]
+    shape = {"kernel": (8, 8), "scale": (8,)}[kind]
+    stored = filled({f"layer_{at}/{name}/{kind}": shape for at in range(2) for name, _ in pairs})
+    truth = {
+        f"blocks/{at}/{name}/{kind}": stored[f"layer_{at}/{other}/{kind}"]
+        for at in range(2)
+        for other, name in pairs
+    }
+
+    found, values = proposed(stored, dict.fromkeys(truth, shape))
+
+    asked = {"/".join(map(str, path)) for question in found.questions for path in question.wanted}
+    check(values, {path: x for path, x in truth.items() if path in values})
+    assert truth.keys() <= asked | values.keys()
+    assert len(values) >= 2 * told
+
+
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize(
     "text",

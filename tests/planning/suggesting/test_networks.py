@@ -191,25 +191,25 @@ def test_a_level_above_some_modules_only_is_proposed_missing_or_asked_about(belo
 
 @pytest.mark.parametrize("names", [("encoder", "aux"), ("model", "metrics"), ("backbone", "head")])
 def test_a_network_of_its_own_name_is_taken_before_one_whose_parts_are_called_alike(names):
-    """What another network calls `up` is not `up` of this one, though this one's layers are only numbered."""
+    """What another network calls `first` is not this one's, though this one's layers are only numbered."""
     own, other = names
     tree = {
         own: {"Dense_0": {"kernel": np.full((4, 4), 1.0)}, "Dense_1": {"kernel": np.full((4, 4), 2.0)}},
-        other: {name: {"kernel": np.full((4, 4), 3.0)} for name in ("up", "down", "x")},
+        other: {name: {"kernel": np.full((4, 4), 3.0)} for name in ("first", "last", "x")},
     }
 
     def target():
         return nnx.from_flat_state(
             [
                 ((own, name, "kernel"), nnx.Param(jax.ShapeDtypeStruct((4, 4), "float32")))
-                for name in ("up", "down")
+                for name in ("first", "last")
             ]
         )
 
     found = suggest({"params": tree}, target())
     state = from_linen({"params": tree}, target(), renames=found.renames, unexpected="ignore")
 
-    for name, value in (("up", 1.0), ("down", 2.0)):
+    for name, value in (("first", 1.0), ("last", 2.0)):
         np.testing.assert_array_equal(state[own][name]["kernel"].get_value(), np.full((4, 4), value))
 
 

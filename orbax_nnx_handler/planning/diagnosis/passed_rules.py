@@ -125,7 +125,7 @@ def find_unused_parts(evidence: Evidence) -> Iterable[Cause]:
         return
     kept = [*evidence.restored.values(), *evidence.verdict.mismatched.values()]
     for source in [path for path in evidence.stored_weights if path in loose]:
-        used = sum(math.prod(item.wanted.shape) for item in kept if reads(item.recipe) == (source,))
+        used = sum(math.prod(item.wanted.shape) for item in kept if {*reads(item.recipe)} == {source})
         lost = [
             p for p in evidence.missing_weights if _is_piece(evidence.shape(p), evidence.shape(source), used)
         ]

@@ -172,3 +172,12 @@ def test_a_model_of_another_width_has_that_whatever_rules_make_of_its_weights():
 
     assert "SizesOfRule" not in kinds(found)
     assert kinds(found)
+
+
+def test_parts_that_another_rule_makes_one_are_used():
+    rules = [Split("x/qkv", ("q", "k", "v"), axis=1), Fuse(("k", "v"), "kv", axis=1)]
+
+    text = message({"params/x/qkv": (8, 24)}, {"x/kv": (8, 16), "x/query": (8, 8)}, *rules)
+
+    assert "takes params/x/qkv apart, and nothing uses a part of it: x/query could be that part" in text
+    assert "init" not in text

@@ -192,8 +192,8 @@ def _like_groups(wanted: _Contents, stored: _Contents) -> Iterable[tuple[Group, 
     for group, leaves in stored.items():
         alike[group.parent, frozenset(leaves)].append(group)
     for left, leaves in wanted.items():
-        # One weight alone proves nothing: many modules hold just a `kernel`.
-        if len(leaves) > 1:
+        # One weight proves nothing, many modules hold just a `kernel`; what is stored as itself is no other.
+        if len(leaves) > 1 and len(stored.get(left, ())) < len(leaves):
             for right in alike.get((left.parent, frozenset(leaves)), ()):
                 if left.name != right.name:
                     yield left, right

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -215,11 +215,7 @@ def telling(words: Sequence[frozenset[str]]) -> list[frozenset[str]]:
 
 def weight(concept: str) -> float:
     """Returns how much it tells that two names share a concept."""
-    if concept in STRONG:
-        return 4.0
-    if concept in _KNOWN:
-        return 2.0
-    return 1.0 if len(concept) > 1 else 0.5
+    return 4.0 if concept in STRONG else 2.0 if concept in _KNOWN else 0.5 + 0.5 * (len(concept) > 1)
 
 
 @functools.lru_cache(maxsize=65536)
@@ -446,5 +442,9 @@ def kinds_of_modules(parts: Iterable[Names]) -> Mapping[Names, ModuleKinds]:
 def is_alone(names: Names, kinds: Mapping[Names, ModuleKinds]) -> bool:
     """Tells whether a module holds only one part of a name: a convolution beside a norm."""
     own = levels(names)[-1]
-    held = kinds[module][1][1] if (module := names[: -own.width]) in kinds else ()
-    return [[level.base for level in levels(part)] for part in held].count([own.base]) == 1
+    return (module := names[: -own.width]) in kinds and _counted(kinds[module][1][1])[(own.base,)] == 1
+
+
+@functools.lru_cache(maxsize=1024)  # Asked of every part of a module.
+def _counted(parts: frozenset[Names]) -> Counter[tuple[str, ...]]:
+    return Counter(tuple(level.base for level in levels(part)) for part in parts)

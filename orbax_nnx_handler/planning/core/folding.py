@@ -446,7 +446,5 @@ def _lies_in(names: Tokens, module: Tokens) -> bool:
 def _counterpart(module: Tokens, side: int, pairs: Sequence[tuple[Tokens, Tokens]]) -> Tokens:
     """Returns the other side's module that all parts of one belong to, not by one of them alone."""
     below = Counter(home[side][len(module) : len(module) + 1] for home in pairs)
-    # Without any one of them, the others still share no more than the module.
-    lacking = [below - Counter([names]) for names in below]
-    is_whole = len(pairs) > 1 and all(len(left) > 1 or () in left for left in lacking)
+    is_whole = len(pairs) > 1 and all(len(x) > 1 or () in x for x in (below - Counter([n]) for n in below))
     return shared_levels([home[1 - side] for home in pairs]) if is_whole else ()

@@ -127,7 +127,7 @@ class Rename(Rule):
 
     def inverse(self) -> Rule:
         """Returns the rename back."""
-        if self.regex or not self._right.width or self._left.places != self._right.places:
+        if not _has_inverse(self, self._left, self._right):
             return super().inverse()
         return Rename(self.replacement, self.pattern)
 
@@ -223,6 +223,10 @@ def comes_late(rule: Rename, entries: Iterable[Entry]) -> bool:
     return any(True for entry in entries for _ in left.spans(entry.whole))
 
 
+def _has_inverse(rule: Rename, left: Pattern, right: Pattern) -> bool:
+    return not rule.regex and bool(right.width) and left.places == right.places
+
+
 def leads_back(rule: Rename, before: Sequence[Entry], after: Entries) -> bool:
     """Tells whether the rename back makes of some entries what a rename has made them from.
 
@@ -232,8 +236,8 @@ def leads_back(rule: Rename, before: Sequence[Entry], after: Entries) -> bool:
         after: The same after it, in the same order.
     """
     left, right = Pattern(rule.pattern), Pattern(rule.replacement)
-    if rule.regex or not right.width or left.places != right.places:
-        return False  # Nothing undoes it.
+    if not _has_inverse(rule, left, right):
+        return False
     found = set(right.among(after))
     if _NUMBER_AT_END.search(rule.replacement):
         # A save reads `norm_1` into `norm/1` too, which Linen may have joined.

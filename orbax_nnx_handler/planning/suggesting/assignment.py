@@ -227,7 +227,7 @@ class Table:
         # Here, since it takes as long to load as all of this package, and only a proposal needs it.
         from scipy import optimize
 
-        scores = self._scores.copy()
+        scores = self._scores if without is None else self._scores.copy()
         if without is not None:
             scores[self._row_of[without[0]], self._column_of[without[1]]] = 0.0
         chosen = cast(Any, optimize).linear_sum_assignment(scores, maximize=True)

@@ -279,9 +279,12 @@ def _look(
                 found.texts.add(keys)
             else:
                 # Behind a network the bytes of small members came with their headers.
-                held = file.held(extent.start, extent.size) if isinstance(file, RangedFile) else b""
+                end = extent.start + extent.size
+                held = file.held(extent.start, end) if isinstance(file, RangedFile) else b""
                 found.encodings[keys] = header
-                found.values[f"{info.filename}/{header.chunk_key(())}"] = held or extent
+                found.values[f"{info.filename}/{header.chunk_key(())}"] = (
+                    held if len(held) == extent.size else extent
+                )
     return found
 
 

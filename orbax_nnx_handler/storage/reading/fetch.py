@@ -40,7 +40,7 @@ from orbax_nnx_handler.storage.reading.jobs import Destination
 from orbax_nnx_handler.storage.reading.members import pieces_of_member
 from orbax_nnx_handler.storage.reading.streams import Content
 from orbax_nnx_handler.storage.stores.kvstore import Store, files_at
-from orbax_nnx_handler.storage.stores.locations import reason_and_hint
+from orbax_nnx_handler.storage.stores.locations import WRITTEN_TO, reason_and_hint
 from orbax_nnx_handler.storage.stores.ocdbt import Extent
 
 _REGION = operator.attrgetter("region")
@@ -88,7 +88,7 @@ class LeafToRead:
         reason = str(error)
         hint = "a part of it is damaged, or was not copied: copy it again, or restore another step."
         if isinstance(error, ChangedError):
-            hint = "restore again once nothing is written there, or restore another step."
+            hint = WRITTEN_TO
         elif not isinstance(error, AbsentError | ShortReadError | DamagedError):
             # What a store or a disk answers has a remedy of its own.
             reason, hint = reason_and_hint(file, error)
@@ -349,7 +349,7 @@ def check_one_save(checkpoint: Checkpoint) -> None:
     ):
         raise UnreadableLeafError(
             f"{checkpoint.directory} was saved again while it was read: its values may be of either save.",
-            hints=["restore again once nothing is written there, or restore another step."],
+            hints=[WRITTEN_TO],
         )
 
 

@@ -24,7 +24,13 @@ from orbax_nnx_handler.storage.stores.files import (
     ReadFile,
     Sizes,
 )
-from orbax_nnx_handler.storage.stores.locations import cannot_read, check_inside, kvstore_spec, open_file
+from orbax_nnx_handler.storage.stores.locations import (
+    WRITTEN_TO,
+    cannot_read,
+    check_inside,
+    kvstore_spec,
+    open_file,
+)
 
 
 class LocalFiles:
@@ -246,7 +252,7 @@ class RemoteFiles:
         # Several runs of one file, and values that have no checksum of their own.
         return NotACheckpointError(
             f"{question.path} was written to while it was read.",
-            hints=["restore again once nothing is written there, or restore another step."],
+            hints=[WRITTEN_TO],
         )
 
     def _store(self) -> ts.KvStore:

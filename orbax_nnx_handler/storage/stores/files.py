@@ -332,7 +332,7 @@ class RangedFile(io.RawIOBase):
     def _new(self, runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
         joined: list[tuple[int, int]] = []
         for start, size in sorted(runs):
-            if not 0 <= start < self.size or self.held(start, 1):
+            if not 0 <= start < self.size or self.held(start, start + 1):
                 continue
             following = bisect.bisect_right(self._starts, start)
             stop = min([start + size, self.size, *self._starts[following : following + 1]])
@@ -343,12 +343,13 @@ class RangedFile(io.RawIOBase):
                 joined.append((max(start, last), stop))
         return joined
 
-    def held(self, start: int, size: int) -> bytes:
-        """Returns bytes that were fetched already, or nothing where one of them was not."""
+    def held(self, start: int, stop: int) -> bytes:
+        """Returns what was fetched already of the bytes between two positions, as far as it lies together."""
         at = bisect.bisect_right(self._starts, start) - 1
-        first = self._starts[at] if at >= 0 else 0
-        content = self._runs[first] if at >= 0 else b""
-        return content[start - first : start - first + size] if start - first + size <= len(content) else b""
+        if at < 0:
+            return b""
+        first = self._starts[at]
+        return self._runs[first][start - first : stop - first]
 
     def readable(self) -> bool:
         """See `io.IOBase`."""
@@ -375,18 +376,13 @@ class RangedFile(io.RawIOBase):
         stop = self.size if size < 0 else min(self.size, self._at + size)
         pieces: list[bytes] = []
         while self._at < stop:
-            piece = self._held(stop)
+            piece = self.held(self._at, stop)
             if not piece:
                 self.fetch([(self._at, max(stop - self._at, _AT_LEAST))])
-                piece = self._held(stop)
+                piece = self.held(self._at, stop)
             if not piece:
                 # The object is shorter than its listing said.
                 break
             pieces.append(piece)
             self._at += len(piece)
         return b"".join(pieces)
-
-    def _held(self, stop: int) -> bytes:
-        at = bisect.bisect_right(self._starts, self._at) - 1
-        start = self._starts[at] if at >= 0 else 0
-        return self._runs[start][self._at - start : stop - start] if at >= 0 else b""

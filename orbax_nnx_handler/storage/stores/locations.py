@@ -8,6 +8,7 @@ a folder `blobs` of their own (https://huggingface.co/docs/huggingface_hub/guide
 
 import configparser
 import contextlib
+import functools
 import os
 import pathlib
 import re
@@ -165,7 +166,9 @@ def kvstore_spec(path: epath.Path) -> Any:
         return spec
     endpoint, region = _first_set(_ENDPOINTS), _first_set(_REGIONS)
     if not (endpoint and region):
-        configured = _aws_config()
+        configured = _aws_config(
+            os.environ.get("AWS_CONFIG_FILE") or "~/.aws/config", os.environ.get("AWS_PROFILE") or "default"
+        )
         endpoint, region = endpoint or configured.get("endpoint_url"), region or configured.get("region")
     if endpoint:
         # TensorStore asks a store for its region, which another than Amazon's does not answer.
@@ -173,6 +176,10 @@ def kvstore_spec(path: epath.Path) -> Any:
     elif region:
         spec["aws_region"] = region
     return spec
+
+
+WRITTEN_TO = "restore again once nothing is written there, or restore another step."
+"""The hint where something was written to while it was read."""
 
 
 class SettingError(ValueError):
@@ -193,8 +200,8 @@ def _check_google() -> None:
             "in one store and read from another",
             f"export TENSORSTORE_GCS_HTTP_URL={url}",
         )
-    account = os.environ.get("GOOGLE_APPLICATION_CREDENTIALS", "")
-    if pathlib.Path(account or "/dev/null").is_dir():
+    account = os.environ.get("GOOGLE_APPLICATION_CREDENTIALS")
+    if account and pathlib.Path(account).is_dir():
         # TensorStore, which reads it as a file, ends the process.
         raise SettingError(
             f"GOOGLE_APPLICATION_CREDENTIALS is the directory {account}",
@@ -202,17 +209,16 @@ def _check_google() -> None:
         )
 
 
-def _aws_config() -> Mapping[str, str]:
+@functools.lru_cache  # Asked for every array in files of its own; s3fs, too, reads it once in a process.
+def _aws_config(file: str, profile: str) -> Mapping[str, str]:
     """Returns what the AWS configuration file says, which s3fs follows and TensorStore does not.
 
     Its place and sections: https://docs.aws.amazon.com/cli/latest/userguide/cli-configure-files.html.
     """
-    file = pathlib.Path(os.environ.get("AWS_CONFIG_FILE") or "~/.aws/config")
-    profile = os.environ.get("AWS_PROFILE") or "default"
     found = configparser.RawConfigParser()
     # One that cannot be parsed, or has no home to lie in, s3fs refuses.
     with contextlib.suppress(configparser.Error, OSError, RuntimeError, UnicodeDecodeError):
-        found.read(file.expanduser())
+        found.read(pathlib.Path(file).expanduser())
     section = next((name for name in (f"profile {profile}", profile) if found.has_section(name)), "")
     return dict(found.items(section)) if section else {}
 
@@ -278,6 +284,8 @@ def reason_and_hint(
     said = _BYTES.sub("", _URL.sub("", str(error)))
     for name in filter(None, (key, bucket)):
         said = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "", said)
+    if isinstance(error, SettingError):
+        return reason, error.hint
     return reason, _hint(os.fspath(path), error, f"{type(error).__name__} {said}", rights or _RIGHTS)
 
 
@@ -285,7 +293,7 @@ def _hint(path: str, error: BaseException, text: str, rights: Mapping[str, str])
     scheme = path.partition("://")[0] if "://" in path else ""
     if isinstance(error, ImportError):
         return f"pip install {_LIBRARIES.get(scheme, 'the library that it names')}."
-    if not scheme or isinstance(error, SettingError):
+    if not scheme:
         return _local_hint(error)
     # TensorStore calls a 401 PERMISSION_DENIED, as it does a 403.
     if _UNKNOWN_CALLER in text or (_NOT_LOGGED_IN.search(text) and not _DENIED.search(text)):
@@ -312,8 +320,6 @@ def _hint(path: str, error: BaseException, text: str, rights: Mapping[str, str])
 
 
 def _local_hint(error: BaseException) -> str:
-    if isinstance(error, SettingError):
-        return error.hint
     if isinstance(error, OutsideError):
         return "if that file belongs to it, copy the checkpoint with what its links mean: cp -rL FROM TO."
     if isinstance(error, MisreadError):

@@ -32,7 +32,7 @@ LATE_IMPORTS = {
     # As long to load as all of the package, and needed for a proposal only.
     ("planning.suggesting.assignment", "scipy.optimize"),
     # A checkpoint on this machine needs none of it.
-    ("storage.stores.backends", "fsspec"),
+    ("storage.stores.locations", "fsspec"),
     # A tenth of a second that `plan` need not wait.
     ("commands.screen", "rich.progress"),
 }

@@ -28,6 +28,7 @@ from orbax_nnx_handler.storage.stores.locations import (
     WRITTEN_TO,
     cannot_read,
     check_inside,
+    file_system,
     kvstore_spec,
     open_file,
 )
@@ -265,15 +266,8 @@ class RemoteFiles:
         if self._filesystem is None:
             # In a thread: an interrupt would leave modules half imported, and every later call would fail.
             with concurrent.futures.ThreadPoolExecutor(1) as apart:
-                self._filesystem = apart.submit(_file_system, self._scheme).result()
+                self._filesystem = apart.submit(file_system, self._scheme).result()
         return self._filesystem
-
-
-def _file_system(scheme: str) -> Any:
-    # Here, for a checkpoint on this machine needs none of it.
-    import fsspec  # pyright: ignore[reportMissingTypeStubs]
-
-    return cast(Any, fsspec).filesystem(scheme)
 
 
 def _wait(question: FileQuestion, future: _Pending, deadline: float) -> Any:

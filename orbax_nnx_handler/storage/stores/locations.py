@@ -6,15 +6,14 @@ the folder are followed, and those of Hugging Face's cache, which keeps the file
 a folder `blobs` of their own (https://huggingface.co/docs/huggingface_hub/guides/manage-cache).
 """
 
-import configparser
-import contextlib
 import functools
 import os
 import pathlib
 import re
 import stat
+import urllib.parse
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from etils import epath
 
@@ -164,12 +163,7 @@ def kvstore_spec(path: epath.Path) -> Any:
     if scheme == "gs":
         _check_google()
         return spec
-    endpoint, region = _first_set(_ENDPOINTS), _first_set(_REGIONS)
-    if not (endpoint and region):
-        configured = _aws_config(
-            os.environ.get("AWS_CONFIG_FILE") or "~/.aws/config", os.environ.get("AWS_PROFILE") or "default"
-        )
-        endpoint, region = endpoint or configured.get("endpoint_url"), region or configured.get("region")
+    endpoint, region = _s3_store()
     if endpoint:
         # TensorStore asks a store for its region, which another than Amazon's does not answer.
         spec |= {"endpoint": endpoint, "aws_region": region or "us-east-1"}
@@ -209,18 +203,41 @@ def _check_google() -> None:
         )
 
 
-@functools.lru_cache  # Asked for every array in files of its own; s3fs, too, reads it once in a process.
-def _aws_config(file: str, profile: str) -> Mapping[str, str]:
-    """Returns what the AWS configuration file says, which s3fs follows and TensorStore does not.
+def file_system(scheme: str, **options: Any) -> Any:
+    """Returns what lists buckets of a scheme."""
+    # Here, for a checkpoint on this machine needs none of it.
+    import fsspec  # pyright: ignore[reportMissingTypeStubs]
 
-    Its place and sections: https://docs.aws.amazon.com/cli/latest/userguide/cli-configure-files.html.
+    return cast(Any, fsspec).filesystem(scheme, **options)
+
+
+def _s3_store() -> tuple[str | None, str | None]:
+    """Returns the endpoint, None for Amazon's, and the region, None for an unknown one, that s3fs asks.
+
+    It takes them from the environment and from profiles and services of the AWS configuration, TensorStore
+    from arguments alone: a bucket would otherwise be listed in one store and read from another.
     """
-    found = configparser.RawConfigParser()
-    # One that cannot be parsed, or has no home to lie in, s3fs refuses.
-    with contextlib.suppress(configparser.Error, OSError, RuntimeError, UnicodeDecodeError):
-        found.read(pathlib.Path(file).expanduser())
-    section = next((name for name in (f"profile {profile}", profile) if found.has_section(name)), "")
-    return dict(found.items(section)) if section else {}
+    settings = frozenset((name, value) for name, value in os.environ.items() if name.startswith("AWS_"))
+    endpoint, region = _asked_by_s3fs(settings)
+    # botocore knows no AWS_REGION.
+    return endpoint, _first_set(_REGIONS) or region
+
+
+@functools.lru_cache(maxsize=8)  # Asked for every array in files of its own.
+def _asked_by_s3fs(_: frozenset[tuple[str, str]]) -> tuple[str | None, str | None]:
+    try:
+        # Anew: an instance that fsspec keeps has the settings of when it was made.
+        found = file_system("s3", skip_instance_cache=True).s3.meta
+    except ImportError:
+        return _first_set(_ENDPOINTS), None
+    endpoint = str(found.endpoint_url)
+    host = urllib.parse.urlsplit(endpoint).hostname or ""
+    if host.endswith(".amazonaws.com"):
+        return None, None if host == _ANY_REGION else found.region_name
+    return endpoint, found.region_name
+
+
+_ANY_REGION = "s3.amazonaws.com"
 
 
 def _first_set(names: tuple[str, ...]) -> str | None:

@@ -396,7 +396,7 @@ def test_a_step_that_was_written_since_is_seen(monkeypatch):
 
 
 def test_an_interrupt_does_not_reach_the_import_of_a_stores_library(monkeypatch):
-    monkeypatch.setattr(backends, "_file_system", lambda _: threading.current_thread())
+    monkeypatch.setattr(backends, "file_system", lambda _: threading.current_thread())
 
     assert RemoteFiles("gs://bucket/run")._files() is not threading.current_thread()
 
@@ -429,13 +429,17 @@ def test_what_lists_a_bucket_and_what_reads_it_ask_the_same_store(monkeypatch, t
     assert f"GOOGLE_APPLICATION_CREDENTIALS is the directory {tmp_path}" in str(answer)
 
     settings = "region = north\ns3 =\n  max_queue_size = 9\nendpoint_url = http://localhost:1\n"
-    (tmp_path / "config").write_text(f"[default]\n{settings}[profile far]\nregion = south\n")
+    services = "[profile lab]\nservices = s\n[services s]\ns3 =\n  endpoint_url = http://localhost:3\n"
+    (tmp_path / "config").write_text(f"[default]\n{settings}[profile far]\nregion = south\n{services}")
     monkeypatch.delenv("AWS_PROFILE", raising=False)
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION"):
         monkeypatch.delenv(name, raising=False)
     spec = kvstore_spec(epath.Path("s3://bucket/x"))
     assert (spec["endpoint"], spec["aws_region"]) == ("http://localhost:1", "north")
+    monkeypatch.setenv("AWS_DEFAULT_PROFILE", "lab")
+    assert kvstore_spec(epath.Path("s3://bucket/x"))["endpoint"] == "http://localhost:3"
+    monkeypatch.delenv("AWS_DEFAULT_PROFILE")
     monkeypatch.setenv("AWS_PROFILE", "far")
     assert kvstore_spec(epath.Path("s3://bucket/x"))["aws_region"] == "south"
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://localhost:2")

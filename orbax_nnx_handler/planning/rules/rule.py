@@ -94,8 +94,9 @@ class Pattern:
     def spans(self, names: Sequence[str], accepts: Callable[[Span], bool] | None = None) -> Iterator[Span]:
         """Yields the matches in a path, from left to right, that are accepted; none overlaps another."""
         at, width, first = 0, self.width, self.templates[0]
-        while at + width <= len(names):
-            if names[at] != first and first not in self._open:  # Nearly everywhere.
+        is_open, last = first in self._open, len(names) - width
+        while at <= last:
+            if names[at] != first and not (is_open and _bound(first, names[at])):  # Nearly everywhere.
                 at += 1
                 continue
             bindings = self.match(names[at : at + width])

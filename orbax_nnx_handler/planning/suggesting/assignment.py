@@ -214,24 +214,25 @@ class Table:
     """The scores of pairs, and which pairs together have the highest sum."""
 
     def __init__(self, scores: Mapping[tuple[int, int], float]) -> None:
-        self._rows = sorted({at for at, _ in scores})
-        self._columns = sorted({to for _, to in scores})
-        self._row_of = {at: row for row, at in enumerate(self._rows)}
-        self._column_of = {to: column for column, to in enumerate(self._columns)}
-        self._scores = np.zeros((len(self._rows), len(self._columns)))
-        for (at, to), score in scores.items():
-            self._scores[self._row_of[at], self._column_of[to]] = score
+        sides = self._rows, self._columns = [sorted({pair[side] for pair in scores}) for side in (0, 1)]
+        rows, columns = ({part: place for place, part in enumerate(side)} for side in sides)
+        self._places = {(at, to): (rows[at], columns[to]) for at, to in scores}
+        self._scores = np.zeros((len(rows), len(columns)))
+        for pair, score in scores.items():
+            self._scores[self._places[pair]] = score
 
     def best(self, without: tuple[int, int] | None = None) -> tuple[frozenset[tuple[int, int]], float]:
         """Returns the pairs that give the highest sum, and the sum; one pair may be forbidden."""
-        # Here, since it takes as long to load as all of this package, and only a proposal needs it.
-        from scipy import optimize
-
         scores = self._scores if without is None else self._scores.copy()
         if without is not None:
-            scores[self._row_of[without[0]], self._column_of[without[1]]] = 0.0
-        chosen = cast(Any, optimize).linear_sum_assignment(scores, maximize=True)
-        places = [(int(row), int(column)) for row, column in zip(*chosen, strict=True)]
+            scores[self._places[without]] = 0.0
+        places = [(0, 0)]
+        if scores.size > 1:
+            # Here, since it takes as long to load as all of this package, and only a proposal needs it.
+            from scipy import optimize
+
+            chosen = cast(Any, optimize).linear_sum_assignment(scores, maximize=True)
+            places = [(int(row), int(column)) for row, column in zip(*chosen, strict=True)]
         kept = [place for place in places if scores[place] > 0]
         pairs = frozenset((self._rows[row], self._columns[column]) for row, column in kept)
         return pairs, sum(float(scores[place]) for place in kept)
@@ -287,11 +288,13 @@ def in_turn(wanted: Sequence[Leaf], stored: Sequence[Leaf], above: Sequence[int]
     """
     ours, theirs = _runs(wanted, above[0]), _runs(stored, above[1])
     scores, found = dict[tuple[int, int], float](), dict[tuple[int, int], list[list[Module]]]()
-    counted = [[_is_counted(run) for _, run in runs] for runs in (ours, theirs)]
-    for (at, (names, run)), (to, (others, other)) in itertools.product(enumerate(ours), enumerate(theirs)):
-        if counted[0][at] == counted[1][to] or abs(len(run) - len(other)) > 1:
-            continue  # Of one side alone numbers tell the order.
-        pairs = _one_by_one(run, other) if counted[0][at] else [x[::-1] for x in _one_by_one(other, run)]
+    alike: dict[tuple[bool, int], list[int]] = defaultdict(list)
+    for to, (_, other) in enumerate(theirs):
+        for length in range(len(other) - 1, len(other) + 2):
+            alike[not _is_counted(other), length].append(to)  # Of one side alone numbers tell the order.
+    for at, to in ((at, to) for at, (_, x) in enumerate(ours) for to in alike[_is_counted(x), len(x)]):
+        (names, run), (others, other) = ours[at], theirs[to]
+        pairs = _one_by_one(run, other) if _is_counted(run) else [x[::-1] for x in _one_by_one(other, run)]
         are_modules = sum(len({leaf.names[:-1] for leaf in held}) > 1 for (_, held), _ in pairs) > 1
         is_known = not any(exclude(concepts(one), concepts(two)) for (one, _), (two, _) in pairs)
         if are_modules and arm(names) * arm(others) >= 0 and is_known:
@@ -335,7 +338,8 @@ def _one_by_one(run: Run, other: Run) -> list[list[Module]]:
     pairs: list[list[Module]] = []
     for key in keys:
         first = next(left[number] for number in sorted(left) if any(left[number].values()))
-        heads = [held for held in first.values() if held and _size(held[-1]) == _size(run[key])]
+        size = sum(part_sizes(run[key][1]))
+        heads = [held for held in first.values() if held and sum(part_sizes(held[-1][1])) == size]
         if len(heads) != 1:
             return []
         pairs.append([run[key], heads[0].pop()])
@@ -344,10 +348,6 @@ def _one_by_one(run: Run, other: Run) -> list[list[Module]]:
 
 def _is_counted(run: Run) -> bool:
     return len({key[:2] for key in run}) == len({key[0] for key in run})
-
-
-def _size(module: Module) -> int:
-    return sum(math.prod(leaf.shape) for leaf in module[1])
 
 
 def stacks_in(free: Sequence[Leaf], above: int) -> Stacks:

@@ -399,11 +399,11 @@ def without_strays(links: Sequence[Link], wanted: Iterable[Leaf], stored: Iterab
 
     def is_stray(link: Link) -> bool:
         here, there = _layer(link.target.names), _layer(link.source.names)
-        if link.grounds != "order" or not here or not there or 2 * held[here] >= len(ours[here]):
+        if not here or not there or 2 * held[here] >= len(ours[here]):
             return False
         return 2 * sum(size for size in ours[here] if size in theirs[there]) < sum(ours[here])
 
-    return [link for link in links if not is_stray(link)]
+    return [link for link in links if link.grounds != "order" or not is_stray(link)]
 
 
 def _sizes_by_layer(leaves: Iterable[Leaf]) -> Mapping[Names, list[int]]:

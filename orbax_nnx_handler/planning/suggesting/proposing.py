@@ -322,23 +322,22 @@ class _Proposing:
         return best
 
     def _tried(self, links: Sequence[Link], searched: Searched, root: int, below: Names) -> Tried:
-        rules, tried = self._written(links, searched, root, below)
-        if tried.is_clean or not any(map(_changes_nothing, rules)):
+        tried = self._written(links, searched, root, below)
+        if tried.is_clean or not any(map(_changes_nothing, tried.rules)):
             return tried
-        changing = {rule: some for rule, some in rules.items() if not _changes_nothing(rule)}
+        changing = {rule: some for rule, some in tried.rules.items() if not _changes_nothing(rule)}
         return self._judged(links, changing, root, below)
 
-    def _written(
-        self, links: Sequence[Link], searched: Searched, root: int, below: Names
-    ) -> tuple[Mapping[Rule, Sequence[Link]], Tried]:
+    def _written(self, links: Sequence[Link], searched: Searched, root: int, below: Names) -> Tried:
         """Returns the rules of a few layers, if they are those of all; else those of all."""
         few, entries = of_few_layers(links, self._entries)
-        rules = Writer(Entries(entries), root, below).write(few, searched.found.groups)
-        tried = self._judged(links, rules, root, below)
-        if tried.is_clean or few is links:
-            return rules, tried
-        rules = self._write(links, searched, root, below)
-        return rules, self._judged(links, rules, root, below)
+        writer = Writer(Entries(entries), root, below)
+        rules = writer.write(few, searched.found.groups)
+        if few is links or not writer.names_layers:
+            tried = self._judged(links, rules, root, below)
+            if tried.is_clean or few is links:
+                return tried
+        return self._judged(links, self._write(links, searched, root, below), root, below)
 
     def _judged(
         self, links: Sequence[Link], rules: Mapping[Rule, Sequence[Link]], root: int, below: Names
@@ -362,13 +361,12 @@ class _Proposing:
         before = {path: set(reads(item.recipe)) for path, item in self._found.items()}
         wrong += [path for path, sources in before.items() if got.get(path) != sources and path not in wanted]
         others = {item.leaf.path for item in self._model} - wanted.keys() - self._base.restored.keys()
-        strange = [
+        wrong += [
             path
             for path, sources in got.items()
             # What lies in a renamed module under its own name is that leaf.
             if path in others and any(segments(source)[-2:] != segments(path)[-2:] for source in sources)
         ]
-        wrong += strange
         tried = Tried(rules=rules, links=links, verdict=verdict, problem=problem, root=root, below=below)
         return dataclasses.replace(tried, right=len(right), wrong=tuple(wrong))
 

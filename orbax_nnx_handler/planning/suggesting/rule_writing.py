@@ -61,12 +61,14 @@ class Writer:
         root: How many segments of wanted paths lead to the model.
         below: The names above the stored model that the planner takes away by itself.
         rules: What is written, each rule with the links that it serves.
+        names_layers: Whether some rename is for single layers, which stand for no others.
     """
 
     entries: Entries
     root: int
     below: Names = ()
     rules: dict[Rule, list[Link]] = dataclasses.field(default_factory=dict[Rule, list[Link]])
+    names_layers: bool = False
 
     def write(
         self, links: Sequence[Link], groups: Sequence[tuple[Names, Names]]
@@ -337,33 +339,29 @@ class Writer:
 
     def _rename(self, moves: Sequence[_Move]) -> None:
         aims = {move.names: move.aim for move in moves}
-        groups, refused = defaultdict[tuple[Names, Names], list[_Move]](list), set[Rename]()
+        groups, refused = defaultdict[tuple[Names, Names], dict[Names, list[_Move]]](dict), set[Rename]()
         for move in moves:
             if not _alike(move.names, move.aim):
-                groups[_differing(move)].append(move)
+                groups[_differing(move)].setdefault(move.names, []).append(move)
         # Longer ones first: what one rename wrote is safe from the others. A name is given once it is free.
-        order, names = sorted(groups, key=lambda pair: -len(pair[0]))[::-1], Counter(one for one, _ in groups)
+        order, held = sorted(groups, key=lambda pair: -len(pair[0]))[::-1], Counter(one for one, _ in groups)
         while order:
-            free = (at for at in range(len(order))[::-1] if not names[order[at][1]])
+            free = (at for at in range(len(order))[::-1] if not held[order[at][1]])
             pair = order.pop(next(free, -1))
-            names[pair[0]] -= 1
-            waiting = groups[pair]
-            while waiting:
-                found = self._rename_rule(waiting[0], aims, refused)
-                changed = {waiting[0].names}
+            held[pair[0]] -= 1
+            waiting = groups[pair]  # By name: no rule looks through all of them.
+            for names in [*waiting]:
+                found = self._rename_rule(waiting[names][0], aims, refused) if names in waiting else None
                 if found is not None:
                     rule, applied = found
-                    changed |= self._renamed(applied, aims)
-                    self.rules.setdefault(rule, []).extend(x.link for x in waiting if x.names in changed)
-                waiting = [move for move in waiting if move.names not in changed]
+                    served = [move for name in self._renamed(applied, aims) for move in waiting.pop(name, ())]
+                    self.rules.setdefault(rule, []).extend(move.link for move in served)
 
-    def _renamed(self, after: Entries, aims: dict[Names, Names]) -> set[Names]:
+    def _renamed(self, after: Entries, aims: dict[Names, Names]) -> Iterable[Names]:
         """Takes the entries after a rename and returns the paths that it changed."""
-        before, self.entries = self.entries, after
-        changed: set[Names] = set()
-        for at, new in after.changed.items():
-            changed.add(old := before[at].segments)
-            aims[new.segments] = aims.get(old, new.segments)
+        changed = {self.entries[at].segments: new.segments for at, new in after.changed.items()}
+        aims.update({new: aims.get(old, new) for old, new in changed.items()})
+        self.entries = after
         return changed
 
     def _rename_rule(
@@ -373,7 +371,7 @@ class Writer:
         whole = self._whole(move.names)
         above = whole[: len(whole) - len(move.names)]
         first: tuple[Rename, Entries] | None = None
-        for left, right in move.templates:
+        for count, (left, right) in enumerate(move.templates):
             stored, wanted = (*above, *left), (*above, *right)
             for start, stop in _cuts(stored, wanted):
                 rule = rename_of(stored[start : len(stored) - stop], wanted[start : len(wanted) - stop])
@@ -385,6 +383,7 @@ class Writer:
                     refused.add(rule)  # For good: nothing renames the leaves without an aim.
                 elif move.names in dict(changed) and all(_alike(new, aims[old]) for old, new in changed):
                     if leads_back(rule, self.entries, after):
+                        self.names_layers |= count > 0
                         return rule, after
                     first = first or (rule, after)
         return first

@@ -329,6 +329,8 @@ def counted_otherwise(verdict: Verdict) -> set[Path]:
 
     `layers_{0..2}` are `proj_in`, `layers/0` and `proj_out`: no number tells which.
     """
+    if not (verdict.restored and verdict.missing and verdict.unexpected):
+        return set()
     (lacking, beside), (more, others) = map(
         _lists_and_modules,
         (
@@ -337,7 +339,7 @@ def counted_otherwise(verdict: Verdict) -> set[Path]:
         ),
     )
     found: set[Path] = set()
-    for path, item in verdict.restored.items() if verdict.missing and verdict.unexpected else ():
+    for path, item in verdict.restored.items():
         left, right = canonical(path), canonical(next(iter(reads(item.recipe)), ()))
         for at, (token, other) in enumerate(zip(left[::-1], right[::-1], strict=False), 1):
             if is_number(token) and token == other:

@@ -81,8 +81,10 @@ class ReplacedWeights:
         self._made: dict[Tokens, _Made] = {}
         self._moments = _OfMoments()
         self._by_end: dict[Tokens, list[Tokens]] = defaultdict(list)
-        if not by_rule or all(by_rule.isdisjoint(reads(recipe)) for _, recipe, _ in weights):
+        if not by_rule or not self._are_kept(weights):
             return  # Nearly every plan.
+        if all(by_rule.isdisjoint(reads(recipe)) for _, recipe, _ in weights):
+            return
         whole = {path: canonical(path) for path in placed}
         models = {path: item for path, item in placed.items() if item.section == "model"}
         names = whole | {at: stored_name(item) for at, item in models.items()}
@@ -112,6 +114,12 @@ class ReplacedWeights:
                 self._by_end[name[at:]].append(name)
         if not any(made.read is not None or made.is_changed for made in self._made.values()):
             self._made.clear()
+
+    def _are_kept(self, weights: Sequence[tuple[Wanted, Recipe, object]]) -> bool:
+        """Tells whether anything wanted is kept of weights."""
+        return any(item.role in ("optimizer", "step") for item in self._wanted) or any(
+            item.collection == _STATISTICS or self._is_step_alone(item) for item, _, _ in weights
+        )
 
     def _is_step_alone(self, item: Wanted) -> bool:
         """Tells whether a number is the step of an optimizer that keeps nothing else, in a pure dict."""

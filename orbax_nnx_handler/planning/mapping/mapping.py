@@ -11,12 +11,9 @@ from orbax_nnx_handler.planning.core.errors import RestoreError, RuleError
 from orbax_nnx_handler.planning.core.leaves import OPT_STATE, Shape
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, render
 from orbax_nnx_handler.planning.core.recipes import (
-    Index,
     Read,
     Recipe,
     RecipeError,
-    Slice,
-    parts_of,
     reads,
     render_reads,
     shape_of,
@@ -63,7 +60,7 @@ from orbax_nnx_handler.planning.mapping.train_states import (
 )
 from orbax_nnx_handler.planning.rules import Rule, RulesApplied
 from orbax_nnx_handler.planning.rules.applying import unused_axes
-from orbax_nnx_handler.planning.rules.entries import Entry
+from orbax_nnx_handler.planning.rules.entries import Entry, loose_parts
 from orbax_nnx_handler.planning.target.roles import Wanted, of_role
 
 
@@ -79,14 +76,7 @@ def rule_faults(
 
 def _loose_parts(applied: RulesApplied, found: Mapping[Path, Found]) -> Iterator[RestoreError]:
     """A leaf that is split is used when one of its parts is; the others must not get lost."""
-    changed = [entry for entry in applied.entries if not isinstance(entry.recipe, Read)]
-    parts = [
-        entry for entry in changed if any(isinstance(part, Index | Slice) for part in parts_of(entry.recipe))
-    ]
-    if not parts:
-        return
-    taken = {part for item in found.values() for part in parts_of(item.recipe)}
-    loose = [entry for entry in parts if entry.recipe not in taken]
+    loose = loose_parts(applied.entries, (item.recipe for item in found.values()))
     if loose:
         rows = "\n".join(
             f"  {render(entry.segments)} {entry.shape}  <-  {render_reads(entry.recipe)} by {entry.reason}"

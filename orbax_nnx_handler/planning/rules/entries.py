@@ -14,7 +14,7 @@ import numpy as np
 
 from orbax_nnx_handler.planning.core.leaves import Shape, derived, record, with_fields
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, parse, segments
-from orbax_nnx_handler.planning.core.recipes import Read, Recipe, reads
+from orbax_nnx_handler.planning.core.recipes import Index, Read, Recipe, Slice, parts_of, reads
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement, Section
 from orbax_nnx_handler.planning.layouts.linen import AUX
 
@@ -278,6 +278,26 @@ def by_own_leaf(entries: Iterable[Entry]) -> dict[Path, Entry]:
     listed = list(entries)
     count = Counter(path for entry in listed for path in entry.sources)
     return {entry.sources[0]: entry for entry in listed if [count[path] for path in entry.sources] == [1]}
+
+
+def networks_as_parts(entries: Sequence[Entry]) -> Sequence[Entry]:
+    """Returns entries under their whole paths where rules call several networks as the target does.
+
+    Such a rule takes `params` away, and what is left above is the name that tells the networks apart.
+    """
+    model = [entry for entry in entries if entry.section == "model"]
+    levels = {(entry.prefix, entry.owner) for entry in model}
+    if len(levels) < 2 or any(canonical(prefix) != owner for prefix, owner in levels):
+        return entries
+    return [dataclasses.replace(entry, segments=entry.whole, prefix=()) for entry in model]
+
+
+def loose_parts(entries: Iterable[Entry], made: Iterable[Recipe]) -> list[Entry]:
+    """Returns the parts that rules cut out of stored leaves, and that nothing is made of."""
+    cut = [entry for entry in entries if not isinstance(entry.recipe, Read)]
+    cut = [x for x in cut if any(isinstance(part, Index | Slice) for part in parts_of(x.recipe))]
+    taken = {part for recipe in (made if cut else ()) for part in parts_of(recipe)}
+    return [entry for entry in cut if entry.recipe not in taken]
 
 
 def _optimizer(owner: Path, items: Sequence[Placement]) -> Entry:

@@ -20,7 +20,7 @@ from orbax_nnx_handler.planning.core.leaves import (
     order_after,
     permuted,
 )
-from orbax_nnx_handler.planning.core.paths import Path, canonical, is_number, levels, shared_levels
+from orbax_nnx_handler.planning.core.paths import Path, is_number, levels, shared_levels
 from orbax_nnx_handler.planning.layouts.layout import is_copy_level
 from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS, Roots
 from orbax_nnx_handler.planning.rules import Rename
@@ -197,13 +197,14 @@ def by_module(links: Iterable[Link]) -> Mapping[object, list[Link]]:
     return found
 
 
-def agrees(link: Link, settled: Mapping[Path, set[Path]], claimed: Mapping[Path, Path]) -> bool:
-    """Tells whether a link does not take a leaf that another one has by its name."""
-    sources = {leaf.source for leaf in link.stored}
+def agrees(
+    link: Link, settled: Mapping[Path, set[Path]], claimed: Set[Path], free: Set[tuple[Path, Names]]
+) -> bool:
+    """Tells whether a link takes no leaf that another one has by its name, but for parts that are free."""
     for leaf in link.wanted:
         if leaf.source in settled:
-            return sources <= settled[leaf.source]
-    return link.copied or all(claimed.get(path) is None for path in sources)
+            return {one.source for one in link.stored} <= settled[leaf.source]
+    return link.copied or all(leaf.source not in claimed or leaf.part in free for leaf in link.stored)
 
 
 def layers_in_turns(entries: Iterable[Entry]) -> tuple[Rename, ...]:
@@ -231,18 +232,6 @@ def layers_in_turns(entries: Iterable[Entry]) -> tuple[Rename, ...]:
     return tuple(found)
 
 
-def networks_as_parts(entries: Sequence[Entry]) -> Sequence[Entry]:
-    """Returns entries under their whole paths where rules call several networks as the target does.
-
-    Such a rule takes `params` away, and what is left above is the name that tells the networks apart.
-    """
-    model = [entry for entry in entries if entry.section == "model"]
-    levels = {(entry.prefix, entry.owner) for entry in model}
-    if len(levels) < 2 or any(canonical(prefix) != owner for prefix, owner in levels):
-        return entries
-    return [dataclasses.replace(entry, segments=entry.whole, prefix=()) for entry in model]
-
-
 def possible_roots(links: Sequence[Link], roots: Roots, *, is_alone: bool) -> Iterator[tuple[int, Names]]:
     """Yields where the model may sit in the target, and the stored levels that go by themselves."""
     shared = shared_levels([leaf.names for link in links for leaf in link.wanted], own=1)
@@ -267,8 +256,8 @@ def apart_from_copies(links: Sequence[Link], stored: Iterable[Leaf]) -> tuple[li
     def is_copied(names: Iterable[object]) -> bool:
         return any(is_copy_level(str(name)) or "tgt" in meanings(str(name)) for name in names)
 
-    doubled, used = _doubled(links), {leaf.source for link in links for leaf in link.stored}
-    free = {x.names[-2:] for x in stored if x.source not in used and not is_copied(x.names)}
+    doubled, used = _doubled(links), {leaf.part for link in links for leaf in link.stored}
+    free = {x.names[-2:] for x in stored if x.part not in used and not is_copied(x.names)}
     kinds: dict[str, list[Link]] = defaultdict(list)
     for link in links:
         names, is_stored = link.target.names[:-1], any(is_copied(leaf.source) for leaf in link.stored)
@@ -283,10 +272,10 @@ def apart_from_copies(links: Sequence[Link], stored: Iterable[Leaf]) -> tuple[li
 
 def _doubled(links: Iterable[Link]) -> set[Path]:
     """Returns the wanted leaves that have module, name and source of another one; not the model's."""
-    found: dict[tuple[Path, Names], list[Link]] = defaultdict(list)
+    found: dict[tuple[tuple[Path, Names], Names], list[Link]] = defaultdict(list)
     for link in links:
         if link.joint is None and link.layers is None and len(link.target.names) > 2:
-            found[link.source.source, link.target.names[-2:]].append(link)
+            found[link.source.part, link.target.names[-2:]].append(link)
     several = [
         each
         for each in found.values()

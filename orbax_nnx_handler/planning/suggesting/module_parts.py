@@ -32,6 +32,7 @@ class Leaf:
         number: The kind of number it holds, as far as no cast crosses it: `floating`, `integer`, …
         source: Its path on disk or in the target.
         made: Whether NNX fuses a cell's gates into it; the last two names are NNX's then.
+        done: What settled rules have done with its shape, in order.
     """
 
     names: Names
@@ -40,6 +41,12 @@ class Leaf:
     number: str
     source: Path
     made: bool = False
+    done: tuple[str, ...] = ()
+
+    @property
+    def part(self) -> tuple[Path, Names]:
+        """What tells it from others: rules may make several of one stored leaf."""
+        return self.source, self.names
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -137,10 +144,8 @@ def module_parts(leaves: Iterable[Leaf], above: int = 0) -> list[ModulePart]:
 
 def _join_letters(found: dict[Names, dict[str, Leaf]]) -> None:
     """Makes `output_w` and `output_b` beside it one part with a bias."""
-    pairs = [
-        (names, (*names[:-1], f"{names[-1][:-1]}b")) for names in found if names and names[-1][-2:] == "_w"
-    ]
-    for names, bias in pairs:
+    for names in [names for names in found if names and names[-1][-2:] == "_w"]:
+        bias = (*names[:-1], f"{names[-1][:-1]}b")
         shapes = [
             held["main"].shape for at in (names, bias) if (held := found.get(at, {})).keys() == {"main"}
         ]
@@ -375,17 +380,12 @@ def readings_of(link: Link) -> tuple[Link, ...]:
     return tuple(dataclasses.replace(link, ways=tuple((ways[0],) for ways in each)) for each in made)
 
 
-def simplest(links: Sequence[Link]) -> list[Link]:
-    """Returns links with the simplest way of each where nothing decides."""
-    settled, left = settle_turns(links)
-    return [*settled, *(readings_of(link)[0] for link in left)]
-
-
 def _chosen(
     link: Link, leaf: Leaf, ways: tuple[Way, ...], evidence: dict[tuple[object, ...], set[bool]]
 ) -> Way | None:
-    if len(ways) == 1 or ways[0].named is None:
-        return ways[0] if len(ways) == 1 else None
+    is_told = len(ways) == 1 or ("transpose" in leaf.done and not ways[0].steps)
+    if is_told or ways[0].named is None:
+        return ways[0] if is_told else None
     if (is_first := _are_outputs_first(link)) is not None:
         return next((way for way in ways if way.turned is is_first), None)
     for key in _keys(link, leaf):

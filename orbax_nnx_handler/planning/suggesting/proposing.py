@@ -12,19 +12,18 @@ from orbax_nnx_handler.planning.core.recipes import Read, Shapes, reads
 from orbax_nnx_handler.planning.layouts.layout import Stored, is_copy_beside
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.rules import Rename, Rule
-from orbax_nnx_handler.planning.rules.entries import Entries, Entry
+from orbax_nnx_handler.planning.rules.entries import Entries, Entry, loose_parts, networks_as_parts
 from orbax_nnx_handler.planning.rules.rename import by_network
 from orbax_nnx_handler.planning.suggesting.link_groups import (
     agrees,
     as_one,
     by_module,
     layers_in_turns,
-    networks_as_parts,
     of_few_layers,
     possible_roots,
     without_strays,
 )
-from orbax_nnx_handler.planning.suggesting.module_parts import Findings, Link, readings_of, simplest
+from orbax_nnx_handler.planning.suggesting.module_parts import Findings, Link, readings_of
 from orbax_nnx_handler.planning.suggesting.rule_writing import Writer
 from orbax_nnx_handler.planning.suggesting.scoring import Remade, remade_links
 from orbax_nnx_handler.planning.suggesting.search import (
@@ -32,6 +31,7 @@ from orbax_nnx_handler.planning.suggesting.search import (
     Settled,
     paths_of,
     search,
+    simplest,
     steps_by_leaf,
     steps_in,
     stored_leaves,
@@ -112,6 +112,12 @@ class _Proposing:
         """What is restored without a proposal, and no law speaks against."""
         doubted = {path for fault in self._base.faults for path in fault.paths} | self._counted_otherwise
         return {path: item for path, item in self._base.restored.items() if path not in doubted}
+
+    @cached_property
+    def _free(self) -> set[tuple[Path, Names]]:
+        """The parts that settled rules cut out of a leaf and nothing is made of."""
+        loose = loose_parts(self._applied, (item.recipe for item in self._base.restored.values()))
+        return {leaf.part for leaf in stored_leaves(loose, False)}
 
     @cached_property
     def _counted_otherwise(self) -> set[Path]:
@@ -281,8 +287,8 @@ class _Proposing:
         """Returns the links without those that speak against what a plan without rules finds by name."""
         paths = (item.leaf.path for item in self._model if item.leaf.path in self._found)
         settled = {path: set(reads(self._found[path].recipe)) for path in paths}
-        claimed = {path: wanted for wanted, sources in settled.items() for path in sources}
-        kept = [link for link in links if agrees(link, settled, claimed) and not self._is_doubted(link)]
+        claimed = {path for sources in settled.values() for path in sources}
+        kept = [x for x in links if agrees(x, settled, claimed, self._free) and not self._is_doubted(x)]
         ours = {leaf.source: leaf for leaf in wanted_leaves(self._model)}
         theirs = {leaf.source: leaf for leaf in stored_leaves(self._applied, False)}
         kept = without_strays(kept, ours.values(), theirs.values())
@@ -350,7 +356,7 @@ class _Proposing:
         problem = "\n".join(str(fault) for fault in verdict.faults if not self._is_old(fault))
         wanted = paths_of(links)
         got = {path: set(reads(item.recipe)) for path, item in verdict.restored.items()}
-        steps = steps_by_leaf(links, self._steps)
+        steps = steps_by_leaf(links)
         right = {
             path
             for path, sources in wanted.items()
@@ -375,18 +381,9 @@ class _Proposing:
         return any(type(fault) is type(old) and {*fault.paths} <= {*old.paths} for old in self._base.faults)
 
     @cached_property
-    def _steps(self) -> Mapping[tuple[Path, Names], tuple[str, ...]]:
-        """What the settled rules do with the shapes of stored leaves."""
-        return {
-            (entry.sources[0], entry.segments): steps_in(entry.recipe)
-            for entry in self._applied
-            if not isinstance(entry.recipe, Read)
-        }
-
-    @cached_property
     def _shapes(self) -> Shapes:
         """The shapes of stored leaves, but of those that the settled rules have shaped otherwise."""
-        shaped = {path for path, _ in self._steps}
+        shaped = {entry.sources[0] for entry in self._applied if not isinstance(entry.recipe, Read)}
         return {path: leaf.shape for path, leaf in self.stored.items() if path not in shaped}
 
     def _write(
@@ -400,14 +397,14 @@ class _Proposing:
 
     def _questions(self, links: Sequence[Link], searched: Searched, tried: Tried) -> list[Choice]:
         covered = {*paths_of(links), *(tried.verdict or self._base).restored}
-        used = {leaf.source for link in links for leaf in link.stored}
+        used = {leaf.part for link in links for leaf in link.stored}
         found, several = list[Choice](), list[Sequence[Sequence[Link]]]()
         for tie in searched.found.ties:
             readings = [
                 tuple(simplest(reading))
                 for reading in tie.readings
                 if covered.isdisjoint(leaf.source for link in reading for leaf in link.wanted)
-                and used.isdisjoint(one.source for link in reading if not link.copied for one in link.stored)
+                and used.isdisjoint(one.part for link in reading if not link.copied for one in link.stored)
             ]
             if len(readings) == len(tie.readings) or len(readings) > 1:
                 several.append(readings)

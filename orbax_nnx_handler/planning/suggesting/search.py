@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
@@ -36,6 +37,7 @@ from orbax_nnx_handler.planning.suggesting.module_parts import (
     Tie,
     module_parts,
     part_of,
+    readings_of,
     settle_turns,
 )
 from orbax_nnx_handler.planning.suggesting.named_parts import NamedPart, named_parts
@@ -68,6 +70,12 @@ def search(wanted: Sequence[Leaf], stored: Sequence[Leaf], order: Mapping[Tokens
     found.ties.extend(copies)
     settled, turns = settle_turns(plain)
     return Searched(links=tuple(settled), turns=tuple(turns), found=found)
+
+
+def simplest(links: Sequence[Link]) -> list[Link]:
+    """Returns links with the simplest way of each where nothing decides."""
+    settled, left = settle_turns(links)
+    return [*settled, *(readings_of(link)[0] for link in left)]
 
 
 def wanted_leaves(items: Iterable[Wanted]) -> list[Leaf]:
@@ -104,6 +112,7 @@ def _leaf(entry: Entry, names: Names) -> Leaf:
         shape=entry.shape,
         number=number_of(entry.cast or entry.dtype),
         source=entry.sources[0],
+        done=steps_in(entry.recipe),
     )
 
 
@@ -192,23 +201,15 @@ def paths_of(links: Iterable[Link]) -> Mapping[Path, set[Path]]:
     return found
 
 
-def steps_by_leaf(
-    links: Iterable[Link], done: Mapping[tuple[Path, Names], tuple[str, ...]]
-) -> Mapping[Path, tuple[str, ...]]:
-    """Returns what is done with the shape of each wanted leaf, or of the first part of it, in order.
-
-    Args:
-        links: The links.
-        done: What was done with the stored leaves before, by source and name.
-    """
+def steps_by_leaf(links: Iterable[Link]) -> Mapping[Path, tuple[str, ...]]:
+    """Returns what is done with the shape of each wanted leaf, or of the first part of it, in order."""
     found: dict[Path, tuple[str, ...]] = {}
     for link in links:
-        before = done.get((link.source.source, link.source.names), ())
         for at, leaf in enumerate(link.wanted):
             way = link.ways[at if link.is_split else 0][0]
             if not link.source.made:
                 steps = (*link.after, *way.steps) if link.is_split else (*way.steps, *link.after)
-                found[leaf.source] = (*before, *(step.kind for step in steps))
+                found[leaf.source] = (*link.source.done, *(step.kind for step in steps))
     return found
 
 
@@ -224,10 +225,10 @@ def match_leftovers(wanted: Sequence[Leaf], stored: Sequence[Leaf], links: Itera
     nothing else wants, are all made from it.
     """
     every = list(links)
-    made = {leaf.source for link in every for leaf in link.wanted}
-    used = {leaf.source for link in every for leaf in link.stored}
+    made = {leaf.part for link in every for leaf in link.wanted}
+    used = {leaf.part for link in every for leaf in link.stored}
     sides = (wanted, made), (stored, used)
-    free = [module_parts(leaf for leaf in leaves if leaf.source not in own) for leaves, own in sides]
+    free = [module_parts(leaf for leaf in leaves if leaf.part not in own) for leaves, own in sides]
     counted = [Counter(part.main_size for part in parts) for parts in free]
     few = {size for size, count in counted[0].items() if 0 < count * counted[1][size] <= MOST_PAIRS}
     if not few:
@@ -352,8 +353,15 @@ class Settled:
 
     @cached_property
     def _unanswered(self) -> list[Tie]:
-        """Siblings that the whole model leaves open, and no rule tells: that another one is gone does not."""
-        return [t for t in self.before.found.ties if _of_siblings(t) and not self.answered & _wanted_by(t)]
+        """What the whole model leaves open, and no rule tells: that another one is gone does not."""
+        open_ = [tie for tie in self.before.found.ties if not self.answered & _wanted_by(tie)]
+        # What one answer leaves out may get another stored leaf by a rule.
+        whole = (t for t in open_ if all(len(paths_of(each)) == len(_wanted_by(t)) for each in t.readings))
+        return [t for t in whole if _of_siblings(t) or self._is_as_stored(itertools.chain(*t.readings))]
+
+    def _is_as_stored(self, links: Iterable[Link]) -> bool:
+        made = ((leaf, self._made_of[leaf.source]) for link in links for leaf in link.stored)
+        return all([(x.segments, type(x.recipe)) for x in xs] == [(leaf.names, Read)] for leaf, xs in made)
 
     def _again(self, ties: Iterable[Tie]) -> Iterator[Tie]:
         asked = {path for tie in ties for path in _wanted_by(tie)}
@@ -402,11 +410,7 @@ class Settled:
         entry = made[0][0] if made[0] else None
         if entry is None or any(len(entries) != 1 for entries in made):
             return
-        as_stored = all(
-            entries[0].segments == leaf.names and entries[0].shape == leaf.shape
-            for entries, leaf in zip(made, link.stored, strict=True)
-        )
-        if as_stored:
+        if self._is_as_stored([link]):
             yield link
         elif not (link.is_split or link.source.made) and all(entries[0] is entry for entries in made):
             leaf = dataclasses.replace(link.source, names=entry.segments, shape=entry.shape)
@@ -424,7 +428,7 @@ def _of_siblings(tie: Tie) -> bool:
 
 
 def _wanted_by(tie: Tie) -> set[Path]:
-    return {leaf.source for reading in tie.readings for link in reading for leaf in link.wanted}
+    return {*paths_of(itertools.chain(*tie.readings))}
 
 
 def _stacked(link: Link) -> int:

@@ -47,12 +47,12 @@ def spoilt(name: str, part: int, target: Any, tree: Any, rules: Sequence[Any]) -
     wanted, arrays = flatten_target(target), leaves_of(tree)
     settled = _parts(rules, name)[part]
     try:
-        alone = _values(wanted, arrays, settled)
+        alone = values_under(wanted, arrays, settled)
     except RestoreError:
         return set()  # These rules need the others.
     found = propose(wanted, stored_of(arrays), _options(settled))
-    after = _values(wanted, arrays, (*settled, *found.renames))
-    right = _values(wanted, arrays, rules)
+    after = values_under(wanted, arrays, (*settled, *found.renames))
+    right = values_under(wanted, arrays, rules)
     return (_wrong(after, right) - _wrong(alone, right)) | (alone.keys() - after.keys())
 
 
@@ -67,7 +67,8 @@ def _options(rules: Sequence[Any]) -> RestoreOptions:
     return RestoreOptions.of(renames=rules, policy="warn", unexpected="ignore")
 
 
-def _values(wanted: Any, arrays: Arrays, rules: Sequence[Any]) -> dict[Path, np.ndarray]:
+def values_under(wanted: Any, arrays: Arrays, rules: Sequence[Any]) -> dict[Path, np.ndarray]:
+    """Returns the values of a plan under rules, whatever else it says against them."""
     verdict = judge(wanted, stored_of(arrays), _options(rules))
     return {path: evaluate(item.recipe, arrays) for path, item in verdict.restored.items()}
 

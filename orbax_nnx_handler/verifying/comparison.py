@@ -343,9 +343,9 @@ def _floats_in(tree: Any) -> list[Any]:
 def _slices(path: Path, zero: Array) -> Array | None:
     """Returns the slices of a weight without an effect along one axis, if they are a large part of it."""
     if zero.all():
-        return zero
-    if concepts(segments(path)) & {"embed", "token", "pos", "type"}:
-        return None  # Words and positions that are not among the inputs.
+        return zero if zero.size else None
+    if not zero.ndim or concepts(segments(path)) & {"embed", "token", "pos", "type"}:
+        return None  # One number, or words and positions that are not among the inputs.
     shares = [
         zero.all(axis=tuple(at for at in range(zero.ndim) if at != axis), keepdims=True)
         for axis in range(zero.ndim)

@@ -245,3 +245,31 @@ def test_weights_that_a_module_gives_up_are_not_lost(tmp_path: pathlib.Path):
         ("pre_norm", "norm_out"),
         ("post_norm", "norm_in"),
     }
+
+
+class LinenScaled(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        temperature = self.param("temperature", nn.initializers.ones, ())
+        gate = self.param("gate", nn.initializers.zeros, ())
+        return nn.Dense(8, name="out")(x + gate * nn.Dense(8, name="branch")(x)) * temperature
+
+
+class Scaled(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.temperature, self.gate = nnx.Param(jnp.ones(())), nnx.Param(jnp.zeros(()))
+        self.branch, self.out = nnx.Linear(8, 8, rngs=rngs), nnx.Linear(8, 8, rngs=rngs)
+
+    def __call__(self, x):
+        return self.out(x + self.gate * self.branch(x)) * self.temperature
+
+
+@pytest.mark.parametrize("inputs", [INPUT, INPUT[:1, :1]], ids=["many tokens", "one token"])
+def test_of_a_scalar_the_outputs_tell_all_or_nothing(tmp_path: pathlib.Path, inputs: Any):
+    checkpoint = save(tmp_path, LinenScaled().init(jax.random.key(0), INPUT))
+    target = nnx.eval_shape(lambda: Scaled(nnx.Rngs(0)))
+    found = verify(checkpoint, target, LinenScaled().apply, lambda model, x: model(x), (inputs,))
+
+    (remark,) = found.remarks
+    assert found.equal
+    assert "that they do not depend on: branch/bias, branch/kernel." in remark

@@ -340,7 +340,7 @@ def check_one_save(checkpoint: Checkpoint) -> None:
     except (ValueError, OSError) as error:
         reason, hint = reason_and_hint(str(checkpoint.directory), error)
         raise UnreadableLeafError(
-            f"nobody can tell whether {checkpoint.directory} was saved again while it was read: "
+            f"nobody can tell whether {checkpoint.directory} was saved again, or deleted, while it was read: "
             f"{printable(reason)}",
             hints=[hint],
         ) from error
@@ -348,7 +348,7 @@ def check_one_save(checkpoint: Checkpoint) -> None:
         files.content(epath.Path(file)) != content for file, content in checkpoint.stamps.items()
     ):
         raise UnreadableLeafError(
-            f"{checkpoint.directory} was saved again while it was read: its values may be of either save.",
+            f"{checkpoint.directory} was saved again, or deleted, while it was read: its values may be of either save.",
             hints=[WRITTEN_TO],
         )
 

@@ -216,7 +216,9 @@ def test_a_save_into_the_files_that_are_read_is_an_error_and_no_mixture(tmp_path
         shutil.copytree(new.parent, old.parent, dirs_exist_ok=True)
 
     if shares_files:
-        with pytest.raises(UnreadableLeafError, match="default was saved again while it was read") as raised:
+        with pytest.raises(
+            UnreadableLeafError, match="default was saved again, or deleted, while it was read"
+        ) as raised:
             restore(old, TARGET, progress=save_again)
         assert raised.value.hints[0].words.startswith("restore again once nothing is written there")
         assert restore(old, TARGET)["a"].tolist() == [11, 11, 11]
@@ -250,10 +252,10 @@ def test_files_without_a_note_of_their_save_that_change_while_they_are_read_are_
 
     checkpoint = read_metadata(paths[0])
     conversion = Conversion(source=checkpoint, leaves=list(as_stored(checkpoint).values()))
-    with pytest.raises(UnreadableLeafError, match="was saved again while it was read"):
+    with pytest.raises(UnreadableLeafError, match="was saved again, or deleted, while it was read"):
         write_converted(conversion, tmp_path / "converted", memory_bytes=None, progress=save_again)
     assert not (tmp_path / "converted").exists()
-    with pytest.raises(UnreadableLeafError, match="was saved again while it was read"):
+    with pytest.raises(UnreadableLeafError, match="was saved again, or deleted, while it was read"):
         restore(paths[0], TARGET, progress=save_again)
     assert restore(paths[0], TARGET)["a"].tolist() == [11, 11, 11]
 
@@ -280,13 +282,13 @@ def test_objects_that_change_after_they_were_read_are_an_error(tmp_path, disk_fo
     change("b")
     check_one_save(checkpoint)  # Nobody read it.
     change("a")
-    with pytest.raises(UnreadableLeafError, match="was saved again while it was read"):
+    with pytest.raises(UnreadableLeafError, match="was saved again, or deleted, while it was read"):
         check_one_save(checkpoint)
     again = as_remote(read_metadata(old), listed=False)
     assert read_values(again, [("a",)])[("a",)].tolist() == [11, 11, 11]
     check_one_save(again)
     shutil.rmtree(old / "a")
-    with pytest.raises(UnreadableLeafError, match="was saved again while it was read"):
+    with pytest.raises(UnreadableLeafError, match="was saved again, or deleted, while it was read"):
         check_one_save(again)
 
 

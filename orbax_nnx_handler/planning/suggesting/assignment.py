@@ -126,7 +126,11 @@ def _ways(wanted: Leaf, stored: Leaf, one: NamedPart, other: NamedPart) -> tuple
     if None not in (wanted.collection, stored.collection) and wanted.collection != stored.collection:
         return ()
     if one.is_table and other.is_table and stored.names[-1] != "kernel":
-        return ways(stored.shape, wanted.shape)[:1]
+        found, names = ways(stored.shape, wanted.shape), {stored.names[-1], wanted.names[-1]}
+        # T5X's has a row for each head, and an embedding has one for each distance.
+        if "rel_embedding" in names and len(names) > 1:
+            return found[-1:] if names & {"embedding", "weight"} else found
+        return found[:1]
     return ways_of_heads((stored, stored.shape), (wanted, wanted.shape), one.said | other.said)
 
 

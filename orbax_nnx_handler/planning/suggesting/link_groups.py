@@ -313,6 +313,7 @@ class _Precedents:
         self._wanted, self._stored = (
             kinds_of_modules({part_of(leaf) for leaf in leaves}) for leaves in (wanted, stored)
         )
+        self._counted = [_lists({part_of(leaf) for leaf in leaves}) for leaves in (wanted, stored)]
         self._forth: dict[object, set[object]] = defaultdict(set)
         self._back: dict[object, set[object]] = defaultdict(set)
         self._takers: dict[object, set[object]] = defaultdict(set)
@@ -355,10 +356,8 @@ class _Precedents:
         modules = wanted[: -ours[-1].width], stored[: -theirs[-1].width]
         are_alone = is_alone(wanted, self._wanted) and is_alone(stored, self._stored)
         for kind, one, other in (("list", wanted, stored), ("modules", *modules))[: 1 + are_alone]:
-            for here, there in zip(levels(one)[-1:], levels(other)[-1:], strict=False):
-                if here.number is not None and there.number is not None:
-                    base = other[: -there.width], there.base, there.number - here.number
-                    yield kind, (one[: -here.width], here.base), base
+            if told := self._place_in_list(one, other):
+                yield kind, *told
         left, right = (words("".join(names[-1:])) for names in (wanted, stored))
         for at in (0, -1):
             rest = [
@@ -366,6 +365,30 @@ class _Precedents:
             ]
             if rest[0] == rest[1] and rest[0] and not left[at].isdecimal():
                 yield modules, (at, left[at]), right[at]
+
+    def _place_in_list(self, one: Names, other: Names) -> tuple[tuple[object, ...], object] | None:
+        """Returns the lists that two parts are in, where one counts as the other, from another number on.
+
+        That they count as far tells that no other part stands between those of one of them.
+        """
+        here, there = levels(one)[-1:], levels(other)[-1:]
+        if not here or not there or (at := here[0].number) is None or (to := there[0].number) is None:
+            return None
+        ours, theirs = (one[: -here[0].width], here[0].base), (other[: -there[0].width], there[0].base)
+        is_one = {number + to - at for number in self._counted[0][ours]} == self._counted[1][theirs]
+        return (ours, (*theirs, to - at)) if is_one else None
+
+
+def _lists(parts: Iterable[Names]) -> Mapping[tuple[Names, str], set[int]]:
+    """Returns the numbers of each list, by where it is and what it is called."""
+    found: dict[tuple[Names, str], set[int]] = defaultdict(set)
+    for part in parts:
+        at = 0
+        for level in levels(part):
+            if level.number is not None:
+                found[part[:at], level.base].add(level.number)
+            at += level.width
+    return found
 
 
 def _count(names: Names) -> int:

@@ -21,6 +21,8 @@ from orbax_nnx_handler.planning.suggesting.named_parts import NamedPart, are_cou
 from orbax_nnx_handler.planning.suggesting.scoring import across_networks, either_way, gated, joined_parts
 from orbax_nnx_handler.planning.suggesting.vocabulary import (
     MARGIN,
+    PARAMETER,
+    STRONG,
     Names,
     in_strict_order,
     last_of_block,
@@ -264,8 +266,18 @@ class _Pairs:
         for other in best:
             if other != pair and (both := (pair[0], other[1])) in group:
                 scores = [self._fits[each].score for each in (both, pair, other)]
-                if scores[0] - MARGIN >= max(scores[1:]):
+                # What is only left because names exclude the fourth pair is told by no name of its own.
+                is_left = (other[0], pair[1]) in self._excluded and not any(map(self._shares, (pair, other)))
+                margin = 0 if is_left else MARGIN
+                if scores[0] - margin >= max(scores[1:]):
                     yield other
+
+    def _shares(self, pair: tuple[int, int]) -> bool:
+        """Tells whether names say that two parts do the same in their block."""
+        one, other = self._wanted[pair[0]], self._stored[pair[1]]
+        kinds = {PARAMETER.get(role.part.names[-1]) for role in (one, other)}
+        is_told = bool(one.part.own & other.part.own or one.said & other.said & STRONG)
+        return is_told or (len(kinds) == 1 and None not in kinds)
 
     def _displaced(
         self, best: frozenset[tuple[int, int]], group: set[tuple[int, int]]
@@ -433,6 +445,9 @@ class _Pairs:
                 pairs = list(zip(left, right, strict=True))
                 if len(readings) < _READINGS and all(pair in self._fits for pair in pairs):
                     readings.append(tuple(link for pair in pairs for link in self.links(*pair, "names")))
+        if len(readings) == 1 and shorter > 1:  # What names exclude may hide another reading of a few.
+            single = (self.links(*x, "names") for x in itertools.product(ours, theirs) if x in self._fits)
+            readings += [tuple(links) for links in single if not {*links} <= {*readings[0]}]
         return Tie(
             wanted=tuple(self._wanted[at].part.names for at in ours),
             stored=tuple(self._stored[to].part.names for to in theirs),

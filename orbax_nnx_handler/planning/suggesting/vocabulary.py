@@ -215,6 +215,8 @@ def telling(words: Sequence[frozenset[str]]) -> list[frozenset[str]]:
 
 def weight(concept: str) -> float:
     """Returns how much it tells that two names share a concept."""
+    if concept == "conv":
+        return 0.5  # Shapes tell it.
     return 4.0 if concept in STRONG else 2.0 if concept in _KNOWN else 0.5 + 0.5 * (len(concept) > 1)
 
 

@@ -348,7 +348,8 @@ def check_one_save(checkpoint: Checkpoint) -> None:
         files.content(epath.Path(file)) != content for file, content in checkpoint.stamps.items()
     ):
         raise UnreadableLeafError(
-            f"{checkpoint.directory} was saved again, or deleted, while it was read: its values may be of either save.",
+            f"{checkpoint.directory} was saved again, or deleted, while it was read: its values may be of "
+            "either save.",
             hints=[WRITTEN_TO],
         )
 

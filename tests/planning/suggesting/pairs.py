@@ -40,7 +40,7 @@ OPEN = {
     "evoformer": 44,
     "perceiver": 32,
     "dual_encoder": 1,
-    "inception": 20,
+    "inception": 50,
     "ddpm": 12,
     "qwen2": 6,
     "set_transformer": 20,

@@ -15,6 +15,7 @@ from flax import nnx
 
 from orbax_nnx_handler import UnstackLayers, Verification, VerificationError, verify
 from orbax_nnx_handler.planning.core.paths import render
+from orbax_nnx_handler.verifying.recording import run_linen
 
 X = np.random.default_rng(0).normal(size=(2, 4)).astype("f")
 
@@ -424,3 +425,30 @@ def test_of_statistics_that_are_another_norm_s_the_code_is_not_blamed(tmp_path: 
 
     assert "n1/mean comes from n2, and n1/bias from n1: check their rules." in str(found)
     assert "the code differs" not in str(found)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_scan_is_the_same_layer_by_layer(reverse: bool):
+    stack = {"a": np.arange(12.0, dtype="f").reshape(4, 3), "n": np.arange(4)}
+
+    def program(x: Any) -> Any:
+        layer = lambda carry, one: (carry * 2 + one["a"].sum(), carry + one["n"])  # noqa: E731
+        return jax.lax.scan(layer, x, stack, reverse=reverse)
+
+    expected = program(jnp.float32(1))
+    found, _ = run_linen(program, jnp.float32(1), owner=lambda _: ())
+    assert jax.tree.all(jax.tree.map(np.array_equal, found, expected))
+
+
+def test_of_many_layers_no_more_is_compiled_than_of_few(caplog: pytest.LogCaptureFixture):
+    def compiled(layers: int) -> int:
+        jax.clear_caches()
+        caplog.clear()
+        stack = np.ones((layers, 5, 7), np.float32)
+        with jax.log_compiles():
+            run_linen(
+                lambda x: jax.lax.scan(lambda x, w: (x + w, None), x, stack), X[0, 0], owner=lambda _: ()
+            )
+        return caplog.text.count("Finished XLA compilation")
+
+    assert compiled(9) == compiled(3) > 0

@@ -300,10 +300,10 @@ class _Context:
         return are_next and not is_either and part.family[1] not in self._backwards
 
     def _leads_back(self, part: ModulePart, roles: Sequence[str], family: Sequence[int]) -> bool:
-        """Tells whether the layer of a number leads back by its shape too: in DINOv2 it is `w3`, not `w2`."""
-        shapes = map(self._shapes[part.family].get, family)
-        others = {shape for role, shape in zip(roles, shapes, strict=True) if role != "down"}
-        return "down" not in roles or len(others) == 1
+        """Tells whether the layer of a number leads back by its shape: in DINOv2 it is `w3`, not `w2`."""
+        shapes = {role: self._shapes[part.family].get(at) for role, at in zip(roles, family, strict=True)}
+        back = shapes.pop("down", None)
+        return back is None or ({*shapes.values()} != {back} and len({*shapes.values()}) == 1)
 
     def _resolve_mlp(
         self, said: set[str], own: set[str], family: Sequence[int], last: Level, is_counted: bool

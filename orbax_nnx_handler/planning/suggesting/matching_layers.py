@@ -11,7 +11,7 @@ from orbax_nnx_handler.planning.core.folding import around, same_numbers
 from orbax_nnx_handler.planning.core.leaves import with_fields
 from orbax_nnx_handler.planning.core.paths import Tokens, levels, shared_levels
 from orbax_nnx_handler.planning.suggesting.assignment import in_turn, part_sizes, sizes_within, stacks_in
-from orbax_nnx_handler.planning.suggesting.matching_parts import Known, match_parts, nothing_known
+from orbax_nnx_handler.planning.suggesting.matching_parts import Known, match_parts
 from orbax_nnx_handler.planning.suggesting.module_parts import (
     Findings,
     Layers,
@@ -64,7 +64,7 @@ class Context:
     above: tuple[int, int] = (0, 0)
     levels: tuple[tuple[int, int], ...] = ()
     order: Mapping[Tokens, Sequence[str]] = dataclasses.field(default_factory=dict[Tokens, Sequence[str]])
-    known: Known = nothing_known
+    known: Known = lambda _wanted, _stored: 0
 
 
 def match_context(context: Context) -> Findings:

@@ -27,6 +27,8 @@ from orbax_nnx_handler.planning.suggesting.vocabulary import (
     in_strict_order,
     last_of_block,
     likeness,
+    meanings,
+    words,
 )
 
 _READINGS = 24  # All orders of four parts.
@@ -39,16 +41,13 @@ Known = Callable[[Names, Names], int]
 """How much of what is known elsewhere speaks for a wanted and a stored part."""
 
 
-def nothing_known(_wanted: Names, _stored: Names) -> int:
-    """Stands for what is known where nothing is."""
-    return 0
+_TOLD, _PRECEDENT = 2.0, 1.0
+"""What a module has that is told by the shape of another matrix in it; enough to decide between pairs of
+which nothing else tells, and no more."""
 
-
-_TOLD = 2.0
-"""What a module has that is told by the shape of another matrix in it."""
-
-_PRECEDENT = 1.0
-"""Enough to decide between pairs of which nothing else tells, and no more."""
+_Found = list[tuple[int, int, PairGrounds]]
+_Choice = list[tuple[int, int]]
+_Group = set[tuple[int, int]]
 
 
 def match_parts(
@@ -56,7 +55,7 @@ def match_parts(
     stored: Sequence[ModulePart],
     above: tuple[Sequence[str], Sequence[str]] = ((), ()),
     created: Created = lambda _: None,
-    known: Known = nothing_known,
+    known: Known = lambda _wanted, _stored: 0,
     used: Sequence[ModulePart] = (),
     partial: Sequence[Collection[Names]] = ((), ()),
 ) -> Findings:
@@ -81,6 +80,13 @@ def match_parts(
     return Findings(links=links, ties=[*ties, *either_way(left, right, modules), *more])
 
 
+def _share_number(part: Names, module: Names) -> bool:
+    """Tells whether a part has the number of a module and says what that is: `pre_ffw2_norm` and `mlp2`."""
+    names = "".join(part[-1:]), module[-1]
+    counted = [[word for word in words(name) if word.isdecimal()] for name in names]
+    return counted[0] == counted[1] != [] and {*meanings(names[1])} <= {*meanings(names[0])}
+
+
 _Sides = tuple[Sequence[NamedPart], Sequence[NamedPart]]
 
 
@@ -93,9 +99,9 @@ class _Pairs:
         self._wanted, self._stored = wanted, stored = sides
         self._partial = partial
         self._fits: dict[tuple[int, int], Fit] = {}
-        self._excluded: set[tuple[int, int]] = set()
-        self._known: set[tuple[int, int]] = set()
-        self._unlikely: list[tuple[int, int]] = []
+        self._excluded: _Group = set()
+        self._known: _Group = set()
+        self._unlikely: _Choice = []
         self._closed: list[tuple[Names, Names]] = []  # Modules that hold all of some that are each other's.
         self._ours, self._theirs = dict[int, int](), dict[int, int]()  # Of the best pairs.
         self._homes = Homes(*([role.part.names for role in side] for side in (wanted, stored)))
@@ -118,10 +124,10 @@ class _Pairs:
         for pair, fit in self._fits.items():
             if self._homes.of(*pair) in modules:
                 self._fits[pair] = dataclasses.replace(fit, score=fit.score + _TOLD)
-        if is_outermost:
-            foreign = set(across_networks(self._fits, wanted, stored))
-            self._fits = {pair: fit for pair, fit in self._fits.items() if pair not in foreign}
-            self._excluded |= foreign
+        foreign = {*self._elsewhere(modules)}
+        foreign.update(across_networks(self._fits, wanted, stored) if is_outermost else ())
+        self._fits = {pair: fit for pair, fit in self._fits.items() if pair not in foreign}
+        self._excluded |= foreign
 
     def _modules_told(self) -> set[tuple[Names, Names]]:
         """Returns modules that are each other's by a matrix that no other one of them can be by its shape."""
@@ -132,11 +138,27 @@ class _Pairs:
         sides = [Counter(pair[side] for pair in told) for side in (0, 1)]
         return {pair for pair in told if all(pair) and sides[0][pair[0]] == sides[1][pair[1]] == 1}
 
-    def settle(self, created: Created) -> tuple[list[tuple[int, int, PairGrounds]], list[Tie]]:
+    def _elsewhere(self, modules: Collection[tuple[Names, Names]]) -> Iterator[tuple[int, int]]:
+        """Yields pairs of modules that are not each other's: `ffw2_norm` of `mlp2`, `moe_norm` of `moe`."""
+        is_counted = any(not names[-1].isalpha() for pair in modules for names in pair)
+        for pair, side in itertools.product(self._fits if is_counted else (), (0, 1)):
+            parts = self._wanted[pair[0]].part, self._stored[pair[1]].part
+            beside = [
+                (one, two)
+                for one, two in modules
+                if (one[:-1], two[:-1]) == (parts[0].module, parts[1].module)
+            ]
+            counted = {each for each in beside if _share_number(parts[side].names, each[side])}
+            own = {*words("".join(parts[1 - side].names[-1:]))}
+            called = {each for each in beside if {*words(each[1 - side][-1])} <= own}
+            if counted and called and not counted & called:
+                yield pair
+
+    def settle(self, created: Created) -> tuple[_Found, list[Tie]]:
         """Returns the pairs that stand, and the choices that are left; none strays but attention outputs."""
         while True:
             self._ours, self._theirs, self._unlikely, self._closed = {}, {}, [], []
-            self._beside = defaultdict[tuple[int, int], list[tuple[int, int]]](list)
+            self._beside = defaultdict[tuple[int, int], _Choice](list)
             for pair, side in itertools.product((*self._fits, *self._excluded), (0, 1)):
                 self._beside[side, pair[side]].append(pair)
             found, ties = self._settled(created)
@@ -147,8 +169,8 @@ class _Pairs:
             self._fits = {pair: fit for pair, fit in self._fits.items() if pair not in strays}
             self._excluded |= strays
 
-    def _settled(self, created: Created) -> tuple[list[tuple[int, int, PairGrounds]], list[Tie]]:
-        found: list[tuple[int, int, PairGrounds]] = []
+    def _settled(self, created: Created) -> tuple[_Found, list[Tie]]:
+        found: _Found = []
         ties: list[Tie] = []
         waiting = [group for group in components(self._fits) if len(group) <= MOST_PAIRS]
         undecided: list[Undecided] = []
@@ -184,9 +206,7 @@ class _Pairs:
                 ties.append(self._tie([at], [to]))
         return found, ties
 
-    def _within_modules(
-        self, undecided: list[Undecided], found: list[tuple[int, int, PairGrounds]]
-    ) -> list[Undecided]:
+    def _within_modules(self, undecided: list[Undecided], found: _Found) -> list[Undecided]:
         """Adds what modules that are known tell; returns what is left undecided."""
         while True:
             left: list[Undecided] = []
@@ -206,12 +226,8 @@ class _Pairs:
         return same_modules([*(self._homes.of(at, to) for at, to, _ in found), *self._closed])
 
     def _among_siblings(
-        self,
-        tie: Sequence[tuple[int, int]],
-        group: set[tuple[int, int]],
-        modules: Mapping[Names, Names],
-        found: Sequence[tuple[int, int, PairGrounds]],
-    ) -> set[tuple[int, int]] | None:
+        self, tie: Sequence[tuple[int, int]], group: _Group, modules: Mapping[Names, Names], found: _Found
+    ) -> _Group | None:
         """Returns the pairs of a tie that what is known allows; None where that changes nothing.
 
         Known modules hold what is theirs, and parts of one list were made in its order.
@@ -219,7 +235,7 @@ class _Pairs:
         ours, theirs = {at for at, _ in tie}, {to for _, to in tie}
         sources = {other: one for one, other in modules.items()}
         among = {(at, to) for at, to in group if at in ours and to in theirs}
-        kept: set[tuple[int, int]] = set()
+        kept: _Group = set()
         anchors = [(self._wanted[at].part.levels, self._stored[to].part.levels) for at, to, _ in found]
         for at, to in among:
             left, right = self._wanted[at].part.levels, self._stored[to].part.levels
@@ -230,9 +246,7 @@ class _Pairs:
         is_whole = {at for at, _ in kept} == ours and {to for _, to in kept} == theirs
         return kept if is_whole and kept != among else None
 
-    def _settle(
-        self, group: set[tuple[int, int]], found: list[tuple[int, int, PairGrounds]], *, asked: bool = False
-    ) -> list[list[tuple[int, int]]]:
+    def _settle(self, group: _Group, found: _Found, *, asked: bool = False) -> list[_Choice]:
         """Adds the pairs of a group that stand; returns those that do not, by what depends on each other.
 
         What was asked about before stands where what is known has left one pair of several.
@@ -260,7 +274,7 @@ class _Pairs:
         return [sorted(tie) for tie in merged(doubtful)]
 
     def _rather(
-        self, pair: tuple[int, int], best: Collection[tuple[int, int]], group: set[tuple[int, int]]
+        self, pair: tuple[int, int], best: Collection[tuple[int, int]], group: _Group
     ) -> Iterator[tuple[int, int]]:
         """Yields best pairs whose stored part and this one's wanted part are both more like each other."""
         for other in best:
@@ -280,7 +294,7 @@ class _Pairs:
         return is_told or (len(kinds) == 1 and None not in kinds)
 
     def _displaced(
-        self, best: frozenset[tuple[int, int]], group: set[tuple[int, int]]
+        self, best: frozenset[tuple[int, int]], group: _Group
     ) -> Iterator[frozenset[tuple[int, int]]]:
         """Yields pairs with those of what is left, where only modules around tell which part has the role."""
         unsaid = {(at, to) for at, to in group if self._wanted[at].has_role != self._stored[to].has_role}
@@ -289,7 +303,7 @@ class _Pairs:
             if (at == pair[0] and to not in theirs) or (to == pair[1] and at not in ours):
                 yield frozenset((pair, (at, to)))
 
-    def _rivals(self, pair: tuple[int, int], group: set[tuple[int, int]]) -> bool:
+    def _rivals(self, pair: tuple[int, int], group: _Group) -> bool:
         return any(other != pair and (other[0] == pair[0] or other[1] == pair[1]) for other in group)
 
     def _others(self, pair: tuple[int, int]) -> Iterator[tuple[int, int]]:
@@ -302,7 +316,7 @@ class _Pairs:
             leaves[1][kind].shape == leaf.shape for kind, leaf in leaves[0].items() if kind in leaves[1]
         )
 
-    def _is_plausible(self, pair: tuple[int, int], group: set[tuple[int, int]]) -> bool:
+    def _is_plausible(self, pair: tuple[int, int], group: _Group) -> bool:
         """Tells whether a pair is more than a coincidence of shape."""
         fit, one, other = self._fits[pair], self._wanted[pair[0]], self._stored[pair[1]]
         is_same = one.position is not None and one.position == other.position
@@ -320,10 +334,7 @@ class _Pairs:
         return leaf is None or len(set(leaf.shape)) == len(leaf.shape) or not self._rivals(pair, group)
 
     def _sides(
-        self,
-        tie: Sequence[tuple[int, int]],
-        group: set[tuple[int, int]],
-        found: Sequence[tuple[int, int, PairGrounds]],
+        self, tie: Sequence[tuple[int, int]], group: _Group, found: _Found
     ) -> tuple[list[int], list[int], set[int], set[int]]:
         """Returns the parts of a tie on both sides, and what else could be in it: stored, wanted."""
         ours, theirs = sorted({at for at, _ in tie}), sorted({to for _, to in tie})
@@ -333,7 +344,7 @@ class _Pairs:
         rivals = {to for at, to in near if at in ours and to not in taken[1]}
         return ours, theirs, rivals, {at for at, to in near if to in theirs and at not in taken[0]}
 
-    def _comes_near(self, pair: tuple[int, int], group: set[tuple[int, int]]) -> bool:
+    def _comes_near(self, pair: tuple[int, int], group: _Group) -> bool:
         """Tells whether the best pairs are nearly as good where two of them change places for another one."""
         at, to = pair
         before = (at, self._theirs.get(at, -1)), (self._ours.get(to, -1), to)
@@ -342,11 +353,7 @@ class _Pairs:
         return sum(scores[0]) - sum(scores[1]) < MARGIN
 
     def _settle_in_order(
-        self,
-        tie: Sequence[tuple[int, int]],
-        group: set[tuple[int, int]],
-        created: Created,
-        found: list[tuple[int, int, PairGrounds]],
+        self, tie: Sequence[tuple[int, int]], group: _Group, created: Created, found: _Found
     ) -> bool:
         """Adds the pairs of a tie that the order of both sides tells; tells whether it does."""
         ours, theirs, rivals, lone = self._sides(tie, group, found)
@@ -360,13 +367,7 @@ class _Pairs:
         found.extend((at, to, grounds) for at, to in ordered)
         return True
 
-    def _without_last(
-        self,
-        tie: list[tuple[int, int]],
-        group: set[tuple[int, int]],
-        created: Created,
-        found: list[tuple[int, int, PairGrounds]],
-    ) -> Undecided:
+    def _without_last(self, tie: _Choice, group: _Group, created: Created, found: _Found) -> Undecided:
         """Adds the norm of a block's only network, which comes last; returns the other ones' tie."""
         ours, theirs, *_ = self._sides(tie, group, found)
         last = last_of_block([self._wanted[at].place for at in ours])
@@ -383,9 +384,7 @@ class _Pairs:
     def _are_siblings(self, tie: Sequence[tuple[int, int]]) -> bool:
         return len({(self._wanted[at].part.module, self._stored[to].part.module) for at, to in tie}) == 1
 
-    def _by_numbering(
-        self, ours: Sequence[int], theirs: Sequence[int], free: set[int]
-    ) -> list[tuple[int, int]] | None:
+    def _by_numbering(self, ours: Sequence[int], theirs: Sequence[int], free: set[int]) -> _Choice | None:
         """Returns the pairs of parts that both sides count alike: `conv2_1` and `blocks/1/convs/0`."""
         sides = (self._wanted, ours[0]), (self._stored, theirs[0])
         left, right = (ranks_of([role.part.names for role in roles], like) for roles, like in sides)
@@ -398,12 +397,8 @@ class _Pairs:
         return pairs if all(pair in self._fits and pair[1] in free for pair in pairs) else None
 
     def _in_order(
-        self,
-        ours: Sequence[int],
-        theirs: Sequence[int],
-        created: Created,
-        found: Sequence[tuple[int, int, PairGrounds]],
-    ) -> list[tuple[int, int]] | None:
+        self, ours: Sequence[int], theirs: Sequence[int], created: Created, found: _Found
+    ) -> _Choice | None:
         """Returns the pairs that follow from the order of both sides, where each tells one."""
         left = in_order([self._wanted[at] for at in ours])
         right = in_order([self._stored[to] for to in theirs])
@@ -421,9 +416,7 @@ class _Pairs:
         pairs = [(ours[one], theirs[other]) for one, other in zip(left, right, strict=True)]
         return pairs if all(pair in self._fits for pair in pairs) else None
 
-    def _in_order_beside(
-        self, side: int, parts: Sequence[int], found: Sequence[tuple[int, int, PairGrounds]]
-    ) -> list[int] | None:
+    def _in_order_beside(self, side: int, parts: Sequence[int], found: _Found) -> list[int] | None:
         """Returns the order of what lies beside parts of one side, each in a module of its own.
 
         The other side counts it: `depthwise/bn`, `pointwise/bn`, whose convolutions are `Conv_0`, `Conv_1`.

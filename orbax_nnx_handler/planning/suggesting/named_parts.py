@@ -33,8 +33,7 @@ from orbax_nnx_handler.planning.suggesting.vocabulary import (
     telling,
 )
 
-_QKV = frozenset("qkv")
-_MLP = frozenset(("up", "down", "gate"))
+_QKV, _MLP = frozenset("qkv"), frozenset(("up", "down", "gate"))
 _ENDS = frozenset(("pre", "post", "first", "last"))
 
 
@@ -162,8 +161,9 @@ class _Context:
             is_either = self._may_come_first(part, len(numbers[-1][1]) if numbers else 0)
         else:
             fact = self._resolve(part, said, numbers) or fact
-            is_turned = any((part.levels[-1].base, x) in NUMBERED for _, x in numbers[-1:])  # `w3`, `w2`.
-            is_either = part.family[1] in self._backwards or ("down" in said and is_turned)
+            known = any((part.levels[-1].base, x) in NUMBERED for _, x in numbers[-1:])  # `w3`, `w2`.
+            is_turned = known and said.isdisjoint(("gate", "up", *"qkvo"))
+            is_either = is_turned or part.family[1] in self._backwards
         place = self._position(part, said)
         return NamedPart(part, frozenset(said), numbers, place, fused, fact, untold, is_either)
 
@@ -228,8 +228,9 @@ class _Context:
         gated = tuple(word for word in meanings(last) if word in ("gate", "up"))
         if len(gated) > 1 and bias is not None and len(bias.shape) > 1:
             return gated  # Experts with biases: in GPT-OSS both take turns, else they do not.
-        # Guided diffusion: head by head, but under `use_new_attention_order`.
-        is_either = last == "qkv" and "proj_out" in self._bases[part.module]
+        # Guided diffusion's, but under `use_new_attention_order`; InternLM2's and CodeGen's.
+        is_either = {"qkv": "proj_out", "qkv_proj": "wo"}.get(last) in self._bases[part.module]
+        is_either |= last == "qkv_proj" and "fc_in" in itertools.chain(*self._bases.values())
         is_either |= last not in FUSED and any(name in last.lower() for name in UNTOLD)
         return ("q", "k", "v") if is_either else ()
 
@@ -361,8 +362,7 @@ class _Context:
 
     def _holds_both(self, module: Names) -> bool:
         """Tells whether a module holds an attention and a network."""
-        inside = [{*meanings(names[-1])} for names in self._inside[module]] if module else []
-        return any("attn" in said for said in inside) and any("mlp" in said for said in inside)
+        return bool(module) and concepts(names[-1] for names in self._inside[module]) >= {"attn", "mlp"}
 
     def _beside(self, part: ModulePart, own: set[str]) -> set[str]:
         """Returns what the modules beside a part are that share a word with it."""

@@ -110,7 +110,8 @@ class _Proposing:
     @cached_property
     def _found(self) -> dict[Path, Restored]:
         """What is restored without a proposal, and no law speaks against."""
-        doubted = {path for fault in self._base.faults for path in fault.paths} | self._counted_otherwise
+        doubted = {path for fault in self._base.faults for path in fault.paths}
+        doubted |= counted_otherwise(self._base)
         return {path: item for path, item in self._base.restored.items() if path not in doubted}
 
     @cached_property
@@ -118,10 +119,6 @@ class _Proposing:
         """The parts that settled rules cut out of a leaf and nothing is made of."""
         loose = loose_parts(self._applied, (item.recipe for item in self._base.restored.values()))
         return {leaf.part for leaf in stored_leaves(loose, False)}
-
-    @cached_property
-    def _counted_otherwise(self) -> set[Path]:
-        return counted_otherwise(self._base)
 
     @cached_property
     def _chosen(self) -> Chosen:
@@ -396,7 +393,8 @@ class _Proposing:
         return [entry for entry in self._applied if entry.section == "model"]
 
     def _questions(self, links: Sequence[Link], searched: Searched, tried: Tried) -> list[Choice]:
-        covered = {*paths_of(links), *(tried.verdict or self._base).restored}
+        verdict = tried.verdict or self._base
+        covered = {*paths_of(links), *(verdict.restored.keys() - counted_otherwise(verdict))}
         used = {leaf.part for link in links for leaf in link.stored}
         found, several = list[Choice](), list[Sequence[Sequence[Link]]]()
         for tie in searched.found.ties:
@@ -426,7 +424,7 @@ class _Proposing:
     def _suggested(self, tried: Tried, questions: Sequence[Question]) -> Suggestion:
         verdict = tried.verdict or self._base
         weights = [item.leaf.path for item in of_role(self._wanted, *WEIGHTS)]
-        doubted = self._counted_otherwise - paths_of(tried.links).keys()
+        doubted = counted_otherwise(verdict) - paths_of(tried.links).keys()
         open_ends = {*verdict.missing, *verdict.mismatched, *doubted}
         return Suggestion(
             proposals=tuple(proposal_of(rule, links) for rule, links in tried.rules.items()),

@@ -327,7 +327,9 @@ def _sources(recipe: Recipe) -> str:
 def counted_otherwise(verdict: Verdict) -> set[Path]:
     """Returns the restored leaves of lists of which the other side has more, and beside its list less.
 
-    `layers_{0..2}` are `proj_in`, `layers/0` and `proj_out`: no number tells which.
+    `layers_{0..2}` are `proj_in`, `layers/0` and `proj_out`: no number tells which. And those whose name is
+    stored with a number too, where the target has another one beside it: `norm` and `norm2` are `norm` and
+    `moe_norm`.
     """
     if not (verdict.restored and verdict.missing and verdict.unexpected):
         return set()
@@ -339,14 +341,24 @@ def counted_otherwise(verdict: Verdict) -> set[Path]:
         ),
     )
     found: set[Path] = set()
+    numbered = {(*_place(path), leaf.shape) for path, leaf in verdict.unexpected.items()}
     for path, item in verdict.restored.items():
-        left, right = canonical(path), canonical(next(iter(reads(item.recipe)), ()))
+        source = next(iter(reads(item.recipe)), ())
+        left, right = canonical(path), canonical(source)
+        shape = item.wanted.shape
+        if (*_place(source), shape) in numbered and (left[-1:], shape) in beside[canonical(path[:-2])]:
+            found.add(path)
         for at, (token, other) in enumerate(zip(left[::-1], right[::-1], strict=False), 1):
             if is_number(token) and token == other:
                 one, two = left[:-at], right[:-at]
                 if more[two] & beside[one[:-1]] or lacking[one] & others[two[:-1]]:
                     found.add(path)
     return found
+
+
+def _place(path: Path) -> tuple[Path, str, Path]:
+    """Returns the module around a part, the part's name without numbers, and its parameter."""
+    return path[:-2], "".join(x for x in str(path[-2:-1]) if not x.isdecimal()), path[-1:]
 
 
 def _lists_and_modules(

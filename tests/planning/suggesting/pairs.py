@@ -56,10 +56,15 @@ OPEN = {
     "guided_diffusion": 6,
     "flux": 2,
     "mmdit": 2,
+    "eva02": 18,
+    "codegen": 9,
+    "internlm2": 9,
+    "gemma4_experts": 6,
 }
 """Leaves that stay open.
 
-An array that holds queries, keys and values may hold them head by head (bloom); a logarithm of a variance
+An array that holds queries, keys and values may hold them head by head or in groups (bloom, codegen,
+internlm2); a logarithm of a variance
 is not that of a deviation (vae_flax); networks and parts of one shape that Linen numbered (sac, drq, simba,
 graphnet, nerf, savi, genie, rt1) are in no order that names tell.
 Whether shift or scale comes first (flux, mmdit), how keys and values lie in an array of a layer
@@ -73,7 +78,8 @@ attention that Linen numbered is which (perceiver, set_transformer), which of `a
 coca), which of two last norms is the text's (coca), which of a block's convolutions of one shape is which
 branch (inception, nafnet), which comes first (rrdb), which of three norms is of which part (xcit), what is
 a message of nodes and what one of edges (protein_mpnn), how queries, keys and values lie in one array
-(guided_diffusion), and which of two networks of a block is which (painn), only outputs tell. Not found yet:
+(guided_diffusion), which of two networks of a block is which (painn), which of three square layers leads back
+(eva02), and which of two norms is that of the experts (gemma4_experts), only outputs tell. Not found yet:
 the mask's layer in a list of its own (conv_tasnet), the bias of queries and of values in one for all three
 (qformer), a lone vector (ncsnpp), and two levels of a U-Net that are as large (ddpm).
 """

@@ -60,6 +60,7 @@ OPEN = {
     "codegen": 9,
     "internlm2": 9,
     "gemma4_experts": 6,
+    "mipnerf360": 6,
 }
 """Leaves that stay open.
 
@@ -79,7 +80,8 @@ coca), which of two last norms is the text's (coca), which of a block's convolut
 branch (inception, nafnet), which comes first (rrdb), which of three norms is of which part (xcit), what is
 a message of nodes and what one of edges (protein_mpnn), how queries, keys and values lie in one array
 (guided_diffusion), which of two networks of a block is which (painn), which of three square layers leads back
-(eva02), and which of two norms is that of the experts (gemma4_experts), only outputs tell. Not found yet:
+(eva02), which of two norms is that of the experts (gemma4_experts), and where a list of square layers ends
+(mipnerf360), only outputs tell. Not found yet:
 the mask's layer in a list of its own (conv_tasnet), the bias of queries and of values in one for all three
 (qformer), a lone vector (ncsnpp), and two levels of a U-Net that are as large (ddpm).
 """

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from orbax_nnx_handler.planner import decide
 from orbax_nnx_handler.planning.core.errors import RestoreError, UnreadableLeafError, VerificationError
+from orbax_nnx_handler.planning.core.folding import fold_paths
 from orbax_nnx_handler.planning.core.lines import counted
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import Add, Recipe
@@ -67,6 +68,7 @@ class Settling:
         programs: Both programs.
         init: Builds the target with real values, for what is not stored.
         allowed: The answers to each question that are still possible; programs run under the first.
+        missing: The wanted leaves that nothing was found for when both programs ran last.
     """
 
     checkpoint: Checkpoint
@@ -76,6 +78,7 @@ class Settling:
     programs: Programs
     init: Callable[[], Any] | None = None
     allowed: list[Sequence[int]] = dataclasses.field(init=False)
+    missing: Sequence[Path] = ()
 
     def __post_init__(self) -> None:
         self.allowed = [range(len(question.choices)) for question in self.suggestion.questions]
@@ -100,6 +103,7 @@ class Settling:
                         *kept, None
                     )  # A proof of one module is none where another loses its own.
                 runs = run_both(self.checkpoint, plan, parts, self.programs, self.init, linen)
+                self.missing = [*plan.missing]
             except (VerificationError, UnreadableLeafError):
                 raise
             except RestoreError as error:  # The rules do not go together, or leave a value that counts.
@@ -251,6 +255,7 @@ class Settling:
         known = {proposal.rule: proposal for proposal in self.suggestion.proposals}
         plan, _ = self._decided((*self.options.renames, *rules), check=False)
         left = [question for question, answer in zip(questions, answers, strict=True) if answer is None]
+        proof = _open(verification, self.missing) if left else ""
         if left or plan.error() is not None:
             verification = None
         wanted, stored = self.suggestion.unmatched_wanted, self.suggestion.unmatched_stored
@@ -261,7 +266,7 @@ class Settling:
             unmatched_wanted=tuple(path for path in wanted if path not in plan.restored),
             unmatched_stored=tuple(path for path in stored if path in plan.unexpected),
             problem="\n".join(str(fault) for fault in plan.faults),
-            proof=_OPEN if left else _words(verification, len(plan.missing)),
+            proof=proof or _words(verification, len(plan.missing)),
             is_proved=verification is not None and verification.equal and not verification.remarks,
             is_refuted=verification is not None and not verification.equal,
             settle=None,
@@ -306,10 +311,26 @@ def _tells(best: float, next_: float) -> bool:
     return best <= _NEAR and next_ > _NEARER * best
 
 
-_OPEN = (
-    "both programs were run: with these inputs no answer to what is open is nearer to Linen's outputs than "
-    "the others. Choose inputs of several tokens and examples, or settle it by a rule."
-)
+def _open(verification: Verification | None, missing: Sequence[Path]) -> str:
+    """Returns why outputs do not answer what is open, in words."""
+    ran = "both programs were run"
+    if missing:
+        leaves = counted(len(missing), "leaf is", "leaves are")
+        return (
+            f"{ran}, but {leaves} still without a source, so that outputs tell little: write rules for "
+            f"{fold_paths(missing)} first, or settle the rest by a rule."
+        )
+    if verification is not None and verification.equal:
+        return (
+            f"{ran}, and return the same under more than one answer to what is open: either these inputs do "
+            "not show the difference, and others of several tokens and examples may, or the programs "
+            "treat both alike. Settle it by a rule."
+        )
+    where = f", first in {verification.first.path}" if verification and verification.first else ""
+    return (
+        f"{ran}: under no answer to what is open do they return the same{where}, and none is nearer. Correct "
+        "what differs first, or settle it by a rule."
+    )
 
 
 def _words(verification: Verification | None, missing: int) -> str:

@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import Suggestion, VerificationError, restore, suggest
+from orbax_nnx_handler import Add, Suggestion, UnstackLayers, VerificationError, restore, suggest
 from tests.verifying.twins import BERT, GEMMA, TRANSLATOR, TWINS, Twin
 
 Save = Callable[[Twin], pathlib.Path]
@@ -154,8 +154,38 @@ def test_a_question_that_outputs_do_not_tell_stays_open(tmp_path: pathlib.Path):
 
     assert found.questions
     assert found.confidence == "open"
-    assert "# both programs were run: with these inputs no answer to what is open" in str(found)
+    assert "# both programs were run, and return the same under more than one answer" in str(found)
     assert "suggest(..., verify=" not in str(found)
+
+
+class BesideMore(BesideTwin):
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.shift = nnx.Param(jnp.ones((7,)))
+
+
+def test_leaves_that_nothing_is_stored_for_are_told_and_no_other_inputs_are_asked_for(tmp_path: pathlib.Path):
+    path, make = as_initialised(BESIDE, tmp_path / "c"), lambda: BesideMore(nnx.Rngs(0))
+    found = suggest(
+        path, nnx.eval_shape(make), init=make, verify=(BESIDE.linen.apply, BESIDE.run, BESIDE.inputs)
+    )
+
+    assert found.questions
+    assert "both programs were run, but 1 leaf is still without a source" in found.proof
+    assert "write rules for shift first" in found.proof
+
+
+def test_where_no_answer_makes_the_programs_equal_other_inputs_are_not_asked_for(tmp_path: pathlib.Path):
+    def doubled(model: Any, *inputs: Any) -> Any:
+        return 2 * model(*inputs)
+
+    verify = (BESIDE.linen.apply, doubled, BESIDE.inputs)
+    # Norms as they were initialised are all the same.
+    path = as_initialised(BESIDE, tmp_path / "c")
+    found = suggest(path, nnx.eval_shape(BESIDE.make), verify=verify)
+
+    assert found.questions
+    assert "under no answer to what is open do they return the same" in found.proof
 
 
 def test_programs_that_differ_leave_a_word_on_where(saved: Save):
@@ -316,3 +346,77 @@ def test_of_all_orders_of_four_parts_the_one_is_found_that_outputs_tell_and_none
 def test_what_is_no_pair_of_programs_is_told_before_anything_is_searched(given: Any):
     with pytest.raises(VerificationError, match=r"verify is a .*: it takes \(linen_apply"):
         suggest("nowhere", nnx.eval_shape(BERT.make), verify=given)
+
+
+class OffByOne(nn.Module):
+    """A norm whose scale is stored less one, as Gemma's."""
+
+    @nn.compact
+    def __call__(self, x):
+        weight = self.param("weight", nn.initializers.normal(0.3), (8,))
+        return x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True) + 1e-6) * (1 + weight)
+
+
+class OffByOneLayer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return x + nn.Dense(8, name="fc")(OffByOne(name="ln")(x)), None
+
+
+class OffByOneLayers(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        layers = nn.scan(OffByOneLayer, variable_axes={"params": 1}, split_rngs={"params": True}, length=3)
+        return OffByOne(name="ln_f")(layers(name="h")(x, None)[0])
+
+
+class Scaled(nnx.Module):
+    def __init__(self):
+        self.scale = nnx.Param(jnp.ones(8))
+
+    def __call__(self, x):
+        return x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True) + 1e-6) * self.scale[...]
+
+
+class ScaledLayer(nnx.Module):
+    def __init__(self, rngs):
+        self.norm, self.lin = Scaled(), nnx.Linear(8, 8, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.lin(self.norm(x))
+
+
+class ScaledLayers(nnx.Module):
+    def __init__(self, rngs):
+        self.layers = nnx.List([ScaledLayer(rngs) for _ in range(3)])
+        self.final_norm = Scaled()
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.final_norm(x)
+
+
+UNSTACKED = [UnstackLayers("h", "layers/{i}", axis=1)]
+NAMED = [("ln/weight", "norm/scale"), ("ln_f/weight", "final_norm/scale"), ("fc", "lin")]
+
+
+@pytest.mark.parametrize("rules", [[], UNSTACKED, [*UNSTACKED, *NAMED]], ids=["none", "stack", "all names"])
+def test_what_outputs_prove_is_proposed_beside_whatever_rules_are_settled(saved: Save, rules: list[Any]):
+    twin = Twin(
+        name="off_by_one",
+        linen=OffByOneLayers(),
+        make=lambda: ScaledLayers(nnx.Rngs(0)),
+        inputs=(np.random.default_rng(3).normal(size=(2, 5, 8)).astype("f"),),
+        rules=[],
+    )
+
+    found = suggest(
+        saved(twin),
+        nnx.eval_shape(twin.make),
+        renames=rules,
+        verify=(twin.linen.apply, twin.run, twin.inputs),
+    )
+
+    assert found.confidence == "certain", found
+    assert sum(isinstance(rule, Add) and rule.constant == 1 for rule in found.renames) == 2

@@ -199,7 +199,8 @@ class Evidence:
         Moments follow their parameters, and an optimizer is restored whole or not at all.
         """
         lost = [item for path, item in self.weights.items() if path in self.open_leaves]
-        held = stored_leaves(model_entries(self.unused_weights.values()), False)
+        unused = model_entries(self.unused_weights.values())
+        held = stored_leaves([*unused, *self.sides.loose], False)
         found = arrangeable(wanted_leaves(lost), held) if held else set[Path]()
         found.update(path for owner in self.networks for path in self._lost_networks[owner])
         sections = {item.section for item in self.sides.placements.values()}

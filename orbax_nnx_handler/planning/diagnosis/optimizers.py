@@ -20,6 +20,7 @@ from orbax_nnx_handler.planning.core.paths import (
 )
 from orbax_nnx_handler.planning.core.recipes import Recipe, reads
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, spell
+from orbax_nnx_handler.planning.diagnosis.passed_rules import follow_weights
 from orbax_nnx_handler.planning.diagnosis.ways import selecting, weights_alone
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement, field_of
 from orbax_nnx_handler.planning.mapping.optimizer_states import split
@@ -377,6 +378,8 @@ def _nested(evidence: Evidence, lost: Sequence[Path]) -> Iterable[Cause]:
     # What lies below a network's name is looked for as that network's.
     left = [item for item in _free(evidence, "optimizer") if begins_a_state(item.path)]
     wanted = {evidence.moments[path][0] for path in lost if path in evidence.moments}
+    if follow_weights(evidence, lost, [parameter for _, parameter in free]):
+        return
     if stored and wanted:
         there, here = map(_folded, (stored, wanted))
         text = f"structured differently: its moments are at {there}, the target's at {here}"
@@ -397,8 +400,6 @@ def _nested(evidence: Evidence, lost: Sequence[Path]) -> Iterable[Cause]:
             text=f"the stored optimizer is {text}.",
             paths=tuple(lost),
             way=Hint(way),
-            filters=(),  # Moments that are stored are not begun anew.
-            may_be_initialised=False,
             facts={"stored": there, "wanted": here},
         )
     elif stored:
@@ -420,8 +421,7 @@ def _nested(evidence: Evidence, lost: Sequence[Path]) -> Iterable[Cause]:
                 "read it with Orbax, and give from_linen its moments below the paths of their weights, as "
                 f"tx.init(params) has them; {weights_alone(evidence)}"
             ),
-            filters=(),  # Moments that are stored are not begun anew.
-            may_be_initialised=False,
+            # No filter: moments that are stored are not begun anew.
             facts={"stored": ", ".join(sorted(names)), "wanted": ""},
         )
 

@@ -1,22 +1,21 @@
 """Rules that were passed and stand in the way: what they drop or make is not what the target wants."""
 
 import dataclasses
-import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from orbax_nnx_handler.planning.core.errors import Cause, Hint, RuleError, as_python
+from orbax_nnx_handler.planning.core.errors import Cause, Hint, as_python
 from orbax_nnx_handler.planning.core.folding import fold_paths
 from orbax_nnx_handler.planning.core.leaves import Shape, differing_axes
 from orbax_nnx_handler.planning.core.lines import counted, listed
-from orbax_nnx_handler.planning.core.paths import Path, render
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, render
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, reads
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence
 from orbax_nnx_handler.planning.diagnosis.ways import AXES, selecting
 from orbax_nnx_handler.planning.mapping.matches import Discarded
 from orbax_nnx_handler.planning.rules import Drop, Fuse, Repeat, Reshape, Rule, Split
 from orbax_nnx_handler.planning.rules.stacking import stacking_otherwise
-from orbax_nnx_handler.planning.suggesting.shapes import ways, without_axis
+from orbax_nnx_handler.planning.suggesting.shapes import ways
 from orbax_nnx_handler.planning.verdict.outcomes import Mismatched
 
 _TRIED = 6
@@ -120,39 +119,36 @@ def find_rules_of_layers(evidence: Evidence) -> Iterable[Cause]:
 
 def find_unused_parts(evidence: Evidence) -> Iterable[Cause]:
     """Yields the missing weights that could be what a rule cuts out of a stored leaf and nothing wants."""
-    loose = {p for fault in evidence.verdict.faults if isinstance(fault, RuleError) for p in fault.paths}
-    if not loose:
-        return
-    kept = [*evidence.restored.values(), *evidence.verdict.mismatched.values()]
-    for source in [path for path in evidence.stored_weights if path in loose]:
-        used = sum(math.prod(item.wanted.shape) for item in kept if {*reads(item.recipe)} == {source})
-        lost = [
-            p for p in evidence.missing_weights if _is_piece(evidence.shape(p), evidence.shape(source), used)
-        ]
-        if used and lost:
-            be = (
-                "could be that part under another name"
-                if len(lost) == 1
-                else "could be such under other names"
-            )
-            yield Cause(
-                kind="UnusedPart",
-                text=f"a rule takes {render(source)} apart, and nothing uses a part of it: "
-                f"{fold_paths(lost)} {be}.",
-                paths=evidence.with_moments(lost),
-                facts={"stored": source, "wanted": tuple(lost)},
-            )
+    shapes: dict[Path, set[Shape]] = defaultdict(set)
+    for entry in evidence.sides.loose:
+        shapes[entry.sources[0]].add(entry.shape)
+    kept = [*evidence.restored.values(), *evidence.verdict.mismatched.values()] if shapes else []
+    used = {path for item in kept for path in reads(item.recipe)}
+    found: dict[tuple[Path, ...], list[Path]] = defaultdict(list)
+    for source in shapes.keys() & used:
+        own = (p for p in evidence.missing_weights if any(ways(x, evidence.shape(p)) for x in shapes[source]))
+        found[tuple(own)].append(source)
+    found.pop((), None)
+    for lost, sources in found.items():
+        be = "could be that part under another name" if len(lost) == 1 else "could be such under other names"
+        yield Cause(
+            kind="UnusedPart",
+            text=f"rules take {fold_paths(sources)} apart, and nothing uses a part of it: "
+            f"{fold_paths(lost)} {be}.",
+            paths=evidence.with_moments(lost),
+            facts={"stored": tuple(sources), "wanted": lost},
+        )
 
 
-def _is_piece(part: Shape, whole: Shape, used: int) -> bool:
-    """Tells whether what is left of a stored leaf along one axis may hold a wanted one, however arranged."""
-    size = math.prod(part)
-    return size <= math.prod(whole) - used and any(
-        size % math.prod(rest) == 0
-        and bool(ways((*whole[:at], size // math.prod(rest), *whole[at + 1 :]), part))
-        for at in range(len(whole))
-        if math.prod(rest := without_axis(whole, at))
-    )
+def follow_weights(evidence: Evidence, lost: Sequence[Path], stored: Iterable[Tokens | None]) -> bool:
+    """Tells whether moments are missing, and others left over, because their weights are.
+
+    The rules that are missing for the weights are for their moments too.
+    """
+    missing = {evidence.below[path] for path in evidence.missing_weights}
+    free = {evidence.stored_below(item) for item in evidence.free_weights.values()}
+    ours = {evidence.moments[path][1] if path in evidence.moments else None for path in lost}
+    return ours <= missing and free.issuperset(stored)
 
 
 def find_sizes_of_rules(evidence: Evidence) -> Iterable[Cause]:

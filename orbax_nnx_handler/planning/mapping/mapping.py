@@ -8,7 +8,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 
 from orbax_nnx_handler.planning.core.errors import RestoreError, RuleError
+from orbax_nnx_handler.planning.core.folding import Row
 from orbax_nnx_handler.planning.core.leaves import OPT_STATE, Shape
+from orbax_nnx_handler.planning.core.lines import aligned
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, render
 from orbax_nnx_handler.planning.core.recipes import (
     Read,
@@ -68,25 +70,20 @@ def rule_faults(
     applied: RulesApplied, match: ModelMatch, found: Mapping[Path, Found]
 ) -> Iterator[RestoreError]:
     """Yields the errors for parts that go nowhere and for axes that nothing asks for."""
-    yield from _loose_parts(applied, found)
-    idle = [rule for rule in applied.axes if all(rule.tokens[-len(at) :] != at for at in match.groups)]
-    if idle:
-        yield unused_axes(idle)
-
-
-def _loose_parts(applied: RulesApplied, found: Mapping[Path, Found]) -> Iterator[RestoreError]:
-    """A leaf that is split is used when one of its parts is; the others must not get lost."""
     loose = loose_parts(applied.entries, (item.recipe for item in found.values()))
-    if loose:
-        rows = "\n".join(
-            f"  {render(entry.segments)} {entry.shape}  <-  {render_reads(entry.recipe)} by {entry.reason}"
-            for entry in loose
-        )
+    if loose:  # A leaf that is taken apart is used when one of its parts is; the others must not get lost.
+        parts = [Row(x.segments, (str(x.shape),), render_reads(x.recipe)) for x in loose]
+        rows = [aligned(parts), *(f"  by {reason}" for reason in dict.fromkeys(x.reason for x in loose))]
+        what = "{} of leaves that rules take apart {} no wanted leaf:"
+        head = what.format("1 part", "is") if len(loose) == 1 else what.format(f"{len(loose)} parts", "are")
         yield RuleError(
-            f"{len(loose)} parts of split leaves are no wanted leaf:\n{rows}",
+            "\n".join([head, *rows]),
             paths=[path for entry in loose for path in entry.sources],
             hints=["correct their names, or leave them behind with Drop(name, reason)."],
         )
+    idle = [rule for rule in applied.axes if all(rule.tokens[-len(at) :] != at for at in match.groups)]
+    if idle:
+        yield unused_axes(idle)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,6 +143,11 @@ class LeafMapping:
     def recipes(self) -> Mapping[Path, Recipe]:
         """How each wanted leaf that has a source is made."""
         return {path: found.recipe for path, found in self.found.items()}
+
+    @property
+    def loose(self) -> tuple[Entry, ...]:
+        """The parts that rules cut out of stored leaves, and that nothing is made of."""
+        return tuple(loose_parts(self.applied.entries, self.recipes.values()))
 
     def used(self) -> set[Path]:
         """Returns the stored paths that the result is made from, and those that say the same."""

@@ -11,6 +11,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
+from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, segments
 from orbax_nnx_handler.planning.layouts.layout import (
     FOLLOWERS,
@@ -38,8 +39,8 @@ from orbax_nnx_handler.planning.mapping.roots import (
     owner_of,
     strip,
 )
-from orbax_nnx_handler.planning.rules import ScanAxis
-from orbax_nnx_handler.planning.rules.entries import Entry
+from orbax_nnx_handler.planning.rules import Rename, ScanAxis
+from orbax_nnx_handler.planning.rules.entries import Entry, Names
 from orbax_nnx_handler.planning.target.roles import Wanted
 
 
@@ -396,3 +397,44 @@ def _joined(matches: Sequence[ModelMatch]) -> ModelMatch:
         without_variable=tuple(item for match in matches for item in match.without_variable),
         groups=frozenset[Tokens]().union(*(match.groups for match in matches)),
     )
+
+
+def networks_as_parts(entries: Sequence[Entry]) -> Sequence[Entry]:
+    """Returns entries under their whole paths where rules call several networks as the target does.
+
+    Such a rule takes `params` away, and what is left above is the name that tells the networks apart.
+    """
+    model = [entry for entry in entries if entry.section == "model"]
+    levels = {(entry.prefix, entry.owner) for entry in model}
+    if len(levels) < 2 or any(canonical(prefix) != owner for prefix, owner in levels):
+        return entries
+    return [dataclasses.replace(entry, segments=entry.whole, prefix=()) for entry in model]
+
+
+TURNS = ("local", "global")
+"""Layers that take turns in a block, in their order, as in Gemma 2."""
+
+
+def layers_in_turns(entries: Iterable[Entry]) -> tuple[Rename, ...]:
+    """Returns rules under which the parts of layers that take turns in one block are layers by number.
+
+    `self_attention_local` and `self_attention_global` in each block of a stack: every part is there twice.
+    """
+    blocks: dict[Names, dict[Names, dict[str, tuple[str, Shape]]]] = defaultdict(lambda: defaultdict(dict))
+    held: dict[Names, int] = defaultdict(int)
+    for entry in entries:
+        for at, name in enumerate(entry.segments[:-1]):
+            held[entry.segments[:at]] += 1
+            base, _, turn = name.rpartition("_")
+            if at and base and turn in TURNS:
+                blocks[entry.segments[:at]][base, *entry.segments[at + 1 :]][turn] = name, entry.shape
+    found: dict[Rename, None] = {}
+    for above, parts in blocks.items():
+        count = len(TURNS) * len(parts)
+        kinds = {len({shape for _, shape in x.values()}) for x in parts.values()}
+        if kinds == {1} and held[above] == sum(map(len, parts.values())) == count:
+            for (base, *_), each in parts.items():
+                for number, turn in enumerate(TURNS):
+                    aim = *above, f"{above[-1]}_{number}", base
+                    found[Rename("/".join((*above, each[turn][0])), "/".join(aim))] = None
+    return tuple(found)

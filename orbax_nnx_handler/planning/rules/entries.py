@@ -14,7 +14,17 @@ import numpy as np
 
 from orbax_nnx_handler.planning.core.leaves import Shape, derived, record, with_fields
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, parse, segments
-from orbax_nnx_handler.planning.core.recipes import Index, Read, Recipe, Slice, parts_of, reads
+from orbax_nnx_handler.planning.core.recipes import (
+    Concat,
+    Fill,
+    Index,
+    Read,
+    Recipe,
+    Slice,
+    Stack,
+    parts_of,
+    reads,
+)
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement, Section
 from orbax_nnx_handler.planning.layouts.linen import AUX
 
@@ -280,24 +290,23 @@ def by_own_leaf(entries: Iterable[Entry]) -> dict[Path, Entry]:
     return {entry.sources[0]: entry for entry in listed if [count[path] for path in entry.sources] == [1]}
 
 
-def networks_as_parts(entries: Sequence[Entry]) -> Sequence[Entry]:
-    """Returns entries under their whole paths where rules call several networks as the target does.
-
-    Such a rule takes `params` away, and what is left above is the name that tells the networks apart.
-    """
-    model = [entry for entry in entries if entry.section == "model"]
-    levels = {(entry.prefix, entry.owner) for entry in model}
-    if len(levels) < 2 or any(canonical(prefix) != owner for prefix, owner in levels):
-        return entries
-    return [dataclasses.replace(entry, segments=entry.whole, prefix=()) for entry in model]
-
-
 def loose_parts(entries: Iterable[Entry], made: Iterable[Recipe]) -> list[Entry]:
     """Returns the parts that rules cut out of stored leaves, and that nothing is made of."""
     cut = [entry for entry in entries if not isinstance(entry.recipe, Read)]
     cut = [x for x in cut if any(isinstance(part, Index | Slice) for part in parts_of(x.recipe))]
     taken = {part for recipe in (made if cut else ()) for part in parts_of(recipe)}
     return [entry for entry in cut if entry.recipe not in taken]
+
+
+def from_entries(recipe: Recipe, made: Mapping[Recipe, Path]) -> Recipe:
+    """Returns a recipe with what rules have made, whole or inside it, read from paths of its own."""
+    if recipe in made:
+        return Read(made[recipe])
+    if isinstance(recipe, Stack | Concat):
+        return type(recipe)(tuple(from_entries(source, made) for source in recipe.sources), recipe.axis)
+    if isinstance(recipe, Read | Fill):
+        return recipe
+    return dataclasses.replace(recipe, source=from_entries(recipe.source, made))
 
 
 def _optimizer(owner: Path, items: Sequence[Placement]) -> Entry:

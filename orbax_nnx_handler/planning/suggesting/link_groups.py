@@ -15,22 +15,29 @@ from orbax_nnx_handler.planning.core.leaves import (
     Move,
     MovedGroup,
     Pair,
-    Shape,
     moved_groups,
     order_after,
     permuted,
 )
 from orbax_nnx_handler.planning.core.paths import Path, is_number, levels, shared_levels
+from orbax_nnx_handler.planning.core.recipes import (
+    Add,
+    Read,
+    Recipe,
+    Repeat,
+    Reshape,
+    Shapes,
+    Transpose,
+    children,
+)
 from orbax_nnx_handler.planning.layouts.layout import is_copy_level
 from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS, Roots
-from orbax_nnx_handler.planning.rules import Rename
-from orbax_nnx_handler.planning.rules.entries import Entry
+from orbax_nnx_handler.planning.rules.entries import Entry, from_entries
 from orbax_nnx_handler.planning.suggesting.matching_layers import Context, match_context
 from orbax_nnx_handler.planning.suggesting.module_parts import Findings, Leaf, Link, Tie, part_of
-from orbax_nnx_handler.planning.suggesting.scoring import kept_by_head
+from orbax_nnx_handler.planning.suggesting.scoring import Remade, kept_by_head, remade_links
 from orbax_nnx_handler.planning.suggesting.shapes import Way, transposed
 from orbax_nnx_handler.planning.suggesting.vocabulary import (
-    TURNS,
     Names,
     is_alone,
     kinds_of_modules,
@@ -207,29 +214,29 @@ def agrees(
     return link.copied or all(leaf.source not in claimed or leaf.part in free for leaf in link.stored)
 
 
-def layers_in_turns(entries: Iterable[Entry]) -> tuple[Rename, ...]:
-    """Returns rules under which the parts of layers that take turns in one block are layers by number.
+_KINDS: Mapping[type, str] = {Transpose: "transpose", Reshape: "reshape", Repeat: "repeat", Add: "add"}
 
-    `self_attention_local` and `self_attention_global` in each block of a stack: every part is there twice.
-    """
-    blocks: dict[Names, dict[Names, dict[str, tuple[str, Shape]]]] = defaultdict(lambda: defaultdict(dict))
-    held: dict[Names, int] = defaultdict(int)
-    for entry in entries:
-        for at, name in enumerate(entry.segments[:-1]):
-            held[entry.segments[:at]] += 1
-            base, _, turn = name.rpartition("_")
-            if at and base and turn in TURNS:
-                blocks[entry.segments[:at]][base, *entry.segments[at + 1 :]][turn] = name, entry.shape
-    found: dict[Rename, None] = {}
-    for above, parts in blocks.items():
-        count = len(TURNS) * len(parts)
-        kinds = {len({shape for _, shape in x.values()}) for x in parts.values()}
-        if kinds == {1} and held[above] == sum(map(len, parts.values())) == count:
-            for (base, *_), each in parts.items():
-                for number, turn in enumerate(TURNS):
-                    aim = *above, f"{above[-1]}_{number}", base
-                    found[Rename("/".join((*above, each[turn][0])), "/".join(aim))] = None
-    return tuple(found)
+
+def steps_in(recipe: Recipe) -> tuple[str, ...]:
+    """Returns what a recipe does with the shape of one of the leaves that it reads, in order."""
+    if isinstance(recipe, Read):
+        return ()
+    return (*steps_in(children(recipe)[0]), *([_KINDS[type(recipe)]] if type(recipe) in _KINDS else ()))
+
+
+def remade_behind(
+    links: Sequence[Link], changes: Sequence[Remade], entries: Iterable[Entry], shapes: Shapes
+) -> list[Link]:
+    """Returns links under which leaves are made otherwise, what rules made before as if it were stored."""
+    made = {("", *x.segments): x for x in entries if changes and not isinstance(x.recipe, Read)}
+    names = {entry.recipe: path for path, entry in made.items()}
+
+    def behind(leaf: Leaf) -> Leaf:
+        return dataclasses.replace(leaf, source=path) if (path := ("", *leaf.names)) in made else leaf
+
+    every = [dataclasses.replace(x, stored=tuple(map(behind, x.stored))) for x in links] if made else links
+    others = [dataclasses.replace(x, recipe=from_entries(x.recipe, names)) for x in changes]
+    return remade_links(every, others, {**shapes, **{path: x.shape for path, x in made.items()}})
 
 
 def possible_roots(links: Sequence[Link], roots: Roots, *, is_alone: bool) -> Iterator[tuple[int, Names]]:

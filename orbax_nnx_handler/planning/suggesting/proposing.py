@@ -10,22 +10,24 @@ from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.paths import Path, segments
 from orbax_nnx_handler.planning.core.recipes import Read, Shapes, reads
 from orbax_nnx_handler.planning.layouts.layout import Stored, is_copy_beside
+from orbax_nnx_handler.planning.mapping.networks import layers_in_turns, networks_as_parts
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.rules import Rename, Rule
-from orbax_nnx_handler.planning.rules.entries import Entries, Entry, loose_parts, networks_as_parts
+from orbax_nnx_handler.planning.rules.entries import Entries, Entry, loose_parts
 from orbax_nnx_handler.planning.rules.rename import by_network
 from orbax_nnx_handler.planning.suggesting.link_groups import (
     agrees,
     as_one,
     by_module,
-    layers_in_turns,
     of_few_layers,
     possible_roots,
+    remade_behind,
+    steps_in,
     without_strays,
 )
 from orbax_nnx_handler.planning.suggesting.module_parts import Findings, Link, readings_of
 from orbax_nnx_handler.planning.suggesting.rule_writing import Writer
-from orbax_nnx_handler.planning.suggesting.scoring import Remade, remade_links
+from orbax_nnx_handler.planning.suggesting.scoring import Remade
 from orbax_nnx_handler.planning.suggesting.search import (
     Searched,
     Settled,
@@ -33,7 +35,6 @@ from orbax_nnx_handler.planning.suggesting.search import (
     search,
     simplest,
     steps_by_leaf,
-    steps_in,
     stored_leaves,
     untyped_leaves,
     wanted_leaves,
@@ -116,9 +117,11 @@ class _Proposing:
 
     @cached_property
     def _free(self) -> set[tuple[Path, Names]]:
-        """The parts that settled rules cut out of a leaf and nothing is made of."""
-        loose = loose_parts(self._applied, (item.recipe for item in self._base.restored.values()))
-        return {leaf.part for leaf in stored_leaves(loose, False)}
+        """The parts that settled rules cut out of a leaf, and the copies, that nothing is made of."""
+        made, copied = [x.recipe for x in self._base.restored.values()], self._chosen.mapping.applied.copied
+        same = [entry for entry in self._applied if copied and entry.sources[0] in copied]
+        copies = [x for x in same if made.count(x.recipe) < sum(y.recipe == x.recipe for y in same)]
+        return {leaf.part for leaf in stored_leaves([*loose_parts(self._applied, made), *copies], False)}
 
     @cached_property
     def _chosen(self) -> Chosen:
@@ -245,7 +248,7 @@ class _Proposing:
     ) -> tuple[Rule, ...]:
         answered = {(link.target.source, link.source.source) for link in more}
         kept = [one for one in tried.links if (one.target.source, one.source.source) not in answered]
-        links = remade_links([*kept, *more], changes, self._shapes)
+        links = remade_behind([*kept, *more], changes, self._entries, self._shapes)
         rules = self._write(links, searched, tried.root, tried.below)
         keeps = not tried.rules or any(map(_changes_nothing, tried.rules))
         return tuple(rule for rule in rules if keeps or not _changes_nothing(rule))
@@ -287,13 +290,14 @@ class _Proposing:
         claimed = {path for sources in settled.values() for path in sources}
         kept = [x for x in links if agrees(x, settled, claimed, self._free) and not self._is_doubted(x)]
         ours = {leaf.source: leaf for leaf in wanted_leaves(self._model)}
-        theirs = {leaf.source: leaf for leaf in stored_leaves(self._applied, False)}
-        kept = without_strays(kept, ours.values(), theirs.values())
+        theirs = [*zip(self._entries, stored_leaves(self._entries, False), strict=True)]
+        kept = without_strays(kept, ours.values(), [leaf for _, leaf in theirs])
+        made = {entry.recipe: leaf for entry, leaf in theirs}
         covered = {leaf.source for link in kept for leaf in link.wanted}
         for path in settled:
             recipe = self._found[path].recipe
-            if path not in covered and isinstance(recipe, Read) and recipe.path in theirs:
-                wanted, stored = (ours[path],), (theirs[recipe.path],)
+            if path not in covered and recipe in made:
+                wanted, stored = (ours[path],), (made[recipe],)
                 kept.append(Link(wanted=wanted, stored=stored, grounds="shapes", ways=((Way(()),),)))
         return kept
 
@@ -364,11 +368,12 @@ class _Proposing:
         before = {path: set(reads(item.recipe)) for path, item in self._found.items()}
         wrong += [path for path, sources in before.items() if got.get(path) != sources and path not in wanted]
         others = {item.leaf.path for item in self._model} - wanted.keys() - self._base.restored.keys()
+        ends = {(path, entry.segments[-2:]) for entry in self._applied for path in entry.sources}
         wrong += [
             path
             for path, sources in got.items()
-            # What lies in a renamed module under its own name is that leaf.
-            if path in others and any(segments(source)[-2:] != segments(path)[-2:] for source in sources)
+            # What lies in a renamed module under its own name, or a settled one, is that leaf.
+            if path in others and any((source, segments(path)[-2:]) not in ends for source in sources)
         ]
         tried = Tried(rules=rules, links=links, verdict=verdict, problem=problem, root=root, below=below)
         return dataclasses.replace(tried, right=len(right), wrong=tuple(wrong))

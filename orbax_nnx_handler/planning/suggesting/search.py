@@ -12,21 +12,16 @@ import jax.numpy as jnp
 
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, segments
-from orbax_nnx_handler.planning.core.recipes import (
-    Add,
-    Read,
-    Recipe,
-    Repeat,
-    Reshape,
-    Transpose,
-    children,
-    reads,
-    shape_of,
-)
+from orbax_nnx_handler.planning.core.recipes import Read, reads, shape_of
 from orbax_nnx_handler.planning.mapping.cells_and_wrappers import derive
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.suggesting.assignment import Fit, fit_of, may_be
-from orbax_nnx_handler.planning.suggesting.link_groups import apart_from_copies, match_model, with_moved_axes
+from orbax_nnx_handler.planning.suggesting.link_groups import (
+    apart_from_copies,
+    match_model,
+    steps_in,
+    with_moved_axes,
+)
 from orbax_nnx_handler.planning.suggesting.matching_layers import Context
 from orbax_nnx_handler.planning.suggesting.matching_parts import MOST_PAIRS
 from orbax_nnx_handler.planning.suggesting.module_parts import (
@@ -343,12 +338,13 @@ class Settled:
         lost = [link for link in self.before.links if link.target.source not in covered]
         kept += [] if self.differs else [moved for link in lost for moved in self._moved(link)]
         covered.update(leaf.source for link in kept for leaf in link.wanted)
-        groups = [*found.found.groups, *self.before.found.groups]
         ties = [] if self.differs else [*found.found.ties, *self._again(found.found.ties)]
         return Searched(
             links=tuple(kept),
             turns=tuple(link for link in found.turns if link.target.source not in covered),
-            found=Findings(links=list(found.found.links), ties=ties, groups=groups),
+            found=Findings(
+                links=found.found.links, ties=ties, groups=[*found.found.groups, *self.before.found.groups]
+            ),
         )
 
     @cached_property
@@ -357,11 +353,15 @@ class Settled:
         open_ = [tie for tie in self.before.found.ties if not self.answered & _wanted_by(tie)]
         # What one answer leaves out may get another stored leaf by a rule.
         whole = (t for t in open_ if all(len(paths_of(each)) == len(_wanted_by(t)) for each in t.readings))
-        return [t for t in whole if _of_siblings(t) or self._is_as_stored(itertools.chain(*t.readings))]
+        return [tie for tie in whole if _of_siblings(tie) or self._is_as_stored(tie.readings)]
 
-    def _is_as_stored(self, links: Iterable[Link]) -> bool:
-        made = ((leaf, self._made_of[leaf.source]) for link in links for leaf in link.stored)
-        return all([(x.segments, type(x.recipe)) for x in xs] == [(leaf.names, Read)] for leaf, xs in made)
+    def _is_as_stored(self, readings: Sequence[Sequence[Link]]) -> bool:
+        """Tells whether no rule touches what is stored; which of it is meant, no other shape tells."""
+        is_which = any(paths_of(each) != paths_of(readings[0]) for each in readings)
+        leaves = [leaf for link in itertools.chain(*readings) for leaf in link.stored]
+        made = [self._made_of[leaf.source] for leaf in leaves]
+        is_called_so = [[x.segments for x in some] for some in made] == [[leaf.names] for leaf in leaves]
+        return is_called_so and (is_which or all(isinstance(x.recipe, Read) for some in made for x in some))
 
     def _again(self, ties: Iterable[Tie]) -> Iterator[Tie]:
         asked = {path for tie in ties for path in _wanted_by(tie)}
@@ -379,9 +379,8 @@ class Settled:
         return found
 
     def _entry(self, leaf: Leaf) -> Entry | None:
-        if leaf.made:
-            return None
-        return next((entry for entry in self._made_of[leaf.source] if entry.segments == leaf.names), None)
+        entries = () if leaf.made else self._made_of[leaf.source]
+        return next((entry for entry in entries if entry.segments == leaf.names), None)
 
     def _sources(self, link: Link) -> list[Path]:
         entries = [(leaf, self._entry(leaf)) for leaf in link.stored]
@@ -396,8 +395,8 @@ class Settled:
         if entry is not None and len(first.stored) == 1:
             parts = self._made_of[link.source.source]
             is_part = first.layers is not None and not first.layers.stacks
-            if len(parts) > 1 and parts.index(entry) != (first.layer if is_part else at):
-                return False  # Another part of what a rule took apart.
+            if parts[min(first.layer if is_part else at, len(parts) - 1)].recipe != entry.recipe:
+                return False  # Another part of what a rule took apart, and no copy.
         done = steps_in(entry.recipe) if entry else ()
         now, then = link.ways[0][0].steps, first.ways[at][0].steps
         if not done and [step.before for step in now[:1]] == [step.before for step in then[:1]]:
@@ -407,14 +406,15 @@ class Settled:
     def _moved(self, link: Link) -> Iterator[Link]:
         """Yields a link of the whole model as the rules left its leaves, where they did not change much."""
         made = [self._made_of[leaf.source] for leaf in link.stored]
-        entry = made[0][0] if made[0] else None
-        if entry is None or any(len(entries) != 1 for entries in made):
+        if any(len(entries) != 1 for entries in made):
             return
-        if self._is_as_stored([link]):
+        entry = made[0][0]
+        if self._is_as_stored([[link]]):
             yield link
         elif not (link.is_split or link.source.made) and all(entries[0] is entry for entries in made):
-            leaf = dataclasses.replace(link.source, names=entry.segments, shape=entry.shape)
-            turns = _turns(link.ways[0][0]) - steps_in(entry.recipe).count("transpose")
+            done = steps_in(entry.recipe)
+            leaf = dataclasses.replace(link.source, names=entry.segments, shape=entry.shape, done=done)
+            turns = _turns(link.ways[0][0]) - done.count("transpose")
             for way in ways(leaf.shape, link.target.shape):
                 if _turns(way) == turns:
                     yield dataclasses.replace(
@@ -438,13 +438,3 @@ def _stacked(link: Link) -> int:
 
 def _turns(way: Way) -> int:
     return sum(step.kind == "transpose" for step in way.steps)
-
-
-_KINDS: Mapping[type, str] = {Transpose: "transpose", Reshape: "reshape", Repeat: "repeat", Add: "add"}
-
-
-def steps_in(recipe: Recipe) -> tuple[str, ...]:
-    """Returns what a recipe does with the shape of one of the leaves that it reads, in order."""
-    if isinstance(recipe, Read):
-        return ()
-    return (*steps_in(children(recipe)[0]), *([_KINDS[type(recipe)]] if type(recipe) in _KINDS else ()))

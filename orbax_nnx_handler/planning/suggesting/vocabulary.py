@@ -341,10 +341,6 @@ COMPUTED: Mapping[tuple[float, ...], tuple[tuple[str, ...], ...]] = {
 """What the layers that Linen numbered in an attention hold, by how much larger each is than the last one."""
 
 
-TURNS = ("local", "global")
-"""Layers that take turns in a block, in their order, as in Gemma 2."""
-
-
 # Where a part of a block stands.
 
 

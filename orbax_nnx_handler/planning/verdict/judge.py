@@ -436,4 +436,5 @@ def _sides(wanted: Sequence[Wanted], mapping: LeafMapping) -> Sides:
         roots=mapping.roots,
         stuck=mapping.stuck,
         copied=mapping.copied,
+        loose=mapping.loose,
     )

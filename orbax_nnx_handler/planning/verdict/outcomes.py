@@ -23,6 +23,7 @@ from orbax_nnx_handler.planning.mapping.moments import StuckMoment
 from orbax_nnx_handler.planning.mapping.roots import Roots
 from orbax_nnx_handler.planning.options import DefaultSource, Policy, UnexpectedPolicy
 from orbax_nnx_handler.planning.rules import Rule
+from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.target.roles import Wanted
 
 IN_MEMORY = "a tree in memory"
@@ -39,6 +40,7 @@ class Sides:
         roots: Where the model sits on both sides.
         stuck: Moments that cannot follow their parameters.
         copied: Stored leaves that a rule says are wanted more than once, and their moments.
+        loose: The parts that rules cut out of stored leaves, and that nothing is made of.
     """
 
     wanted: Mapping[Path, Wanted] = dataclasses.field(default_factory=dict[Path, Wanted])
@@ -46,6 +48,7 @@ class Sides:
     roots: Roots = dataclasses.field(default_factory=lambda: Roots(wanted=(), stored=(), overlap=0))
     stuck: tuple[StuckMoment, ...] = ()
     copied: frozenset[Path] = frozenset()
+    loose: tuple[Entry, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,11 +2,15 @@
 
 from typing import Any
 
+import numpy as np
+import optax
 import pytest
+from flax import nnx, traverse_util
 
-from orbax_nnx_handler import Drop, Fuse, Split
+from orbax_nnx_handler import Drop, Fuse, Split, UnstackLayers
 from orbax_nnx_handler.planning.core.errors import as_python
 from tests.planning.models import kinds, plan
+from tests.planning.plans import plan_of
 
 STORED = {
     "params/embed/embedding": (20, 8),
@@ -145,7 +149,7 @@ def test_a_part_of_a_split_whose_rename_was_forgotten_is_not_said_to_be_stored_n
 
     text = message(have, wanted, *rules)
 
-    assert "takes params/x/qkv/kernel apart, and nothing uses a part of it: y/v/kernel could be that" in text
+    assert "take params/x/qkv/kernel apart, and nothing uses a part of it: y/v/kernel could be that" in text
     assert "init" not in text
     assert plan(have, wanted, renames=[*rules, ("x/v", "y/v")]).fits
     assert "init" in message(have, wanted | {"new/kernel": (5, 5)}, *rules, ("x/v", "y/v"))
@@ -179,5 +183,71 @@ def test_parts_that_another_rule_makes_one_are_used():
 
     text = message({"params/x/qkv": (8, 24)}, {"x/kv": (8, 16), "x/query": (8, 8)}, *rules)
 
-    assert "takes params/x/qkv apart, and nothing uses a part of it: x/query could be that part" in text
+    assert "take params/x/qkv apart, and nothing uses a part of it: x/query could be that part" in text
     assert "init" not in text
+
+
+LAYERS = {"params/h/fused/kernel": (3, 8, 24), "params/h/norm/scale": (3, 8), "params/wte/embedding": (20, 8)}
+PLACES = {
+    **{f"layers/{at}/att/query": (2, 8, 4) for at in range(3)},
+    **{f"layers/{at}/att/kv/kernel": (8, 16) for at in range(3)},
+    **{f"layers/{at}/norm/scale": (8,) for at in range(3)},
+    "embed/embedding": (20, 8),
+}
+TAKEN = [
+    ("wte", "embed"),
+    UnstackLayers("h", "layers/{i}", axis=0),
+    Split("fused/kernel", ("q/kernel", "kv/kernel"), axis=1, sizes=(8, 16)),
+    ("kv", "att/kv"),
+]
+
+
+def test_a_part_that_rules_cut_out_is_never_begun_anew():
+    found = plan(LAYERS, PLACES, renames=TAKEN)
+
+    error = found.error()
+    (cause,) = error.causes
+    assert (cause.kind, {*cause.facts["wanted"]}) == (
+        "UnusedPart",
+        {("layers", at, "att", "query") for at in range(3)},
+    )
+    assert not any("policy" in hint.arguments for hint in error.hints)
+    assert "init" not in str(error)
+
+
+def test_parts_that_rules_cut_out_are_told_as_lines_of_a_plan():
+    text = str(plan(LAYERS, PLACES, renames=TAKEN[:3]).error())
+
+    assert text.startswith(
+        "6 parts of leaves that rules take apart are no wanted leaf:\n"
+        "  layers/{0..2}/kv/kernel   (8, 16)   <- params/h/fused/kernel\n"
+        "  layers/{0..2}/q/kernel    (8, 8)    <- params/h/fused/kernel\n"
+        "  by UnstackLayers("
+    )
+
+
+def test_moments_whose_weights_lack_a_rule_are_no_fault_of_the_optimizer():
+    stored = {"params/embed/embedding": (20, 8), "params/up/kernel": (8, 8), "params/head/kernel": (8, 7)}
+    moments = {
+        path.replace("params", f"opt_state/0/{slot}"): x
+        for path, x in stored.items()
+        for slot in ("mu", "nu")
+    }
+    model = nnx.State(
+        {
+            "tok": {"embedding": nnx.Param(np.zeros((20, 8), "f"))},
+            "p": {"a": {"kernel": nnx.Param(np.zeros((8, 8), "f"))}},
+            "q": {"b": {"kernel": nnx.Param(np.zeros((8, 7), "f"))}},
+        }
+    )
+    target = {"model": model, "opt_state": optax.adam(1e-3).init(nnx.to_pure_dict(model))}
+    tree = traverse_util.unflatten_dict(
+        {path: np.ones(shape, "f") for path, shape in (stored | moments).items()}
+        | {"opt_state/0/count": np.int32(3), "step": np.int32(3)},
+        sep="/",
+    )
+
+    text = str(plan_of(target, tree, [RENAME]).error())
+
+    assert "other groups" not in text
+    assert "by itself" not in text

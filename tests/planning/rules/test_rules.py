@@ -323,7 +323,7 @@ def test_a_part_of_a_split_leaf_that_nobody_wants_is_an_error():
     dropped = restored({"q": (2,)}, stored, Split("qk", ("q", "kk"), axis=0), Drop("kk", "tied to q"))
 
     assert message.startswith(
-        "1 parts of split leaves are no wanted leaf:\n  kk (2,)  <-  params/qk by Split("
+        "1 part of leaves that rules take apart is no wanted leaf:\n  kk   (2,)   <- params/qk\n  by Split("
     )
     np.testing.assert_array_equal(dropped["q"], stored["params"]["qk"][:2])
 
@@ -626,7 +626,9 @@ def test_a_part_without_its_axis_that_nobody_wants_is_an_error():
 
     message = failure({"a": (3,)}, stored, Split("w", ("a", "b"), 0, drop_axis=True))
 
-    assert message.startswith("1 parts of split leaves are no wanted leaf:\n  b (3,)  <-  params/w by Split(")
+    assert message.startswith(
+        "1 part of leaves that rules take apart is no wanted leaf:\n  b   (3,)   <- params/w\n"
+    )
 
 
 def test_parts_of_a_reshaped_leaf_are_its_own_elements_each():

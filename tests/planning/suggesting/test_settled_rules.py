@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from orbax_nnx_handler import Fuse, Reshape, Split, Transpose, UnstackLayers, suggest
+from orbax_nnx_handler import Copy, Fuse, Reshape, Split, Transpose, UnstackLayers, suggest
 from orbax_nnx_handler.planning.rules import as_rules
 from orbax_nnx_handler.planning.target.target import flatten_target
 from tests.planning.plans import leaves_of
@@ -97,3 +97,32 @@ def test_an_order_of_axes_that_a_rule_gives_is_not_asked_again():
 
     assert plain.questions != ()
     assert (found.questions, found.unmatched_wanted) == ((), ())
+
+
+TIED = [Copy("embed/embedding", "head/kernel"), Transpose("head/kernel", (1, 0)), ("embed", "tok")]
+
+
+@pytest.mark.parametrize("count", range(len(TIED) + 1))
+def test_both_of_a_leaf_and_its_copy_are_found_whichever_is_settled(count):
+    stored = {"params": {"embed": {"embedding": np.ones((20, 8), "f")}, "norm": {"scale": np.ones(8, "f")}}}
+    wanted = {"tok/embedding": (20, 8), "head/kernel": (8, 20), "norm/scale": (8,)}
+
+    found = suggest(stored, abstract(wanted), renames=TIED[:count])
+
+    assert (found.covered, found.questions) == (3, ())
+
+
+def test_a_shape_that_a_rule_gives_does_not_tell_which_of_two_is_meant():
+    layer = {"kernel": (8, 8)}
+    stored = {
+        f"params/{path}/kernel": np.ones(shape["kernel"], "f")
+        for path, shape in {"one": layer, "two": layer, "out": {"kernel": (8, 5)}}.items()
+    }
+    stored = traverse_util.unflatten_dict(stored, sep="/")
+    wanted = {"p/kernel": (8, 2, 4), "r/kernel": (8, 8), "out/kernel": (8, 5)}
+
+    plain = suggest(stored, abstract(wanted))
+    found = suggest(stored, abstract(wanted), renames=[Reshape("one/kernel", (8, 2, 4))])
+
+    assert plain.renames == found.renames == ()
+    assert plain.questions != ()

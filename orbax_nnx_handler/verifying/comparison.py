@@ -27,17 +27,10 @@ from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
 from orbax_nnx_handler.storage.stores.kvstore import files_at
 from orbax_nnx_handler.storage.stores.locations import as_path
 from orbax_nnx_handler.verifying.first_difference import Search
+from orbax_nnx_handler.verifying.pairing import MASK, TOLERANCE, Distance, exceeds, same_numbers
 from orbax_nnx_handler.verifying.recording import Array
-from orbax_nnx_handler.verifying.runs import Compared, Programs, Runs, is_dataclass, run_both
-from orbax_nnx_handler.verifying.verification import (
-    MASK,
-    TOLERANCE,
-    Distance,
-    FirstDifference,
-    Verification,
-    exceeds,
-    same_numbers,
-)
+from orbax_nnx_handler.verifying.runs import Compared, Programs, Runs, run_both
+from orbax_nnx_handler.verifying.verification import FirstDifference, Verification, is_dataclass
 from orbax_nnx_handler.verifying.weights import flat_state, is_weight, on_one_device
 
 _PATIENCE = 5
@@ -371,6 +364,12 @@ def _remarks(equal: bool, first: FirstDifference | None, runs: Runs, plan: Resto
             "by little, as it does in deep models (then raise tolerance=...), or it arises outside of the "
             "modules that were compared."
         )
+    unread = [one.path for one in runs.compared if not one.found.outputs.compared and _same_sizes(one)]
+    if not equal and first is None and unread:
+        yield (
+            f"{fold_paths(unread)}: it returns arrays of one size in another structure than Linen's module, "
+            "and which is which is not told: let it return the same."
+        )
     if plan.missing:
         yield f"{counted(len(plan.missing), 'weight')} of the target not stored: a policy fills them."
     if equal:
@@ -380,3 +379,8 @@ def _remarks(equal: bool, first: FirstDifference | None, runs: Runs, plan: Resto
 def _all_agree(compared: Sequence[Compared]) -> bool:
     outputs = [one.found.outputs for one in compared if one.gets_the_same]
     return bool(outputs) and not any(exceeds(one, TOLERANCE) for one in outputs)
+
+
+def _same_sizes(one: Compared) -> bool:
+    sizes = [{array.size for array in use.outputs} for use in (one.linen, one.nnx)]
+    return not sizes[0].isdisjoint(sizes[1])

@@ -13,7 +13,16 @@ from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path, render, shared_levels
 from orbax_nnx_handler.planning.core.recipes import Recipe, shape_of
 from orbax_nnx_handler.planning.verdict.outcomes import Restored
-from orbax_nnx_handler.verifying.recording import Array
+from orbax_nnx_handler.verifying.pairing import (
+    TOLERANCE,
+    Distance,
+    changes_more_than_rounding,
+    compare,
+    compare_inputs,
+    compare_outputs,
+    exceeds,
+    same_numbers,
+)
 from orbax_nnx_handler.verifying.runs import Compared
 from orbax_nnx_handler.verifying.single_module import (
     Alternative,
@@ -22,18 +31,7 @@ from orbax_nnx_handler.verifying.single_module import (
     lent,
     nearest_modules,
 )
-from orbax_nnx_handler.verifying.verification import (
-    TOLERANCE,
-    Distance,
-    FirstDifference,
-    changes_more_than_rounding,
-    compare,
-    compare_inputs,
-    differing_settings,
-    exceeds,
-    same_numbers,
-    unit_name,
-)
+from orbax_nnx_handler.verifying.verification import FirstDifference, differing_settings, unit_name
 
 _BEGINNING = 64
 
@@ -317,7 +315,7 @@ class Search:
                 if not recipes:
                     continue
                 self.tried += 1
-                if self._agrees(one, recipes, other.linen.outputs):
+                if self._agrees(one, recipes, other):
                     return _Proof(module=one, words=called_like(one, other), recipes=recipes)
         except _CannotRunError:
             return None
@@ -329,18 +327,16 @@ class Search:
         except LookupError as error:
             raise _CannotRunError from error
 
-    def _agrees(
-        self, one: Compared, changed: Mapping[Path, Recipe], reference: Sequence[Array] | None = None
-    ) -> bool:
+    def _agrees(self, one: Compared, changed: Mapping[Path, Recipe], other: Compared | None = None) -> bool:
         """Tells whether a module by itself returns what Linen's does, on what that was called with."""
         layer = self._layer(one)
-        inputs = one.nnx.inputs if reference is not None else lent(one.nnx.inputs, one.linen.inputs)
+        inputs = one.nnx.inputs if other is not None else lent(one.nnx.inputs, one.linen.inputs)
         try:
             outputs = self.runner.run(one.path, layer, one.nnx.call, inputs, changed)
         # The caller's module may fail in any way when it is called outside of its program.
         except Exception as error:
             raise _CannotRunError from error
-        found = compare(one.linen.outputs if reference is None else reference, outputs)
+        found = compare_outputs((other or one).linen, one.nnx, outputs)
         return bool(found.compared) and not changes_more_than_rounding(Distance(), found, one.calls)
 
     def _others(

@@ -1,34 +1,21 @@
-"""Which module of the target is which module of the checkpoint: the ones that hold the same stored elements.
+"""Which module of the target is which module of the checkpoint, and how far what both return lies apart.
 
-What is scanned on one side is several modules on the other, so both sides are taken apart into layers.
+Modules that hold the same stored elements are a pair. What is scanned on one side is several modules on the
+other, so both sides are taken apart into layers.
 """
 
 import dataclasses
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
+import numpy as np
+
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path
-from orbax_nnx_handler.planning.core.recipes import (
-    Add,
-    Concat,
-    Fill,
-    Index,
-    Read,
-    Recipe,
-    Reshape,
-    Scale,
-    Shapes,
-    Slice,
-    Stack,
-    Transpose,
-    shape_of,
-)
+from orbax_nnx_handler.planning.core.recipes import Recipe
 from orbax_nnx_handler.verifying.recording import Array, Call
-
-Atom = tuple[Path, tuple[int, ...], tuple[tuple[int, int, int], ...]]
-"""A stored leaf, the layer in it, and the part of that layer: axis, start and size of each cut."""
-_Atoms = frozenset[Atom]
+from orbax_nnx_handler.verifying.weights import Atom, Atoms, layers_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,61 +49,6 @@ class ModulePair:
     linen: Unit
     leaves: tuple[Path, ...]
     is_certain: bool = True
-
-
-def layers_of(recipe: Recipe) -> list[_Atoms]:
-    """Returns what each layer of a stacked leaf is made from, or one set for a leaf that is not stacked."""
-    match recipe:
-        case Read(path):
-            return [frozenset({(path, (), ())})]
-        case Fill():
-            return [frozenset()]
-        case Stack(sources, _):
-            return [layer for source in sources for layer in layers_of(source)]
-        case Concat(sources, _):
-            parts = [layers_of(source) for source in sources]
-            counts = {len(part) for part in parts}
-            if len(counts) == 1:
-                return [frozenset[Atom]().union(*same) for same in zip(*parts, strict=True)]
-            return [frozenset[Atom]().union(*(layer for part in parts for layer in part))]
-        case Index(source, _, index):
-            return [
-                frozenset((path, (*layer, index), cuts) for path, layer, cuts in atoms)
-                for atoms in layers_of(source)
-            ]
-        case Slice(source, axis, start, size):
-            return [
-                frozenset((path, layer, (*cuts, (axis, start, size))) for path, layer, cuts in atoms)
-                for atoms in layers_of(source)
-            ]
-        case _:
-            return layers_of(recipe.source)
-
-
-def layer_of(recipe: Recipe, axis: int, layer: int, shapes: Shapes) -> Recipe:
-    """Returns the recipe of one element of a leaf along an axis."""
-    match recipe:
-        case Stack(sources, at) if at == axis:
-            return sources[layer]
-        case Stack(sources, at):
-            inner = axis - (at < axis)
-            parts = tuple(layer_of(source, inner, layer, shapes) for source in sources)
-            return Stack(parts, at - (axis < at))
-        case Transpose(source, permutation):
-            inner = permutation[axis]
-            rest = tuple(at - (at > inner) for at in permutation if at != inner)
-            return Transpose(layer_of(source, inner, layer, shapes), rest)
-        case Reshape(source, shape) if axis == 0 and shape_of(source, shapes)[:1] == shape[:1]:
-            return Reshape(layer_of(source, 0, layer, shapes), shape[1:])
-        case Concat(sources, at) if at != axis:
-            parts = tuple(layer_of(source, axis, layer, shapes) for source in sources)
-            return Concat(parts, at - (axis < at))
-        case Scale(source, factor):
-            return Scale(layer_of(source, axis, layer, shapes), factor)
-        case Add(source, constant):
-            return Add(layer_of(source, axis, layer, shapes), constant)
-        case _:
-            return Index(recipe, axis, layer)
 
 
 def scanned_axes(calls: Mapping[Path, Sequence[Call]], wanted: Mapping[Path, Shape]) -> dict[Path, int]:
@@ -169,10 +101,8 @@ def _leaves_within(leaves: Iterable[Path], modules: Collection[Path]) -> dict[Pa
     return found
 
 
-def _nnx_units(
-    layered: Mapping[Path, Sequence[_Atoms]], calls: Mapping[Path, int]
-) -> dict[_Atoms, list[Unit]]:
-    units: dict[_Atoms, list[Unit]] = defaultdict(list)
+def _nnx_units(layered: Mapping[Path, Sequence[Atoms]], calls: Mapping[Path, int]) -> dict[Atoms, list[Unit]]:
+    units: dict[Atoms, list[Unit]] = defaultdict(list)
     for module, leaves in _leaves_within(layered, calls).items():
         counts = {len(layered[leaf]) for leaf in leaves}
         count = counts.pop() if len(counts) == 1 else 1
@@ -192,14 +122,14 @@ def _nnx_units(
 
 def _linen_units(
     used: Iterable[Atom], location: Mapping[Path, Path], calls: Mapping[Path, int]
-) -> dict[_Atoms, list[Unit]]:
+) -> dict[Atoms, list[Unit]]:
     within: dict[Path, set[Atom]] = defaultdict(set)
     for atom in used:
         place = location.get(atom[0], ())
         for depth in range(len(place)):
             if place[:depth] in calls:
                 within[place[:depth]].add(atom)
-    units: dict[_Atoms, list[Unit]] = defaultdict(list)
+    units: dict[Atoms, list[Unit]] = defaultdict(list)
     for module, atoms in within.items():
         by_layer: dict[tuple[int, ...], set[Atom]] = defaultdict(set)
         for atom in atoms:
@@ -274,3 +204,205 @@ def _layer(call: Call, layer: int, layers: int, sizes: Collection[int]) -> Use:
         for array in call.inputs
     ]
     return Use(call=call, inputs=inputs, outputs=[array[layer] for array in call.outputs])
+
+
+ROUNDING = 3e-6
+"""What two ways of computing one module in float32 differ by, and no more, from equal inputs."""
+
+
+TOLERANCE = 1e-5
+"""How far apart two whole programs in float32 may be that compute the same."""
+
+
+_MOST_ROUNDINGS = 5
+"""How much more a whole program may differ by rounding than one module in it."""
+
+
+_GROWTH = 16
+"""How much a module may enlarge a difference that its inputs have already."""
+
+
+_MOST_AXES = 5
+
+
+MASK = 1e6
+"""Values beyond it are a mask's, and say nothing about how large the others are."""
+_LARGE = 1e3
+"""From here on, a number that comes several times is a mask's too."""
+
+
+_COARSE = {"bfloat16": 2e-2, "float16": 2e-3}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Distance:
+    """How far arrays lie apart.
+
+    Attributes:
+        relative: The largest difference of two elements, divided by the larger of the element and the mean
+            magnitude of its array.
+        absolute: The largest difference itself.
+        compared: How many arrays met one of the same size.
+        left: How many met none.
+        coarse: What a difference may be because the arrays were computed in fewer digits; 0 for float32.
+    """
+
+    relative: float = 0.0
+    absolute: float = 0.0
+    compared: int = 0
+    left: int = 0
+    coarse: float = 0.0
+
+
+def distance(reference: Array, other: Array) -> tuple[float, float]:
+    """Returns the relative and the absolute difference of two arrays of one size, element by element."""
+    a, b = _numbers(reference).reshape(-1), _numbers(other).reshape(-1)
+    if not a.size:
+        return 0.0, 0.0
+    with np.errstate(all="ignore"):
+        apart = np.abs(a - b)
+        apart[(a == b) | (np.isnan(a) & np.isnan(b))] = 0
+        if not np.isfinite(apart).all():
+            return float("inf"), float("inf")
+        if {reference.dtype.kind, other.dtype.kind} <= set("biu"):
+            largest = float(apart.max())  # Of the words 200000 and 200001 none is nearly right.
+            return largest, largest
+        size = np.abs(a)
+        usual = _usual(size)
+        mean = float(usual.mean(dtype=np.float64)) if usual.size else 1.0
+        relative = apart / np.maximum(size, max(mean, float(np.finfo(np.float32).tiny)))
+        relative[apart == 0] = 0  # Where both are no number too.
+    return float(relative.max()), float(apart.max())
+
+
+def _usual(size: Array) -> Array:
+    """Returns magnitudes without a mask's: beyond all numbers, or large and several times the same."""
+    usual = size[size < MASK]
+    while usual.size and (largest := usual.max()) >= _LARGE and 1 < (usual == largest).sum() < usual.size:
+        usual = usual[usual < largest]
+    return usual
+
+
+def _numbers(array: Array) -> Array:
+    if array.dtype == np.float64 or array.dtype.kind in "iu":
+        return array.astype(np.float64)
+    return array.astype(np.complex64 if array.dtype.kind == "c" else np.float32)
+
+
+def compare(reference: Sequence[Array], others: Sequence[Array]) -> Distance:
+    """Compares arrays, each with one of its size, whatever its shape: the nearest with each other."""
+    pairs = [
+        (*_nearest(array, other), one, at)
+        for one, array in enumerate(reference)
+        for at, other in enumerate(others)
+        if _comparable(array, other)
+    ]
+    relative = absolute = coarse = 0.0
+    met, taken = set[int](), set[int]()
+    for apart, largest, one, at in sorted(pairs, key=lambda pair: max(ROUNDING, pair[0])):
+        if one in met or at in taken:
+            continue
+        relative, absolute = max(relative, apart), max(absolute, largest)
+        coarse = max(coarse, *(_COARSE.get(str(array.dtype), 0.0) for array in (reference[one], others[at])))
+        met.add(one)
+        taken.add(at)
+    left = sum(array.dtype.kind != "b" for one, array in enumerate(reference) if one not in met)
+    return Distance(relative=relative, absolute=absolute, compared=len(met), left=left, coarse=coarse)
+
+
+def compare_outputs(linen: Use, nnx: Use, outputs: Sequence[Array] | None = None) -> Distance:
+    """Compares what two modules return: each array with the one at its place.
+
+    Where they arrange it differently, sizes tell which is which, and among arrays of one size the order of
+    tuples and lists. Nothing is compared where arrays agree, but in one of several readings alone.
+
+    Args:
+        linen: Linen's module.
+        nnx: The target's.
+        outputs: What the target's returns now, instead of what was recorded.
+    """
+    wanted = dict(zip(linen.call.places, linen.outputs, strict=False))
+    found = dict(zip(nnx.call.places, nnx.outputs if outputs is None else outputs, strict=False))
+    if found.keys() == wanted.keys() and all(_comparable(wanted[at], found[at]) for at in wanted):
+        return _together([compare([array], [found[at]]) for at, array in wanted.items()])
+    nearest = compare([*wanted.values()], [*found.values()])
+    if exceeds(nearest, TOLERANCE):
+        return nearest  # In whichever reading.
+    pairs = [pair for pair in itertools.product(wanted.values(), found.values()) if _comparable(*pair)]
+    if all(isinstance(key, int) for place in (*wanted, *found) for key in place):
+        pairs = _in_order([*wanted.values()], [*found.values()])
+    other = _together([compare([one], [two]) for one, two in pairs])
+    return Distance(left=len(wanted)) if exceeds(other, TOLERANCE) else nearest
+
+
+def _in_order(reference: Iterable[Array], others: list[Array]) -> list[tuple[Array, Array]]:
+    """Returns each array with the next one of its size."""
+    pairs = list[tuple[Array, Array]]()
+    for array in reference:
+        at = next((at for at, other in enumerate(others) if _comparable(array, other)), None)
+        pairs += [] if at is None else [(array, others.pop(at))]
+    return pairs
+
+
+def _together(found: Sequence[Distance]) -> Distance:
+    return Distance(
+        relative=max((one.relative for one in found), default=0.0),
+        absolute=max((one.absolute for one in found), default=0.0),
+        compared=sum(one.compared for one in found),
+        left=sum(one.left for one in found),
+        coarse=max((one.coarse for one in found), default=0.0),
+    )
+
+
+def compare_inputs(reference: Sequence[Array], others: Sequence[Array]) -> Distance:
+    """Compares what two modules are called with: floats alone where both have some.
+
+    Masks and positions are a matter of taste: one side has them where the other works them out.
+    """
+    floats = [[array for array in arrays if array.dtype.kind not in "biu"] for arrays in (reference, others)]
+    return compare(*floats) if all(floats) else compare(reference, others)
+
+
+def _nearest(reference: Array, other: Array) -> tuple[float, float]:
+    """Returns how far two arrays lie apart, with their axes in whichever order is nearest: NCHW is NHWC."""
+    apart = distance(reference, other)
+    if (
+        apart[0] <= ROUNDING
+        or other.shape == reference.shape
+        or not 2 < other.ndim == reference.ndim <= _MOST_AXES
+    ):
+        return apart
+    orders = itertools.permutations(range(other.ndim))
+    turned = [order for order in orders if tuple(other.shape[axis] for axis in order) == reference.shape]
+    return min([apart, *(distance(reference, other.transpose(order)) for order in turned)])
+
+
+def _comparable(one: Array, other: Array) -> bool:
+    return one.size == other.size and (one.dtype.kind in "biu") == (other.dtype.kind in "biu")
+
+
+def exceeds(distance: Distance, limit: float) -> bool:
+    """Tells whether a difference is more than a limit, where the arrays have the digits for it."""
+    return distance.relative > max(limit, distance.coarse)
+
+
+def changes_more_than_rounding(inputs: Distance, outputs: Distance, calls: int = 1) -> bool:
+    """Tells whether outputs lie further apart than rounding explains.
+
+    Args:
+        inputs: How far the inputs lie apart.
+        outputs: How far the outputs do.
+        calls: Of how many modules, one after the other, the outputs come: each rounds.
+    """
+    rounding = ROUNDING * min(_MOST_ROUNDINGS, calls**0.5)
+    return exceeds(outputs, max(rounding, _GROWTH * inputs.relative))
+
+
+def same_numbers(reference: Sequence[Array], others: Sequence[Array]) -> bool:
+    """Tells whether the arrays hold the same numbers in another order."""
+    pairs = [(a, b) for a in reference for b in others if _comparable(a, b) and a.size > 1]
+    return any(distance(np.sort(_flat(a)), np.sort(_flat(b)))[0] <= 10 * ROUNDING for a, b in pairs)
+
+
+def _flat(array: Array) -> Array:
+    return _numbers(array).reshape(-1)

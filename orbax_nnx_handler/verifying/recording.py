@@ -42,6 +42,7 @@ class Call:
         order: Its place in the order in which calls returned.
         inputs: The arrays among its arguments.
         outputs: The arrays that it returned.
+        places: Where each lies in what it returned: keys, numbers and names of attributes.
         settings: The module's own numbers, flags and functions, by name.
         shapes: The shapes of the module's own Variables in this call: without the axis of a scan around it.
         arguments: Its arguments, with `Held` for each array.
@@ -52,6 +53,7 @@ class Call:
     order: int
     inputs: Sequence[Array]
     outputs: Sequence[Array]
+    places: Sequence[Path]
     settings: Mapping[str, Any]
     shapes: Mapping[str, Shape]
     arguments: tuple[Any, Mapping[str, Any]]
@@ -68,6 +70,7 @@ class _Traced:
     arguments: Any
     inputs: list[list[Array]]
     outputs: list[list[Array]]
+    places: list[Path] = dataclasses.field(default_factory=list[Path])
     orders: list[int] = dataclasses.field(default_factory=list[int])
     function: Callable[..., Any] | None = None
 
@@ -79,6 +82,7 @@ class Recorder:
     traced: list[_Traced] = dataclasses.field(default_factory=list[_Traced])
     returned: int = 0
     running: list[tuple[Any, Path]] = dataclasses.field(default_factory=list[tuple[Any, Path]])
+    outermost: set[Path] = dataclasses.field(default_factory=set[Path])
     is_model_used: bool = False
     is_other_used: bool = False
 
@@ -99,21 +103,24 @@ class Recorder:
         self.traced.append(made)
         for place, array in zip(made.inputs, arrays, strict=True):
             _observe(place.append, array)
+        if not self.running:
+            self.outermost.add(path)
         self.running.append((module, path))
         try:
             result = function(*args, **kwargs)
         finally:
             self.running.pop()
-        results = [leaf for leaf in jax.tree.leaves(result, is_leaf=_is_module) if _is_array(leaf)]
-        made.outputs = [list[Array]() for _ in results]
-        for number, (place, array) in enumerate(zip(made.outputs, results, strict=True)):
+        results = arrays_by_place(result)
+        made.places, made.outputs = [*results], [list[Array]() for _ in results]
+        for number, (place, array) in enumerate(zip(made.outputs, results.values(), strict=True)):
             _observe(functools.partial(self._returned, made, place, first=number == 0), array)
         return result
 
     def program(self, function: Callable[..., Any], args: Any, result: Any) -> None:
-        """Records a whole program as the call of its root, if the root was not called by itself."""
-        if any(made.path == () for made in self.traced):
+        """Records a whole program as the call of its root, if the root's own call is not all of it."""
+        if self.outermost == {()}:
             return
+        self.traced = [made for made in self.traced if made.path != ()]
         self.call(None, (), lambda *_: result, args, {})
         self.traced[-1].function = function
 
@@ -132,6 +139,7 @@ class Recorder:
                 order=order,
                 inputs=[place[at] for place in made.inputs if at < len(place)],
                 outputs=[place[at] for place in made.outputs if at < len(place)],
+                places=[key for key, place in zip(made.places, made.outputs, strict=True) if at < len(place)],
                 settings=made.settings,
                 shapes=made.shapes,
                 arguments=made.arguments,
@@ -141,6 +149,17 @@ class Recorder:
             for at, order in enumerate(made.orders)
         ]
         return sorted(found, key=lambda call: call.order)
+
+
+def arrays_by_place(result: Any) -> dict[Path, Any]:
+    """Returns the arrays in what a module returns, by the keys, numbers and attributes to each."""
+    flat = cast(Any, jax.tree_util.tree_flatten_with_path(result, is_leaf=_is_module))
+    return {tuple(map(_name_of, keys)): leaf for keys, leaf in flat[0] if _is_array(leaf)}
+
+
+def _name_of(key: Any) -> Any:
+    """Returns one step as a person writes it: a field of a named tuple is what a key of a dict is."""
+    return next(getattr(key, name) for name in ("key", "idx", "name") if hasattr(key, name))
 
 
 def _is_module(leaf: Any) -> bool:

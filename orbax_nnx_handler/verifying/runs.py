@@ -1,7 +1,6 @@
 """Both programs, run on one input from one checkpoint, and every call of paired modules compared."""
 
 import dataclasses
-import inspect
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,18 +20,23 @@ from orbax_nnx_handler.planning.restore_plan import RestorePlan
 from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.storage.checkpoint.checkpoint import Checkpoint
 from orbax_nnx_handler.storage.restoring.restore import carry_out
-from orbax_nnx_handler.verifying.pairing import ModulePair, Use, pair_modules, scanned_axes, uses_of
-from orbax_nnx_handler.verifying.recording import Call, by_path, calls_in, run_linen, run_nnx
-from orbax_nnx_handler.verifying.single_module import ModuleRunner
-from orbax_nnx_handler.verifying.verification import (
+from orbax_nnx_handler.verifying.pairing import (
     TOLERANCE,
     Distance,
-    ModuleComparison,
+    ModulePair,
+    Use,
     changes_more_than_rounding,
     compare,
     compare_inputs,
+    compare_outputs,
     exceeds,
+    pair_modules,
+    scanned_axes,
+    uses_of,
 )
+from orbax_nnx_handler.verifying.recording import Call, by_path, calls_in, run_linen, run_nnx
+from orbax_nnx_handler.verifying.single_module import ModuleRunner
+from orbax_nnx_handler.verifying.verification import ModuleComparison, opened_up, outputs_apart
 from orbax_nnx_handler.verifying.weights import (
     LinenWeights,
     as_jax,
@@ -108,7 +112,7 @@ def _sizes(calls: Sequence[Call]) -> set[int]:
 
 
 def _compared(pair: ModulePair, number: int, linen: Use, nnx: Use, calls: int) -> Compared:
-    inputs, outputs = compare_inputs(linen.inputs, nnx.inputs), compare(linen.outputs, nnx.outputs)
+    inputs, outputs = compare_inputs(linen.inputs, nnx.inputs), compare_outputs(linen, nnx)
     found = ModuleComparison(
         nnx=pair.nnx,
         linen=pair.linen,
@@ -242,7 +246,7 @@ def run_both(
     start = time.monotonic()
     found, nnx_calls, is_used = _run_nnx(programs, model, list(parts.leaves))
     seconds = linen.seconds + time.monotonic() - start
-    outputs = _outputs_apart(linen.returned, found)
+    outputs = outputs_apart(linen.returned, found)
     if not (is_used or _depends(programs, model, found)):
         raise VerificationError(
             "nnx_apply returns the same whatever the weights of the model are that it is called with.",
@@ -310,7 +314,7 @@ def _depends(programs: Programs, model: Any, found: Any, weights: Mapping[Path, 
     flat = [(path, changed(path, leaf) if is_weight(leaf) else leaf) for path, leaf in flat_state(model)]
     merged = nnx.merge(nnx.graphdef(model), nnx.from_flat_state(cast(Any, flat)))
     other, _, _ = _run_nnx(programs, merged, ())
-    pairs = zip(jax.tree.leaves(_opened(found)), jax.tree.leaves(_opened(other)), strict=True)
+    pairs = zip(jax.tree.leaves(opened_up(found)), jax.tree.leaves(opened_up(other)), strict=True)
     return any(exceeds(compare([np.asarray(one)], [np.asarray(two)]), _NO_EFFECT) for one, two in pairs)
 
 
@@ -368,83 +372,3 @@ def _told(error: Exception) -> str:
     place = next((frame for frame in reversed(frames) if not frame.filename.startswith(own)), None)
     where = f"\nat {place.filename}:{place.lineno}" if place is not None else ""
     return f"{type(error).__name__}: {error}{where}"
-
-
-def _outputs_apart(expected: Any, found: Any) -> list[Distance]:
-    """Compares what both programs return.
-
-    Raises:
-        VerificationError: It is no arrays, of different structure or shapes, or holds no finite number.
-    """
-    expected, found = _opened(expected), _opened(found)
-    one, other = _structure(expected), _structure(found)
-    if one != other:
-        raise VerificationError(
-            f"the programs return different things:\n  linen_apply  {one}\n  nnx_apply    {other}",
-            hints=[_first_alone(expected, found) or _SAME],
-        )
-    pairs = list(zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True))
-    shapes = [(np.shape(a), np.shape(b)) for a, b in pairs]
-    if not pairs or any(a != b for a, b in shapes):
-        rows = "\n".join(f"  linen_apply  {a}\n  nnx_apply    {b}" for a, b in shapes if a != b)
-        raise VerificationError(
-            f"the programs return arrays of different shapes:\n{rows}"
-            if pairs
-            else "the programs return no array.",
-            hints=["let both functions return arrays that mean the same."],
-        )
-    if not any(np.isfinite(np.asarray(a, np.complex128)).any() for a, _ in pairs):
-        raise VerificationError(
-            "linen_apply returns no finite number, which says nothing about the weights.",
-            hints=["choose inputs from which the Linen program computes finite numbers."],
-        )
-    return [compare([np.asarray(a)], [np.asarray(b)]) for a, b in pairs]
-
-
-_SAME = "let both functions return the same: an array, or the same arrays in one structure."
-
-
-def _first_alone(expected: Any, found: Any) -> str:
-    """Returns the way out where one program returns more than the other: logits and what else it computes."""
-    for name, more, less in (("linen_apply", expected, found), ("nnx_apply", found, expected)):
-        if isinstance(more, tuple) and more and _structure(more[0]) == _structure(less):
-            return f"let {name} return the first of its {len(cast(Any, more))} parts alone, [0]."
-    return ""
-
-
-def _opened(tree: Any) -> Any:
-    """Returns a tree with its dataclasses as dicts.
-
-    Raises:
-        VerificationError: A leaf is no array and no number.
-    """
-
-    def opened(leaf: Any) -> Any:
-        if is_dataclass(leaf):
-            fields = dataclasses.fields(leaf)
-            return {field.name: _opened(getattr(leaf, field.name)) for field in fields}
-        is_key = jax.numpy.issubdtype(getattr(leaf, "dtype", "f4"), jax.dtypes.prng_key)
-        if is_key or np.asarray(leaf).dtype.kind not in _NUMBERS:
-            if waits := inspect.iscoroutine(leaf):
-                leaf.close()  # Nobody waits for it.
-            raise VerificationError(
-                f"a program returns a {type(leaf).__name__}, which cannot be compared.",
-                hints=[_WAIT if waits else "let both functions return arrays alone."],
-            )
-        return leaf
-
-    return jax.tree.map(opened, tree, is_leaf=is_dataclass)
-
-
-def is_dataclass(leaf: Any) -> bool:
-    """Tells whether a leaf of what a program returns is a dataclass that JAX does not know."""
-    return dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)
-
-
-_WAIT = "pass a function that waits for it: lambda *args: asyncio.run(function(*args))."
-_NUMBERS = "biufcV"
-"""Kinds of NumPy's dtypes; JAX's own floats are V."""
-
-
-def _structure(tree: Any) -> Any:
-    return cast(Any, jax.tree.structure(tree))

@@ -24,11 +24,11 @@ from orbax_nnx_handler.planning.suggesting import Proposal, Remade, Suggestion
 from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.verifying.comparison import compared
-from orbax_nnx_handler.verifying.pairing import layers_of
+from orbax_nnx_handler.verifying.pairing import compare_outputs
 from orbax_nnx_handler.verifying.runs import LINEN, NNX, Compared, Programs, Runs, run_both
 from orbax_nnx_handler.verifying.single_module import lent
-from orbax_nnx_handler.verifying.verification import FirstDifference, Verification, compare
-from orbax_nnx_handler.verifying.weights import on_one_device
+from orbax_nnx_handler.verifying.verification import FirstDifference, Verification
+from orbax_nnx_handler.verifying.weights import layers_of, on_one_device
 
 _MOST_TOGETHER = 64
 _MOST_RUNS = 16
@@ -214,7 +214,7 @@ class Settling:
                     if leaf[: len(one.path)] == one.path
                 }
                 outputs = runs.runner.run(one.path, layer, one.nnx.call, inputs, changed)
-                found = compare(one.linen.outputs, outputs)
+                found = compare_outputs(one.linen, one.nnx, outputs)
                 apart[answers] = found.relative if found.compared else math.inf
         # The caller's module may fail in any way when it is called outside of its program.
         except Exception:

@@ -32,9 +32,9 @@ from orbax_nnx_handler.planning.core.recipes import (
 from orbax_nnx_handler.storage.arithmetic import evaluate
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.storage.reading import read_values
-from orbax_nnx_handler.verifying.pairing import layer_of
-from orbax_nnx_handler.verifying.recording import Array, Call, Held
-from orbax_nnx_handler.verifying.verification import ROUNDING, distance
+from orbax_nnx_handler.verifying.pairing import ROUNDING, distance
+from orbax_nnx_handler.verifying.recording import Array, Call, Held, arrays_by_place
+from orbax_nnx_handler.verifying.weights import layer_of
 
 _MOST_AXES = 4
 _MOST_PARTS = 4
@@ -398,7 +398,7 @@ class ModuleRunner:
         )
         with jax.disable_jit(), jax.default_matmul_precision("highest"):
             result = made(*args, **kwargs) if call.function is None else call.function(made, *args)
-        return [np.asarray(leaf) for leaf in jax.tree.leaves(result) if isinstance(leaf, jax.Array)]
+        return [np.asarray(leaf) for leaf in arrays_by_place(result).values()]
 
     def _module(self, path: Path, layer: int | None, values: Mapping[Path, jax.Array]) -> Any:
         node = self.model

@@ -1,14 +1,16 @@
 """How far the calls of two programs lie apart, and what their comparison found, as data that prints."""
 
 import dataclasses
-import itertools
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
+import jax
 import numpy as np
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.text import Text
 
+from orbax_nnx_handler.planning.core.errors import VerificationError
 from orbax_nnx_handler.planning.core.folding import FROM, Folded, Row, fold_paths
 from orbax_nnx_handler.planning.core.lines import (
     Line,
@@ -24,166 +26,89 @@ from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import Recipe, describe, reads
 from orbax_nnx_handler.planning.rendering.display import line_on_console
 from orbax_nnx_handler.planning.verdict.outcomes import Restored
-from orbax_nnx_handler.verifying.pairing import Unit
-from orbax_nnx_handler.verifying.recording import Array, Call
+from orbax_nnx_handler.verifying.pairing import TOLERANCE, Distance, Unit, compare, exceeds
+from orbax_nnx_handler.verifying.recording import Call
 from orbax_nnx_handler.verifying.weights import mixed_sources
 
-ROUNDING = 3e-6
-"""What two ways of computing one module in float32 differ by, and no more, from equal inputs."""
+
+def outputs_apart(expected: Any, found: Any) -> list[Distance]:
+    """Compares what both programs return.
+
+    Raises:
+        VerificationError: It is no arrays, of different structure or shapes, or holds no finite number.
+    """
+    expected, found = opened_up(expected), opened_up(found)
+    one, other = _structure(expected), _structure(found)
+    if one != other:
+        raise VerificationError(
+            f"the programs return different things:\n  linen_apply  {one}\n  nnx_apply    {other}",
+            hints=[_first_alone(expected, found) or _SAME],
+        )
+    pairs = list(zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True))
+    shapes = [(np.shape(a), np.shape(b)) for a, b in pairs]
+    if not pairs or any(a != b for a, b in shapes):
+        rows = "\n".join(f"  linen_apply  {a}\n  nnx_apply    {b}" for a, b in shapes if a != b)
+        raise VerificationError(
+            f"the programs return arrays of different shapes:\n{rows}"
+            if pairs
+            else "the programs return no array.",
+            hints=["let both functions return arrays that mean the same."],
+        )
+    if not any(np.isfinite(np.asarray(a, np.complex128)).any() for a, _ in pairs):
+        raise VerificationError(
+            "linen_apply returns no finite number, which says nothing about the weights.",
+            hints=["choose inputs from which the Linen program computes finite numbers."],
+        )
+    return [compare([np.asarray(a)], [np.asarray(b)]) for a, b in pairs]
 
 
-TOLERANCE = 1e-5
-"""How far apart two whole programs in float32 may be that compute the same."""
+_SAME = "let both functions return the same: an array, or the same arrays in one structure."
 
 
-_MOST_ROUNDINGS = 5
-"""How much more a whole program may differ by rounding than one module in it."""
+def _first_alone(expected: Any, found: Any) -> str:
+    """Returns the way out where one program returns more than the other: logits and what else it computes."""
+    for name, more, less in (("linen_apply", expected, found), ("nnx_apply", found, expected)):
+        if isinstance(more, tuple) and more and _structure(more[0]) == _structure(less):
+            return f"let {name} return the first of its {len(cast(Any, more))} parts alone, [0]."
+    return ""
 
 
-_GROWTH = 16
-"""How much a module may enlarge a difference that its inputs have already."""
+def opened_up(tree: Any) -> Any:
+    """Returns a tree with its dataclasses as dicts.
 
-
-_MOST_AXES = 5
-
-
-MASK = 1e6
-"""Values beyond it are a mask's, and say nothing about how large the others are."""
-_LARGE = 1e3
-"""From here on, a number that comes several times is a mask's too."""
-
-
-_COARSE = {"bfloat16": 2e-2, "float16": 2e-3}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Distance:
-    """How far arrays lie apart.
-
-    Attributes:
-        relative: The largest difference of two elements, divided by the larger of the element and the mean
-            magnitude of its array.
-        absolute: The largest difference itself.
-        compared: How many arrays met one of the same size.
-        left: How many met none.
-        coarse: What a difference may be because the arrays were computed in fewer digits; 0 for float32.
+    Raises:
+        VerificationError: A leaf is no array and no number.
     """
 
-    relative: float = 0.0
-    absolute: float = 0.0
-    compared: int = 0
-    left: int = 0
-    coarse: float = 0.0
+    def opened(leaf: Any) -> Any:
+        if is_dataclass(leaf):
+            fields = dataclasses.fields(leaf)
+            return {field.name: opened_up(getattr(leaf, field.name)) for field in fields}
+        is_key = jax.numpy.issubdtype(getattr(leaf, "dtype", "f4"), jax.dtypes.prng_key)
+        if is_key or np.asarray(leaf).dtype.kind not in _NUMBERS:
+            if waits := inspect.iscoroutine(leaf):
+                leaf.close()  # Nobody waits for it.
+            raise VerificationError(
+                f"a program returns a {type(leaf).__name__}, which cannot be compared.",
+                hints=[_WAIT if waits else "let both functions return arrays alone."],
+            )
+        return leaf
+
+    return jax.tree.map(opened, tree, is_leaf=is_dataclass)
 
 
-def distance(reference: Array, other: Array) -> tuple[float, float]:
-    """Returns the relative and the absolute difference of two arrays of one size, element by element."""
-    a, b = _numbers(reference).reshape(-1), _numbers(other).reshape(-1)
-    if not a.size:
-        return 0.0, 0.0
-    with np.errstate(all="ignore"):
-        apart = np.abs(a - b)
-        apart[(a == b) | (np.isnan(a) & np.isnan(b))] = 0
-        if not np.isfinite(apart).all():
-            return float("inf"), float("inf")
-        if {reference.dtype.kind, other.dtype.kind} <= set("biu"):
-            largest = float(apart.max())  # Of the words 200000 and 200001 none is nearly right.
-            return largest, largest
-        size = np.abs(a)
-        usual = _usual(size)
-        mean = float(usual.mean(dtype=np.float64)) if usual.size else 1.0
-        relative = apart / np.maximum(size, max(mean, float(np.finfo(np.float32).tiny)))
-        relative[apart == 0] = 0  # Where both are no number too.
-    return float(relative.max()), float(apart.max())
+def is_dataclass(leaf: Any) -> bool:
+    """Tells whether a leaf of what a program returns is a dataclass that JAX does not know."""
+    return dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)
 
 
-def _usual(size: Array) -> Array:
-    """Returns magnitudes without a mask's: beyond all numbers, or large and several times the same."""
-    usual = size[size < MASK]
-    while usual.size and (largest := usual.max()) >= _LARGE and 1 < (usual == largest).sum() < usual.size:
-        usual = usual[usual < largest]
-    return usual
+_WAIT = "pass a function that waits for it: lambda *args: asyncio.run(function(*args))."
+_NUMBERS = "biufcV"
+"""Kinds of NumPy's dtypes; JAX's own floats are V."""
 
 
-def _numbers(array: Array) -> Array:
-    if array.dtype == np.float64 or array.dtype.kind in "iu":
-        return array.astype(np.float64)
-    return array.astype(np.complex64 if array.dtype.kind == "c" else np.float32)
-
-
-def compare(reference: Sequence[Array], others: Sequence[Array]) -> Distance:
-    """Compares arrays, each with one of its size, whatever its shape: the nearest with each other."""
-    pairs = [
-        (*_nearest(array, other), one, at)
-        for one, array in enumerate(reference)
-        for at, other in enumerate(others)
-        if _comparable(array, other)
-    ]
-    relative = absolute = coarse = 0.0
-    met, taken = set[int](), set[int]()
-    for apart, largest, one, at in sorted(pairs, key=lambda pair: max(ROUNDING, pair[0])):
-        if one in met or at in taken:
-            continue
-        relative, absolute = max(relative, apart), max(absolute, largest)
-        coarse = max(coarse, *(_COARSE.get(str(array.dtype), 0.0) for array in (reference[one], others[at])))
-        met.add(one)
-        taken.add(at)
-    left = sum(array.dtype.kind != "b" for one, array in enumerate(reference) if one not in met)
-    return Distance(relative=relative, absolute=absolute, compared=len(met), left=left, coarse=coarse)
-
-
-def compare_inputs(reference: Sequence[Array], others: Sequence[Array]) -> Distance:
-    """Compares what two modules are called with: floats alone where both have some.
-
-    Masks and positions are a matter of taste: one side has them where the other works them out.
-    """
-    floats = [[array for array in arrays if array.dtype.kind not in "biu"] for arrays in (reference, others)]
-    return compare(*floats) if all(floats) else compare(reference, others)
-
-
-def _nearest(reference: Array, other: Array) -> tuple[float, float]:
-    """Returns how far two arrays lie apart, with their axes in whichever order is nearest: NCHW is NHWC."""
-    apart = distance(reference, other)
-    if (
-        apart[0] <= ROUNDING
-        or other.shape == reference.shape
-        or not 2 < other.ndim == reference.ndim <= _MOST_AXES
-    ):
-        return apart
-    orders = itertools.permutations(range(other.ndim))
-    turned = [order for order in orders if tuple(other.shape[axis] for axis in order) == reference.shape]
-    return min([apart, *(distance(reference, other.transpose(order)) for order in turned)])
-
-
-def _comparable(one: Array, other: Array) -> bool:
-    return one.size == other.size and (one.dtype.kind in "biu") == (other.dtype.kind in "biu")
-
-
-def exceeds(distance: Distance, limit: float) -> bool:
-    """Tells whether a difference is more than a limit, where the arrays have the digits for it."""
-    return distance.relative > max(limit, distance.coarse)
-
-
-def changes_more_than_rounding(inputs: Distance, outputs: Distance, calls: int = 1) -> bool:
-    """Tells whether outputs lie further apart than rounding explains.
-
-    Args:
-        inputs: How far the inputs lie apart.
-        outputs: How far the outputs do.
-        calls: Of how many modules, one after the other, the outputs come: each rounds.
-    """
-    rounding = ROUNDING * min(_MOST_ROUNDINGS, calls**0.5)
-    return exceeds(outputs, max(rounding, _GROWTH * inputs.relative))
-
-
-def same_numbers(reference: Sequence[Array], others: Sequence[Array]) -> bool:
-    """Tells whether the arrays hold the same numbers in another order."""
-    pairs = [(a, b) for a in reference for b in others if _comparable(a, b) and a.size > 1]
-    return any(distance(np.sort(_flat(a)), np.sort(_flat(b)))[0] <= 10 * ROUNDING for a, b in pairs)
-
-
-def _flat(array: Array) -> Array:
-    return _numbers(array).reshape(-1)
+def _structure(tree: Any) -> Any:
+    return cast(Any, jax.tree.structure(tree))
 
 
 def differing_settings(linen: Call, nnx: Call) -> dict[str, tuple[Any, Any]]:

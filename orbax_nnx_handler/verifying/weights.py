@@ -1,4 +1,7 @@
-"""Both programs' weights on one device in float32: the variables as Linen wrote them, and the model."""
+"""Both programs' weights on one device in float32: the variables as Linen wrote them, and the model.
+
+And what each layer of a weight is made from.
+"""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -12,7 +15,22 @@ from jax.core import Tracer
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from orbax_nnx_handler.planning.core.paths import Path, nested, render, segments
-from orbax_nnx_handler.planning.core.recipes import Read, reads
+from orbax_nnx_handler.planning.core.recipes import (
+    Add,
+    Concat,
+    Fill,
+    Index,
+    Read,
+    Recipe,
+    Reshape,
+    Scale,
+    Shapes,
+    Slice,
+    Stack,
+    Transpose,
+    reads,
+    shape_of,
+)
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement
 from orbax_nnx_handler.planning.restore_plan import RestorePlan
 from orbax_nnx_handler.planning.target.target import flatten_target
@@ -230,3 +248,63 @@ def is_other(own: Any, leaf: Any) -> bool:
 def is_weight(leaf: Any) -> bool:
     """Tells whether a Variable holds floats."""
     return isinstance(leaf, nnx.Variable) and bool(jnp.issubdtype(leaf.dtype, jnp.floating))
+
+
+Atom = tuple[Path, tuple[int, ...], tuple[tuple[int, int, int], ...]]
+"""A stored leaf, the layer in it, and the part of that layer: axis, start and size of each cut."""
+Atoms = frozenset[Atom]
+
+
+def layers_of(recipe: Recipe) -> list[Atoms]:
+    """Returns what each layer of a stacked leaf is made from, or one set for a leaf that is not stacked."""
+    match recipe:
+        case Read(path):
+            return [frozenset({(path, (), ())})]
+        case Fill():
+            return [frozenset()]
+        case Stack(sources, _):
+            return [layer for source in sources for layer in layers_of(source)]
+        case Concat(sources, _):
+            parts = [layers_of(source) for source in sources]
+            counts = {len(part) for part in parts}
+            if len(counts) == 1:
+                return [frozenset[Atom]().union(*same) for same in zip(*parts, strict=True)]
+            return [frozenset[Atom]().union(*(layer for part in parts for layer in part))]
+        case Index(source, _, index):
+            return [
+                frozenset((path, (*layer, index), cuts) for path, layer, cuts in atoms)
+                for atoms in layers_of(source)
+            ]
+        case Slice(source, axis, start, size):
+            return [
+                frozenset((path, layer, (*cuts, (axis, start, size))) for path, layer, cuts in atoms)
+                for atoms in layers_of(source)
+            ]
+        case _:
+            return layers_of(recipe.source)
+
+
+def layer_of(recipe: Recipe, axis: int, layer: int, shapes: Shapes) -> Recipe:
+    """Returns the recipe of one element of a leaf along an axis."""
+    match recipe:
+        case Stack(sources, at) if at == axis:
+            return sources[layer]
+        case Stack(sources, at):
+            inner = axis - (at < axis)
+            parts = tuple(layer_of(source, inner, layer, shapes) for source in sources)
+            return Stack(parts, at - (axis < at))
+        case Transpose(source, permutation):
+            inner = permutation[axis]
+            rest = tuple(at - (at > inner) for at in permutation if at != inner)
+            return Transpose(layer_of(source, inner, layer, shapes), rest)
+        case Reshape(source, shape) if axis == 0 and shape_of(source, shapes)[:1] == shape[:1]:
+            return Reshape(layer_of(source, 0, layer, shapes), shape[1:])
+        case Concat(sources, at) if at != axis:
+            parts = tuple(layer_of(source, axis, layer, shapes) for source in sources)
+            return Concat(parts, at - (axis < at))
+        case Scale(source, factor):
+            return Scale(layer_of(source, axis, layer, shapes), factor)
+        case Add(source, constant):
+            return Add(layer_of(source, axis, layer, shapes), constant)
+        case _:
+            return Index(recipe, axis, layer)

@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import UnstackLayers, Verification, VerificationError, verify
+from orbax_nnx_handler import UnstackLayers, Verification, VerificationError, suggest, verify
 from orbax_nnx_handler.planning.core.paths import render
 from orbax_nnx_handler.verifying.recording import run_linen
 
@@ -452,3 +452,129 @@ def test_of_many_layers_no_more_is_compiled_than_of_few(caplog: pytest.LogCaptur
         return caplog.text.count("Finished XLA compilation")
 
     assert compiled(9) == compiled(3) > 0
+
+
+class LinenHeads(nn.Module):
+    """Two heads of one shape on one body."""
+
+    returned: Callable[[Any, Any], Any]
+
+    @nn.compact
+    def __call__(self, x):
+        hidden = nn.relu(nn.Dense(8, name="body")(x))
+        return self.returned(nn.Dense(8, name="mean")(hidden), nn.Dense(8, name="logvar")(hidden))
+
+
+class Heads(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs, returned: Callable[[Any, Any], Any], names: tuple[str, str]):
+        self.body = nnx.Linear(8, 8, rngs=rngs)
+        for name in sorted(names):
+            setattr(self, name, nnx.Linear(8, 8, rngs=rngs))
+        self.returned, self.names = returned, names
+
+    def __call__(self, x):
+        hidden = nnx.relu(self.body(x))
+        return self.returned(*(getattr(self, name)(hidden) for name in self.names))
+
+
+class LinenWithHeads(nn.Module):
+    returned: Callable[[Any, Any], Any]
+    used: Callable[[Any], Any]
+
+    @nn.compact
+    def __call__(self, x):
+        return self.used(LinenHeads(self.returned, name="heads")(x))
+
+
+class WithHeads(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs, returned: Callable[[Any, Any], Any], used: Callable[[Any], Any]):
+        self.heads, self.used = Heads(rngs, returned, ("mean", "logvar")), used
+
+    def __call__(self, x):
+        return self.used(self.heads(x))
+
+
+def in_a_tuple(mean: Any, logvar: Any) -> Any:
+    return mean, logvar
+
+
+def in_a_dict(mean: Any, logvar: Any) -> Any:
+    return {"mean": mean, "logvar": logvar}
+
+
+HEADS_INPUT = jax.random.normal(jax.random.key(1), (4, 6, 8))
+HEADS_EXCHANGED = [("mean", "logvar"), ("logvar", "mean")]
+
+
+def heads(path: pathlib.Path, linen: nn.Module, target: Any, **given: Any) -> Any:
+    variables = linen.init(jax.random.key(0), HEADS_INPUT)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path / "checkpoint", variables)
+    programs = {"linen_apply": linen.apply, "nnx_apply": lambda model, x: model(x), "inputs": (HEADS_INPUT,)}
+    return verify(path / "checkpoint", nnx.eval_shape(lambda: target(nnx.Rngs(0))), **programs | given)
+
+
+@pytest.mark.parametrize("returned", [in_a_tuple, in_a_dict, lambda *parts: [*parts, sum(parts)]])
+def test_two_outputs_that_change_places_are_told(tmp_path: pathlib.Path, returned: Any):
+    def target(rngs: nnx.Rngs) -> Heads:
+        return Heads(rngs, returned, ("mean", "logvar"))
+
+    found = heads(tmp_path, LinenHeads(returned), target, renames=HEADS_EXCHANGED)
+
+    assert not found.equal
+    assert {found.first.path} <= {"mean", "logvar"}
+    assert "mean and logvar have each other's weights" in found.first.proved
+    *_, last = str(found).splitlines()
+    assert last.split()[:4] == ["(root)", "inputs", "0", "outputs"]
+    assert "differs" in last
+
+
+def test_what_the_caller_runs_after_the_whole_model_is_a_part_of_the_program(tmp_path: pathlib.Path):
+    class Body(Heads):
+        def __call__(self, x):
+            return nnx.relu(self.body(x))
+
+    def both(model: Any, x: Any) -> Any:
+        hidden = model(x)
+        return model.mean(hidden), model.logvar(hidden)
+
+    found = heads(
+        tmp_path,
+        LinenHeads(in_a_tuple),
+        lambda rngs: Body(rngs, in_a_tuple, ("mean", "logvar")),
+        nnx_apply=both,
+        renames=HEADS_EXCHANGED,
+    )
+
+    assert "mean and logvar have each other's weights" in found.first.proved
+
+
+@pytest.mark.parametrize("renames", [(), HEADS_EXCHANGED], ids=["right", "exchanged"])
+def test_arrays_of_one_size_in_another_structure_are_taken_for_neither(tmp_path: pathlib.Path, renames: Any):
+    linen = LinenWithHeads(in_a_dict, lambda parts: parts["mean"] - 2 * parts["logvar"])
+    found = heads(
+        tmp_path,
+        linen,
+        lambda rngs: WithHeads(rngs, in_a_tuple, lambda parts: parts[0] - 2 * parts[1]),
+        renames=renames,
+    )
+
+    (module,) = (one for one in found.modules if one.nnx.path == ("heads",))
+    assert module.outputs.compared == 0
+    assert found.equal == (not renames)
+    assert found.first is None or found.first.path.startswith("heads")
+
+
+def test_names_of_a_proposal_that_tell_nothing_are_settled_by_two_outputs(tmp_path: pathlib.Path):
+    linen = LinenHeads(in_a_tuple)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "checkpoint", linen.init(jax.random.key(0), HEADS_INPUT))
+    target = nnx.eval_shape(lambda: Heads(nnx.Rngs(0), in_a_tuple, ("omega", "alpha")))
+    given = linen.apply, lambda model, x: model(x), (HEADS_INPUT,)
+    found = suggest(tmp_path / "checkpoint", target, verify=given)
+
+    assert found.confidence == "certain"
+    assert {(rule.pattern, rule.replacement) for rule in found.renames} == {
+        ("mean", "omega"),
+        ("logvar", "alpha"),
+    }

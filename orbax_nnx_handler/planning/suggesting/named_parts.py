@@ -130,6 +130,7 @@ class _Context:
         self._empty = {"self"} if sum(names[-1] == "self" for names in self._held) > 1 else set[str]()
         called = [names for names in self._held if "attn" in meanings(levels(names)[-1].base)]
         self._attentions = {names for names in called if {"q", "k"} <= self._held[names]}
+        self._lacks_output = any(self._held[names].isdisjoint({"o", "out"}) for names in self._attentions)
         self._holding = Counter(x[:depth] for x in self._attentions for depth in range(len(x) + 1))
         self._has_attention = any("attn" in part.said or part.own >= _QKV for part in parts)
         # Deformable DETR numbers the norm of its cross attention first, RT-DETR that of its self attention.
@@ -266,7 +267,8 @@ class _Context:
         if concepts(beside) >= {*_QKV, "out"}:
             said -= {"in", "out"}
             if own & {"out"}:
-                said.add("down" if last.base in networks_outputs(beside) else "o")
+                is_networks = "mlp" in named or "o" in concepts(beside) or last.base in networks_outputs(beside)
+                said.add("down" if is_networks else "o")
             else:
                 self._resolve_mlp(said, own, family, last, is_counted=True)
             return ""
@@ -277,6 +279,8 @@ class _Context:
             elif not own and any(self._held[names] >= _QKV for names in _containers(part)[:1]):
                 said.add("o")
             return ""
+        if "mlp" not in said and own & {"out"} and self._lacks_output:
+            return ""  # `output` beside `attention/query`: of the attention, or of the network.
         if "mlp" in said or (self._has_attention and not part.is_vector):
             # `net/0/proj`: the number above tells the place, not the name.
             is_counted = len(part.levels) > 1 and part.levels[-2].number is not None

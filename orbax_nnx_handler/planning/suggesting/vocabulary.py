@@ -265,7 +265,9 @@ def same_number(one: Level, held: tuple[int, ...], other: Level, others: tuple[i
     if (held[0] == others[0] and not in_turns) or (one.base, one.style) == (other.base, other.style):
         return one.number == other.number
     if len(held) == len(others) and one.number is not None and other.number is not None:
-        return held.index(one.number) == others.index(other.number)
+        # A lone `norm2` is no first one, whatever its sibling is called.
+        is_told = len(held) > 1 or {one.number, other.number} == {0, 1}
+        return held.index(one.number) == others.index(other.number) if is_told else None
     return None
 
 
@@ -281,11 +283,12 @@ def networks_outputs(names: Collection[str]) -> set[str]:
 
     `wo` beside `wq` is an attention's, and beside `wi` and `to_q`, which has its own `to_out`, a network's.
     """
-    said = {name: (set(meanings(name)), _spelling(name)) for name in names}
-    around = [spelling for found, spelling in said.values() if found & set("qkv")]
-    inner = [spelling for found, spelling in said.values() if found & {"in", "up"}]
+    every = {name: (set(meanings(name)), _spelling(name)) for name in names}
+    said = {name: (found, at) for name, (found, at) in every.items() if "norm" not in found}
+    around = {spelling for found, spelling in said.values() if found & set("qkv")}
+    inner = [spelling for found, spelling in said.values() if found & {"in", "up"} or not found]
     outs = {name: spelling for name, (found, spelling) in said.items() if "out" in found}
-    is_told = any(spelling in around for spelling in outs.values())
+    is_told = len(around) == 1 and not around.isdisjoint(outs.values())
     return {name for name, at in outs.items() if at not in around and (is_told or at in inner) and around}
 
 

@@ -267,7 +267,9 @@ class _Context:
         if concepts(beside) >= {*_QKV, "out"}:
             said -= {"in", "out"}
             if own & {"out"}:
-                is_networks = "mlp" in named or "o" in concepts(beside) or last.base in networks_outputs(beside)
+                is_networks = (
+                    "mlp" in named or "o" in concepts(beside) or last.base in networks_outputs(beside)
+                )
                 said.add("down" if is_networks else "o")
             else:
                 self._resolve_mlp(said, own, family, last, is_counted=True)

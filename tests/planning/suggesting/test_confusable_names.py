@@ -133,11 +133,19 @@ BLOCKS = {
     "norm_x=ln_latents norm_media=ln_kv": ("scale", 0),
     "Conv_0=down Conv_1=up": ("kernel", 0),
     "ffn/Dense_0=mlp/w1 ffn/Dense_1=mlp/w3 ffn/Dense_2=mlp/w2": ("kernel", 0),
+    "ln_1=input_layernorm pre_ffn_norm=norm2": ("scale", 0),
+    "norm1=first_norm second_norm=norm_2": ("scale", 0),
+    "attention/query=q attention/key=k attention/value=v output=out intermediate=ff_in projection=ff_out": (
+        "kernel",
+        4,
+    ),
+    "q=wq k=wk v=wv proj=out_proj fc=mlp_in fc_out=mlp_out": ("kernel", 4),
 }
 """Parts of a block, `stored=wanted`: what each is, and how many of them names tell.
 
 GLM-4 has two norms around either part of a block, as Gemma; one name means another norm in each, and in
-CogView, too. What is added is an image in Wan, a text in Flux. The encoders are those of VITS.
+CogView, too. What is added is an image in Wan, a text in Flux. The encoders are those of VITS. An `output`
+beside an attention that has none is its own or the network's.
 """
 
 
@@ -169,6 +177,7 @@ def test_parts_of_a_block_that_names_do_not_tell_are_asked_about(text, turned):
         "wq=to_q wk=to_k wv=to_v wo=to_out w1=wi w2=wo",
         "wq=q_proj wk=k_proj wv=v_proj wo=o_proj w1=wi w2=wo",
         "q_proj=wq k_proj=wk v_proj=wv out_proj=wo fc_in=w1 fc_out=w2",
+        "q=wq k=wk v=wv o=out ff_in=fc1 ff_out=fc2",
     ],
 )
 def test_an_output_belongs_to_the_layers_that_are_spelled_like_it(text, turned):

@@ -272,8 +272,11 @@ def way_out(hints: Sequence[Hint], arguments: argparse.Namespace) -> str:
         return options
     commands = {hint.command for hint in hints}
     item = ["--item", typed["item"]] if typed.get("item") else []
-    if "suggest" in commands and typed.get("target"):
-        return shlex.join(["orbax-nnx", "suggest", path, typed["target"], *_as_typed(typed), *item])
+    asked = next((command for command in ("suggest more", "suggest") if command in commands), None)
+    if asked and typed.get("target"):
+        rules = [f"--{name}={text}" for name in ("rules", "rename") for text in typed.get(name, ())]
+        words = [*_as_typed(typed), *item, *(rules if asked == "suggest more" else ())]
+        return shlex.join(["orbax-nnx", "suggest", path, typed["target"], *words])
     return shlex.join(["orbax-nnx", "tree", path, *item]) if "tree" in commands else ""
 
 

@@ -3,7 +3,7 @@
 import argparse
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from orbax_nnx_handler import api
@@ -19,9 +19,16 @@ from orbax_nnx_handler.commands.arguments import (
 from orbax_nnx_handler.commands.screen import Screen
 from orbax_nnx_handler.commands.user_code import PAIR_HELP, UsageError, load_pair
 from orbax_nnx_handler.planning.core.errors import as_python
-from orbax_nnx_handler.planning.core.paths import spelled
+from orbax_nnx_handler.planning.core.paths import printable, spelled
 from orbax_nnx_handler.planning.rules import Rename, Rule
-from orbax_nnx_handler.planning.suggesting import BY_NUMBER, RUN_BOTH, Confidence, Question, Suggestion
+from orbax_nnx_handler.planning.suggesting import (
+    BY_NUMBER,
+    CHOICES,
+    RUN_BOTH,
+    Confidence,
+    Question,
+    Suggestion,
+)
 
 _STYLES: Mapping[Confidence, str] = {"certain": "bold green", "likely": "bold yellow", "open": "bold red"}
 
@@ -101,22 +108,61 @@ def written(suggestion: Suggestion, settled: Sequence[Rule], words: str, file: s
         words: The checkpoint and the factory, as on the command line.
         file: The file's name.
     """
+    open_ = _answers(suggestion)
     rules = [*settled, *suggestion.renames]
-    codes = list(map(_as_code, rules))
-    names = sorted({code.partition("(")[0] for code in codes} - {""})
+    every = map(_as_code, [*rules, *(rule for _, rules in open_ for rule in rules)])
+    names = sorted({code.partition("(")[0] for code in every} - {""})
     head = f"Rules that `orbax-nnx suggest` proposed: check them. `--rules {file}` takes them, as in\n\n"
     head += f"    orbax-nnx plan {words} --rules {file}\n"
     lines = [*_docstring(head), ""]
     lines += [f"from orbax_nnx_handler import {', '.join(names)}", ""] if names else []
-    lines += ["RULES = [", *(f"    {code}," for code in codes), "]"]
+    lines += ["RULES = [", *(f"    {_as_code(rule)}," for rule in settled)]
+    lines += [*_with_answers(suggestion.renames, open_), "]"]
     notes = [line for line in _at_a_prompt(suggestion).splitlines() if line.startswith("#")]
     return "\n".join([*lines, *(["", *notes] if notes else []), ""])
+
+
+_Answer = tuple[str, Sequence[Rule]]
+"""What a question is answered with, in words, and the complete rules under it."""
+
+
+def _answers(suggestion: Suggestion) -> list[_Answer]:
+    return [
+        (f"question {number}, {at}: {choice}", question.alternatives[at])
+        for number, question in enumerate(suggestion.questions, 1)
+        for at, choice in enumerate(question.choices[:CHOICES])
+    ]
+
+
+def _with_answers(rules: Sequence[Rule], answers: Sequence[_Answer]) -> Iterator[str]:
+    """Yields the lines of rules, and in their places, as comments, those that an answer adds.
+
+    An answer that changes other rules too stands behind them, with all its rules.
+    """
+    added: list[list[str]] = [[] for _ in range(len(rules) + 1)]
+    for words, every in answers:
+        rest, new = list(rules), list[tuple[int, Rule]]()
+        for rule in every:
+            if rest[:1] == [rule]:
+                rest.pop(0)
+            else:
+                new.append((len(rules) - len(rest), rule))
+        if rest:
+            new = [(len(rules), rule) for rule in every]
+            words += " (with all rules, instead of those above)"
+        for count, place in enumerate(sorted({place for place, _ in new})):
+            codes = [_as_code(rule) for at, rule in new if at == place]
+            said = words.partition(":")[0] + " too" if count else words
+            added[place] += [f"    # {printable(said)}", *(f"    # {code}," for code in codes)]
+    for place, lines in enumerate(added):
+        yield from lines
+        yield from (f"    {_as_code(rule)}," for rule in rules[place : place + 1])
 
 
 def _at_a_prompt(suggestion: Suggestion) -> str:
     """Returns a proposal in words that say how its questions are settled at a prompt."""
     lines = str(suggestion).replace(RUN_BOTH, "--verify FILE.py:PAIR").splitlines()
-    by_number = "# the rules under each answer are among the alternatives of --json."
+    by_number = "# the rules under each answer: as comments in what --write writes, and in --json."
     return "\n".join(by_number if line.startswith(f"# {BY_NUMBER}") else line for line in lines)
 
 

@@ -143,3 +143,15 @@ def test_another_model_is_looked_at_under_its_path(cli, root) -> None:
     last = refused.out.splitlines()[-1]
     assert last == f"on the command line: orbax-nnx tree {root}"
     assert cli(*shlex.split(last.partition(": ")[2])[1:]).status == 0
+
+
+def test_the_search_beside_rules_is_asked_with_the_same_rules(cli, auto_named) -> None:
+    refused = cli("plan", auto_named, f"{MODEL}:make_named", "--rename", "Dense_0=embed")
+
+    last = refused.out.splitlines()[-1]
+    asked = shlex.split(last.partition("on the command line: ")[2])
+    assert asked == ["orbax-nnx", "suggest", str(auto_named), f"{MODEL}:make_named", "--rename=Dense_0=embed"]
+    found = cli(*asked[1:])
+    assert found.status == 0
+    options = shlex.split(found.out.splitlines()[-1].partition(": ")[2])
+    assert cli("plan", auto_named, f"{MODEL}:make_named", asked[-1], *options).status == 0

@@ -11,7 +11,8 @@ import pytest
 from orbax_nnx_handler import Rename, Suggestion, Transpose, plan_restore
 from orbax_nnx_handler.commands.suggest import written
 from orbax_nnx_handler.commands.user_code import load_factory
-from orbax_nnx_handler.planning.rules import as_rules
+from orbax_nnx_handler.planning.rules import Rule, as_rules
+from orbax_nnx_handler.planning.suggesting import Proposal, Question
 from tests.cli.conftest import MODEL
 
 RULES = """
@@ -171,6 +172,38 @@ def test_a_question_says_how_it_is_settled_at_a_prompt(cli, tmp_path) -> None:
         assert "answered(" not in text
     (question,) = cli("suggest", tmp_path / "c", f"{model}:make", "--json").json["questions"]
     assert len(question["alternatives"]) == len(question["choices"]) == 2
+    lines = (tmp_path / "rules.py").read_text().splitlines()
+    at = lines.index(f"    # question 1, 1: {question['choices'][1]}")
+    chosen = tmp_path / "chosen.py"
+    lines[at + 1 : at + 3] = [line.replace("# ", "", 1) for line in lines[at + 1 : at + 3]]
+    chosen.write_text("\n".join(lines))
+    assert cli("plan", tmp_path / "c", f"{model}:make", "--rules", chosen).status == 0
+
+
+def test_answers_stand_where_their_rules_apply_and_those_that_change_others_behind_them() -> None:
+    rules = as_rules([("a", "b"), ("c", "d")])
+
+    def settle(answer: int) -> tuple[Rule, ...]:
+        return as_rules([("a", "b"), ("x", "y"), ("c", "d"), ("z", "w")] if answer == 0 else [("c", "e")])
+
+    question = Question(
+        wanted=(), stored=(), parts=((), ()), about="which", choices=("this", "that"), settle=settle
+    )
+    proposals = tuple(Proposal(rule=rule, grounds="names") for rule in rules)
+    found = Suggestion(proposals=proposals, questions=(question,), unmatched_wanted=(), unmatched_stored=())
+
+    text = written(found, (), "c m.py:make", "file.py")
+
+    assert text.partition("RULES = [\n")[2].partition("]\n")[0].splitlines() == [
+        "    ('a', 'b'),",
+        "    # question 1, 0: this",
+        "    # ('x', 'y'),",
+        "    ('c', 'd'),",
+        "    # question 1, 0 too",
+        "    # ('z', 'w'),",
+        "    # question 1, 1: that (with all rules, instead of those above)",
+        "    # ('c', 'e'),",
+    ]
 
 
 @pytest.mark.parametrize("command", ["plan", "suggest", "diff", "convert", "verify"])

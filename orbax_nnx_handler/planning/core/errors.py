@@ -22,13 +22,14 @@ class Hint:
             `policy`, `renames`, `layout`, `item`, `unexpected`, `path`; of several ways the
             first. Empty where only a person can do it.
         needs_init: Whether `init=...`, a function that builds the target, has to be passed.
-        command: The command that helps to find the way out, on the same checkpoint and target.
+        command: The command that helps to find the way out, on the same checkpoint and target; `more`: and
+            with the same rules.
     """
 
     words: str = ""
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
     needs_init: bool = False
-    command: Literal["", "suggest", "tree"] = ""
+    command: Literal["", "suggest", "suggest more", "tree"] = ""
 
     @property
     def fills(self) -> bool:

@@ -11,7 +11,7 @@ from orbax_nnx_handler.planning.core.lines import counted, listed
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, render
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, reads
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence
-from orbax_nnx_handler.planning.diagnosis.ways import AXES, selecting
+from orbax_nnx_handler.planning.diagnosis.ways import AXES, selecting, suggest_hint
 from orbax_nnx_handler.planning.mapping.matches import Discarded
 from orbax_nnx_handler.planning.rules import Drop, Fuse, Repeat, Reshape, Rule, Split
 from orbax_nnx_handler.planning.rules.stacking import stacking_otherwise
@@ -136,6 +136,7 @@ def find_unused_parts(evidence: Evidence) -> Iterable[Cause]:
             text=f"rules take {fold_paths(sources)} apart, and nothing uses a part of it: "
             f"{fold_paths(lost)} {be}.",
             paths=evidence.with_moments(lost),
+            way=suggest_hint(evidence),
             facts={"stored": tuple(sources), "wanted": lost},
         )
 

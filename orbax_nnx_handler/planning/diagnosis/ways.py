@@ -34,6 +34,11 @@ LOOK = Hint(
 SUGGEST = Hint(
     "`orbax-nnx suggest CHECKPOINT MODULE:FACTORY` proposes rules to check and paste.", command="suggest"
 )
+SUGGEST_MORE = Hint(
+    "`orbax-nnx suggest CHECKPOINT MODULE:FACTORY`, with the rules that were passed, proposes those that "
+    "they lack, or asks what is open.",
+    command="suggest more",
+)
 SUGGEST_ANEW = Hint(
     "`orbax-nnx suggest CHECKPOINT MODULE:FACTORY` proposes rules for the whole conversion, to check and to "
     "pass instead of those that were passed.",
@@ -47,19 +52,22 @@ RULE = Hint(
 
 def search_hint(evidence: Evidence) -> Hint:
     """Returns the way out where stored leaves that nothing wants could be missing ones."""
-    if evidence.is_searched and not (evidence.links or evidence.links_anew or evidence.has_networks):
+    found = evidence.links or evidence.links_anew or evidence.has_networks or evidence.sides.loose
+    if evidence.is_searched and not found:
         return RULE
     return suggest_hint(evidence)
 
 
 def suggest_hint(evidence: Evidence) -> Hint:
-    """Returns the way out that is to look for rules, instead of those that were passed."""
-    return SUGGEST_ANEW if evidence.verdict.renames else SUGGEST
+    """Returns the way out that is to look for rules: for what is left over, or instead of those passed."""
+    if not evidence.verdict.renames:
+        return SUGGEST
+    return SUGGEST_MORE if evidence.links or evidence.sides.loose else SUGGEST_ANEW
 
 
 def is_search(hint: Hint) -> bool:
     """Tells whether a way out is to look for rules."""
-    return hint in (SUGGEST, SUGGEST_ANEW, RULE)
+    return hint in (SUGGEST, SUGGEST_MORE, SUGGEST_ANEW, RULE)
 
 
 def completed(hint: Hint, evidence: Evidence) -> Hint:

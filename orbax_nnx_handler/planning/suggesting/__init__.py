@@ -4,6 +4,7 @@ from orbax_nnx_handler.planning.suggesting.proposing import propose
 from orbax_nnx_handler.planning.suggesting.scoring import Remade
 from orbax_nnx_handler.planning.suggesting.suggestion import (
     BY_NUMBER,
+    CHOICES,
     RUN_BOTH,
     Answers,
     Confidence,
@@ -15,6 +16,7 @@ from orbax_nnx_handler.planning.target.roles import Order, creation_order, order
 
 __all__ = [
     "BY_NUMBER",
+    "CHOICES",
     "RUN_BOTH",
     "Answers",
     "Confidence",

@@ -193,10 +193,10 @@ class Suggestion:
         lines += ["renames=[", *rules, "]"] if rules else ["# no rule is proposed."]
         for question in self.questions:
             lines.append(_comment(f"question: {question}"))
-            shown = enumerate(question.choices[:_CHOICES])
+            shown = enumerate(question.choices[:CHOICES])
             lines += [_comment(f"    {at}: {choice}") for at, choice in shown]
-            if len(question.choices) > _CHOICES:
-                lines.append(f"#     ... and {len(question.choices) - _CHOICES} more")
+            if len(question.choices) > CHOICES:
+                lines.append(f"#     ... and {len(question.choices) - CHOICES} more")
         lines += _settling(len(self.questions), is_run=bool(self.proof)) if self.questions else []
         lines += [_comment(self.proof)] if self.proof else []
         lines += _rest("wanted, and nothing stored was found", self.unmatched_wanted)
@@ -361,7 +361,7 @@ def problem_of(verdict: Verdict, weights: Iterable[Path]) -> str:
     return f"{head} in another shape:\n{rows}\n{way}"
 
 
-_SHOWN, _CHOICES = 4, 6
+_SHOWN, CHOICES = 4, 6
 
 
 @dataclasses.dataclass(frozen=True)

@@ -113,6 +113,7 @@ def compared(runs: Runs, plan: RestorePlan, tolerance: float | None = None) -> V
         runner=runs.runner,
         restored=plan.restored,
         seconds=_PATIENCE * (runs.seconds + 1),
+        limit=max(TOLERANCE, tolerance or 0.0, _rounding(runs)),
     )
     # One output of few digits says nothing about those beside it.
     allowed = [max(TOLERANCE, one.coarse) if tolerance is None else tolerance for one in runs.outputs]
@@ -129,6 +130,12 @@ def compared(runs: Runs, plan: RestorePlan, tolerance: float | None = None) -> V
         first=first,
         remarks=tuple(_remarks(equal, first, runs, plan)),
     )
+
+
+def _rounding(runs: Runs) -> float:
+    """Returns how far apart inputs are in this run that differ by rounding: twice what modules return."""
+    right = [one.found.outputs.relative for one in runs.compared if one.agrees]
+    return min(_FAR, 2 * max(right, default=0.0))
 
 
 def _excess(output: tuple[Distance, float]) -> tuple[float, float]:

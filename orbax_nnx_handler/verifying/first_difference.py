@@ -163,6 +163,7 @@ class Search:
         runner: Runs modules by themselves.
         restored: The plan's restored leaves.
         seconds: How long it may go on trying.
+        limit: How far apart inputs may be that are the same: what is rounding in this run.
         tried: How many changes were tried.
     """
 
@@ -170,6 +171,7 @@ class Search:
     runner: ModuleRunner
     restored: Mapping[Path, Restored]
     seconds: float
+    limit: float = TOLERANCE
     tried: int = 0
 
     def first(self) -> FirstDifference | None:
@@ -197,8 +199,20 @@ class Search:
         """Yields modules whose output differs, but not those whose surroundings make up for it."""
         for certain in (True, False):
             for one in self.compared:
-                if one.found.differs and one.found.is_certain == certain and not self._made_up_for(one):
+                if self._differs(one) and one.found.is_certain == certain and not self._made_up_for(one):
                     yield one
+
+    def _gets_the_same(self, one: Compared) -> bool:
+        inputs = one.found.inputs
+        return one.gets_the_same or (bool(inputs.compared) and not exceeds(inputs, self.limit))
+
+    def _differs(self, one: Compared) -> bool:
+        """Tells whether a module's outputs differ, inputs that are apart by rounding allowed for."""
+        inputs, outputs = one.found.inputs, one.found.outputs
+        if one.found.differs or one.gets_the_same:
+            return one.found.differs
+        changes = bool(outputs.compared) and changes_more_than_rounding(inputs, outputs, one.calls)
+        return changes and self._gets_the_same(one)
 
     def _made_up_for(self, one: Compared) -> bool:
         """Tells whether a module around it returns the same all the same: features in another order."""
@@ -255,16 +269,25 @@ class Search:
 
     def _between(self, inside: Sequence[Compared]) -> tuple[Compared | None, Compared | None]:
         """Returns the last module that still agrees, and the outermost first one that gets something else."""
-        doubted = (one for one in inside if not one.gets_the_same)
-        first = next((one for one in doubted if not _is_padding(one, inside)), None)
-        if first is None:
-            return next((one for one in reversed(inside) if one.agrees), None), None
         held = {id(one) for one in inside}
-        doubted = [one for one in self._around(first) if id(one) in held and not one.gets_the_same]
-        before = min([first, *doubted], key=lambda one: len(one.path))
+        doubted = [
+            one
+            for one in inside
+            if not self._gets_the_same(one)
+            and not _is_padding(one, inside)
+            and not any(id(other) in held and other.agrees for other in self._around(one))
+        ]
+        if not doubted:
+            return next((one for one in reversed(inside) if self._agrees_still(one)), None), None
+        first = doubted[0]
+        around = [one for one in self._around(first) if id(one) in held and not self._gets_the_same(one)]
+        before = min([first, *around], key=lambda one: len(one.path))
         earlier = [one for one in inside if one.nnx.call.order < first.nnx.call.order]
-        after = [one for one in earlier if one.agrees and not before.encloses(one)]
+        after = [one for one in earlier if self._agrees_still(one) and not before.encloses(one)]
         return after[-1] if after else None, before
+
+    def _agrees_still(self, one: Compared) -> bool:
+        return self._gets_the_same(one) and bool(one.found.outputs.compared) and not self._differs(one)
 
     def _holder(self, path: Path) -> Path:
         """Returns the innermost module around a path that was called."""

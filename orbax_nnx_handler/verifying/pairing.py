@@ -51,6 +51,23 @@ class ModulePair:
     is_certain: bool = True
 
 
+def by_path(calls: Iterable[Call]) -> dict[Path, Sequence[Call]]:
+    """Returns calls by module, in their order."""
+    found: dict[Path, list[Call]] = defaultdict(list)
+    for call in calls:
+        found[call.path].append(call)
+    return dict(found)
+
+
+def calls_in(calls: Mapping[Path, Sequence[Call]]) -> dict[Path, int]:
+    """Returns of how many calls one call of each module is made, itself among them."""
+    found: dict[Path, int] = defaultdict(int)
+    for path, made in calls.items():
+        for depth in range(len(path) + 1):
+            found[path[:depth]] += len(made)
+    return {path: round(found[path] / len(made)) for path, made in calls.items()}
+
+
 def scanned_axes(calls: Mapping[Path, Sequence[Call]], wanted: Mapping[Path, Shape]) -> dict[Path, int]:
     """Returns the axis of each leaf that the module did not see when it was called."""
     axes: dict[Path, int] = {}

@@ -8,8 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -434,20 +433,3 @@ def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:
                 seen.add(below)
                 pending.append(below)
                 yield below
-
-
-def by_path(calls: Iterable[Call]) -> dict[Path, Sequence[Call]]:
-    """Returns calls by module, in their order."""
-    found: dict[Path, list[Call]] = defaultdict(list)
-    for call in calls:
-        found[call.path].append(call)
-    return dict(found)
-
-
-def calls_in(calls: Mapping[Path, Sequence[Call]]) -> dict[Path, int]:
-    """Returns of how many calls one call of each module is made, itself among them."""
-    found: dict[Path, int] = defaultdict(int)
-    for path, made in calls.items():
-        for depth in range(len(path) + 1):
-            found[path[:depth]] += len(made)
-    return {path: round(found[path] / len(made)) for path, made in calls.items()}

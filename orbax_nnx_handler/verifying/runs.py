@@ -25,6 +25,8 @@ from orbax_nnx_handler.verifying.pairing import (
     Distance,
     ModulePair,
     Use,
+    by_path,
+    calls_in,
     changes_more_than_rounding,
     compare,
     compare_inputs,
@@ -34,7 +36,7 @@ from orbax_nnx_handler.verifying.pairing import (
     scanned_axes,
     uses_of,
 )
-from orbax_nnx_handler.verifying.recording import Call, by_path, calls_in, run_linen, run_nnx
+from orbax_nnx_handler.verifying.recording import Call, run_linen, run_nnx
 from orbax_nnx_handler.verifying.single_module import ModuleRunner
 from orbax_nnx_handler.verifying.verification import ModuleComparison, opened_up, outputs_apart
 from orbax_nnx_handler.verifying.weights import (

@@ -7,6 +7,10 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from rich.console import Console
@@ -252,3 +256,45 @@ def test_a_tolerance_may_be_given_and_what_differs_is_said_all_the_same(saved: S
     assert result.equal
     assert result.first is not None
     assert "blocks/norm1 still differs by more than rounding" in result.remarks[0]
+
+
+class LinenDeep(nn.Module):
+    """Its layers enlarge what rounding leaves, as attention does that is not scaled."""
+
+    @nn.compact
+    def __call__(self, x):
+        for number in range(3):
+            x = nn.Dense(8, name=f"layers_{number}")(x)
+        return nn.Dense(8, name="head")(nn.RMSNorm(name="norm")(x))
+
+
+class Deep(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs, rounded: float, scale: float):
+        self.layers = nnx.List([nnx.Linear(8, 8, rngs=rngs) for _ in range(3)])
+        self.norm, self.head = nnx.RMSNorm(8, rngs=rngs), nnx.Linear(8, 8, rngs=rngs)
+        self.rounded, self.scale = rounded, scale
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = layer(x * (1 + self.rounded * jnp.sin(1e3 * x)))
+        return self.head(self.norm(x) * self.scale)
+
+
+@pytest.mark.parametrize("rounded", [0, 3e-5, 2e-4])
+def test_what_rounding_leaves_is_no_place_where_a_difference_arises(tmp_path: pathlib.Path, rounded: float):
+    x = jax.random.normal(jax.random.key(1), (4, 6, 8))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "checkpoint", LinenDeep().init(jax.random.key(0), x))
+    target = nnx.eval_shape(lambda: Deep(nnx.Rngs(0), rounded, 0.25))
+    found = verify(
+        tmp_path / "checkpoint",
+        target,
+        LinenDeep().apply,
+        lambda model, x: model(x),
+        (x,),
+        tolerance=1e-3,
+    )
+
+    assert found.first is not None
+    assert found.first.path == "(root)"
+    assert "norm still returns the same, and head is called with something else." in str(found)

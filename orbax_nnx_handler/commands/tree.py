@@ -15,9 +15,8 @@ from orbax_nnx_handler.planning.core.folding import Row, fold
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, spelled
 from orbax_nnx_handler.planning.layouts.layout import Layout, Placement
-from orbax_nnx_handler.storage.checkpoint.directories import is_item, items_of, steps_of
+from orbax_nnx_handler.storage.checkpoint.directories import CONFIG_FILE, is_item, items_of, steps_of
 from orbax_nnx_handler.storage.checkpoint.find import find_item
-from orbax_nnx_handler.storage.checkpoint.hugging_face import CONFIG_FILE
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
 from orbax_nnx_handler.storage.stores.files import Files
 from orbax_nnx_handler.storage.stores.kvstore import files_at

@@ -14,9 +14,11 @@ big_vision wrote `checkpoint.npz` over and over, and at some steps a copy of it,
 Weights are published in files of any name that ends in `.npz`.
 """
 
+import logging
 import os
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 from etils import epath
 
@@ -24,6 +26,8 @@ from orbax_nnx_handler.storage.checkpoint.checkpoint import METADATA_KEY
 from orbax_nnx_handler.storage.checkpoint.fields import FieldError, parse_object
 from orbax_nnx_handler.storage.stores.files import Files, ReadFile
 from orbax_nnx_handler.storage.stores.locations import parents_of
+
+_logger = logging.getLogger(__name__)
 
 COMMIT_FILE = "commit_success.txt"
 STEP_FILE = "_CHECKPOINT_METADATA"
@@ -124,6 +128,8 @@ HUGGING_FACE_FILES = (
 _WEIGHTS_PART = re.compile(
     r"(?P<whole>.+)-(?P<number>[0-9]{1,9})-of-(?!0*1\.)(?P<count>[0-9]{1,9})(?P<kind>\.msgpack|\.safetensors)"
 )
+CONFIG_FILE = "config.json"
+_LONGEST_CONFIG = 1 << 20
 _ITEM_FILES = ("_METADATA", "manifest.ocdbt", "checkpoint", ".zgroup")
 # How many folders are looked into to see whether they hold an array; behind a network each costs a request.
 _PROBED, _PROBED_REMOTE = 64, 4
@@ -318,6 +324,34 @@ def is_weights_file(name: str) -> bool:
     """Tells whether a file is named as Hugging Face's libraries name weights, or an index of them."""
     whole = name.removesuffix(HUGGING_FACE_INDEX)
     return whole.endswith(HUGGING_FACE_SAFETENSORS) or (name in HUGGING_FACE_FILES)
+
+
+def first_weights(folder: epath.Path, files: Files) -> epath.Path | None:
+    """Returns the file in a folder that holds a model's weights, or says where they lie; None if none does.
+
+    A file alone is taken before parts of its name: both are there where one was saved after the other.
+    """
+    name = next((name for name in HUGGING_FACE_FILES if files.has_file(folder, name)), None)
+    if name is not None and files.has_file(folder, f"{name}{HUGGING_FACE_INDEX}"):
+        _logger.warning(
+            "%s holds %s, which is read, and beside it the same weights, or those of another save, in parts, "
+            "which are not: name %s to read them",
+            *(folder, name, folder / f"{name}{HUGGING_FACE_INDEX}"),
+        )
+    return None if name is None else folder / name
+
+
+def read_config(folder: epath.Path, files: Files) -> Mapping[str, Any]:
+    """Returns what `config.json` says, by its name; nothing if it is absent or no JSON object."""
+    listed = files.entries(folder).get(CONFIG_FILE)
+    if listed is None or listed.kind != "file" or listed.size > _LONGEST_CONFIG:
+        return {}
+    content = files.optional(folder / CONFIG_FILE, warn=True)
+    try:
+        return {} if content is None else {CONFIG_FILE: parse_object(content)}
+    # Nothing of a restore depends on it.
+    except FieldError:
+        return {}
 
 
 def first_unnamed(names: Collection[str]) -> str:

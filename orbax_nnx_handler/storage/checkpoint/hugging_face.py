@@ -12,6 +12,7 @@ The header is a stranger's: every length in it is compared with the file's befor
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import struct
@@ -27,11 +28,12 @@ from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, spelled
 from orbax_nnx_handler.storage.checkpoint.checkpoint import Checkpoint, Encoding, StoredArray
 from orbax_nnx_handler.storage.checkpoint.directories import (
-    HUGGING_FACE_FILES,
     HUGGING_FACE_INDEX,
     HUGGING_FACE_SAFETENSORS,
     first_unnamed,
+    first_weights,
     is_weights_file,
+    read_config,
 )
 from orbax_nnx_handler.storage.checkpoint.fields import (
     FieldError,
@@ -48,8 +50,7 @@ from orbax_nnx_handler.storage.stores import kvstore
 from orbax_nnx_handler.storage.stores.files import ANYWHERE, Files, ReadFile
 from orbax_nnx_handler.storage.stores.ocdbt import Extent
 
-CONFIG_FILE = "config.json"
-_LONGEST_CONFIG = 1 << 20
+_logger = logging.getLogger(__name__)
 _LISTED = 20
 _AGAIN = "download or copy the directory again."
 _LONGEST_NAME = 255  # Of a file, on every system.
@@ -65,15 +66,24 @@ def read_weights(path: epath.Path, files: Files) -> Checkpoint | None:
     if files.is_file(path):
         file = path if is_weights_file(path.name) else None
     else:
-        name = next((name for name in HUGGING_FACE_FILES if files.has_file(path, name)), None)
-        file = None if name is None else path / name
+        file = first_weights(path, files)
     if file is None:
         return None
     weights = _indexed(file, files) if file.name.endswith(HUGGING_FACE_INDEX) else _Weights([file])
-    config = _read_config(file.parent, files)
-    if HUGGING_FACE_SAFETENSORS in file.name:
-        return _read_headed(path, weights, files, config)
-    return _read_packed(path, weights, files, config)
+    read = _read_headed if HUGGING_FACE_SAFETENSORS in file.name else _read_packed
+    found = read(path, weights, files, read_config(file.parent, files))
+    if weights.index is not None:
+        _compare_sizes(weights.index, found, files)
+    return found
+
+
+def _compare_sizes(index: epath.Path, found: Checkpoint, files: Files) -> None:
+    """Warns where an index counts other bytes than its parts hold: not all tools count alike."""
+    said = parse_object(files.content(index)).get("metadata")
+    total = cast("dict[str, Any]", said).get("total_size") if isinstance(said, dict) else None
+    held = sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in found.leaves.values() if x.dtype)
+    if isinstance(total, int | float) and total != held and not found.lost:
+        _logger.warning("%s says that its parts hold %s bytes, and they hold %s", index, total, held)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,19 +192,6 @@ def _indexed(index: epath.Path, files: Files) -> _Weights:
         what = f"{index} does not name {part}, of which the names of the other parts tell."
         raise NotACheckpointError(what, hints=[_AGAIN])
     return _Weights([index.parent / name for name in names], index, places)
-
-
-def _read_config(folder: epath.Path, files: Files) -> Mapping[str, Any]:
-    """Returns what `config.json` says, by its name; nothing if it is absent or no JSON object."""
-    listed = files.entries(folder).get(CONFIG_FILE)
-    if listed is None or listed.kind != "file" or listed.size > _LONGEST_CONFIG:
-        return {}
-    content = files.optional(folder / CONFIG_FILE, warn=True)
-    try:
-        return {} if content is None else {CONFIG_FILE: parse_object(content)}
-    # Nothing of a restore depends on it.
-    except FieldError:
-        return {}
 
 
 DISK_FORMAT = "safetensors"

@@ -422,3 +422,35 @@ def test_data_of_another_version_than_the_header_is_an_error(tmp_path: pathlib.P
 
     assert "cannot be read: the object was written to while it was read" in str(raised.value)
     assert f"file: {file}" in str(raised.value)
+
+
+@pytest.mark.parametrize("form", ["msgpack", "safetensors"])
+def test_a_file_alone_beside_parts_is_taken_and_said(tmp_path: pathlib.Path, caplog: Any, form: str) -> None:
+    alone, parts = FORMS[form](tmp_path / "alone", TREE), FORMS[f"{form} in parts"](tmp_path / "parts", TREE)
+    (name,) = [file.name for file in alone.iterdir() if file.name != "config.json"]
+    (parts / name).write_bytes((alone / name).read_bytes())
+
+    assert_equal(restore(parts, abstract(TREE)), TREE)
+
+    (warned,) = {record.getMessage() for record in caplog.records if record.levelname == "WARNING"}
+    assert f"{parts} holds {name}, which is read, and beside it" in warned
+    assert warned.endswith(f"name {parts / name}.index.json to read them")
+
+
+@pytest.mark.parametrize("form", ["msgpack in parts", "safetensors in parts"])
+@pytest.mark.parametrize("more", [0, 7])
+def test_an_index_that_counts_other_bytes_is_said(
+    tmp_path: pathlib.Path, caplog: Any, form: str, more: int
+) -> None:
+    folder = FORMS[form](tmp_path / "model", TREE)
+    (index,) = folder.glob("*.index.json")
+    fields = json.loads(index.read_text())
+    held = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(TREE))
+    index.write_text(json.dumps(fields | {"metadata": {"total_size": held + more}}))
+
+    assert_equal(restore(folder, abstract(TREE)), TREE)
+
+    said = {record.getMessage() for record in caplog.records if record.levelname == "WARNING"}
+    assert said == (
+        {f"{index} says that its parts hold {held + 7} bytes, and they hold {held}"} if more else set()
+    )

@@ -36,6 +36,7 @@ from orbax_nnx_handler.planning.rules.entries import Entry, from_entries
 from orbax_nnx_handler.planning.suggesting.matching_layers import Context, match_context
 from orbax_nnx_handler.planning.suggesting.module_parts import Findings, Leaf, Link, Tie, part_of
 from orbax_nnx_handler.planning.suggesting.scoring import Remade, kept_by_head, remade_links
+from orbax_nnx_handler.planning.suggesting.series import by_level
 from orbax_nnx_handler.planning.suggesting.shapes import Way, transposed
 from orbax_nnx_handler.planning.suggesting.vocabulary import (
     Names,
@@ -258,11 +259,13 @@ def apart_from_copies(links: Sequence[Link], stored: Iterable[Leaf]) -> tuple[li
     """Returns the links, and as questions those of what may be a copy, or may hold its parts otherwise.
 
     A copy is what is called one, `unet_ema`, and a module of one name that is wanted twice and stored once.
+    Further questions are which levels on the way up of a U-Net are which.
     """
 
     def is_copied(names: Iterable[object]) -> bool:
         return any(is_copy_level(str(name)) or "tgt" in meanings(str(name)) for name in names)
 
+    links, levels = by_level(links)
     doubled, used = _doubled(links), {leaf.part for link in links for leaf in link.stored}
     free = {x.names[-2:] for x in stored if x.part not in used and not is_copied(x.names)}
     kinds: dict[str, list[Link]] = defaultdict(list)
@@ -274,7 +277,7 @@ def apart_from_copies(links: Sequence[Link], stored: Iterable[Leaf]) -> tuple[li
         is_taken = is_stored and not is_copied(names) and link.source.names[-2:] in free
         kind = "lent" if is_copy or link.target.source in doubled else "taken" if is_taken else ""
         kinds["held" if may_hold_otherwise(names, link.source.names[:-1]) else kind].append(link)
-    return kinds.pop("", []), [_tie([some]) for some in kinds.values()]
+    return kinds.pop("", []), [*map(_tie, levels), *(_tie([some]) for some in kinds.values())]
 
 
 def _doubled(links: Iterable[Link]) -> set[Path]:

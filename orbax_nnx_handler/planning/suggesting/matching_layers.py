@@ -29,9 +29,11 @@ from orbax_nnx_handler.planning.suggesting.series import (
     are_alike,
     have_equal_layers,
     in_sequence,
+    is_complete,
     kinds_of,
     lists_within,
     paired_series,
+    said_of,
     same_layers,
     series_of,
     shared_in,
@@ -39,10 +41,9 @@ from orbax_nnx_handler.planning.suggesting.series import (
     sizes_of,
     stack_of,
     with_inner,
-    without_rest,
 )
 from orbax_nnx_handler.planning.suggesting.shapes import without_axis
-from orbax_nnx_handler.planning.suggesting.vocabulary import Names
+from orbax_nnx_handler.planning.suggesting.vocabulary import RESTS, Names
 from orbax_nnx_handler.planning.target.roles import creation_place
 
 
@@ -231,7 +232,7 @@ class _Matching:
     def _match_stacks(self) -> None:
         """Matches groups with stacks of the other side; a remainder that lies apart after that."""
         ours, theirs = self._left()
-        rests = [(one, without_rest(one, theirs)) for one in ours]
+        rests = [(one, _without_rest(one, theirs)) for one in ours]
         groups = with_inner(one if rest is None else rest[0] for one, rest in rests), with_inner(theirs)
         rest: set[int] = set()  # Of a stack: another group may hold it.
         for least in (2, 1):
@@ -265,6 +266,20 @@ class _Matching:
             self._take(share[0].leaves if links else ())
             self._found.add(matched)
         return rest
+
+
+def _without_rest(series: Series, others: Iterable[Series]) -> tuple[Series, Pairs] | None:
+    """Returns a group without its last layers, and these with a group named so: the remainder."""
+    found = [other for other in others if said_of(other) & RESTS and have_equal_layers(series, other)]
+    if len(found) != 1 or len(found[0].members) >= len(series.members) or not is_complete(found[0]):
+        return None
+    other, numbers, first = found[0], series.numbers, len(series.numbers) - len(found[0].numbers)
+    members = {number: series.members[number] for number in numbers[:first]}
+    pairs = [
+        (alone(series.place(at), series.members[at], 0), alone(other.place(to), other.members[to], 1))
+        for at, to in zip(numbers[first:], other.numbers, strict=True)
+    ]
+    return dataclasses.replace(series, members=members), pairs
 
 
 def _hold_alike(ours: Sequence[Leaf], theirs: Sequence[Leaf], linked: Collection[int]) -> bool:

@@ -1,12 +1,14 @@
 """Groups of layers: numbered modules of one name, and which of them are the same on both sides.
 
-Last, stacks: the module that holds a group along an axis of its own, or every second, third, ….
+Stacks: the module that holds a group along an axis of its own, or every second, third, …. Last, levels on the
+way up of a U-Net, which programs count from either end.
 """
 
 import dataclasses
 import functools
 import itertools
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -15,11 +17,10 @@ from orbax_nnx_handler.planning.core.folding import PLACE, numbered
 from orbax_nnx_handler.planning.core.leaves import Shape, derived
 from orbax_nnx_handler.planning.core.paths import is_count, levels
 from orbax_nnx_handler.planning.suggesting.assignment import BySize, Stacks, best_pairs, depth_of, of_sizes
-from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, module_parts
+from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Link, module_parts
 from orbax_nnx_handler.planning.suggesting.shapes import without_axis
 from orbax_nnx_handler.planning.suggesting.vocabulary import (
     MARGIN,
-    RESTS,
     SINGLE,
     Names,
     arm,
@@ -237,20 +238,6 @@ def _in_sequence(series: Series, found: Mapping[Names, list[Leaf]], arms: int) -
     ]
 
 
-def without_rest(series: Series, others: Iterable[Series]) -> tuple[Series, Pairs] | None:
-    """Returns a group without its last layers, and these with a group named so: the remainder."""
-    found = [other for other in others if said_of(other) & RESTS and have_equal_layers(series, other)]
-    if len(found) != 1 or len(found[0].members) >= len(series.members) or not is_complete(found[0]):
-        return None
-    other, numbers, first = found[0], series.numbers, len(series.numbers) - len(found[0].numbers)
-    members = {number: series.members[number] for number in numbers[:first]}
-    pairs = [
-        (alone(series.place(at), series.members[at], 0), alone(other.place(to), other.members[to], 1))
-        for at, to in zip(numbers[first:], other.numbers, strict=True)
-    ]
-    return dataclasses.replace(series, members=members), pairs
-
-
 def have_equal_layers(one: Series, other: Series) -> bool:
     """Tells whether each layer of two groups is as large as every other one."""
     return one.sizes[0] == other.sizes[0] and are_alike(one) and are_alike(other)
@@ -443,3 +430,48 @@ def _likeliest_axis(series: Series, leaves: Sequence[Leaf], axes: Sequence[int])
     first = sorted(leaf.shape for leaf in series.members[series.numbers[0]])
     fitting = [axis for axis in axes if sorted(without_axis(leaf.shape, axis) for leaf in leaves) == first]
     return (fitting or axes)[0] if len(fitting or axes) == 1 else -1
+
+
+# Levels on the way up of a U-Net.
+
+_UP = re.compile(r"((?:.*?[/_])??(up[a-z_]*)/?)(\d+)(.*)")
+_Level = tuple[Link, re.Match[str], re.Match[str]]
+
+
+def by_level(links: Sequence[Link]) -> tuple[list[Link], list[list[list[Link]]]]:
+    """Returns links under which one level is made from one, and readings of levels that may be reversed.
+
+    diffusers counts the levels on the way up from the lowest one, CompVis and ADM from the highest.
+    """
+    groups: dict[tuple[str, str], list[_Level]] = defaultdict(list)
+    for link in links:
+        paths = ("/".join(leaf.names).lower() for leaf in (link.target, link.source))
+        one, other = (_UP.fullmatch(path) if "up" in path else None for path in paths)
+        if one and other and link.layers is None and link.joint is None:
+            groups[one[1], other[1]].append((link, one, other))
+    made, several = {id(link): [link] for link in links}, list[list[list[Link]]]()
+    for group in groups.values():
+        found = [reading for step in (1, -1) if (reading := _read(group, step))]
+        names = {match[2].replace("_", "") for _, *ends in group for match in ends}
+        if found:
+            made |= {id(link): [] for link, *_ in group}
+            is_told = len(found) == 1 or len(names) == 1
+            made[id(group[0][0])] = found[0] if is_told else []
+            several += [] if is_told else [found]
+    return [link for each in made.values() for link in each], several
+
+
+def _read(group: Sequence[_Level], step: int) -> list[Link]:
+    """Returns the links of levels one by one, or the other way around; none where one does not fit."""
+    stored = {(int(other[3]), other[4]): link.source for link, _, other in group}
+    ours, theirs = sorted({int(one[3]) for _, one, _ in group}), sorted({at for at, _ in stored})
+    below = {(one[4], other[4]) for _, one, other in group}
+    if len(ours) != len(theirs) or len(ours) < 2 or len({one for one, _ in below}) < len(below):
+        return []
+    level, found = dict(zip(ours, theirs[::step], strict=True)), list[Link]()
+    for link, one, other in group:
+        leaf = stored.get((level[int(one[3])], other[4]))
+        if leaf is None or leaf.shape != link.source.shape:
+            return []
+        found.append(link if leaf is link.source else dataclasses.replace(link, stored=(leaf,), levels=()))
+    return found

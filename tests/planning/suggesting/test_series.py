@@ -272,3 +272,28 @@ def test_a_rename_that_takes_a_leaf_along_that_nothing_wants_is_not_tried_anew_i
     monkeypatch,
 ):
     assert renamed_entries(80, monkeypatch) < 2.5 * renamed_entries(40, monkeypatch)
+
+
+@pytest.mark.parametrize("upsampled", [True, False])
+@pytest.mark.parametrize("is_reversed", [True, False])
+def test_levels_of_one_size_on_the_way_up_are_told_by_what_they_hold_or_asked_about(upsampled, is_reversed):
+    expected = {"conv_in/kernel": ("conv_in/kernel", (3, 3, 4, 8))}
+    for level in range(3):
+        other = 2 - level if is_reversed else level
+        for at, name in itertools.product(range(2), ("conv1", "conv2")):
+            down, up = f"down_{level}_block_{at}/{name}/kernel", f"up_{other}_block_{at}/{name}/kernel"
+            expected[f"down_blocks/{level}/resnets/{at}/{name}/kernel"] = (
+                down,
+                (3, 3, 8, 8 + (name == "conv1")),
+            )
+            expected[f"up_blocks/{level}/resnets/{at}/{name}/kernel"] = up, (3, 3, 16, 8 + (name == "conv1"))
+        if upsampled and level < 2:
+            name = f"up_{other}_upsample/kernel", (3, 3, 8, 8)
+            expected[f"up_blocks/{level}/upsamplers/0/conv/kernel"] = name
+    stored = filled(dict(expected.values()))
+
+    found, values = proposed(stored, {path: shape for path, (_, shape) in expected.items()})
+
+    told = {path for path in expected if upsampled or not path.startswith("up")}
+    check(values, {path: stored[name] for path, (name, _) in expected.items() if path in told})
+    assert [len(question.choices) for question in found.questions] == ([] if upsampled else [2])

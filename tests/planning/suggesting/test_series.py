@@ -280,13 +280,11 @@ def test_levels_of_one_size_on_the_way_up_are_told_by_what_they_hold_or_asked_ab
     expected = {"conv_in/kernel": ("conv_in/kernel", (3, 3, 4, 8))}
     for level in range(3):
         other = 2 - level if is_reversed else level
-        for at, name in itertools.product(range(2), ("conv1", "conv2")):
-            down, up = f"down_{level}_block_{at}/{name}/kernel", f"up_{other}_block_{at}/{name}/kernel"
-            expected[f"down_blocks/{level}/resnets/{at}/{name}/kernel"] = (
-                down,
-                (3, 3, 8, 8 + (name == "conv1")),
-            )
-            expected[f"up_blocks/{level}/resnets/{at}/{name}/kernel"] = up, (3, 3, 16, 8 + (name == "conv1"))
+        for at, (arm, of, width) in itertools.product(range(2), (("down", level, 8), ("up", other, 16))):
+            block = {"norm1/scale": (width,), "conv1/kernel": (3, 3, width, 8), "conv2/kernel": (3, 3, 8, 8)}
+            for name, shape in block.items():
+                held = f"{arm}_{of}_block_{at}/{name}", shape
+                expected[f"{arm}_blocks/{level}/resnets/{at}/{name}"] = held
         if upsampled and level < 2:
             name = f"up_{other}_upsample/kernel", (3, 3, 8, 8)
             expected[f"up_blocks/{level}/upsamplers/0/conv/kernel"] = name

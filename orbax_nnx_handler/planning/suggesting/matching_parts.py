@@ -87,6 +87,16 @@ def _share_number(part: Names, module: Names) -> bool:
     return counted[0] == counted[1] != [] and {*meanings(names[1])} <= {*meanings(names[0])}
 
 
+def sizes_of_few(counts: Iterable[Mapping[int, int]]) -> set[int]:
+    """Returns the sizes of which parts are compared: those of the fewest pairs, up to so many in all."""
+    ours, theirs = counts
+    pairs = {size: count * theirs[size] for size, count in ours.items() if size in theirs}
+    order = sorted(pairs, key=pairs.__getitem__)
+    # One for each part is no choice.
+    total = itertools.accumulate(pairs[size] - min(ours[size], theirs[size]) for size in order)
+    return {size for size, several in zip(order, total, strict=True) if several <= MOST_PAIRS}
+
+
 _Sides = tuple[Sequence[NamedPart], Sequence[NamedPart]]
 
 
@@ -108,10 +118,9 @@ class _Pairs:
         sizes: dict[int, list[int]] = defaultdict(list)
         for to, other in enumerate(stored):
             sizes[other.part.main_size].append(to)
-        counts = Counter(one.part.main_size for one in wanted)
+        few = sizes_of_few(Counter(x.part.main_size for x in side) for side in sides)
         for at, one in enumerate(wanted):
-            few = counts[one.part.main_size] * len(sizes[one.part.main_size]) <= 2 * MOST_PAIRS
-            for to in sizes[one.part.main_size] if few else ():
+            for to in sizes[one.part.main_size] if one.part.main_size in few else ():
                 fit = fit_of(one, stored[to])
                 if fit is not None and may_be(fit, one, stored[to]):
                     self._fits[at, to] = fit

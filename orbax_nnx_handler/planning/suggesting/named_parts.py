@@ -126,6 +126,7 @@ class _Context:
                 if "conv" in below or not (part.is_vector or below & {"attn", "mlp", "q", "k", "v", "o"}):
                     self._mixed.add(names)
         self._families = {key: tuple(sorted(numbers)) for key, numbers in families.items()}
+        self._around = {module: concepts(bases) for module, bases in self._bases.items()}
         # BERT has a `self` in its `crossattention`, too.
         self._empty = {"self"} if sum(names[-1] == "self" for names in self._held) > 1 else set[str]()
         called = [names for names in self._held if "attn" in meanings(levels(names)[-1].base)]
@@ -263,14 +264,12 @@ class _Context:
             said -= {"up"}
             said.add(known[0][family.index(last.number)])
             return known[1]
-        beside = self._bases[part.module] if "attn" not in part.said else set[str]()
-        if concepts(beside) >= {*_QKV, "out"}:
+        if "attn" not in part.said and self._around[part.module] >= {*_QKV, "out"}:
             said -= {"in", "out"}
             if own & {"out"}:
-                is_networks = (
-                    "mlp" in named or "o" in concepts(beside) or last.base in networks_outputs(beside)
-                )
-                said.add("down" if is_networks else "o")
+                near = self._around[part.module]
+                in_names = networks_outputs(self._bases[part.module])
+                said.add("down" if "mlp" in named or "o" in near or last.base in in_names else "o")
             else:
                 self._resolve_mlp(said, own, family, last, is_counted=True)
             return ""
@@ -330,7 +329,7 @@ class _Context:
 
     def _position(self, part: ModulePart, said: set[str]) -> float | None:
         own = set(part.own)
-        if "mlp" not in said and not concepts(self._bases[part.module]) & {"gate", "depthwise", "pointwise"}:
+        if "mlp" not in said and not self._around[part.module] & {"gate", "depthwise", "pointwise"}:
             own -= {"up", "down", "expand"}  # An adapter or an hourglass leads down first.
         side = order_word(own)
         if not part.is_norm and "layerscale" not in own:

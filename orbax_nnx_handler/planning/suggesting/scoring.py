@@ -275,17 +275,22 @@ def gated(wholes: list[NamedPart], singles: list[NamedPart], split: bool) -> Ite
     for role in singles:
         if {"gate", "up"} & role.said and not (role.fused or role.part.is_vector):
             modules.setdefault(role.part.module, []).append(role)
+    sized: dict[int, list[NamedPart]] = defaultdict(list)
+    for whole in wholes if modules else ():
+        sized[whole.part.main_size].append(whole)
     for parts in modules.values():
         roles = [{"gate", "up"} & part.said for part in parts]
         if sorted(map(sorted, roles)) != [["gate"], ["up"]]:
             continue
         gate_first = sorted(parts, key=lambda part: "up" in part.said)
-        held = [(whole, _gate_orders(whole, gate_first, split)) for whole in wholes if not whole.fused]
+        near = sized[sum(part.part.main_size for part in parts)]
+        held = [(whole, _gate_orders(whole, gate_first, split)) for whole in near if not whole.fused]
         held = [(whole, readings) for whole, readings in held if readings]
         if len(held) != 1:
             continue
         whole, readings = held[0]
         wholes.remove(whole)
+        near.remove(whole)
         for part in parts:
             singles.remove(part)
         one, several = (whole.part.names,), tuple(part.part.names for part in gate_first)
@@ -293,9 +298,7 @@ def gated(wholes: list[NamedPart], singles: list[NamedPart], split: bool) -> Ite
 
 
 def _gate_orders(whole: NamedPart, parts: Sequence[NamedPart], split: bool) -> tuple[tuple[Link, ...], ...]:
-    if whole.part.main_size != sum(part.part.main_size for part in parts) or exclude(
-        whole.said - {"up"}, parts[0].said - {"gate"}
-    ):
+    if exclude(whole.said - {"up"}, parts[0].said - {"gate"}):
         return ()
     return tuple(tuple(links) for order in (parts, parts[::-1]) if (links := links_of(whole, order, split)))
 

@@ -23,7 +23,7 @@ from orbax_nnx_handler.planning.suggesting.link_groups import (
     with_moved_axes,
 )
 from orbax_nnx_handler.planning.suggesting.matching_layers import Context
-from orbax_nnx_handler.planning.suggesting.matching_parts import MOST_PAIRS
+from orbax_nnx_handler.planning.suggesting.matching_parts import sizes_of_few
 from orbax_nnx_handler.planning.suggesting.module_parts import (
     Findings,
     Leaf,
@@ -224,8 +224,7 @@ def match_leftovers(wanted: Sequence[Leaf], stored: Sequence[Leaf], links: Itera
     used = {leaf.part for link in every for leaf in link.stored}
     sides = (wanted, made), (stored, used)
     free = [module_parts(leaf for leaf in leaves if leaf.part not in own) for leaves, own in sides]
-    counted = [Counter(part.main_size for part in parts) for parts in free]
-    few = {size for size, count in counted[0].items() if 0 < count * counted[1][size] <= MOST_PAIRS}
+    few = sizes_of_few(Counter(part.main_size for part in parts) for parts in free)
     if not few:
         return []
     ours, theirs = (named_parts(parts, sizes=few) for parts in free)

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.errors import RuleError
-from orbax_nnx_handler.planning.core.paths import canonical, is_index
+from orbax_nnx_handler.planning.core.paths import canonical, is_index, parse
 from orbax_nnx_handler.planning.rules import Copy, Fuse, Rename, Rule, Split, StackLayers, UnstackLayers
 from orbax_nnx_handler.planning.rules.entries import Entries, Entry, PathIndex
 from orbax_nnx_handler.planning.rules.rename import leads_back, matches_only, rename_of
@@ -91,7 +91,8 @@ class Writer:
         leaving = {id(alone[at]): alone[at] for at in sorted(around) if id(alone[at]) not in staying}
         self._rename(list(leaving.values()))
         self._stack([move.link for move in leaving.values()])  # Before the layers around get other names.
-        alone = [move for move in alone if id(move) not in leaving]
+        # What has got no name yet is looked at again beside each rule for layers.
+        alone = [move for move in alone if id(move) not in leaving or move.link.layers is None]
         self._rename_groups(alone, [*groups, *self._renumbered(links)])
         self._rename_ends(alone)
         self._rename(alone)
@@ -305,15 +306,53 @@ class Writer:
             if are_few or _alike(stored, into) or stored[0].startswith("{"):
                 continue  # A number alone stands for any name.
             rule = Rename("/".join(stored), "/".join(into))
-            if not leads_back(rule, self.entries, Entries.of(rule.apply(self.entries).entries)):
-                continue  # Each leaf gets a rule that does.
+            after = self._set_apart(rule, moves, inside)
+            if after is None or not leads_back(rule, self.entries, after):
+                continue  # Each leaf gets a rule that does, and takes no other one astray.
             self._take(rule, [])
             shift = len(into) - len(stored)
             for at, move in inside.items():
-                rest = move.names[len(stored) :]
-                move.names = (*move.aim[: len(into)], *rest)
+                move.names = (*move.aim[: len(into)], *move.names[len(stored) :])
                 index.add(at, move.names)
                 move.seats = [(aim if seat < len(stored) else seat + shift, aim) for seat, aim in move.seats]
+
+    def _set_apart(self, rule: Rename, moves: Sequence[_Move], inside: Mapping[int, _Move]) -> Entries | None:
+        """Renames or keeps first what a rename for layers would take too, as `layer_{i}` takes `layer_norm`.
+
+        Returns:
+            The entries after the rename for layers; None where it takes a leaf astray.
+        """
+        head, led = len(parse(rule.pattern)), len(parse(rule.replacement))
+        staying = {id(move) for move in inside.values()}
+        for attempt in (self._rename, self._rename, functools.partial(self._keep, rule), None):
+            after = Entries.of(rule.apply(self.entries).entries)
+            changed = {self.entries[at].segments: new.segments for at, new in after.changed.items()}
+            for move in inside.values():
+                if changed.get(move.names) == (*move.aim[:led], *move.names[head:]):
+                    del changed[move.names]
+            astray = [move for move in moves if move.names in changed] if changed else []
+            if not astray:
+                return after
+            if attempt is not None:
+                # Within its layer first, if it stays there: the way back is as short.
+                apart = [_within(move, head, led) if id(move) in staying else move for move in astray]
+                attempt(apart)
+                for move, other in zip(astray, apart, strict=True):
+                    seats = zip(other.seats, move.seats, strict=True)
+                    move.names, move.seats = other.names, [(now, to) for (now, _), (_, to) in seats]
+        return None
+
+    def _keep(self, rule: Rename, moves: Sequence[_Move]) -> None:
+        """Writes that leaves which have their names already keep them under a rename for layers."""
+        pattern, good = _compiled(rule.pattern), {x.names for x in moves if _alike(x.names, x.aim)}
+        for move in moves if good else ():
+            left = move.templates[0][0]
+            head = pattern.width if left[: pattern.width] == pattern.templates else 0
+            for span in pattern.spans(move.names):
+                kept = ("/".join(left[at : span.stop]) for at in range(span.start, head - 1, -1))
+                text = next((x for x in kept if matches_only(_compiled(x), self.entries, good)), "")
+                if text and (keeping := Rename(text, text)) not in self.rules:
+                    self._take(keeping, [move.link])
 
     def _inside(
         self, stored: Names, wanted: Names, moves: Sequence[_Move], index: PathIndex
@@ -354,11 +393,13 @@ class Writer:
                 found = self._rename_rule(waiting[names][0], aims, refused) if names in waiting else None
                 if found is not None:
                     rule, applied = found
-                    served = [move for name in self._renamed(applied, aims) for move in waiting.pop(name, ())]
-                    self.rules.setdefault(rule, []).extend(move.link for move in served)
+                    for name, new in self._renamed(applied, aims).items():
+                        for move in waiting.pop(name, ()):
+                            move.names, move.seats = new, [(to, to) for _, to in move.seats]
+                            self.rules.setdefault(rule, []).append(move.link)
 
-    def _renamed(self, after: Entries, aims: dict[Names, Names]) -> Iterable[Names]:
-        """Takes the entries after a rename and returns the paths that it changed."""
+    def _renamed(self, after: Entries, aims: dict[Names, Names]) -> Mapping[Names, Names]:
+        """Takes the entries after a rename and returns the paths that it changed, with the new ones."""
         changed = {self.entries[at].segments: new.segments for at, new in after.changed.items()}
         aims.update({new: aims.get(old, new) for old, new in changed.items()})
         self.entries = after
@@ -441,6 +482,13 @@ def _cuts(left: Names, right: Names) -> Iterable[tuple[int, int]]:
         for start in range(before, -1, -1):
             if left[start][:1] != "{":  # A number alone stands for any name.
                 yield start, stop
+
+
+def _within(move: _Move, head: int, led: int) -> _Move:
+    """Returns a leaf on its way to its name in a layer, the segments that lead there still as they are."""
+    aim = (*move.names[:head], *move.aim[led:])
+    seats = [(now, now if now < head else to + head - led) for now, to in move.seats]
+    return dataclasses.replace(move, aim=aim, seats=seats)
 
 
 def _differing(move: _Move) -> tuple[Names, Names]:

@@ -1,0 +1,70 @@
+"""Modules whose names begin as those of the layers that they lie in or beside: `layer_norm` in `layer_0`."""
+
+import numpy as np
+import pytest
+from flax import nnx, traverse_util
+
+from orbax_nnx_handler import to_linen
+from tests.planning.suggesting.proposals import abstract, check, filled, proposed
+
+DENSE, WIDE, NORM = (
+    {"kernel": (8, 16), "bias": (16,)},
+    {"kernel": (16, 8), "bias": (8,)},
+    {"scale": (8,), "bias": (8,)},
+)
+MODELS = {
+    "the same names within": {
+        "layer_{i}/dense": ("layers/{i}/dense", DENSE),
+        "layer_{i}/layer_norm": ("layers/{i}/layer_norm", NORM),
+    },
+    "other names within": {
+        "h_{i}/h_proj": ("layers/{i}/fc", DENSE),
+        "h_{i}/h_out": ("layers/{i}/proj", WIDE),
+        "h_{i}/h_norm": ("layers/{i}/norm", NORM),
+    },
+    "two levels within": {
+        "block_{i}/mixer/block_in": ("blocks/{i}/mixer/w_in", DENSE),
+        "block_{i}/mixer/block_out": ("blocks/{i}/mixer/w_out", WIDE),
+    },
+    "beside the layers, as within": {
+        "layer_{i}/dense": ("layers/{i}/fc", DENSE),
+        "layer_{i}/layer_norm": ("layers/{i}/norm", NORM),
+        "layer_norm": ("ln_f", NORM),
+    },
+    "beside the layers, staying": {
+        "encoder/layer_{i}/dense": ("encoder/layers/{i}/dense", DENSE),
+        "encoder/layer_{i}/layer_norm": ("encoder/layers/{i}/layer_norm", NORM),
+        "encoder/layer_norm": ("encoder/layer_norm", NORM),
+        "head/layer_out": ("head/layer_out", WIDE),
+    },
+}
+
+
+def leaves(model, side):
+    """Returns the shapes of the stored (0) or of the wanted (1) leaves by their paths, two layers of each."""
+    return {
+        f"{(stored, wanted)[side].replace('{i}', str(layer))}/{name}": shape
+        for layer in range(2)
+        for stored, (wanted, module) in model.items()
+        for name, shape in module.items()
+    }
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_a_rule_for_layers_leaves_alone_what_is_only_called_like_them(model):
+    stored, wanted = filled(leaves(model, 0)), leaves(model, 1)
+
+    found, values = proposed(stored, wanted)
+
+    assert not found.questions
+    assert len(found.proposals) <= len(model) + 1
+    check(values, dict(zip(wanted, stored.values(), strict=True)))
+    state = abstract(wanted)
+    state = nnx.from_flat_state(
+        [
+            (path, nnx.Param(np.asarray(values["/".join(map(str, path))])))
+            for path, _ in nnx.to_flat_state(state)
+        ]
+    )
+    saved = to_linen(state, renames=found.renames)
+    check(traverse_util.flatten_dict(saved["params"], sep="/"), stored)

@@ -215,6 +215,15 @@ def rename_of(stored: Names, wanted: Names) -> Rename | None:
         return None
 
 
+def cuts(left: Names, right: Names) -> Iterable[tuple[int, int]]:
+    """Yields how many shared segments of two paths a rename may leave out at either end, the most first."""
+    after, before = shared_ends(left[::-1], right[::-1], 1)
+    for stop in range(after, -1, -1):
+        for start in range(before, -1, -1):
+            if left[start][:1] != "{":  # A number alone stands for any name.
+                yield start, stop
+
+
 def comes_late(rule: Rename, entries: Iterable[Entry]) -> bool:
     """Tells whether a rename without effect would match what one before it has written."""
     if rule.regex:

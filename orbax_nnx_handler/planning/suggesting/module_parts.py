@@ -437,6 +437,20 @@ def _keys(link: Link, leaf: Leaf) -> Iterable[tuple[object, ...]]:
         yield "model", named, rank
 
 
+def layers_of(links: Iterable[Link], *, stacks: bool) -> Mapping[Layers, list[Link]]:
+    """Returns the links of layers that are stacked, or taken out of a stack, by their layers."""
+    found: dict[Layers, list[Link]] = defaultdict(list)
+    for link in links:
+        if link.layers is not None and link.layers.stacks == stacks:
+            found[link.layers].append(link)
+    return found
+
+
+def numbered(template: Names, number: int) -> Names:
+    """Returns where a layer lies."""
+    return tuple(name.replace("{i}", str(number)) for name in template)
+
+
 Undecided = tuple[list[tuple[int, int]], set[tuple[int, int]]]
 """A choice among pairs of parts by their places, and all pairs among which it is one."""
 

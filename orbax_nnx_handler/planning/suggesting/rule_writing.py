@@ -9,10 +9,10 @@ from orbax_nnx_handler.planning.core.errors import RuleError
 from orbax_nnx_handler.planning.core.paths import canonical, is_index, parse
 from orbax_nnx_handler.planning.rules import Copy, Fuse, Rename, Rule, Split, StackLayers, UnstackLayers
 from orbax_nnx_handler.planning.rules.entries import Entries, Entry, PathIndex
-from orbax_nnx_handler.planning.rules.rename import leads_back, matches_only, rename_of
+from orbax_nnx_handler.planning.rules.rename import cuts, leads_back, matches_only, rename_of
 from orbax_nnx_handler.planning.rules.rule import Pattern, shared_ends, with_places
 from orbax_nnx_handler.planning.suggesting.link_groups import whole_parts
-from orbax_nnx_handler.planning.suggesting.module_parts import Layers, Link
+from orbax_nnx_handler.planning.suggesting.module_parts import Link, layers_of, numbered
 from orbax_nnx_handler.planning.suggesting.scoring import joining_rule
 from orbax_nnx_handler.planning.suggesting.shapes import Steps, shaping_rule
 from orbax_nnx_handler.planning.suggesting.vocabulary import Names
@@ -155,19 +155,19 @@ class Writer:
         if layers is None or layers.stacks:
             return names
         into = self._below(layers.wanted)
-        return (*_numbered(into, link.layer), *names[len(layers.stored) :])
+        return (*numbered(into, link.layer), *names[len(layers.stored) :])
 
     def _aim(self, link: Link, names: Names) -> Names:
         """Returns the path that a wanted leaf has before its layers are stacked."""
         layers = link.layers
         if layers is None or not layers.stacks:
             return self._below(names)
-        return (*_numbered(layers.stored, link.layer), *names[len(layers.wanted) :])
+        return (*numbered(layers.stored, link.layer), *names[len(layers.wanted) :])
 
     # One stage after the other.
 
     def _unstack(self, links: Sequence[Link]) -> None:
-        for layers, some in _layers_of(links, stacks=False).items():
+        for layers, some in layers_of(links, stacks=False).items():
             used = {leaf.names for link in some for leaf in link.stored}
             held = {e.segments for e in self.entries if _leads(layers.stored, e.segments)}
             for below in whole_parts(used, held, len(layers.stored)):
@@ -178,12 +178,12 @@ class Writer:
 
     def _stack(self, links: Iterable[Link]) -> None:
         written: dict[Rule, list[Link]] = defaultdict(list)
-        for layers, some in _layers_of(links, stacks=True).items():
+        for layers, some in layers_of(links, stacks=True).items():
             into, shift = self._below(layers.wanted), len(self.below) - self.root
             seats = ((at, to + shift) for at, to in some[0].levels if at < layers.seat)
             around = [(at, to) for at, to in seats if 0 <= to < len(into)]
             # The layers around, which experts are a list in, are counted too.
-            left = with_places(_numbered(layers.stored, 0), [*(at for at, _ in around), layers.seat])
+            left = with_places(numbered(layers.stored, 0), [*(at for at, _ in around), layers.seat])
             right = with_places(into, [to for _, to in around])
             written[StackLayers("/".join(left), "/".join(right), layers.axis)] += some
         for rule, some in written.items():
@@ -292,7 +292,7 @@ class Writer:
         for link in links:
             layers = link.layers
             if layers is not None and not layers.counted:
-                now = _numbered(self._below(layers.wanted), link.layer)
+                now = numbered(self._below(layers.wanted), link.layer)
                 yield now, link.target.names[: len(layers.wanted) - 1]
 
     def _rename_groups(self, moves: Sequence[_Move], groups: Sequence[tuple[Names, Names]]) -> None:
@@ -414,7 +414,7 @@ class Writer:
         first: tuple[Rename, Entries] | None = None
         for count, (left, right) in enumerate(move.templates):
             stored, wanted = (*above, *left), (*above, *right)
-            for start, stop in _cuts(stored, wanted):
+            for start, stop in cuts(stored, wanted):
                 rule = rename_of(stored[start : len(stored) - stop], wanted[start : len(wanted) - stop])
                 if rule is None or rule in refused:
                     continue
@@ -445,18 +445,6 @@ def _with_first(names: Names) -> Names:
     return (*names[:at], *("0" for _ in names[at : at + 1]), *names[at + 1 :])
 
 
-def _layers_of(links: Iterable[Link], *, stacks: bool) -> Mapping[Layers, list[Link]]:
-    found: dict[Layers, list[Link]] = defaultdict(list)
-    for link in links:
-        if link.layers is not None and link.layers.stacks == stacks:
-            found[link.layers].append(link)
-    return found
-
-
-def _numbered(template: Names, number: int) -> Names:
-    return tuple(name.replace("{i}", str(number)) for name in template)
-
-
 @functools.lru_cache(maxsize=16384)
 def _compiled(text: str) -> Pattern:
     return Pattern(text)
@@ -473,15 +461,6 @@ def _led_into(template: Names, moves: Sequence[_Move], index: PathIndex) -> list
 
 def _alike(one: Names, other: Names) -> bool:
     return canonical(one) == canonical(other)
-
-
-def _cuts(left: Names, right: Names) -> Iterable[tuple[int, int]]:
-    """Yields how many shared segments of two paths a rename may leave out at either end, the most first."""
-    after, before = shared_ends(left[::-1], right[::-1], 1)
-    for stop in range(after, -1, -1):
-        for start in range(before, -1, -1):
-            if left[start][:1] != "{":  # A number alone stands for any name.
-                yield start, stop
 
 
 def _within(move: _Move, head: int, led: int) -> _Move:

@@ -346,9 +346,10 @@ class Writer:
         """Writes that leaves which have their names already keep them under a rename for layers."""
         pattern, good = _compiled(rule.pattern), {x.names for x in moves if _alike(x.names, x.aim)}
         for move in moves if good else ():
-            left = move.templates[0][0]
-            head = pattern.width if left[: pattern.width] == pattern.templates else 0
-            for span in pattern.spans(move.names):
+            left, spans = move.templates[0][0], [*pattern.spans(move.names)]
+            is_layer = not spans[0].start and all(map(is_index, spans[0].bindings.values()))
+            head = pattern.width if is_layer else 0
+            for span in spans[is_layer:]:
                 kept = ("/".join(left[at : span.stop]) for at in range(span.start, head - 1, -1))
                 text = next((x for x in kept if matches_only(_compiled(x), self.entries, good)), "")
                 if text and (keeping := Rename(text, text)) not in self.rules:

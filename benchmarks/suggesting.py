@@ -209,6 +209,27 @@ def _towers(leaves: int) -> Iterator[Pair]:
             yield (f"{word}_tower/block_{at}/{name}", shape), (f"{word}_net/layers/{at}/{other}", shape)
 
 
+def _joined(leaves: int) -> Iterator[Pair]:
+    """Layers and modules in one name, which no level divides."""
+    for at, name, other, shape in _blocks(leaves):
+        yield (f"block{at}_{name.replace('/', '_')}", shape), (f"layers/{at}/{other}", shape)
+
+
+def _experts_in_names(leaves: int) -> Iterator[Pair]:
+    """Experts of all layers beside each other, their roles numbers on one side."""
+    for at, expert, (name, other) in itertools.product(
+        range(max(2, leaves // 192)), range(64), (("w1", "gate"), ("w3", "up"), ("w2", "down"))
+    ):
+        shape = (3 * WIDTH, WIDTH) if other == "down" else (WIDTH, 3 * WIDTH)
+        yield (
+            (f"layers_{at}_experts_{expert}_{name}", shape),
+            (
+                f"blocks/{at}/moe/{expert}/{other}/kernel",
+                shape,
+            ),
+        )
+
+
 CASES: dict[str, Case] = {
     "nothing to rename": _as_it_is,
     "a level more": _a_level,
@@ -228,10 +249,12 @@ CASES: dict[str, Case] = {
     "all kernels transposed": _transposed,
     "fused in the target": _fused,
     "many towers": _towers,
+    "joined names": _joined,
+    "experts in joined names": _experts_in_names,
 }
 
-NOTHING_TELLS = ("names that tell nothing", "another model")
-"""Cases in which every leaf has to be left open; in all others each has to be restored."""
+NOTHING_TELLS = ("names that tell nothing", "another model", "joined names", "experts in joined names")
+"""Cases in which every leaf is left open; in all others each has to be restored."""
 UNTOLD = {"a leaf is missing": 4}
 """How many leaves nothing tells in another case."""
 TOO_MANY = "modules of one shape"

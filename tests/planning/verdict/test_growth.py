@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import planning
+from benchmarks import planning, suggesting
 from benchmarks.broken import VERDICTS, WAYS, target_of
 from benchmarks.models import Model, placement, write
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
@@ -74,6 +74,14 @@ def test_the_work_of_a_suggestion_grows_no_faster_than_the_leaves(way: str) -> N
         return lambda: str(propose(target, stored, RestoreOptions.of(policy="warn")))
 
     assert bent(*lines_run(suggestion, 10)) < 0.03
+
+
+def test_the_work_of_pairing_gates_grows_no_faster_than_the_leaves() -> None:
+    def suggestion(layers: int) -> Callable[[], object]:
+        target, stored, _ = suggesting.problem(suggesting.CASES["experts in joined names"], 192 * layers)
+        return lambda: propose(target, stored, RestoreOptions.of())
+
+    assert bent(*lines_run(suggestion, 2)) < 0.03
 
 
 def problem(way: str, layers: int) -> tuple[Any, dict[Any, StoredLeaf], RestoreOptions]:

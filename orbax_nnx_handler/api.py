@@ -48,6 +48,7 @@ from orbax_nnx_handler.storage.saving.save import (
 from orbax_nnx_handler.storage.stores.files import Files
 from orbax_nnx_handler.storage.stores.kvstore import files_at
 from orbax_nnx_handler.storage.stores.locations import absolute, as_path, check_writable
+from orbax_nnx_handler.verifying.comparison import check_tolerance
 from orbax_nnx_handler.verifying.settling import Settling, programs_of
 
 _LESS_AT_ONCE = "bound what is under way at once: NNXLinenHandler(restore_concurrent_gb=1)."
@@ -135,6 +136,7 @@ def suggest(
     renames: Iterable[Rule | tuple[str, str]] = (),
     item: str | None = None,
     verify: tuple[Callable[..., Any], Callable[..., Any], Sequence[Any]] | None = None,
+    tolerance: float | None = None,
 ) -> Suggestion:
     """Proposes `renames` for a target whose names are not the checkpoint's; reads metadata only.
 
@@ -153,6 +155,7 @@ def suggest(
         verify: `(linen_apply, nnx_apply, inputs)` as for `verify`: both programs are run to settle
             what is open, each question at the smallest module that tells, and once more to prove the
             whole. Reads the weights.
+        tolerance: How far apart outputs may be that are the same, as `verify` takes it.
 
     Returns:
         The proposal. Nothing is applied: print it, check it, paste it.
@@ -161,7 +164,9 @@ def suggest(
         RestoreError: The path is no checkpoint, its layout is unknown, the target has no leaf,
             or `renames` do not fit.
         VerificationError: One of the programs fails, or their outputs cannot be compared.
+        ValueError: `tolerance` is no number from 0 on.
     """
+    check_tolerance(tolerance)
     options = RestoreOptions.of(layout=layout, renames=renames, policy="warn")
     check_init(init)
     programs = None if verify is None else programs_of(verify)
@@ -177,6 +182,7 @@ def suggest(
         suggestion=found,
         programs=programs,
         init=init,
+        tolerance=tolerance,
     ).settled()
 
 

@@ -66,6 +66,27 @@ def add_item(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--item", metavar="NAME", help="the item, where a step holds several")
 
 
+def add_tolerance(parser: argparse.ArgumentParser) -> None:
+    """Adds how far apart outputs may be."""
+    parser.add_argument(
+        "--tolerance",
+        metavar="X",
+        type=_positive,
+        help="what the largest difference may be, relative to the outputs (default: 1e-5, or what their "
+        "dtype allows)",
+    )
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no tolerance, such as 1e-4")
+    return value
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Adds the choice of JSON."""
     parser.add_argument("--json", action="store_true", help="print JSON for programs")

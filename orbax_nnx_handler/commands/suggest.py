@@ -12,6 +12,7 @@ from orbax_nnx_handler.commands.arguments import (
     add_json,
     add_path,
     add_target,
+    add_tolerance,
     asked_for,
     described,
     rename_options,
@@ -58,6 +59,7 @@ def add_to(commands: Any) -> None:
         metavar="FILE.py:PAIR",
         help=f"run both programs to settle what is open and to prove the whole; {PAIR_HELP}",
     )
+    add_tolerance(parser)
     add_item(parser)
     add_json(parser)
     parser.set_defaults(run=run)
@@ -68,8 +70,12 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
     factory, options = asked_for(arguments)
     file = None if arguments.write is None else _free(pathlib.Path(arguments.write))
     pair = None if arguments.verify is None else load_pair(arguments.verify)
+    if pair is None and arguments.tolerance is not None:
+        raise UsageError("--tolerance is of the outputs that --verify compares.")
     with screen.waiting("searching"):
-        suggestion = api.suggest(arguments.path, init=factory, verify=pair, **options)
+        suggestion = api.suggest(
+            arguments.path, init=factory, verify=pair, tolerance=arguments.tolerance, **options
+        )
     if file is not None:
         file.write_text(
             written(suggestion, options["renames"], f"{arguments.path} {arguments.target}", file.name)

@@ -9,6 +9,7 @@ from orbax_nnx_handler.commands.arguments import (
     add_path,
     add_policy,
     add_target,
+    add_tolerance,
     asked_for,
     described,
     policies_of,
@@ -33,27 +34,11 @@ def add_to(commands: Any) -> None:
     add_path(parser)
     add_target(parser)
     parser.add_argument("pair", metavar="FILE.py:PAIR", help=PAIR_HELP)
-    parser.add_argument(
-        "--tolerance",
-        metavar="X",
-        type=_positive,
-        help="what the largest difference may be, relative to the outputs (default: 1e-5, or what their "
-        "dtype allows)",
-    )
+    add_tolerance(parser)
     add_policy(parser)
     add_item(parser)
     add_json(parser)
     parser.set_defaults(run=run, runs_programs=True)
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no tolerance, such as 1e-4")
-    return value
 
 
 def run(arguments: argparse.Namespace, screen: Screen) -> int:

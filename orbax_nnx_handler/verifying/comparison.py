@@ -93,8 +93,7 @@ def verify(
         VerificationError: One of the programs fails, or their outputs cannot be compared.
         ValueError: `tolerance` is no number from 0 on.
     """
-    if tolerance is not None and not (isinstance(tolerance, Real) and float(tolerance) >= 0):
-        raise ValueError(f"tolerance is a number from 0 on, such as 1e-4, not {tolerance!r}")
+    check_tolerance(tolerance)
     options = RestoreOptions().override(
         policy=policy, layout=layout, renames=renames, init=init, unexpected=unexpected
     )
@@ -104,6 +103,12 @@ def verify(
     plan, parts = decide(checkpoint, target, on_one_device(target), options, check=True)
     programs = Programs(linen=linen_apply, nnx=nnx_apply, inputs=inputs)
     return compared(run_both(checkpoint, plan, parts, programs, init), plan, tolerance)
+
+
+def check_tolerance(tolerance: Any) -> None:
+    """Raises a ValueError for what is no tolerance."""
+    if tolerance is not None and not (isinstance(tolerance, Real) and float(tolerance) >= 0):
+        raise ValueError(f"tolerance is a number from 0 on, such as 1e-4, not {tolerance!r}")
 
 
 def compared(runs: Runs, plan: RestorePlan, tolerance: float | None = None) -> Verification:
@@ -207,11 +212,18 @@ def _without_effect(runs: Runs, plan: RestorePlan) -> Iterator[str]:
         yield "the outputs hold no floats, so small differences do not show: let both return logits."
     # Slopes take several times what the programs do. Many tokens hardly leave a weight untold, unless what
     # comes of it is multiplied by nothing.
-    slopes = _slopes(runs) if has_floats and (_are_few(runs.inputs) or _are_near_zero(runs)) else None
-    wholes, parts = _idle(runs, slopes, plan)
+    # But those that no module shows may lie behind an argmax, each by itself.
+    thorough = _are_few(runs.inputs) or _are_near_zero(runs)
+    slopes = _slopes(runs) if has_floats and (thorough or len(runs.hidden) > _MOST_RUNS) else None
+    wholes, parts, steps = _idle(runs, slopes, plan, thorough=thorough)
     if wholes:
         more = f" {_MORE}" if not {*wholes} <= {*runs.hidden} else ""
         yield f"the outputs tell nothing of weights that they do not depend on: {fold_paths(wholes)}.{more}"
+    if steps:
+        yield (
+            f"the outputs do not tell a small difference in {fold_paths(steps)}: they depend on it by steps "
+            "(argmax, rounding, top-k) or hardly. Let both programs return what comes before them too."
+        )
     if parts:
         yield f"the outputs depend on a part alone of {fold_paths(parts)}. {_MORE}"
 
@@ -267,15 +279,25 @@ _A_LITTLE = 1e-3
 
 
 def _idle(
-    runs: Runs, slopes: Mapping[Path, Array] | None, plan: RestorePlan
-) -> tuple[list[Path], list[Path]]:
-    """Returns the weights that change nothing of the outputs, and those of which a large part does not."""
+    runs: Runs, slopes: Mapping[Path, Array] | None, plan: RestorePlan, *, thorough: bool
+) -> tuple[list[Path], list[Path], list[Path]]:
+    """Returns weights that change nothing of the outputs, those of which a large part does not, and steps.
+
+    Steps are weights of which a small change has no effect, and a large one has.
+    """
     if slopes is None:
-        idle = [group for group in _unseen(runs, plan) if not runs.depend_on(dict.fromkeys(group, 1))]
-        return [*itertools.chain(*idle)], []
+        quiet = [
+            group for group in _unseen(runs, plan) if not runs.depend_on(_changes(runs, group, _A_LITTLE))
+        ]
+        steps = [group for group in quiet if runs.depend_on(_changes(runs, group, 1))]
+        idle = [group for group in quiet if group not in steps]
+        return [*itertools.chain(*idle)], [], [*itertools.chain(*steps)]
     least = _ROUNDED * max((float(np.abs(slope).max(initial=0)) for slope in slopes.values()), default=0.0)
     without = {path: np.abs(slope) <= least for path, slope in slopes.items() if path in plan.restored}
     masks = {path: mask for path, zero in without.items() if (mask := _slices(path, zero)) is not None}
+    if not thorough:
+        unseen = {*runs.hidden, *runs.states}
+        masks = {path: mask for path, mask in masks.items() if path in unseen and mask.all()}
     masks = {path: mask * _A_LITTLE for path, mask in masks.items()}
     # What has no derivative may have an effect all the same: a count, a rounded value.
     groups: dict[Path, dict[Path, Any]] = defaultdict(dict)
@@ -284,7 +306,20 @@ def _idle(
     several = [masks] if masks and not runs.depend_on(masks) else [*groups.values()][:_MOST_GROUPS]
     sure = [group for group in several if group is masks or not runs.depend_on(group)]
     found = [path for path in masks if any(path in group for group in sure)]
-    return [path for path in found if masks[path].all()], [path for path in found if not masks[path].all()]
+    wholes = [path for path in found if masks[path].all()]
+    steps = [path for path in wholes if path in {*runs.hidden}]
+    if steps and runs.depend_on(_changes(runs, steps, 1)):
+        steps = [path for path in steps if runs.depend_on(_changes(runs, [path], 1))]
+    else:
+        steps = []
+    parts = [path for path in found if not masks[path].all()]
+    return [path for path in wholes if path not in steps], parts, steps
+
+
+def _changes(runs: Runs, weights: Iterable[Path], size: float) -> dict[Path, Array]:
+    """Returns random numbers to be added to weights: the same one throughout is what a norm takes away."""
+    random, values = np.random.default_rng(0), dict(flat_state(runs.runner.model))
+    return {path: size * random.normal(size=values[path].shape).astype(np.float32) for path in weights}
 
 
 def _unseen(runs: Runs, plan: RestorePlan) -> list[list[Path]]:
@@ -298,6 +333,8 @@ def _unseen(runs: Runs, plan: RestorePlan) -> list[list[Path]]:
         groups[path[:-1]].append(path)
     states = [path for path in runs.states if path in plan.restored and path not in runs.hidden]
     found = [*groups.values()] if len(groups) <= _MOST_RUNS else [[*runs.hidden]]
+    if len(runs.hidden) <= _MOST_RUNS:
+        found = [[path] for path in runs.hidden]
     return [*found, *([states] if states else [])]
 
 
@@ -368,7 +405,7 @@ def _remarks(equal: bool, first: FirstDifference | None, runs: Runs, plan: Resto
     elif not equal and first is None and runs.compared:
         yield (
             "no module differs by more than rounding from equal inputs: either the difference grows little "
-            "by little, as it does in deep models (then raise tolerance=...), or it arises outside of the "
+            "by little, as it does in deep models (then raise the tolerance), or it arises outside of the "
             "modules that were compared."
         )
     unread = [one.path for one in runs.compared if not one.found.outputs.compared and _same_sizes(one)]

@@ -67,6 +67,7 @@ class Settling:
         suggestion: The proposal.
         programs: Both programs.
         init: Builds the target with real values, for what is not stored.
+        tolerance: What outputs may be apart, as `verify` takes it.
         allowed: The answers to each question that are still possible; programs run under the first.
         missing: The wanted leaves that nothing was found for when both programs ran last.
     """
@@ -77,6 +78,7 @@ class Settling:
     suggestion: Suggestion
     programs: Programs
     init: Callable[[], Any] | None = None
+    tolerance: float | None = None
     allowed: list[Sequence[int]] = dataclasses.field(init=False)
     missing: Sequence[Path] = ()
 
@@ -115,7 +117,7 @@ class Settling:
             ways = self._answer(answers, changes, plan, runs)
             verification = None
             if (found := self._rules(answers, changes)) == rules:
-                verification = compared(runs, plan)
+                verification = compared(runs, plan, self.tolerance)
                 if verification.equal or verification.first is None:
                     break
                 self._answer_by(verification.first, answers, ways, runs)
@@ -342,5 +344,6 @@ def _words(verification: Verification | None, missing: int) -> str:
         proved = "" if said else "proved by outputs: "
         return f"{proved}both programs return the same within {verification.relative:.1e}{zeros}{said}"
     where = f", first in {verification.first.path}" if verification.first is not None else ""
-    apart = f"{verification.relative:.1e} apart"
-    return f"not proven: the programs return different values under these rules{zeros} ({apart}){where}"
+    apart = f"{verification.relative:.1e} apart, tolerance {verification.tolerance:g}"
+    way = "" if where else ". Where that is rounding, as in deep models, raise the tolerance"
+    return f"not proven: the programs return different values under these rules{zeros} ({apart}){where}{way}"

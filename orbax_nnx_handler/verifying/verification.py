@@ -300,8 +300,8 @@ class Verification:
 
     def _verdict(self) -> Sentence:
         verdict, absolute = "equal" if self.equal else "not equal", _number(self.absolute)
-        apart = f"outputs {_apart(self.relative)} apart (at most {absolute})"
-        return Sentence("Verification", f"{verdict}: {apart}, tolerance {self.tolerance:g}")
+        apart = f"relative difference {_apart(self.relative)}, tolerance {self.tolerance:g}"
+        return Sentence("Verification", f"{verdict}: {apart} (absolute difference {absolute})")
 
     def _counted(self) -> str:
         modules = len({(module.nnx, module.linen) for module in self.modules})

@@ -10,7 +10,7 @@ def test_programs_that_compute_the_same_give_status_0(cli, auto_named, pair) -> 
     said = cli("verify", auto_named, f"{MODEL}:make_named", f"{PROGRAMS}:{pair}", "--rules", PROGRAMS)
 
     assert said.status == 0, said.err
-    assert said.out.startswith("Verification: equal: outputs ")
+    assert said.out.startswith("Verification: equal: relative difference ")
 
 
 def test_programs_that_differ_give_status_1_and_json_says_where(cli, auto_named) -> None:
@@ -55,3 +55,13 @@ def test_suggest_settles_what_is_open_by_running_both(cli, auto_named) -> None:
     assert said.status == 0
     assert said.json["proof"].startswith("proved by outputs")
     assert said.json["confidence"] == "certain"
+
+
+def test_suggest_takes_a_tolerance_for_what_it_verifies(cli, auto_named) -> None:
+    words = ("suggest", auto_named, f"{MODEL}:make_named", "--json")
+    wrong = cli(*words, "--verify", f"{PROGRAMS}:WRONG")
+    allowed = cli(*words, "--verify", f"{PROGRAMS}:WRONG", "--tolerance", "10")
+
+    assert "tolerance 1e-05" in wrong.json["proof"]
+    assert "both programs return the same within" in allowed.json["proof"]
+    assert cli(*words, "--tolerance", "10").status == 2

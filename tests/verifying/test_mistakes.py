@@ -220,7 +220,7 @@ def test_the_message_shows_the_weights_their_recipes_and_the_way_to_the_place(sa
     text = str(result)
 
     lines = text.splitlines()
-    assert lines[0].startswith("Verification: not equal: outputs ")
+    assert lines[0].startswith("Verification: not equal: relative difference ")
     assert lines[2] == "first difference: blocks/attention/out, layer 0   <- h_0/attn/c_proj"
     assert "    blocks/attention/out/kernel   (3, 8, 8)   <- params/h_{0..2}/attn/c_proj/kernel" in text
     assert "transpose (1, 0), stack 3 on axis 0" in text

@@ -273,3 +273,56 @@ def test_of_a_scalar_the_outputs_tell_all_or_nothing(tmp_path: pathlib.Path, inp
     (remark,) = found.remarks
     assert found.equal
     assert "that they do not depend on: branch/bias, branch/kernel." in remark
+
+
+def nearest(z: Any, book: Any) -> Any:
+    return book[((z[..., None, :] - book) ** 2).sum(-1).argmin(-1)]
+
+
+STEPS = {
+    "argmin": nearest,
+    "top-k": lambda z, book: book[jax.lax.top_k(z, 1)[1][..., 0] % 2],
+    "rounding": lambda z, book: jnp.round(z / 8) @ jnp.tile(book, (4, 1)),
+}
+"""How outputs may depend on what is encoded: in steps alone."""
+
+
+class LinenCoded(nn.Module):
+    step: Callable[[Any, Any], Any]
+    more: int
+
+    @nn.compact
+    def __call__(self, x):
+        encode = self.param("encode", nn.initializers.normal(0.01), (8, 8))
+        book = self.param("book", nn.initializers.normal(1.0), (2, 8))
+        for number in range(self.more):
+            x = x + self.param(f"shift_{number}", nn.initializers.normal(1.0), (8,))
+        return nn.Dense(8, name="out")(self.step(x + x @ encode, book))
+
+
+class Coded(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs, step: Callable[[Any, Any], Any], more: int):
+        self.encode, self.book = nnx.Param(jnp.zeros((8, 8))), nnx.Param(jnp.zeros((2, 8)))
+        for number in range(more):
+            setattr(self, f"shift_{number}", nnx.Param(jnp.zeros(8)))
+        self.out, self.step, self.more = nnx.Linear(8, 8, rngs=rngs), step, more
+
+    def __call__(self, x):
+        for number in range(self.more):
+            x = x + getattr(self, f"shift_{number}")[...]
+        return self.out(self.step(x + x @ self.encode[...], self.book[...]))
+
+
+@pytest.mark.parametrize(
+    ("step", "more"), [("argmin", 0), ("argmin", 3), ("top-k", 0), ("top-k", 3), ("rounding", 0)]
+)
+def test_weights_that_outputs_depend_on_by_steps_are_named(tmp_path: pathlib.Path, step: str, more: int):
+    linen = LinenCoded(STEPS[step], more)
+    checkpoint = save(tmp_path, linen.init(jax.random.key(0), INPUT))
+    target = nnx.eval_shape(lambda: Coded(nnx.Rngs(0), STEPS[step], more))
+    found = verify(checkpoint, target, linen.apply, lambda model, x: model(x), (INPUT,))
+
+    named = "".join(remark for remark in found.remarks if "the outputs do not tell a small" in remark)
+    assert found.equal
+    assert "encode" in named
+    assert "book" not in named

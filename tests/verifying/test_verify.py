@@ -89,7 +89,7 @@ def test_the_result_prints_and_goes_to_json(saved: Save):
     found = verified(TRANSLATOR, saved)
 
     assert str(found).splitlines() == [
-        "Verification: equal: outputs 0 apart (at most 0), tolerance 1e-05",
+        "Verification: equal: relative difference 0, tolerance 1e-05 (absolute difference 0)",
         f"checkpoint: {saved(TRANSLATOR)}",
         "  20 calls of 19 modules compared: outputs at most 0 apart",
     ]

@@ -229,8 +229,11 @@ def likeness(one: Concepts, other: Concepts) -> float:
 
 
 def _abbreviated(short: Concepts, said: Concepts) -> int:
-    """Returns how many words begin one other word alone: `s_net` and `scale_net`, `pred` and `predictor`."""
-    words = [word for word in short - _KNOWN if len(word) > 2 or (len(word) == 1 and word not in "abcdpxyz")]
+    """Returns how many words begin one other word alone: `pred` and `predictor`.
+
+    A letter may only count: in a coupling layer of RealNVP `s` is the scale and `t` the translation.
+    """
+    words = [word for word in short - _KNOWN if len(word) > 2 or word in ("s", "t")]
     begun = [sum(long != word and long.startswith(word) for long in said - _KNOWN) for word in words]
     return begun.count(1)
 

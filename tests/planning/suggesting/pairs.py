@@ -52,7 +52,7 @@ OPEN = {
     "painn": 12,
     "conv_tasnet": 3,
     "xcit": 24,
-    "protein_mpnn": 36,
+    "protein_mpnn": 38,
     "guided_diffusion": 6,
     "flux": 2,
     "mmdit": 2,

@@ -261,7 +261,9 @@ def match_leftovers(wanted: Sequence[Leaf], stored: Sequence[Leaf], links: Itera
 
 def _are_one(takers: Sequence[NamedPart], other: NamedPart, theirs: Sequence[ModulePart]) -> bool:
     """Tells whether parts are one that a program holds several times; else a stack may hold the rest."""
-    called = {(role.part.names[-1:], _shapes(role.part)) for role in takers}
+    # The one embedding of an encoder and of its decoder; `adapter_pool/probe` is not also `pool/probe`.
+    sides = frozenset(("enc", "dec"))
+    called = {(x.names[-1:], concepts(x.names[-2:-1]) - sides, _shapes(x)) for x in (y.part for y in takers)}
     is_alone = len(takers) == 1 or sum(x.names[-1:] == other.part.names[-1:] for x in theirs) == 1
     return len(called) == 1 and is_alone
 

@@ -220,7 +220,8 @@ def in_sequence(groups: Sequence[Series], free: Sequence[Leaf], above: int, arms
 
 
 def _in_sequence(series: Series, found: Mapping[Names, list[Leaf]], arms: int) -> Pairs:
-    if len(found) != len(series.sizes):
+    # A list in `mid` is none that begins on the way down.
+    if len(found) != len(series.sizes) or len({said_of(series) & concepts(names) for names in found}) > 1:
         return []
     bases = {names: tuple(level.base.translate(_UNCOUNTED) for level in levels(names)) for names in found}
     counts = {at: [int(word) for word in words("/".join(at)) if word.isdecimal()] for at in found}

@@ -371,6 +371,9 @@ class _Pairs:
             ordered = self._in_order(ours, theirs, created, found)
         if ordered is None or not {to for _, to in ordered}.isdisjoint(to for _, to, _ in found):
             return False
+        best, by_order = (sum(self._fits[pair].score for pair in pairs) for pairs in (tie, ordered))
+        if len(tie) == len(ordered) and best - by_order >= MARGIN:
+            return False  # Names speak against the order.
         sides = ([self._wanted[at] for at in ours], [self._stored[to] for to in theirs])
         grounds: PairGrounds = "shapes" if all(map(are_counted, sides)) else "order"
         found.extend((at, to, grounds) for at, to in ordered)

@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -60,6 +61,36 @@ def wrong_where(name: str, sizes: Mapping[int, int]) -> list[str] | None:
 @pytest.mark.parametrize("name", KNOWN)
 def test_what_shapes_told_is_asked_where_they_do_not(name):
     assert wrong_where(name, KNOWN[name]) == []
+
+
+def test_what_nothing_wants_does_not_move_layers_into_another_arm():
+    pair, (tree, first) = UNSEEN["unet_mid_rename_attn_only"], proposed("unet_mid_rename_attn_only")
+    block = tree["params"]["mid_block"]["resnets_1"]
+    more = {**block, "aux_norm2": block["norm2"]}
+    mid = {**tree["params"]["mid_block"], "resnets_1": more}
+    tree = {"params": {**tree["params"], "mid_block": mid}}
+
+    again = suggest(tree, target_of(pair["wanted"]))
+
+    right, found = (
+        from_linen(tree, target_of(pair["wanted"]), renames=rules, unexpected="ignore")
+        for rules in (first.renames, again.renames)
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, right)
+
+
+def test_what_a_new_module_wants_is_no_copy_of_what_another_one_has():
+    wanted = UNSEEN["siglip_two_towers"]["wanted"]
+    new = {
+        path.replace("vision/pool", "vision/adapter_pool"): leaf
+        for path, leaf in wanted.items()
+        if path == "vision/pool/probe"
+    }
+
+    found = suggest(proposed("siglip_two_towers")[0], target_of({**wanted, **new}))
+
+    assert found.confidence == "open"
+    assert ("vision", "adapter_pool", "probe") in found.unmatched_wanted
 
 
 def others(name: str, count: int) -> Iterator[Mapping[int, int]]:

@@ -21,6 +21,7 @@ from orbax_nnx_handler.planning.core.paths import (
     Path,
     Tokens,
     canonical,
+    is_index,
     is_number,
     render,
     segments,
@@ -32,6 +33,7 @@ from orbax_nnx_handler.planning.diagnosis.ways import LOOK, search_hint
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, is_copy_name, words_of
 from orbax_nnx_handler.planning.mapping.layer_paths import Group, layer_paths
 from orbax_nnx_handler.planning.rules import as_rules
+from orbax_nnx_handler.planning.rules.rule import Pattern
 from orbax_nnx_handler.planning.suggesting.vocabulary import concepts, exclude
 from orbax_nnx_handler.planning.target.roles import is_named
 
@@ -174,7 +176,7 @@ def find_other_groups(evidence: Evidence) -> Iterable[Cause]:
         text=f"the stored {name!r} holds the same {counted(count, 'weight')}, by name, as the wanted "
         f"{left.name!r}, which is not stored.",
         paths=(*evidence.with_moments(lost), *sources),
-        way=_if_the_same([rename]),
+        way=search_hint(evidence) if _takes_more(rename[0], sources) else _if_the_same([rename]),
         facts={"stored": name, "wanted": left.name, "count": count},
     )
 
@@ -205,6 +207,12 @@ def _group_rename(wanted: str, stored: str, sources: Sequence[Path]) -> tuple[st
     if stored in names:
         return stored, wanted
     return f"{stored}_{{i}}", f"{wanted}_{{i}}"
+
+
+def _takes_more(pattern: str, sources: Iterable[Path]) -> bool:
+    """Tells whether a pattern for layers is for what is no number too, as `layer_{i}` is for `layer_norm`."""
+    spans = (span for path in sources for span in Pattern(pattern).spans(segments(path)))
+    return any(not is_index(text) for span in spans for text in span.bindings.values())
 
 
 def _contents(leaves: Mapping[Path, Tokens]) -> _Contents:

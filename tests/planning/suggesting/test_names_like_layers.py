@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx, traverse_util
 
-from orbax_nnx_handler import to_linen
+from orbax_nnx_handler import plan_restore, to_linen
 from tests.planning.suggesting.proposals import abstract, check, filled, proposed
 
 DENSE, WIDE, NORM = (
@@ -68,3 +68,14 @@ def test_a_rule_for_layers_leaves_alone_what_is_only_called_like_them(model):
     )
     saved = to_linen(state, renames=found.renames)
     check(traverse_util.flatten_dict(saved["params"], sep="/"), stored)
+
+
+def test_the_hint_of_a_plan_is_no_rule_that_takes_what_is_only_called_like_layers():
+    model = MODELS["the same names within"]
+    stored = {"params": traverse_util.unflatten_dict(filled(leaves(model, 0)), sep="/")}
+
+    plan = plan_restore(stored, abstract(leaves(model, 1)))
+
+    assert "holds the same" in str(plan)
+    assert "layer_{i}" not in str(plan)
+    assert "suggest" in str(plan)

@@ -143,15 +143,25 @@ def module_parts(leaves: Iterable[Leaf], above: int = 0) -> list[ModulePart]:
 
 
 def _join_letters(found: dict[Names, dict[str, Leaf]]) -> None:
-    """Makes `output_w` and `output_b` beside it one part with a bias."""
-    for names in [names for names in found if names and names[-1][-2:] == "_w"]:
-        bias = (*names[:-1], f"{names[-1][:-1]}b")
+    """Makes `output_w` and `output_b` beside it one part with a bias, and `w_output` and `b_output`."""
+    lasts = [(names[:-1], names[-1]) for names in found if names]
+    pairs = [(above, x, f"{x[:-1]}b", x[:-2]) for above, x in lasts if x[-2:] == "_w"]
+    # What follows the letter tells the part, or only its number: `w1` stays a name.
+    pairs += [
+        (above, x, f"b{x[1:]}", x[1:].lstrip("_") if x[1:2] == "_" and x[2:3].isalpha() else x)
+        for above, x in lasts
+        if x[:1] in "wW" and x[1:]
+    ]
+    for above, name, bias, part in pairs:
         shapes = [
-            held["main"].shape for at in (names, bias) if (held := found.get(at, {})).keys() == {"main"}
+            held["main"].shape
+            for at in (name, bias)
+            if (held := found.get((*above, at), {})).keys() == {"main"} and held["main"].names[-1] == at
         ]
-        part = (*names[:-1], names[-1][:-2])
-        if len(shapes) == 2 and shapes[0][-len(shapes[1]) :] == shapes[1] and part not in found:
-            found[part] = {"main": found.pop(names)["main"], "bias": found.pop(bias)["main"]}
+        is_free = part == name or (*above, part) not in found
+        if len(shapes) == 2 and shapes[0][-len(shapes[1]) :] == shapes[1] and is_free:
+            main, other = (found.pop((*above, at))["main"] for at in (name, bias))
+            found[*above, part] = {"main": main, "bias": other}
 
 
 def _sort_biases(found: dict[Names, dict[str, Leaf]]) -> None:

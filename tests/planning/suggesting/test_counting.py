@@ -401,3 +401,16 @@ def test_one_level_of_a_u_net_is_no_block_of_the_same_size_in_a_list():
 
     assert not found.questions
     check(values, {aims[path]: value for path, value in stored.items()})
+
+
+@pytest.mark.parametrize("names", ["w1 b1 w2 b2", "W_hid b_hid W_out b_out", "hid_w hid_b out_w out_b"])
+@pytest.mark.parametrize("layers", ["Dense_0 Dense_1", "hid out"])
+def test_a_bias_beside_its_kernel_is_called_by_a_letter_and_the_layers_name(names, layers):
+    one, other = layers.split()
+    aims = [f"{one}/kernel", f"{one}/bias", f"{other}/kernel", f"{other}/bias"]
+    shapes = [(6, 8), (8,), (8, 5), (5,)]
+    stored = filled(dict(zip(aims, shapes, strict=True)))
+
+    _, values = proposed(stored, dict(zip(names.split(), shapes, strict=True)))
+
+    check(values, {name: stored[aim] for name, aim in zip(names.split(), aims, strict=True)})

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -382,3 +382,21 @@ def _dtype_of(dtype: Any) -> str:
     if dtype is None:
         raise TypeError("None is float64 to NumPy alone.")
     return jnp.dtype(dtype).name
+
+
+_KINDS: Mapping[type, str] = {
+    recipes.Transpose: "transpose",
+    recipes.Reshape: "reshape",
+    recipes.Repeat: "repeat",
+    recipes.Add: "add",
+}
+
+
+def steps_in(recipe: recipes.Recipe) -> tuple[str, ...]:
+    """Returns what a recipe does with the shape of one of the leaves that it reads, in order."""
+    if isinstance(recipe, recipes.Read):
+        return ()
+    return (
+        *steps_in(recipes.children(recipe)[0]),
+        *([_KINDS[type(recipe)]] if type(recipe) in _KINDS else ()),
+    )

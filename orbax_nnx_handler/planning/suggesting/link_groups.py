@@ -20,16 +20,7 @@ from orbax_nnx_handler.planning.core.leaves import (
     permuted,
 )
 from orbax_nnx_handler.planning.core.paths import Path, is_number, levels, shared_levels
-from orbax_nnx_handler.planning.core.recipes import (
-    Add,
-    Read,
-    Recipe,
-    Repeat,
-    Reshape,
-    Shapes,
-    Transpose,
-    children,
-)
+from orbax_nnx_handler.planning.core.recipes import Read, Shapes
 from orbax_nnx_handler.planning.layouts.layout import is_copy_level
 from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS, Roots
 from orbax_nnx_handler.planning.rules.entries import Entry, from_entries
@@ -213,16 +204,6 @@ def agrees(
         if leaf.source in settled:
             return {one.source for one in link.stored} <= settled[leaf.source]
     return link.copied or all(leaf.source not in claimed or leaf.part in free for leaf in link.stored)
-
-
-_KINDS: Mapping[type, str] = {Transpose: "transpose", Reshape: "reshape", Repeat: "repeat", Add: "add"}
-
-
-def steps_in(recipe: Recipe) -> tuple[str, ...]:
-    """Returns what a recipe does with the shape of one of the leaves that it reads, in order."""
-    if isinstance(recipe, Read):
-        return ()
-    return (*steps_in(children(recipe)[0]), *([_KINDS[type(recipe)]] if type(recipe) in _KINDS else ()))
 
 
 def remade_behind(

@@ -15,6 +15,7 @@ from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.rules import Rename, Rule
 from orbax_nnx_handler.planning.rules.entries import Entries, Entry, loose_parts
 from orbax_nnx_handler.planning.rules.rename import by_network
+from orbax_nnx_handler.planning.rules.values import steps_in
 from orbax_nnx_handler.planning.suggesting.link_groups import (
     agrees,
     as_one,
@@ -22,7 +23,6 @@ from orbax_nnx_handler.planning.suggesting.link_groups import (
     of_few_layers,
     possible_roots,
     remade_behind,
-    steps_in,
     without_strays,
 )
 from orbax_nnx_handler.planning.suggesting.module_parts import Findings, Link, readings_of

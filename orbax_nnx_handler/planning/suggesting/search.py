@@ -15,11 +15,11 @@ from orbax_nnx_handler.planning.core.paths import Path, Tokens, segments
 from orbax_nnx_handler.planning.core.recipes import Read, reads, shape_of
 from orbax_nnx_handler.planning.mapping.cells_and_wrappers import derive
 from orbax_nnx_handler.planning.rules.entries import Entry
+from orbax_nnx_handler.planning.rules.values import steps_in
 from orbax_nnx_handler.planning.suggesting.assignment import Fit, fit_of, may_be
 from orbax_nnx_handler.planning.suggesting.link_groups import (
     apart_from_copies,
     match_model,
-    steps_in,
     with_moved_axes,
 )
 from orbax_nnx_handler.planning.suggesting.matching_layers import Context

@@ -68,8 +68,8 @@ class Way:
         """Whether places and channels of a convolution are one axis on one side, in an order not told."""
         both = (sorted((step.before, step.shape), key=len) for step in self.steps if step.kind == "reshape")
         return any(
-            len(short) == 2 and len(long) > 3 and (short[0] == long[0] or short[1] == long[-1])
-            for short, long in both
+            len(few) == 2 < len(many) - max(1, many.count(1)) and (few[0] == many[0] or few[1] == many[-1])
+            for few, many in both
         )
 
 

@@ -680,3 +680,14 @@ def test_one_layer_of_a_list_does_not_tell_where_the_others_of_it_are(length):
     expected = {name: stored[f"Dense_{at}/kernel"] for at, name in enumerate(names)}
     assert all(np.array_equal(value, expected[path]) for path, value in values.items())
     assert len(values) == 2
+
+
+def test_a_convolution_over_one_place_is_no_patch():
+    stored = {"squeeze/kernel": (1, 1, 8, 2), "patches/kernel": (2, 2, 3, 8)}
+    wanted = {"fc/kernel": (8, 2), "embed/kernel": (12, 8)}
+
+    found, _ = proposed(filled(stored), wanted)
+
+    why = {str(item.rule): item.why for item in found.proposals}
+    assert "of a patch" in why["Reshape(pattern='patches/kernel', shape=(12, 8), before=(2, 2, 3, 8))"]
+    assert why["Reshape(pattern='squeeze/kernel', shape=(8, 2), before=(1, 1, 8, 2))"] == ""

@@ -110,19 +110,3 @@ def test_both_of_a_leaf_and_its_copy_are_found_whichever_is_settled(count):
     found = suggest(stored, abstract(wanted), renames=TIED[:count])
 
     assert (found.covered, found.questions) == (3, ())
-
-
-def test_a_shape_that_a_rule_gives_does_not_tell_which_of_two_is_meant():
-    layer = {"kernel": (8, 8)}
-    stored = {
-        f"params/{path}/kernel": np.ones(shape["kernel"], "f")
-        for path, shape in {"one": layer, "two": layer, "out": {"kernel": (8, 5)}}.items()
-    }
-    stored = traverse_util.unflatten_dict(stored, sep="/")
-    wanted = {"p/kernel": (8, 2, 4), "r/kernel": (8, 8), "out/kernel": (8, 5)}
-
-    plain = suggest(stored, abstract(wanted))
-    found = suggest(stored, abstract(wanted), renames=[Reshape("one/kernel", (8, 2, 4))])
-
-    assert plain.renames == found.renames == ()
-    assert plain.questions != ()

@@ -117,9 +117,12 @@ _Claim = tuple[NamedPart, list[NamedPart], list[Link], Tie | None]
 def _claims(wholes: Sequence[NamedPart], singles: Sequence[NamedPart], split: bool) -> list[_Claim]:
     """Returns fused parts with what they hold, where no other is as like the same parts; links or a tie."""
     claims, scores = list[tuple[float, _Claim]](), defaultdict[int, list[float]](list)
+    kinds = [[(role.fused, role.part.main_size) for role in side if role.fused] for side in (wholes, singles)]
     for whole in wholes:
         named = dataclasses.replace(whole, fused=whole.fused or whole.untold)
-        score, parts = _single_parts(named, singles) if named.fused else (0.0, [])
+        # What the other side holds in one array as well, is that.
+        is_there = 0 < kinds[0].count(kind := (whole.fused, whole.part.main_size)) <= kinds[1].count(kind)
+        score, parts = _single_parts(named, singles) if named.fused and not is_there else (0.0, [])
         found, tie = links_of(named, parts, split) if parts else [], None
         readings = _by_head(found, whole.untold, split=split) if whole.untold else ()
         if parts and not found and split:

@@ -30,7 +30,7 @@ LOCAL_IMPORTS = {
 """Modules of ours that are imported inside a function, with the reason: how long a start takes."""
 LATE_IMPORTS = {
     # As long to load as all of the package, and needed for a proposal only.
-    ("planning.suggesting.assignment", "scipy.optimize"),
+    ("planning.likeness.assignment", "scipy.optimize"),
     # A checkpoint on this machine needs none of it.
     ("storage.stores.locations", "fsspec"),
     # A tenth of a second that `plan` need not wait.

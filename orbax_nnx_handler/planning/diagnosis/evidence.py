@@ -18,8 +18,8 @@ from orbax_nnx_handler.planning.mapping.roots import strip
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.planning.rules.entries import model_entries
-from orbax_nnx_handler.planning.suggesting.assignment import arrangeable
-from orbax_nnx_handler.planning.suggesting.module_parts import Link
+from orbax_nnx_handler.planning.likeness.assignment import arrangeable
+from orbax_nnx_handler.planning.likeness.module_parts import Link
 from orbax_nnx_handler.planning.suggesting.search import (
     paths_of,
     search,

@@ -34,7 +34,7 @@ from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, is_copy_
 from orbax_nnx_handler.planning.mapping.layer_paths import Group, layer_paths
 from orbax_nnx_handler.planning.rules import as_rules
 from orbax_nnx_handler.planning.rules.rule import Pattern
-from orbax_nnx_handler.planning.suggesting.vocabulary import concepts, exclude
+from orbax_nnx_handler.planning.likeness.vocabulary import concepts, exclude
 from orbax_nnx_handler.planning.target.roles import is_named
 
 _MOST = 6

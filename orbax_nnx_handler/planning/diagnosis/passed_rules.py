@@ -15,7 +15,7 @@ from orbax_nnx_handler.planning.diagnosis.ways import AXES, selecting, suggest_h
 from orbax_nnx_handler.planning.mapping.matches import Discarded
 from orbax_nnx_handler.planning.rules import Drop, Fuse, Repeat, Reshape, Rule, Split
 from orbax_nnx_handler.planning.rules.stacking import stacking_otherwise
-from orbax_nnx_handler.planning.suggesting.shapes import ways
+from orbax_nnx_handler.planning.likeness.shapes import ways
 from orbax_nnx_handler.planning.verdict.outcomes import Mismatched
 
 _TRIED = 6

@@ -25,7 +25,7 @@ from orbax_nnx_handler.planning.mapping.layer_paths import layer_paths
 from orbax_nnx_handler.planning.options import Policy
 from orbax_nnx_handler.planning.rules import Drop, Rename, ScanAxis, UnstackLayers, as_rules
 from orbax_nnx_handler.planning.rules.rule import Pattern, Rule
-from orbax_nnx_handler.planning.suggesting.shapes import ways
+from orbax_nnx_handler.planning.likeness.shapes import ways
 
 LOOK = Hint(
     "look at what is stored with `orbax-nnx tree CHECKPOINT`, and check the path and the target.",

@@ -25,11 +25,11 @@ from orbax_nnx_handler.planning.layouts.layout import is_copy_level
 from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS, Roots
 from orbax_nnx_handler.planning.rules.entries import Entry, from_entries
 from orbax_nnx_handler.planning.suggesting.matching_layers import Context, match_context
-from orbax_nnx_handler.planning.suggesting.module_parts import Findings, Leaf, Link, Tie, part_of
-from orbax_nnx_handler.planning.suggesting.scoring import Remade, kept_by_head, remade_links
+from orbax_nnx_handler.planning.likeness.module_parts import Findings, Leaf, Link, Tie, part_of
+from orbax_nnx_handler.planning.likeness.scoring import Remade, kept_by_head, remade_links
 from orbax_nnx_handler.planning.suggesting.series import by_level
-from orbax_nnx_handler.planning.suggesting.shapes import Way, transposed
-from orbax_nnx_handler.planning.suggesting.vocabulary import (
+from orbax_nnx_handler.planning.likeness.shapes import Way, transposed
+from orbax_nnx_handler.planning.likeness.vocabulary import (
     Names,
     is_alone,
     kinds_of_modules,

@@ -10,9 +10,9 @@ from typing import Any
 from orbax_nnx_handler.planning.core.folding import around, same_numbers
 from orbax_nnx_handler.planning.core.leaves import with_fields
 from orbax_nnx_handler.planning.core.paths import Tokens, levels, shared_levels
-from orbax_nnx_handler.planning.suggesting.assignment import in_turn, part_sizes, sizes_within, stacks_in
+from orbax_nnx_handler.planning.likeness.assignment import in_turn, part_sizes, sizes_within, stacks_in
 from orbax_nnx_handler.planning.suggesting.matching_parts import Known, match_parts
-from orbax_nnx_handler.planning.suggesting.module_parts import (
+from orbax_nnx_handler.planning.likeness.module_parts import (
     Findings,
     Layers,
     Leaf,
@@ -42,8 +42,8 @@ from orbax_nnx_handler.planning.suggesting.series import (
     stack_of,
     with_inner,
 )
-from orbax_nnx_handler.planning.suggesting.shapes import without_axis
-from orbax_nnx_handler.planning.suggesting.vocabulary import RESTS, Names
+from orbax_nnx_handler.planning.likeness.shapes import without_axis
+from orbax_nnx_handler.planning.likeness.vocabulary import RESTS, Names
 from orbax_nnx_handler.planning.target.roles import creation_place
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 
 from orbax_nnx_handler.planning.core.folding import Homes, lies_within
 from orbax_nnx_handler.planning.core.paths import ascend, ranks_of, same_modules
-from orbax_nnx_handler.planning.suggesting.assignment import Fit, Table, components, fit_of, may_be, merged
-from orbax_nnx_handler.planning.suggesting.module_parts import (
+from orbax_nnx_handler.planning.likeness.assignment import Fit, Table, components, fit_of, may_be, merged
+from orbax_nnx_handler.planning.likeness.module_parts import (
     Findings,
     Link,
     ModulePart,
@@ -17,9 +17,9 @@ from orbax_nnx_handler.planning.suggesting.module_parts import (
     Undecided,
     together,
 )
-from orbax_nnx_handler.planning.suggesting.named_parts import NamedPart, are_counted, in_order, named_parts
-from orbax_nnx_handler.planning.suggesting.scoring import across_networks, either_way, gated, joined_parts
-from orbax_nnx_handler.planning.suggesting.vocabulary import (
+from orbax_nnx_handler.planning.likeness.named_parts import NamedPart, are_counted, in_order, named_parts
+from orbax_nnx_handler.planning.likeness.scoring import across_networks, either_way, gated, joined_parts
+from orbax_nnx_handler.planning.likeness.vocabulary import (
     MARGIN,
     PARAMETER,
     STRONG,

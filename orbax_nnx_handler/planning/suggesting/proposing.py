@@ -25,9 +25,9 @@ from orbax_nnx_handler.planning.suggesting.link_groups import (
     remade_behind,
     without_strays,
 )
-from orbax_nnx_handler.planning.suggesting.module_parts import Findings, Link, readings_of
+from orbax_nnx_handler.planning.likeness.module_parts import Findings, Link, readings_of
 from orbax_nnx_handler.planning.suggesting.rule_writing import Writer
-from orbax_nnx_handler.planning.suggesting.scoring import Remade
+from orbax_nnx_handler.planning.likeness.scoring import Remade
 from orbax_nnx_handler.planning.suggesting.search import (
     Searched,
     Settled,
@@ -39,7 +39,7 @@ from orbax_nnx_handler.planning.suggesting.search import (
     untyped_leaves,
     wanted_leaves,
 )
-from orbax_nnx_handler.planning.suggesting.shapes import Way
+from orbax_nnx_handler.planning.likeness.shapes import Way
 from orbax_nnx_handler.planning.suggesting.suggestion import (
     Answers,
     Choice,
@@ -58,7 +58,7 @@ from orbax_nnx_handler.planning.suggesting.suggestion import (
     problem_of,
     proposal_of,
 )
-from orbax_nnx_handler.planning.suggesting.vocabulary import Names
+from orbax_nnx_handler.planning.likeness.vocabulary import Names
 from orbax_nnx_handler.planning.target.roles import WEIGHTS, Order, Wanted, of_role, roles_of
 from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.planning.verdict.judge import Chosen, choose, judge

@@ -12,10 +12,10 @@ from orbax_nnx_handler.planning.rules.entries import Entries, Entry, PathIndex
 from orbax_nnx_handler.planning.rules.rename import cuts, leads_back, matches_only, rename_of
 from orbax_nnx_handler.planning.rules.rule import Pattern, shared_ends, with_places
 from orbax_nnx_handler.planning.suggesting.link_groups import whole_parts
-from orbax_nnx_handler.planning.suggesting.module_parts import Link, layers_of, numbered
-from orbax_nnx_handler.planning.suggesting.scoring import joining_rule
-from orbax_nnx_handler.planning.suggesting.shapes import Steps, shaping_rule
-from orbax_nnx_handler.planning.suggesting.vocabulary import Names
+from orbax_nnx_handler.planning.likeness.module_parts import Link, layers_of, numbered
+from orbax_nnx_handler.planning.likeness.scoring import joining_rule
+from orbax_nnx_handler.planning.likeness.shapes import Steps, shaping_rule
+from orbax_nnx_handler.planning.likeness.vocabulary import Names
 
 _MOST_NAMES, _MANY_MODULES = 8, 24  # Above the parts of a fuse, for a rule to leave others out; for one rule.
 _WRITES: Mapping[type[Rule], str] = {Rename: "replacement", StackLayers: "pattern", UnstackLayers: "into"}

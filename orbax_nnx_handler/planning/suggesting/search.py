@@ -16,7 +16,7 @@ from orbax_nnx_handler.planning.core.recipes import Read, reads, shape_of
 from orbax_nnx_handler.planning.mapping.cells_and_wrappers import derive
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.rules.values import steps_in
-from orbax_nnx_handler.planning.suggesting.assignment import Fit, fit_of, may_be
+from orbax_nnx_handler.planning.likeness.assignment import Fit, fit_of, may_be
 from orbax_nnx_handler.planning.suggesting.link_groups import (
     apart_from_copies,
     match_model,
@@ -24,7 +24,7 @@ from orbax_nnx_handler.planning.suggesting.link_groups import (
 )
 from orbax_nnx_handler.planning.suggesting.matching_layers import Context
 from orbax_nnx_handler.planning.suggesting.matching_parts import sizes_of_few
-from orbax_nnx_handler.planning.suggesting.module_parts import (
+from orbax_nnx_handler.planning.likeness.module_parts import (
     Findings,
     Leaf,
     Link,
@@ -35,9 +35,9 @@ from orbax_nnx_handler.planning.suggesting.module_parts import (
     readings_of,
     settle_turns,
 )
-from orbax_nnx_handler.planning.suggesting.named_parts import NamedPart, named_parts
-from orbax_nnx_handler.planning.suggesting.shapes import Way, ways
-from orbax_nnx_handler.planning.suggesting.vocabulary import Names, concepts
+from orbax_nnx_handler.planning.likeness.named_parts import NamedPart, named_parts
+from orbax_nnx_handler.planning.likeness.shapes import Way, ways
+from orbax_nnx_handler.planning.likeness.vocabulary import Names, concepts
 from orbax_nnx_handler.planning.target.roles import Wanted
 
 

@@ -16,10 +16,10 @@ from typing import Any
 from orbax_nnx_handler.planning.core.folding import PLACE, numbered
 from orbax_nnx_handler.planning.core.leaves import Shape, derived
 from orbax_nnx_handler.planning.core.paths import is_count, levels
-from orbax_nnx_handler.planning.suggesting.assignment import BySize, Stacks, best_pairs, depth_of, of_sizes
-from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Link, module_parts
-from orbax_nnx_handler.planning.suggesting.shapes import without_axis
-from orbax_nnx_handler.planning.suggesting.vocabulary import (
+from orbax_nnx_handler.planning.likeness.assignment import BySize, Stacks, best_pairs, depth_of, of_sizes
+from orbax_nnx_handler.planning.likeness.module_parts import Leaf, Link, module_parts
+from orbax_nnx_handler.planning.likeness.shapes import without_axis
+from orbax_nnx_handler.planning.likeness.vocabulary import (
     MARGIN,
     SINGLE,
     Names,

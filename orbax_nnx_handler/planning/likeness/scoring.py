@@ -16,10 +16,10 @@ from orbax_nnx_handler.planning.core.paths import Path, canonical, is_number, sh
 from orbax_nnx_handler.planning.core.recipes import Recipe, Shapes
 from orbax_nnx_handler.planning.rules import Fuse, Rule, Split
 from orbax_nnx_handler.planning.rules.split_and_fuse import cut_alike
-from orbax_nnx_handler.planning.suggesting.assignment import ways_of_heads
-from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Link, ModulePart, Tie, part_of
-from orbax_nnx_handler.planning.suggesting.named_parts import NamedPart
-from orbax_nnx_handler.planning.suggesting.shapes import (
+from orbax_nnx_handler.planning.likeness.assignment import ways_of_heads
+from orbax_nnx_handler.planning.likeness.module_parts import Leaf, Link, ModulePart, Tie, part_of
+from orbax_nnx_handler.planning.likeness.named_parts import NamedPart
+from orbax_nnx_handler.planning.likeness.shapes import (
     Joint,
     Step,
     Way,
@@ -33,7 +33,7 @@ from orbax_nnx_handler.planning.suggesting.shapes import (
     transposed,
     without_axis,
 )
-from orbax_nnx_handler.planning.suggesting.vocabulary import (
+from orbax_nnx_handler.planning.likeness.vocabulary import (
     MARGIN,
     Concepts,
     Names,

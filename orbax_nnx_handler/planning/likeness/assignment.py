@@ -12,10 +12,10 @@ import numpy as np
 
 from orbax_nnx_handler.planning.core.leaves import Shape, families, permuted, repeats, suffice, totals_with
 from orbax_nnx_handler.planning.core.paths import Path, levels
-from orbax_nnx_handler.planning.suggesting.module_parts import Leaf
-from orbax_nnx_handler.planning.suggesting.named_parts import NamedPart, are_automatic
-from orbax_nnx_handler.planning.suggesting.shapes import Step, Way, is_vector, transposed, ways
-from orbax_nnx_handler.planning.suggesting.vocabulary import (
+from orbax_nnx_handler.planning.likeness.module_parts import Leaf
+from orbax_nnx_handler.planning.likeness.named_parts import NamedPart, are_automatic
+from orbax_nnx_handler.planning.likeness.shapes import Step, Way, is_vector, transposed, ways
+from orbax_nnx_handler.planning.likeness.vocabulary import (
     MARGIN,
     PLACING,
     PYTORCHS,

@@ -8,8 +8,8 @@ from typing import Literal
 
 from orbax_nnx_handler.planning.core.leaves import Shape, derived, record, with_fields
 from orbax_nnx_handler.planning.core.paths import Level, Path, levels
-from orbax_nnx_handler.planning.suggesting.shapes import Joint, Steps, Way, is_vector
-from orbax_nnx_handler.planning.suggesting.vocabulary import (
+from orbax_nnx_handler.planning.likeness.shapes import Joint, Steps, Way, is_vector
+from orbax_nnx_handler.planning.likeness.vocabulary import (
     PYTORCHS,
     Concepts,
     Names,

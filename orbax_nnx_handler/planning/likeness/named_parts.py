@@ -9,9 +9,9 @@ from collections.abc import Collection, Sequence
 from orbax_nnx_handler.planning.core.folding import around
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Level, counted_apart, levels
-from orbax_nnx_handler.planning.suggesting.module_parts import ModulePart
-from orbax_nnx_handler.planning.suggesting.shapes import follow
-from orbax_nnx_handler.planning.suggesting.vocabulary import (
+from orbax_nnx_handler.planning.likeness.module_parts import ModulePart
+from orbax_nnx_handler.planning.likeness.shapes import follow
+from orbax_nnx_handler.planning.likeness.vocabulary import (
     BEFORE_NETWORK,
     COMPUTED,
     END,

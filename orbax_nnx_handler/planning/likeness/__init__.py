@@ -1,0 +1,1 @@
+"""How alike the parts of two models are: by what their names say, and by their shapes."""

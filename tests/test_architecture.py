@@ -14,10 +14,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "orbax_nnx_handler"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 FACADE = {"handler.py", "v1.py", "api.py", "planner.py", "cli.py", "__init__.py"}
-MODULE_LINES = 480  # Until planning/suggesting is two folders.
+MODULE_LINES = 450
 FUNCTION_LINES = 60
 FOLDER_FILES = 15
-MODULE_COUNT = 170
+MODULE_COUNT = 177
 LOCAL_IMPORTS = {
     # An interrupt while JAX is being loaded is still told in one line.
     ("__main__", "cli"),

@@ -18,10 +18,10 @@ from orbax_nnx_handler.planning.core.folding import fold_paths
 from orbax_nnx_handler.planning.core.lines import counted
 from orbax_nnx_handler.planning.core.paths import Path, segments
 from orbax_nnx_handler.planning.layouts import LayoutChoice
+from orbax_nnx_handler.planning.likeness.vocabulary import concepts
 from orbax_nnx_handler.planning.options import Policies, RestoreOptions, UnexpectedPolicy
 from orbax_nnx_handler.planning.restore_plan import RestorePlan
 from orbax_nnx_handler.planning.rules import Rule
-from orbax_nnx_handler.planning.likeness.vocabulary import concepts
 from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
 from orbax_nnx_handler.storage.stores.kvstore import files_at

@@ -12,14 +12,14 @@ from orbax_nnx_handler.planning.core.leaves import MOMENTS, Shape, StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, without_box
 from orbax_nnx_handler.planning.core.recipes import Recipe, reads
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement, words_of
+from orbax_nnx_handler.planning.likeness.links import Link
+from orbax_nnx_handler.planning.likeness.modules_in_turn import arrangeable
 from orbax_nnx_handler.planning.mapping.choice import faults_of
 from orbax_nnx_handler.planning.mapping.optimizer_states import split
 from orbax_nnx_handler.planning.mapping.roots import strip
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.planning.rules.entries import model_entries
-from orbax_nnx_handler.planning.likeness.assignment import arrangeable
-from orbax_nnx_handler.planning.likeness.module_parts import Link
 from orbax_nnx_handler.planning.suggesting.search import (
     paths_of,
     search,

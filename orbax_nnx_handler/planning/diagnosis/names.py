@@ -31,10 +31,10 @@ from orbax_nnx_handler.planning.core.paths import (
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence
 from orbax_nnx_handler.planning.diagnosis.ways import LOOK, search_hint
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, is_copy_name, words_of
+from orbax_nnx_handler.planning.likeness.vocabulary import concepts, exclude
 from orbax_nnx_handler.planning.mapping.layer_paths import Group, layer_paths
 from orbax_nnx_handler.planning.rules import as_rules
 from orbax_nnx_handler.planning.rules.rule import Pattern
-from orbax_nnx_handler.planning.likeness.vocabulary import concepts, exclude
 from orbax_nnx_handler.planning.target.roles import is_named
 
 _MOST = 6

@@ -12,10 +12,10 @@ from orbax_nnx_handler.planning.core.paths import Path, Tokens, render
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, reads
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence
 from orbax_nnx_handler.planning.diagnosis.ways import AXES, selecting, suggest_hint
+from orbax_nnx_handler.planning.likeness.shapes import ways
 from orbax_nnx_handler.planning.mapping.matches import Discarded
 from orbax_nnx_handler.planning.rules import Drop, Fuse, Repeat, Reshape, Rule, Split
 from orbax_nnx_handler.planning.rules.stacking import stacking_otherwise
-from orbax_nnx_handler.planning.likeness.shapes import ways
 from orbax_nnx_handler.planning.verdict.outcomes import Mismatched
 
 _TRIED = 6

@@ -21,11 +21,11 @@ from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_nu
 from orbax_nnx_handler.planning.core.recipes import Recipe, reads
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, spell
 from orbax_nnx_handler.planning.layouts.layout import words_of
+from orbax_nnx_handler.planning.likeness.shapes import ways
 from orbax_nnx_handler.planning.mapping.layer_paths import layer_paths
 from orbax_nnx_handler.planning.options import Policy
 from orbax_nnx_handler.planning.rules import Drop, Rename, ScanAxis, UnstackLayers, as_rules
 from orbax_nnx_handler.planning.rules.rule import Pattern, Rule
-from orbax_nnx_handler.planning.likeness.shapes import ways
 
 LOOK = Hint(
     "look at what is stored with `orbax-nnx tree CHECKPOINT`, and check the path and the target.",

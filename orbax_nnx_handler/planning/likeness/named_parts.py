@@ -6,30 +6,31 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 
-from orbax_nnx_handler.planning.core.folding import around
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Level, counted_apart, levels
-from orbax_nnx_handler.planning.likeness.module_parts import ModulePart
+from orbax_nnx_handler.planning.likeness.module_parts import ModulePart, containers, prefixes
+from orbax_nnx_handler.planning.likeness.places import (
+    BEFORE_NETWORK,
+    END,
+    PLACING,
+    component,
+    in_strict_order,
+    letters,
+    order_word,
+    placed,
+)
 from orbax_nnx_handler.planning.likeness.shapes import follow
 from orbax_nnx_handler.planning.likeness.vocabulary import (
-    BEFORE_NETWORK,
     COMPUTED,
-    END,
     FUSED,
     NUMBERED,
-    PLACING,
     STRONG,
     UNTOLD,
     Concepts,
     Names,
-    component,
     concepts,
-    in_strict_order,
-    letters,
     meanings,
     networks_outputs,
-    order_word,
-    placed,
     telling,
 )
 
@@ -105,10 +106,10 @@ class _Context:
         self._unknown: dict[tuple[Names, int], set[str]] = defaultdict(set)
         self._norms = Counter(part.module for part in parts if part.is_norm)
         self._layers = Counter(part.module for part in parts if not part.is_norm)
-        self._normed = {names for part in parts if part.is_norm for names in _containers(part)}
+        self._normed = {names for part in parts if part.is_norm for names in containers(part)}
         self._shapes: dict[tuple[Names, str], dict[int, Shape]] = defaultdict(dict)
         for part in parts:
-            for prefix, level in _prefixes(part):
+            for prefix, level in prefixes(part):
                 if level.number is not None:
                     families[prefix, level.base, level.style].add(level.number)
             if part.levels and part.levels[-1].number is not None and "main" in part.leaves:
@@ -118,7 +119,7 @@ class _Context:
             self._bases[part.module].update(level.base for level in part.levels[-1:])
             if "main" in part.leaves and not (part.is_norm or part.own & STRONG):
                 self._unknown[part.module, math.prod(part.leaves["main"].shape)].add(part.family[1])
-            for names in _containers(part):
+            for names in containers(part):
                 self._held[names] |= part.own
                 self._inside[names[:-1]].add(names)
                 below = concepts(level.base for level in levels(part.names[len(names) :]))
@@ -149,7 +150,7 @@ class _Context:
         said -= {"attn"} if self._is_beside_attention(part) else set()
         said -= self._empty - concepts(name for name in part.names if name not in self._empty)
         said |= set() if said & {"self", "cross"} else self._other_attention(part)
-        counted = [(at, level) for at, level in _prefixes(part) if level.number is not None]
+        counted = [(at, level) for at, level in prefixes(part) if level.number is not None]
         numbers = tuple((level, self._families[at, level.base, level.style]) for at, level in counted)
         fused, fact = self._fused(part)
         said -= {"in"} & part.own if fused else set()  # The `in_proj` of a block on the way out.
@@ -181,7 +182,7 @@ class _Context:
         """Returns what the modules around a part hold: an attention, a gated network."""
         if "attn" in part.said:
             return {"attn"}
-        for names in _containers(part):
+        for names in containers(part):
             is_whole = names not in self._mixed
             is_attention = {"q", "k"} <= self._held[names] or (is_whole and "attn" in self._below[names])
             is_network = is_whole and "mlp" in self._below[names]
@@ -193,7 +194,7 @@ class _Context:
 
     def _other_attention(self, part: ModulePart) -> set[str]:
         """Returns what an attention is whose neighbours all say it: `attn` beside `cross_attn`."""
-        own = [names for names in _containers(part) if names in self._attentions]
+        own = [names for names in containers(part) if names in self._attentions]
         near = [(names, self._inside[names[:-1]] & self._attentions) for names in own]
         beside = [x for names, attentions in near for x in attentions if x != names]
         kinds = {frozenset({"self", "cross"} & {*meanings(names[-1])}) for names in beside}
@@ -201,11 +202,11 @@ class _Context:
 
     def _is_beside_attention(self, part: ModulePart) -> bool:
         """Tells whether a part lies in a block that is called an attention, and beside that attention."""
-        ends = ((names, levels(names)[-1]) for names in _containers(part))
+        ends = ((names, levels(names)[-1]) for names in containers(part))
         # Of a list that is called so, another one may be it.
         blocks = [names[: 1 - at.width or None] for names, at in ends if "attn" in meanings(at.base)]
         blocks += [()] if "attn" in self._above else []
-        own = self._attentions.intersection(_containers(part)) if blocks else ()
+        own = self._attentions.intersection(containers(part)) if blocks else ()
         beside = (self._holding[names] > sum(at[: len(names)] == names for at in own) for names in blocks)
         return bool(blocks) and not part.said & {*_QKV, "o", "out"} and all(beside)
 
@@ -277,7 +278,7 @@ class _Context:
             if own & {"out"} or (not own - {"enc", "text", "added"} and "proj" in last.base):
                 said -= {"out"}
                 said.add("o")
-            elif not own and any(self._held[names] >= _QKV for names in _containers(part)[:1]):
+            elif not own and any(self._held[names] >= _QKV for names in containers(part)[:1]):
                 said.add("o")
             return ""
         if "mlp" not in said and own & {"out"} and self._lacks_output:
@@ -382,16 +383,7 @@ class _Context:
         return lacking[0] if is_known and len(lacking) == 1 and self._norms[part.module] == 1 else set()
 
     def _is_one_of_several(self, part: ModulePart) -> bool:
-        return any(len(self._families.get((at, x.base, x.style), ())) > 1 for at, x in _prefixes(part)[-1:])
-
-
-def _prefixes(part: ModulePart) -> list[tuple[Names, Level]]:
-    return list(zip([(), *around(part.names)], part.levels, strict=False))
-
-
-def _containers(part: ModulePart) -> list[Names]:
-    """Returns the modules around a part, the innermost first, the context itself left out."""
-    return [*around(part.names)][::-1]
+        return any(len(self._families.get((at, x.base, x.style), ())) > 1 for at, x in prefixes(part)[-1:])
 
 
 def in_order(roles: Sequence[NamedPart], *, to_last: bool = False) -> list[int] | None:

@@ -1,7 +1,7 @@
 """Proposes rules where the names or the arrangement of checkpoint and target differ."""
 
+from orbax_nnx_handler.planning.likeness.joined_parts import Remade
 from orbax_nnx_handler.planning.suggesting.proposing import propose
-from orbax_nnx_handler.planning.likeness.scoring import Remade
 from orbax_nnx_handler.planning.suggesting.suggestion import (
     BY_NUMBER,
     CHOICES,

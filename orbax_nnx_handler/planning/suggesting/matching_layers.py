@@ -10,21 +10,15 @@ from typing import Any
 from orbax_nnx_handler.planning.core.folding import around, same_numbers
 from orbax_nnx_handler.planning.core.leaves import with_fields
 from orbax_nnx_handler.planning.core.paths import Tokens, levels, shared_levels
-from orbax_nnx_handler.planning.likeness.assignment import in_turn, part_sizes, sizes_within, stacks_in
+from orbax_nnx_handler.planning.likeness.links import Findings, LayerPair, Layers, Link, Tie, in_all_layers
+from orbax_nnx_handler.planning.likeness.module_parts import Leaf, module_parts, part_of
+from orbax_nnx_handler.planning.likeness.modules_in_turn import in_turn, part_sizes, sizes_within, stacks_in
+from orbax_nnx_handler.planning.likeness.shapes import without_axis
+from orbax_nnx_handler.planning.likeness.vocabulary import RESTS, Names
 from orbax_nnx_handler.planning.suggesting.matching_parts import Known, match_parts
-from orbax_nnx_handler.planning.likeness.module_parts import (
-    Findings,
-    Layers,
-    Leaf,
-    Link,
-    Tie,
-    module_parts,
-    part_of,
-)
 from orbax_nnx_handler.planning.suggesting.series import (
     Pairs,
     Series,
-    Share,
     alone,
     are_alike,
     have_equal_layers,
@@ -36,14 +30,10 @@ from orbax_nnx_handler.planning.suggesting.series import (
     said_of,
     same_layers,
     series_of,
-    shared_in,
-    shares_of,
     sizes_of,
-    stack_of,
     with_inner,
 )
-from orbax_nnx_handler.planning.likeness.shapes import without_axis
-from orbax_nnx_handler.planning.likeness.vocabulary import RESTS, Names
+from orbax_nnx_handler.planning.suggesting.stacks import Share, shared_in, shares_of, stack_of
 from orbax_nnx_handler.planning.target.roles import creation_place
 
 
@@ -381,7 +371,7 @@ def _match_members(one: Series, other: Series, context: Context) -> Findings:
         if not (inside := match_context(inner)).links and len(classes) == 1:
             return found
         layers = [_leaves_by_name(one, other, *pair) for pair in numbers]
-        matched = inside.mapped(lambda links, layers=layers: _moved(links, layers, depths))
+        matched = inside.mapped(lambda links, layers=layers: in_all_layers(links, layers, depths))
         within.append({(_in_each(other, x), _in_each(one, y)): (x, y) for x, y in matched.groups})
         found.add(dataclasses.replace(matched, groups=[]))
         for pair in (*numbers[1:], numbers[0]) if not equal else ():
@@ -402,38 +392,10 @@ def _in_each(series: Series, names: Names) -> Names:
     return (*series.template, *below)
 
 
-_Layer = tuple[Names, Names, Mapping[Names, Leaf], Mapping[Names, Leaf]]
-"""What leads into a layer on both sides, and its leaves by what their paths are below it."""
-
-
-def _leaves_by_name(one: Series, other: Series, left: int, right: int) -> _Layer:
+def _leaves_by_name(one: Series, other: Series, left: int, right: int) -> LayerPair:
     ours = {leaf.names[one.depth :]: leaf for leaf in one.members[left]}
     theirs = {leaf.names[other.depth :]: leaf for leaf in other.members[right]}
     return one.place(left), other.place(right), ours, theirs
-
-
-def _moved(links: Iterable[Link], layers: Iterable[_Layer], depths: tuple[int, int]) -> Iterator[Link]:
-    """Yields the links of one layer for all layers that look alike."""
-    every = list(links)
-    for wanted, stored, ours, theirs in layers:
-        for link in every:
-            yield with_fields(
-                link,
-                wanted=tuple(ours[leaf.names[depths[0] :]] for leaf in link.wanted),
-                stored=tuple(theirs[leaf.names[depths[1] :]] for leaf in link.stored),
-                layers=_layers_in(link.layers, wanted, stored),
-            )
-
-
-def _layers_in(layers: Layers | None, wanted: Names, stored: Names) -> Layers | None:
-    """Returns a stack within one layer as that within another one."""
-    if layers is None or len(layers.wanted) < len(wanted) or len(layers.stored) < len(stored):
-        return layers
-    return dataclasses.replace(
-        layers,
-        stored=(*stored, *layers.stored[len(stored) :]),
-        wanted=(*wanted, *layers.wanted[len(wanted) :]),
-    )
 
 
 def _matched_stack(share: Share, stacks: bool, context: Context) -> Findings:

@@ -7,43 +7,40 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 
 from orbax_nnx_handler.planning.core.folding import Homes, lies_within
 from orbax_nnx_handler.planning.core.paths import ascend, ranks_of, same_modules
-from orbax_nnx_handler.planning.likeness.assignment import Fit, Table, components, fit_of, may_be, merged
-from orbax_nnx_handler.planning.likeness.module_parts import (
-    Findings,
-    Link,
-    ModulePart,
-    PairGrounds,
-    Tie,
-    Undecided,
-    together,
+from orbax_nnx_handler.planning.likeness.assignment import (
+    MOST_PAIRS,
+    Fit,
+    Table,
+    across_networks,
+    components,
+    fit_of,
+    may_be,
+    merged,
+    sizes_of_few,
 )
+from orbax_nnx_handler.planning.likeness.joined_parts import either_way, gated, joined_parts
+from orbax_nnx_handler.planning.likeness.links import Findings, Link, PairGrounds, Tie, Undecided, together
+from orbax_nnx_handler.planning.likeness.module_parts import ModulePart
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart, are_counted, in_order, named_parts
-from orbax_nnx_handler.planning.likeness.scoring import across_networks, either_way, gated, joined_parts
+from orbax_nnx_handler.planning.likeness.places import in_strict_order, last_of_block
 from orbax_nnx_handler.planning.likeness.vocabulary import (
     MARGIN,
     PARAMETER,
     STRONG,
     Names,
-    in_strict_order,
-    last_of_block,
     likeness,
-    meanings,
+    share_number,
     words,
 )
 
 _READINGS = 24  # All orders of four parts.
-MOST_PAIRS = 10_000
-"""A hundred parts of one shape on either side are no block of a model that names could tell apart."""
-
 Created = Callable[[ModulePart], tuple[int, ...] | None]
 """The place of a wanted part in the order of creation, where it is known."""
 Known = Callable[[Names, Names], int]
 """How much of what is known elsewhere speaks for a wanted and a stored part."""
 
-
 _TOLD, _PRECEDENT = 2.0, 1.0
-"""What a module has that is told by the shape of another matrix in it; enough to decide between pairs of
-which nothing else tells, and no more."""
+"""Of a module that another matrix in it tells; enough to decide between pairs of which nothing else tells."""
 
 _Found = list[tuple[int, int, PairGrounds]]
 _Choice = list[tuple[int, int]]
@@ -78,23 +75,6 @@ def match_parts(
     links += [link for pair in found for link in pairs.links(*pair)]
     modules = {(left[one].part.module, right[other].part.module) for one, other, _ in found}
     return Findings(links=links, ties=[*ties, *either_way(left, right, modules), *more])
-
-
-def _share_number(part: Names, module: Names) -> bool:
-    """Tells whether a part has the number of a module and says what that is: `pre_ffw2_norm` and `mlp2`."""
-    names = "".join(part[-1:]), module[-1]
-    counted = [[word for word in words(name) if word.isdecimal()] for name in names]
-    return counted[0] == counted[1] != [] and {*meanings(names[1])} <= {*meanings(names[0])}
-
-
-def sizes_of_few(counts: Iterable[Mapping[int, int]]) -> set[int]:
-    """Returns the sizes of which parts are compared: those of the fewest pairs, up to so many in all."""
-    ours, theirs = counts
-    pairs = {size: count * theirs[size] for size, count in ours.items() if size in theirs}
-    order = sorted(pairs, key=pairs.__getitem__)
-    # One for each part is no choice.
-    total = itertools.accumulate(pairs[size] - min(ours[size], theirs[size]) for size in order)
-    return {size for size, several in zip(order, total, strict=True) if several <= MOST_PAIRS}
 
 
 _Sides = tuple[Sequence[NamedPart], Sequence[NamedPart]]
@@ -157,7 +137,7 @@ class _Pairs:
                 for one, two in modules
                 if (one[:-1], two[:-1]) == (parts[0].module, parts[1].module)
             ]
-            counted = {each for each in beside if _share_number(parts[side].names, each[side])}
+            counted = {each for each in beside if share_number(parts[side].names, each[side])}
             own = {*words("".join(parts[1 - side].names[-1:]))}
             called = {each for each in beside if {*words(each[1 - side][-1])} <= own}
             if counted and called and not counted & called:

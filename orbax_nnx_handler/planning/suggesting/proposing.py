@@ -10,6 +10,10 @@ from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.paths import Path, segments
 from orbax_nnx_handler.planning.core.recipes import Read, Shapes, reads
 from orbax_nnx_handler.planning.layouts.layout import Stored, is_copy_beside
+from orbax_nnx_handler.planning.likeness.joined_parts import Remade
+from orbax_nnx_handler.planning.likeness.links import Findings, Link, readings_of
+from orbax_nnx_handler.planning.likeness.shapes import Way
+from orbax_nnx_handler.planning.likeness.vocabulary import Names
 from orbax_nnx_handler.planning.mapping.networks import layers_in_turns, networks_as_parts
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.rules import Rename, Rule
@@ -25,9 +29,7 @@ from orbax_nnx_handler.planning.suggesting.link_groups import (
     remade_behind,
     without_strays,
 )
-from orbax_nnx_handler.planning.likeness.module_parts import Findings, Link, readings_of
 from orbax_nnx_handler.planning.suggesting.rule_writing import Writer
-from orbax_nnx_handler.planning.likeness.scoring import Remade
 from orbax_nnx_handler.planning.suggesting.search import (
     Searched,
     Settled,
@@ -39,7 +41,6 @@ from orbax_nnx_handler.planning.suggesting.search import (
     untyped_leaves,
     wanted_leaves,
 )
-from orbax_nnx_handler.planning.likeness.shapes import Way
 from orbax_nnx_handler.planning.suggesting.suggestion import (
     Answers,
     Choice,
@@ -58,7 +59,6 @@ from orbax_nnx_handler.planning.suggesting.suggestion import (
     problem_of,
     proposal_of,
 )
-from orbax_nnx_handler.planning.likeness.vocabulary import Names
 from orbax_nnx_handler.planning.target.roles import WEIGHTS, Order, Wanted, of_role, roles_of
 from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.planning.verdict.judge import Chosen, choose, judge

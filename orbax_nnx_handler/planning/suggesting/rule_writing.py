@@ -6,50 +6,30 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.errors import RuleError
-from orbax_nnx_handler.planning.core.paths import canonical, is_index, parse
+from orbax_nnx_handler.planning.core.paths import is_index, parse
+from orbax_nnx_handler.planning.likeness.joined_parts import joining_rule
+from orbax_nnx_handler.planning.likeness.links import Link, layers_of, numbered
+from orbax_nnx_handler.planning.likeness.shapes import shaping_rule
+from orbax_nnx_handler.planning.likeness.vocabulary import Names
 from orbax_nnx_handler.planning.rules import Copy, Fuse, Rename, Rule, Split, StackLayers, UnstackLayers
 from orbax_nnx_handler.planning.rules.entries import Entries, Entry, PathIndex
 from orbax_nnx_handler.planning.rules.rename import cuts, leads_back, matches_only, rename_of
-from orbax_nnx_handler.planning.rules.rule import Pattern, shared_ends, with_places
+from orbax_nnx_handler.planning.rules.rule import Pattern, with_places
 from orbax_nnx_handler.planning.suggesting.link_groups import whole_parts
-from orbax_nnx_handler.planning.likeness.module_parts import Link, layers_of, numbered
-from orbax_nnx_handler.planning.likeness.scoring import joining_rule
-from orbax_nnx_handler.planning.likeness.shapes import Steps, shaping_rule
-from orbax_nnx_handler.planning.likeness.vocabulary import Names
+from orbax_nnx_handler.planning.suggesting.moves import (
+    Move,
+    alike,
+    as_within,
+    compiled,
+    differing,
+    leads,
+    led_into,
+    with_first,
+)
 
 _MOST_NAMES, _MANY_MODULES = 8, 24  # Above the parts of a fuse, for a rule to leave others out; for one rule.
 _WRITES: Mapping[type[Rule], str] = {Rename: "replacement", StackLayers: "pattern", UnstackLayers: "into"}
 """The paths with numbers that a save finds in a rule."""
-
-
-@dataclasses.dataclass
-class _Move:
-    """One stored leaf on its way to a wanted path.
-
-    Attributes:
-        names: Its path now.
-        aim: What it is to be called in the end.
-        seats: The segments of both that count the same layers.
-        link: What it belongs to.
-        steps: What is still to be done with its shape.
-    """
-
-    names: Names
-    aim: Names
-    seats: list[tuple[int, int]]
-    link: Link
-    steps: Steps = ()
-
-    @property
-    def templates(self) -> list[tuple[Names, Names]]:
-        """Both paths with places for the numbers of layers: for all, for all but the innermost, and so on."""
-        return [
-            (
-                with_places(self.names, [now for now, _ in seats]),
-                with_places(self.aim, [to for _, to in seats]),
-            )
-            for seats in (self.seats[:count] for count in range(len(self.seats), -1, -1))
-        ]
 
 
 @dataclasses.dataclass
@@ -87,7 +67,7 @@ class Writer:
         ordered = sorted(inside, key=lambda pair: several[pair[0]] > 1 and len(inside[pair]))
         groups = [*dict(ordered).items()]
         staying = {id(move) for pair in groups for move in inside[pair].values()}
-        around = {at for stored, _ in groups for at in _led_into(stored, alone, index)}
+        around = {at for stored, _ in groups for at in led_into(stored, alone, index)}
         leaving = {id(alone[at]): alone[at] for at in sorted(around) if id(alone[at]) not in staying}
         self._rename(list(leaving.values()))
         self._stack([move.link for move in leaving.values()])  # Before the layers around get other names.
@@ -104,11 +84,11 @@ class Writer:
     def _listed(self, entries: Iterable[Entry]) -> set[str]:
         """Returns the names before numbers of their own, `layers/0`, that no rename and no stack writes."""
         written = [getattr(rule, _WRITES[type(rule)]) for rule in self.rules if type(rule) in _WRITES]
-        paths = [*{_with_first(entry.whole) for entry in entries}]
+        paths = [*{with_first(entry.whole) for entry in entries}]
         listed = [at for at, names in enumerate(paths) if any(map(str.isdecimal, names[1:]))]
         held: dict[int, set[int]] = {at: {0} for at in listed}
         index = PathIndex(paths)
-        for pattern in map(_compiled, written if listed else ()):
+        for pattern in map(compiled, written if listed else ()):
             for at in held.keys() & pattern.within(index):
                 for span in pattern.spans(paths[at]):
                     held[at].update(range(span.start, span.stop))
@@ -122,7 +102,7 @@ class Writer:
     def _keeping(self, name: str) -> Rename | None:
         """Returns a rename that only keeps `layers/0`, which a save would join to `layers_0`."""
         rule = Rename(f"{name}/{{i}}", f"{name}/{{i}}")
-        pattern = _compiled(rule.pattern)
+        pattern = compiled(rule.pattern)
         near = (self.entries[at].segments for at in pattern.among(self.entries))
         spans = (span for names in near for span in pattern.spans(names))
         return rule if all(is_index(span.bindings["i"]) for span in spans) else None
@@ -130,24 +110,24 @@ class Writer:
     def _below(self, names: Names) -> Names:
         return (*self.below, *names[self.root :])
 
-    def _moves(self, link: Link) -> list[_Move]:
+    def _moves(self, link: Link) -> list[Move]:
         aim, seats = self._aim(link, link.target.names), link.seats(self.root - len(self.below))
         if link.is_split:
             whole = self._now(link, link.source.names)
-            return [_Move(whole, whole, [*seats], link, link.after)] if link.after else []
+            return [Move(whole, whole, [*seats], link, link.after)] if link.after else []
         if link.source.made:
             return self._gates(link, aim, seats)
-        found: list[_Move] = []
+        found: list[Move] = []
         for leaf, ways in zip(link.stored, link.ways, strict=True):
             names = self._below(link.target.names) if link.copied else self._now(link, leaf.names)
-            found.append(_Move(names, aim, [*seats], link, ways[0].steps))
+            found.append(Move(names, aim, [*seats], link, ways[0].steps))
         return found
 
-    def _gates(self, link: Link, aim: Names, seats: Sequence[tuple[int, int]]) -> list[_Move]:
+    def _gates(self, link: Link, aim: Names, seats: Sequence[tuple[int, int]]) -> list[Move]:
         """Returns the gates of a recurrent cell: the planner itself fuses them below the wanted name."""
         cell = link.source.names[:-2]
         inside = (entry.segments for entry in self.entries if entry.segments[:-2] == cell)
-        return [_Move(names, (*aim[:-2], *names[-2:]), [*seats], link) for names in inside]
+        return [Move(names, (*aim[:-2], *names[-2:]), [*seats], link) for names in inside]
 
     def _now(self, link: Link, names: Names) -> Names:
         """Returns the path of a stored leaf once its layers are taken apart."""
@@ -169,7 +149,7 @@ class Writer:
     def _unstack(self, links: Sequence[Link]) -> None:
         for layers, some in layers_of(links, stacks=False).items():
             used = {leaf.names for link in some for leaf in link.stored}
-            held = {e.segments for e in self.entries if _leads(layers.stored, e.segments)}
+            held = {e.segments for e in self.entries if leads(layers.stored, e.segments)}
             for below in whole_parts(used, held, len(layers.stored)):
                 stored, into = (*layers.stored, *below), (*self._below(layers.wanted), *below)
                 if not into:
@@ -194,10 +174,10 @@ class Writer:
             into = self._below(link.target.names)
             self._take(Copy("/".join(link.source.names), "/".join(into)), [link])
 
-    def _reshape(self, moves: Sequence[_Move]) -> None:
+    def _reshape(self, moves: Sequence[Move]) -> None:
         waiting = [move for move in moves if move.steps]
         while waiting:
-            by_step: dict[object, list[_Move]] = defaultdict(list)
+            by_step: dict[object, list[Move]] = defaultdict(list)
             for move in waiting:
                 by_step[move.steps[0]].append(move)
             for group in by_step.values():
@@ -207,7 +187,7 @@ class Writer:
                 move.steps = move.steps[1:]
             waiting = [move for move in waiting if move.steps]
 
-    def _patterns(self, moves: Sequence[_Move]) -> list[str]:
+    def _patterns(self, moves: Sequence[Move]) -> list[str]:
         """Returns patterns that match the leaves of some moves and no other leaf, none what another does."""
         good = {move.names for move in moves}
         found: dict[str, set[Names]] = {}
@@ -216,7 +196,7 @@ class Writer:
                 continue
             pattern = self._pattern(move.templates[0][0], good) or self._pattern(move.names, good)
             pattern = pattern or "/".join(self._whole(move.names))
-            held = {names for names in good if next(_compiled(pattern).spans(names), None)} | {move.names}
+            held = {names for names in good if next(compiled(pattern).spans(names), None)} | {move.names}
             found = {text: others for text, others in found.items() if not others <= held}
             found[pattern] = held
         return list(found)
@@ -234,7 +214,7 @@ class Writer:
         found = (self.entries[at] for at in self.entries.holding(names))
         return next((entry.whole for entry in found if entry.segments == names), names)
 
-    def _join(self, links: Sequence[Link], moves: Sequence[_Move]) -> list[_Move]:
+    def _join(self, links: Sequence[Link], moves: Sequence[Move]) -> list[Move]:
         """Writes what fuses and splits leaves; returns the leaves that are left to rename."""
         fused = [link for link in links if link.joint is not None]
         if not fused:
@@ -263,12 +243,12 @@ class Writer:
         patterns = (
             rule.patterns if isinstance(rule, Fuse) else (rule.pattern,) if isinstance(rule, Split) else ()
         )
-        into = map(_compiled, rule.into if isinstance(rule, Split) else ())
+        into = map(compiled, rule.into if isinstance(rule, Split) else ())
         if not all(matches_only(pattern, self.entries, ()) for pattern in into):
             return False  # A save would fuse other leaves too.
-        return all(matches_only(_compiled(text), self.entries, good) for text in patterns)
+        return all(matches_only(compiled(text), self.entries, good) for text in patterns)
 
-    def _joining(self, link: Link, kept: int, twice: Collection[Names]) -> tuple[Rule, list[_Move]]:
+    def _joining(self, link: Link, kept: int, twice: Collection[Names]) -> tuple[Rule, list[Move]]:
         """Returns the rule of a fuse or split, and what comes out of it: one name is not given to two."""
         seats = link.seats(self.root - len(self.below))
         sources = [self._now(link, leaf.names) for leaf in link.stored]
@@ -282,7 +262,7 @@ class Writer:
         rule, _ = joining_rule(link, named, called, kept)
         steps = [ways[0].steps for ways in link.ways] if link.is_split else [link.after]
         return rule, [
-            _Move(into, aim, [*seats], link, some) for into, aim, some in zip(intos, aims, steps, strict=True)
+            Move(into, aim, [*seats], link, some) for into, aim, some in zip(intos, aims, steps, strict=True)
         ]
 
     # Names.
@@ -295,7 +275,7 @@ class Writer:
                 now = numbered(self._below(layers.wanted), link.layer)
                 yield now, link.target.names[: len(layers.wanted) - 1]
 
-    def _rename_groups(self, moves: Sequence[_Move], groups: Sequence[tuple[Names, Names]]) -> None:
+    def _rename_groups(self, moves: Sequence[Move], groups: Sequence[tuple[Names, Names]]) -> None:
         """Renames what leads into layers, so that the rules within are one for all of them."""
         # `block_{i}` is for `block_3_audio` too: longer names come first.
         index = PathIndex(move.names for move in moves)
@@ -303,7 +283,7 @@ class Writer:
             into = self._below(wanted)
             inside = self._inside(stored, wanted, moves, index)
             are_few = len({move.names[len(stored) :] for move in inside.values()}) < 2
-            if are_few or _alike(stored, into) or stored[0].startswith("{"):
+            if are_few or alike(stored, into) or stored[0].startswith("{"):
                 continue  # A number alone stands for any name.
             rule = Rename("/".join(stored), "/".join(into))
             after = self._set_apart(rule, moves, inside)
@@ -316,7 +296,7 @@ class Writer:
                 index.add(at, move.names)
                 move.seats = [(aim if seat < len(stored) else seat + shift, aim) for seat, aim in move.seats]
 
-    def _set_apart(self, rule: Rename, moves: Sequence[_Move], inside: Mapping[int, _Move]) -> Entries | None:
+    def _set_apart(self, rule: Rename, moves: Sequence[Move], inside: Mapping[int, Move]) -> Entries | None:
         """Renames or keeps first what a rename for layers would take too, as `layer_{i}` takes `layer_norm`.
 
         Returns:
@@ -335,37 +315,37 @@ class Writer:
                 return after
             if attempt is not None:
                 # Within its layer first, if it stays there: the way back is as short.
-                apart = [_within(move, head, led) if id(move) in staying else move for move in astray]
+                apart = [as_within(move, head, led) if id(move) in staying else move for move in astray]
                 attempt(apart)
                 for move, other in zip(astray, apart, strict=True):
                     seats = zip(other.seats, move.seats, strict=True)
                     move.names, move.seats = other.names, [(now, to) for (now, _), (_, to) in seats]
         return None
 
-    def _keep(self, rule: Rename, moves: Sequence[_Move]) -> None:
+    def _keep(self, rule: Rename, moves: Sequence[Move]) -> None:
         """Writes that leaves which have their names already keep them under a rename for layers."""
-        pattern, good = _compiled(rule.pattern), {x.names for x in moves if _alike(x.names, x.aim)}
+        pattern, good = compiled(rule.pattern), {x.names for x in moves if alike(x.names, x.aim)}
         for move in moves if good else ():
             left, spans = move.templates[0][0], [*pattern.spans(move.names)]
             is_layer = not spans[0].start and all(map(is_index, spans[0].bindings.values()))
             head = pattern.width if is_layer else 0
             for span in spans[is_layer:]:
                 kept = ("/".join(left[at : span.stop]) for at in range(span.start, head - 1, -1))
-                text = next((x for x in kept if matches_only(_compiled(x), self.entries, good)), "")
+                text = next((x for x in kept if matches_only(compiled(x), self.entries, good)), "")
                 if text and (keeping := Rename(text, text)) not in self.rules:
                     self._take(keeping, [move.link])
 
     def _inside(
-        self, stored: Names, wanted: Names, moves: Sequence[_Move], index: PathIndex
-    ) -> Mapping[int, _Move]:
+        self, stored: Names, wanted: Names, moves: Sequence[Move], index: PathIndex
+    ) -> Mapping[int, Move]:
         """Returns the leaves that lie in layers and stay in them, by their places among all."""
         into = self._below(wanted)
-        return {at: moves[at] for at in _led_into(stored, moves, index) if _leads(into, moves[at].aim)}
+        return {at: moves[at] for at in led_into(stored, moves, index) if leads(into, moves[at].aim)}
 
-    def _rename_ends(self, moves: Sequence[_Move]) -> None:
+    def _rename_ends(self, moves: Sequence[Move]) -> None:
         """Renames at once what many modules call a leaf, `kernel` for `weight`: else each has a rule."""
         aims = {move.names: move.aim for move in moves}
-        groups = {(_differing(move), move.names[-1], move.aim[-1]) for move in moves}
+        groups = {(differing(move), move.names[-1], move.aim[-1]) for move in moves}
         for (name, aim), count in Counter((name, aim) for _, name, aim in groups).items():
             if name == aim or count <= _MANY_MODULES or not (rule := rename_of((name,), (aim,))):
                 continue
@@ -377,12 +357,12 @@ class Writer:
                 for move in moves:
                     move.names = new.get(move.names, move.names)
 
-    def _rename(self, moves: Sequence[_Move]) -> None:
+    def _rename(self, moves: Sequence[Move]) -> None:
         aims = {move.names: move.aim for move in moves}
-        groups, refused = defaultdict[tuple[Names, Names], dict[Names, list[_Move]]](dict), set[Rename]()
+        groups, refused = defaultdict[tuple[Names, Names], dict[Names, list[Move]]](dict), set[Rename]()
         for move in moves:
-            if not _alike(move.names, move.aim):
-                groups[_differing(move)].setdefault(move.names, []).append(move)
+            if not alike(move.names, move.aim):
+                groups[differing(move)].setdefault(move.names, []).append(move)
         # Longer ones first: what one rename wrote is safe from the others. A name is given once it is free.
         order, held = sorted(groups, key=lambda pair: -len(pair[0]))[::-1], Counter(one for one, _ in groups)
         while order:
@@ -407,7 +387,7 @@ class Writer:
         return changed
 
     def _rename_rule(
-        self, move: _Move, aims: Mapping[Names, Names], refused: set[Rename]
+        self, move: Move, aims: Mapping[Names, Names], refused: set[Rename]
     ) -> tuple[Rename, Entries] | None:
         """Returns the shortest rename that takes a leaf to its aim, no other astray, and if one can, back."""
         whole = self._whole(move.names)
@@ -423,7 +403,7 @@ class Writer:
                 changed = [(self.entries[at].segments, new.segments) for at, new in after.changed.items()]
                 if any(old not in aims for old, _ in changed):
                     refused.add(rule)  # For good: nothing renames the leaves without an aim.
-                elif move.names in dict(changed) and all(_alike(new, aims[old]) for old, new in changed):
+                elif move.names in dict(changed) and all(alike(new, aims[old]) for old, new in changed):
                     if leads_back(rule, self.entries, after):
                         self.names_layers |= count > 0
                         return rule, after
@@ -438,40 +418,3 @@ class Writer:
         if applied.matched:
             self.entries = Entries.of(applied.entries)
             self.rules.setdefault(rule, []).extend(links)
-
-
-def _with_first(names: Names) -> Names:
-    """Returns a path as that of the first layer: what is asked of 20,000 leaves is asked of one layer's."""
-    at = next((at for at, name in enumerate(names) if name.isdecimal()), len(names))
-    return (*names[:at], *("0" for _ in names[at : at + 1]), *names[at + 1 :])
-
-
-@functools.lru_cache(maxsize=16384)
-def _compiled(text: str) -> Pattern:
-    return Pattern(text)
-
-
-def _leads(template: Names, names: Names) -> bool:
-    at = len(template)
-    return len(names) > at and _compiled("/".join(template)).match(names[:at]) is not None
-
-
-def _led_into(template: Names, moves: Sequence[_Move], index: PathIndex) -> list[int]:
-    return [at for at in _compiled("/".join(template)).within(index) if _leads(template, moves[at].names)]
-
-
-def _alike(one: Names, other: Names) -> bool:
-    return canonical(one) == canonical(other)
-
-
-def _within(move: _Move, head: int, led: int) -> _Move:
-    """Returns a leaf on its way to its name in a layer, the segments that lead there still as they are."""
-    aim = (*move.names[:head], *move.aim[led:])
-    seats = [(now, now if now < head else to + head - led) for now, to in move.seats]
-    return dataclasses.replace(move, aim=aim, seats=seats)
-
-
-def _differing(move: _Move) -> tuple[Names, Names]:
-    left, right = move.templates[0]
-    after, before = shared_ends(left[::-1], right[::-1], 1)
-    return left[before : len(left) - after], right[before : len(right) - after]

@@ -13,31 +13,18 @@ import jax.numpy as jnp
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, segments
 from orbax_nnx_handler.planning.core.recipes import Read, reads, shape_of
-from orbax_nnx_handler.planning.mapping.cells_and_wrappers import derive
-from orbax_nnx_handler.planning.rules.entries import Entry
-from orbax_nnx_handler.planning.rules.values import steps_in
-from orbax_nnx_handler.planning.likeness.assignment import Fit, fit_of, may_be
-from orbax_nnx_handler.planning.suggesting.link_groups import (
-    apart_from_copies,
-    match_model,
-    with_moved_axes,
-)
-from orbax_nnx_handler.planning.suggesting.matching_layers import Context
-from orbax_nnx_handler.planning.suggesting.matching_parts import sizes_of_few
-from orbax_nnx_handler.planning.likeness.module_parts import (
-    Findings,
-    Leaf,
-    Link,
-    ModulePart,
-    Tie,
-    module_parts,
-    part_of,
-    readings_of,
-    settle_turns,
-)
+from orbax_nnx_handler.planning.likeness.assignment import Fit, fit_of, may_be, sizes_of_few
+from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie, readings_of, settle_turns
+from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, module_parts, part_of
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart, named_parts
 from orbax_nnx_handler.planning.likeness.shapes import Way, ways
 from orbax_nnx_handler.planning.likeness.vocabulary import Names, concepts
+from orbax_nnx_handler.planning.mapping.cells_and_wrappers import derive
+from orbax_nnx_handler.planning.rules.entries import Entry
+from orbax_nnx_handler.planning.rules.values import steps_in
+from orbax_nnx_handler.planning.suggesting.link_groups import apart_from_copies, with_moved_axes
+from orbax_nnx_handler.planning.suggesting.matching_layers import Context
+from orbax_nnx_handler.planning.suggesting.precedents import match_model
 from orbax_nnx_handler.planning.target.roles import Wanted
 
 

@@ -9,11 +9,12 @@ from orbax_nnx_handler.planning.core.folding import Row, fold, fold_paths, list_
 from orbax_nnx_handler.planning.core.lines import WIDTH, aligned, as_html, counted, framed
 from orbax_nnx_handler.planning.core.paths import Path, printable
 from orbax_nnx_handler.planning.layouts.layout import is_copy_beside, is_copy_level
+from orbax_nnx_handler.planning.likeness.joined_parts import Remade
+from orbax_nnx_handler.planning.likeness.links import Link, PairGrounds
+from orbax_nnx_handler.planning.likeness.module_parts import Leaf, part_of
+from orbax_nnx_handler.planning.likeness.vocabulary import Names
 from orbax_nnx_handler.planning.rules import Rename, Rule
 from orbax_nnx_handler.planning.rules.entries import Entry
-from orbax_nnx_handler.planning.likeness.module_parts import Leaf, Link, PairGrounds, part_of
-from orbax_nnx_handler.planning.likeness.scoring import Remade
-from orbax_nnx_handler.planning.likeness.vocabulary import Names
 from orbax_nnx_handler.planning.verdict.outcomes import Verdict, mismatched_rows
 
 Confidence = Literal["certain", "likely", "open"]

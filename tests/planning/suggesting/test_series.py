@@ -8,11 +8,12 @@ import pytest
 from flax import nnx, traverse_util
 
 from orbax_nnx_handler import Rename, RestoreError, from_linen, suggest
-from orbax_nnx_handler.planning.rules.entries import Entry
-from orbax_nnx_handler.planning.suggesting import matching_parts
 from orbax_nnx_handler.planning.likeness.assignment import fit_of
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf
-from orbax_nnx_handler.planning.suggesting.series import are_alike, series_of, shared_in
+from orbax_nnx_handler.planning.rules.entries import Entry
+from orbax_nnx_handler.planning.suggesting import matching_parts
+from orbax_nnx_handler.planning.suggesting.series import are_alike, series_of
+from orbax_nnx_handler.planning.suggesting.stacks import shared_in
 from tests.planning.suggesting.pairs import nested, target_of
 from tests.planning.suggesting.proposals import abstract, check, filled, proposed
 

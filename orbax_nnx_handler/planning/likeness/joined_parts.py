@@ -7,17 +7,16 @@ import dataclasses
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from orbax_nnx_handler.planning.core import recipes
 from orbax_nnx_handler.planning.core.leaves import permuted
 from orbax_nnx_handler.planning.core.paths import Path, canonical, is_number, shared_levels
 from orbax_nnx_handler.planning.core.recipes import Recipe, Shapes
-from orbax_nnx_handler.planning.rules import Fuse, Rule, Split
-from orbax_nnx_handler.planning.rules.split_and_fuse import cut_alike
 from orbax_nnx_handler.planning.likeness.assignment import ways_of_heads
-from orbax_nnx_handler.planning.likeness.module_parts import Leaf, Link, ModulePart, Tie, part_of
+from orbax_nnx_handler.planning.likeness.links import Link, Tie
+from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, part_of
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart
 from orbax_nnx_handler.planning.likeness.shapes import (
     Joint,
@@ -41,24 +40,10 @@ from orbax_nnx_handler.planning.likeness.vocabulary import (
     exclude,
     likeness,
 )
+from orbax_nnx_handler.planning.rules import Fuse, Rule, Split
+from orbax_nnx_handler.planning.rules.split_and_fuse import cut_alike
 
 _READINGS = 6
-
-
-def across_networks(
-    possible: Iterable[tuple[int, int]], wanted: Sequence[NamedPart], stored: Sequence[NamedPart]
-) -> Iterator[tuple[int, int]]:
-    """Yields pairs across networks, where a network of the wanted one's own name has enough to give."""
-    groups: dict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
-    for at, to in possible:
-        names = wanted[at].part.names
-        if len(names) > 1:
-            groups[names[0], wanted[at].part.main_size].append((at, to))
-    for (name, _), pairs in groups.items():
-        networks = {to: stored[to].part.names[:-1][:1] for _, to in pairs}
-        own = {to for to, network in networks.items() if network == (name,)}
-        if len(own) >= len({at for at, _ in pairs}):
-            yield from (pair for pair in pairs if networks[pair[1]] not in ((), (name,)))
 
 
 # Several in one array.

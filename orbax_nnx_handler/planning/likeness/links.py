@@ -1,0 +1,321 @@
+"""What is found: which wanted leaves are made from which stored ones; and which squares are transposed."""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Literal
+
+from orbax_nnx_handler.planning.core.leaves import with_fields
+from orbax_nnx_handler.planning.core.paths import levels
+from orbax_nnx_handler.planning.likeness.module_parts import Leaf, part_of
+from orbax_nnx_handler.planning.likeness.shapes import Joint, Steps, Way
+from orbax_nnx_handler.planning.likeness.vocabulary import (
+    PYTORCHS,
+    Names,
+    concepts,
+    parameter_of,
+)
+
+PairGrounds = Literal["shapes", "order", "names", "fact", "siblings", "patch", "outputs"]
+"""What tells the pair: shapes allow no other; the order of both programs' parts; names; a known code base;
+how its siblings are arranged; that patches are flattened alike."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layers:
+    """A group of layers that one side keeps one by one and the other stacked.
+
+    Attributes:
+        stored: The stored names that lead into a layer, `{i}` for its number; or into the stack.
+        wanted: The same in the target.
+        axis: The stacked axis.
+        stacks: Whether the wanted side is the stacked one.
+        counted: Whether the target counts as the stack does; else `wanted` lies on the way, one level deeper.
+    """
+
+    stored: Names
+    wanted: Names
+    axis: int
+    stacks: bool
+    counted: bool = True
+
+    @property
+    def seat(self) -> int:
+        """The segment that holds the number of a layer, where the wanted side is stacked."""
+        return max(at for at, name in enumerate(self.stored) if "{i}" in name)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Link:
+    """Leaves that belong together: one stored and one wanted, or one and several.
+
+    Attributes:
+        wanted: The wanted leaf; the parts of a stored one that is split.
+        stored: The stored leaf; the parts of a wanted one that is fused, in their order.
+        grounds: What it rests on.
+        ways: For each part its ways of shape; more than one where shapes leave a choice.
+        joint: How the parts lie in the whole, where there are several.
+        after: What is done with a whole once its parts are joined, or before it is taken apart.
+        told: What `after` comes to, in words.
+        fact: The code base whose convention it follows.
+        levels: Segments of the stored and of the wanted path that count the same layers.
+        copied: Whether the stored leaf has a wanted leaf of its own beside this one.
+        layers: The stack that either side is part of.
+        layer: The number of the layer in it.
+    """
+
+    wanted: tuple[Leaf, ...]
+    stored: tuple[Leaf, ...]
+    grounds: PairGrounds
+    ways: tuple[tuple[Way, ...], ...]
+    joint: Joint | None = None
+    after: Steps = ()
+    told: str = ""
+    fact: str = ""
+    levels: tuple[tuple[int, int], ...] = ()
+    copied: bool = False
+    layers: Layers | None = None
+    layer: int = 0
+
+    @property
+    def target(self) -> Leaf:
+        """The wanted leaf, or the first of several."""
+        return self.wanted[0]
+
+    @property
+    def source(self) -> Leaf:
+        """The stored leaf, or the first of several."""
+        return self.stored[0]
+
+    @property
+    def by_part(self) -> Iterable[tuple[Leaf, tuple[Way, ...]]]:
+        """The stored leaf of each part, and the ways of the part."""
+        stored = self.stored if len(self.stored) > 1 else self.stored * len(self.ways)
+        return zip(stored, self.ways, strict=True)
+
+    @property
+    def is_split(self) -> bool:
+        """Whether one stored leaf becomes several wanted ones."""
+        return len(self.wanted) > 1
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What the parts of a fused or divided leaf are called, in their order."""
+        several = self.wanted if self.is_split else self.stored
+        return tuple((part_of(leaf) or leaf.names)[-1] for leaf in several)
+
+    def seats(self, root: int) -> list[tuple[int, int]]:
+        """Returns the segments of the stored path, its stack taken apart, and of the aim that count layers.
+
+        `root` more segments lead to the model in the target than in the checkpoint.
+        """
+        layers = self.layers
+        if layers is None:
+            return [(stored, wanted - root) for stored, wanted in self.levels if wanted >= root]
+        if layers.stacks:
+            seat, shift = layers.seat, len(layers.stored) - len(layers.wanted)
+            return [(seat, seat), *((s, w + shift) for s, w in self.levels if s > seat)]
+        seat = len(layers.wanted) - root - 1
+        shift = len(layers.wanted) - root - len(layers.stored)
+        counted = [(seat, seat)] if layers.counted else []
+        return [*counted, *((s + shift, w - root) for s, w in self.levels if s + shift > seat)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tie:
+    """Parts of which nothing tells which is which.
+
+    Attributes:
+        wanted: Paths of the wanted parts.
+        stored: Paths of the stored ones.
+        readings: Some ways to pair them, each as links. One alone is a pair for which nothing but shapes
+            speaks.
+    """
+
+    wanted: tuple[Names, ...]
+    stored: tuple[Names, ...]
+    readings: tuple[tuple[Link, ...], ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Findings:
+    """What is known of a model.
+
+    Attributes:
+        links: The leaves that belong together.
+        ties: Where nothing tells which is which.
+        groups: The names that lead into the layers of both sides, `{i}` for equal numbers.
+    """
+
+    links: list[Link] = dataclasses.field(default_factory=list[Link])
+    ties: list[Tie] = dataclasses.field(default_factory=list[Tie])
+    groups: list[tuple[Names, Names]] = dataclasses.field(default_factory=list[tuple[Names, Names]])
+
+    def mapped(self, change: Callable[[Sequence[Link]], Iterable[Link]]) -> "Findings":
+        """Returns the same with every list of links changed, those of possible readings too."""
+        ties = [
+            dataclasses.replace(tie, readings=tuple(tuple(change(reading)) for reading in tie.readings))
+            for tie in self.ties
+        ]
+        return Findings(links=list(change(self.links)), ties=ties, groups=self.groups)
+
+    def add(self, other: "Findings") -> None:
+        """Takes over what another context found."""
+        self.links.extend(other.links)
+        self.ties.extend(other.ties)
+        self.groups.extend(other.groups)
+
+
+_QKV = frozenset("qkv")
+
+
+def settle_turns(links: Sequence[Link]) -> tuple[list[Link], list[Link]]:
+    """Returns the links of which it is decided whether square matrices are transposed, and the others.
+
+    Matrices of the same block that are not square, and whose parameter has the same name, tell first; then
+    those of the same model. Where there is none, two `kernel` are arranged alike: both have inputs first.
+    """
+    evidence: dict[tuple[object, ...], set[bool]] = defaultdict(set)
+    for link in links:
+        for leaf, possible in link.by_part:
+            if len(possible) == 1 and _axes(leaf) > 1 and leaf.names[-1] != "embedding":
+                for key in _keys(link, leaf):
+                    evidence[key].add(possible[0].turned)
+    settled, left = list[Link](), list[Link]()
+    for link in links:
+        chosen = tuple(_chosen(link, leaf, possible, evidence) for leaf, possible in link.by_part)
+        if any(ways is None for ways in chosen):
+            left.append(link)
+        else:
+            made = tuple((way,) for way in chosen if way is not None)
+            grounds = _grounds(link.ways, made) if link.grounds == "shapes" else link.grounds
+            settled.append(with_fields(link, ways=made, grounds=grounds))
+    return settled, left
+
+
+def _grounds(options: Sequence[Sequence[Way]], made: Sequence[tuple[Way]]) -> PairGrounds:
+    """Returns what tells how leaves are made that shapes alone pair."""
+    if any(len(several) > 1 and way.turned for several, (way,) in zip(options, made, strict=True)):
+        return "siblings"
+    found = [way for (way,) in made]
+    return "patch" if any(x.flattens for x in found) else "names" if any(x.named for x in found) else "shapes"
+
+
+def readings_of(link: Link) -> tuple[Link, ...]:
+    """Returns a link with its square matrices as they are, and turned."""
+    made = [[[w for w in ways if w.turned == t] or ways for ways in link.ways] for t in (False, True)]
+    return tuple(dataclasses.replace(link, ways=tuple((ways[0],) for ways in each)) for each in made)
+
+
+def _chosen(
+    link: Link, leaf: Leaf, ways: tuple[Way, ...], evidence: dict[tuple[object, ...], set[bool]]
+) -> Way | None:
+    is_told = len(ways) == 1 or ("transpose" in leaf.done and not ways[0].steps)
+    if is_told or ways[0].named is None:
+        return ways[0] if is_told else None
+    if (is_first := _are_outputs_first(link)) is not None:
+        return next((way for way in ways if way.turned is is_first), None)
+    for key in _keys(link, leaf):
+        turned = evidence.get(key, set())
+        if len(turned) == 1:
+            return next((way for way in ways if way.turned in turned), None)
+        if turned and key[0] == "model":
+            return None
+    if any([step.kind for step in way.steps] == ["transpose"] for way in ways if not way.turned):
+        # Where image axes come last, outputs come first: that is PyTorch's convention for both.
+        return next((way for way in ways if way.turned), None)
+    # A matrix keeps its own name on both sides; `weight` and `w` may be PyTorch's.
+    if leaf.names[-1] == link.target.names[-1] not in PYTORCHS and not _are_squares(leaf):
+        return next((way for way in ways if not way.turned), None)
+    return None
+
+
+def _are_outputs_first(link: Link) -> bool | None:
+    """Tells whether kernels of one input lie along the first axis of a matrix, as in `in_proj_weight`."""
+    parts, whole = (link.wanted, link.source) if link.is_split else (link.stored, link.target)
+    if link.joint is None or link.joint.is_new or len(whole.shape) != 2:
+        return None
+    return link.joint.axis == 0 if all(part.names[-1] == "kernel" for part in parts) else None
+
+
+def _are_squares(leaf: Leaf) -> bool:
+    """Tells whether an array holds square matrices of many heads: more than a convolution has places."""
+    is_stack = len(leaf.shape) == 3 and leaf.shape[2] == leaf.shape[1] <= leaf.shape[0] != leaf.shape[1] ** 2
+    return is_stack and "conv" not in concepts(leaf.names)
+
+
+def _axes(leaf: Leaf) -> int:
+    return sum(length != 1 for length in leaf.shape)
+
+
+def _keys(link: Link, leaf: Leaf) -> Iterable[tuple[object, ...]]:
+    """Yields what a matrix shares its arrangement with: its module, its block, its model."""
+    # A part of a stack of parts has an axis less; heads that are joined to a matrix are one.
+    is_new = link.joint is not None and link.joint.is_new
+    ranks = _axes(leaf) - (is_new and link.is_split), _axes(link.target) - (is_new and not link.is_split)
+    seat = max(link.levels[-1][0] + 1 if link.levels else 0, len(link.layers.stored) if link.layers else 0)
+    bases, block = (tuple(level.base for level in levels(names)) for names in (leaf.names, leaf.names[:seat]))
+    named = tuple(map(parameter_of, (leaf.names[-1], link.target.names[-1])))
+    for rank in dict.fromkeys((ranks[0], min(ranks))):
+        if not _QKV.isdisjoint(concepts(bases[-2:-1])):
+            yield "qkv", bases[:-2], named, rank  # What leads out of an attention is no evidence.
+        yield "module", bases[:-2], named, rank
+        yield "block", block, named, rank
+        yield "model", named, rank
+
+
+def layers_of(links: Iterable[Link], *, stacks: bool) -> Mapping[Layers, list[Link]]:
+    """Returns the links of layers that are stacked, or taken out of a stack, by their layers."""
+    found: dict[Layers, list[Link]] = defaultdict(list)
+    for link in links:
+        if link.layers is not None and link.layers.stacks == stacks:
+            found[link.layers].append(link)
+    return found
+
+
+def numbered(template: Names, number: int) -> Names:
+    """Returns where a layer lies."""
+    return tuple(name.replace("{i}", str(number)) for name in template)
+
+
+Undecided = tuple[list[tuple[int, int]], set[tuple[int, int]]]
+"""A choice among pairs of parts by their places, and all pairs among which it is one."""
+
+
+def together(undecided: Iterable[Undecided]) -> Iterator[Undecided]:
+    """Yields several ties among the same pairs as one."""
+    ties: dict[int, list[Undecided]] = defaultdict(list)
+    for item in undecided:
+        ties[id(item[1])].append(item)
+    for items in (each for each in ties.values() if len(each) > 1):
+        yield [pair for tie, _ in items for pair in tie], items[0][1]
+
+
+LayerPair = tuple[Names, Names, Mapping[Names, Leaf], Mapping[Names, Leaf]]
+"""What leads into a layer on both sides, and its leaves by what their paths are below it."""
+
+
+def in_all_layers(
+    links: Iterable[Link], layers: Iterable[LayerPair], depths: tuple[int, int]
+) -> Iterator[Link]:
+    """Yields the links of one layer for all layers that look alike."""
+    every = list(links)
+    for wanted, stored, ours, theirs in layers:
+        for link in every:
+            yield with_fields(
+                link,
+                wanted=tuple(ours[leaf.names[depths[0] :]] for leaf in link.wanted),
+                stored=tuple(theirs[leaf.names[depths[1] :]] for leaf in link.stored),
+                layers=_layers_in(link.layers, wanted, stored),
+            )
+
+
+def _layers_in(layers: Layers | None, wanted: Names, stored: Names) -> Layers | None:
+    """Returns a stack within one layer as that within another one."""
+    if layers is None or len(layers.wanted) < len(wanted) or len(layers.stored) < len(stored):
+        return layers
+    return dataclasses.replace(
+        layers,
+        stored=(*stored, *layers.stored[len(stored) :]),
+        wanted=(*wanted, *layers.wanted[len(wanted) :]),
+    )

@@ -410,7 +410,8 @@ class _Proposing:
                 and used.isdisjoint(one.part for link in reading if not link.copied for one in link.stored)
             ]
             if len(readings) == len(tie.readings) or len(readings) > 1:
-                several.append(readings)
+                several.append(list(filter(None, readings)))
+        several = list(filter(None, several))  # Too many orders are told by none of them.
         for readings in as_one(several):
             is_joined = len(readings) > 1 and all(link.joint or link.told for link in readings[0])
             found.append(Choice("how" if is_joined else "which", tuple(map(tuple, readings))))

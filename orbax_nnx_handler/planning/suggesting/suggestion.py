@@ -418,11 +418,11 @@ def _pairs_in_words(readings: Sequence[Sequence[Link]]) -> tuple[str, ...]:
     while len(shown) < _SHOWN or len({_of(shown, each) for each in pairs}) < len(pairs):
         left = [part for part in dict.fromkeys(part for each in pairs for part in each) if part not in shown]
         # What tells the most readings apart, and of those the first.
-        best = max(left, key=lambda part: len({_of([*shown, part], each) for each in pairs}), default=None)
-        if best is None:
+        if not left:
             break
-        shown.append(best)
-    return tuple(", ".join(f"{each[part]} -> {part}" for part in each if part in shown) for each in pairs)
+        shown.append(max(left, key=lambda part: len({_of([*shown, part], each) for each in pairs})))
+    named = ([part for part in each if part in shown] or list(each)[:1] for each in pairs)
+    return tuple(", ".join(f"{x[at]} -> {at}" for at in parts) for x, parts in zip(pairs, named, strict=True))
 
 
 def _of(parts: Iterable[str], pairs: Mapping[str, str]) -> tuple[str | None, ...]:

@@ -308,3 +308,30 @@ def test_pairs_that_share_a_part_by_way_of_others_are_one_group():
     pairs = {(0, 1), (0, 2), (2, 0), (3, 0), (3, 2)}
 
     assert components(pairs) == [pairs]
+
+
+def test_no_question_and_no_answer_is_empty():
+    layer = {
+        "mlp/0": "filter_net/fc1",
+        "mlp/2": "filter_net/fc2",
+        "conv/lin1": "in2f",
+        "conv/lin2": "f2out/0",
+        "lin": "f2out/1",
+    }  # SchNet's
+    names = {f"interactions_{i}/{one}": f"blocks/{i}/{two}" for i in range(2) for one, two in layer.items()}
+    names |= {"lin1": "outnet/0", "lin2": "outnet/1"}
+
+    plain = ("conv/lin1", "in2f")  # They have no bias.
+    stored, wanted = (
+        {f"{name}/kernel": (8, 8) for name in side}
+        | {f"{name}/bias": (8,) for name in side if not name.endswith(plain)}
+        for side in (names, names.values())
+    )
+
+    found, _ = proposed(filled(stored), wanted)
+
+    assert found.questions
+    for question in found.questions:
+        assert all(question.parts)
+        assert all(question.choices)
+        assert question.choices

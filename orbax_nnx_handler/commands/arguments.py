@@ -258,7 +258,7 @@ def _renames(texts: list[str]) -> list[tuple[str, str]]:
     """
     pairs: list[tuple[str, str]] = []
     for text in texts:
-        stored, *wanted = (part.replace("\\=", "=") for part in _EQUALS.split(text, maxsplit=1))
+        stored, *wanted = _sides(text)
         if not (stored and wanted):
             raise UsageError(f"--rename {text} is no STORED=WANTED, such as Dense_0=up or model= (nothing).")
         pairs.append((stored, wanted[0]))
@@ -268,7 +268,11 @@ def _renames(texts: list[str]) -> list[tuple[str, str]]:
 def rename_text(stored: str, wanted: str) -> str | None:
     """Returns a rule as `--rename` takes it; None for names that it cannot take."""
     text = stored.replace("=", "\\=") + "=" + wanted
-    return text if stored and _renames([text]) == [(stored, wanted)] else None
+    return text if stored and _sides(text) == [stored, wanted] else None
+
+
+def _sides(text: str) -> list[str]:
+    return [part.replace("\\=", "=") for part in _EQUALS.split(text, maxsplit=1)]
 
 
 _MANY = 8

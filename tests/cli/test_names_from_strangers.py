@@ -17,7 +17,7 @@ ESCAPES = "a\x1b]0;owned\x07\x1b[2J\x9bb"
 LINES = "x\nINJECTED = 1\r\x85#"
 BIDI = "a\u202eb\u2066c\u200b"
 NAMES = [ESCAPES, LINES, BIDI]
-OPTIONS = ["-rf", "a=b", "-a=b", "--item", "a b", "$(id)", "it's", "a\\b", "ü", "*", "=", "a\\=b"]
+OPTIONS = ["-rf", "a=b", "-a=b", "--item", "a b", "$(id)", "it's", "a\\b", "ü", "*", "=", "a\\=b", "a\\"]
 PROGRAM = """
 from flax import nnx
 class Model(nnx.Module):
@@ -78,7 +78,7 @@ def test_options_that_suggest_prints_work_whatever_the_name(tmp_path, capsys, ta
     if there:
         assert cli.main(["plan", path, target, *shlex.split(options)]) == 0
     else:
-        assert name == "a\\=b"
+        assert name in ("a\\=b", "a\\")
 
 
 @pytest.mark.parametrize("name", NAMES, ids=["escapes", "lines", "bidi"])

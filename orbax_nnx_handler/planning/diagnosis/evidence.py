@@ -13,7 +13,7 @@ from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_nu
 from orbax_nnx_handler.planning.core.recipes import Recipe, reads
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement, words_of
 from orbax_nnx_handler.planning.likeness.links import Link
-from orbax_nnx_handler.planning.likeness.modules_in_turn import arrangeable
+from orbax_nnx_handler.planning.likeness.module_parts import arrangeable
 from orbax_nnx_handler.planning.mapping.choice import faults_of
 from orbax_nnx_handler.planning.mapping.optimizer_states import split
 from orbax_nnx_handler.planning.mapping.roots import strip

@@ -1,14 +1,24 @@
 """The parts of a model that hold leaves of their own."""
 
 import dataclasses
+import functools
+import itertools
 import math
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.folding import around
-from orbax_nnx_handler.planning.core.leaves import Shape, derived, record
+from orbax_nnx_handler.planning.core.leaves import (
+    Shape,
+    derived,
+    families,
+    record,
+    repeats,
+    suffice,
+    totals_with,
+)
 from orbax_nnx_handler.planning.core.paths import Level, Path, levels
-from orbax_nnx_handler.planning.likeness.shapes import is_vector
+from orbax_nnx_handler.planning.likeness.shapes import is_vector, ways
 from orbax_nnx_handler.planning.likeness.vocabulary import (
     Concepts,
     Names,
@@ -205,3 +215,138 @@ def prefixes(part: ModulePart) -> list[tuple[Names, Level]]:
 def containers(part: ModulePart) -> list[Names]:
     """Returns the modules around a part, the innermost first, the context itself left out."""
     return [*around(part.names)][::-1]
+
+
+Sizes = tuple[int, ...]
+
+
+BySize = Mapping[int, Sequence[tuple[int, Names, list[Leaf]]]]
+
+
+Stacks = Mapping[int, list[tuple[Names, list[Leaf], bool]]]
+
+
+def stacks_in(free: Sequence[Leaf], above: int) -> Stacks:
+    """Returns modules (True), and arrays beside the modules in one, by how many layers they may stack."""
+    below, beside = _below(free, above), defaultdict[Names, list[Leaf]](list)
+    for leaf in free:
+        beside[leaf.names[:-1]].append(leaf)
+    found: dict[int, list[tuple[Names, list[Leaf], bool]]] = defaultdict(list)
+    for prefix, leaves in below.items():
+        # Of modules that hold nothing but each other, the innermost one is the layer.
+        inner = leaves[0].names[: len(prefix) + 1]
+        if len(below.get(inner, ())) < len(leaves) or depth_of(inner, leaves) < 0:
+            for count in {*leaves[0].shape[:3]}:
+                found[count].append((prefix, leaves, True))
+    for prefix, leaves in beside.items():
+        for count in {*leaves[0].shape[:3]} if len(leaves) < len(below.get(prefix, free)) else ():
+            found[count].append((prefix, leaves, False))
+    return found
+
+
+def _below(leaves: Iterable[Leaf], above: int) -> dict[Names, list[Leaf]]:
+    found: dict[Names, list[Leaf]] = defaultdict(list)
+    for leaf in leaves:
+        for depth in range(above + 1, len(leaf.names)):
+            found[leaf.names[:depth]].append(leaf)
+    return found
+
+
+def depth_of(prefix: Names, leaves: Sequence[Leaf]) -> int:
+    """Returns how deep a module lies, less than nothing where it holds its leaves itself."""
+    return len(prefix) if all(len(leaf.names) > len(prefix) + 1 for leaf in leaves) else -len(prefix)
+
+
+def sizes_within(leaves: Iterable[Leaf], above: int) -> set[Sizes]:
+    """Returns the sizes of each module below a context, part by part."""
+    return set(map(part_sizes, _below(leaves, above).values()))
+
+
+def of_sizes(below: BySize, sizes: Collection[int]) -> Mapping[Names, list[Leaf]]:
+    """Returns the outermost modules with a number of some sizes; of one that only holds another one, that."""
+    found: dict[Names, list[Leaf]] = {}
+    for _, names, held in sorted((x for size in sizes for x in below.get(size, ())), key=lambda x: x[0]):
+        outer = next((names[:at] for at in range(1, len(names)) if names[:at] in found), names)
+        if outer == names or len(found[outer]) == len(held):
+            found.pop(outer, None)
+            found[names] = held
+    return found
+
+
+def part_sizes(leaves: Iterable[Leaf]) -> Sizes:
+    """Returns the sizes of some leaves in order."""
+    return tuple(sorted(math.prod(leaf.shape) for leaf in leaves))
+
+
+def arrangeable(wanted: Sequence[Leaf], stored: Sequence[Leaf]) -> set[Path]:
+    """Returns the wanted leaves that stored ones could be by their shapes, in any arrangement.
+
+    One leaf with its axes in another order, or split, or merged; several of one size in one array,
+    or one of several; leaves of modules near each other side by side; one of its place several times.
+    """
+    found: set[Path] = set()
+    for collection in {leaf.collection for leaf in wanted}:
+        ours = [leaf for leaf in wanted if leaf.collection == collection]
+        theirs = [leaf for leaf in stored if collection is None or leaf.collection in (None, collection)]
+        for number in {leaf.number for leaf in ours}:
+            left, right = ([leaf for leaf in side if leaf.number == number] for side in (ours, theirs))
+            found |= _arrangeable(left, right)
+    return found
+
+
+def _arrangeable(ours: Sequence[Leaf], theirs: Sequence[Leaf]) -> set[Path]:
+    sized = [[(leaf.names, math.prod(leaf.shape)) for leaf in side] for side in (ours, theirs)]
+    lacking, held = (Counter(size for _, size in side) for side in sized)
+    shapes: dict[object, set[Shape]] = defaultdict(set)
+    for leaf in theirs:
+        for key in (math.prod(leaf.shape), *_places(leaf)):
+            shapes[key].add(leaf.shape)
+    parts, joined = families(sized[0]), set(itertools.chain(*families(sized[1]).values()))
+    wholes = dict(sorted((whole, held[size]) for sizes, size in joined for whole in totals_with(sizes, size)))
+    likes = {size for size, n in lacking.items() if suffice(size, n, held, 2) or suffice(size, n, wholes)}
+
+    @functools.cache
+    def is_part(sizes: tuple[int, ...], size: int) -> bool:
+        return any(suffice(total, lacking[size], held) for total in totals_with(sizes, size))
+
+    return {
+        leaf.source
+        for leaf in ours
+        if math.prod(leaf.shape) in likes
+        or any(ways(shape, leaf.shape) for shape in shapes.get(math.prod(leaf.shape), ()))
+        or any(is_part(*family) for family in parts.get(leaf.names, ()))
+        or any(repeats(shape, leaf.shape) for key in _places(leaf) for shape in shapes.get(key, ()))
+    }
+
+
+def _places(leaf: Leaf) -> Iterator[tuple[object, ...]]:
+    """Yields what is alike for leaves of one place: the module above, or what their own module is called."""
+    yield leaf.names[:-2], leaf.names[-1]
+    if len(leaf.names) > 1 and (said := meanings(leaf.names[-2])):
+        yield said, leaf.names[-1:]
+
+
+ModuleKinds = tuple[Names, tuple[Sequence[str], frozenset[Names]]]
+
+
+def kinds_of_modules(parts: Iterable[Names]) -> Mapping[Names, ModuleKinds]:
+    """Returns of what kind each module is: by its path without numbers, and by its name and its parts."""
+    held: dict[Names, set[Names]] = defaultdict(set)
+    for part in parts:
+        for names in around(part):
+            held[names].add(part[len(names) :])
+    bases = {names: tuple(level.base for level in levels(names)) for names in held}
+    last = {names: next(filter(None, reversed(named)), "") for names, named in bases.items()}
+    said = {names: meanings(name) or (name,) for names, name in last.items()}  # `Mixed_5b` as `Mixed_5c`.
+    return {names: (named, (said[names], frozenset(held[names]))) for names, named in bases.items()}
+
+
+def is_alone(names: Names, kinds: Mapping[Names, ModuleKinds]) -> bool:
+    """Tells whether a module holds only one part of a name: a convolution beside a norm."""
+    own = levels(names)[-1]
+    return (module := names[: -own.width]) in kinds and _counted(kinds[module][1][1])[(own.base,)] == 1
+
+
+@functools.lru_cache(maxsize=1024)  # Asked of every part of a module.
+def _counted(parts: frozenset[Names]) -> Counter[tuple[str, ...]]:
+    return Counter(tuple(level.base for level in levels(part)) for part in parts)

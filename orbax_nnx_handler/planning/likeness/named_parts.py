@@ -9,28 +9,26 @@ from collections.abc import Collection, Sequence
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Level, counted_apart, levels
 from orbax_nnx_handler.planning.likeness.module_parts import ModulePart, containers, prefixes
-from orbax_nnx_handler.planning.likeness.places import (
-    BEFORE_NETWORK,
-    END,
-    PLACING,
-    component,
-    in_strict_order,
-    letters,
-    order_word,
-    placed,
-)
 from orbax_nnx_handler.planning.likeness.shapes import follow
 from orbax_nnx_handler.planning.likeness.vocabulary import (
+    BEFORE_NETWORK,
     COMPUTED,
+    END,
     FUSED,
     NUMBERED,
+    PLACING,
     STRONG,
     UNTOLD,
     Concepts,
     Names,
+    component,
     concepts,
+    in_strict_order,
+    letters,
     meanings,
     networks_outputs,
+    order_word,
+    placed,
     telling,
 )
 

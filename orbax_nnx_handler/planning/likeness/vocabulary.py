@@ -3,11 +3,10 @@
 import functools
 import itertools
 import re
-from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
-from orbax_nnx_handler.planning.core.folding import around
-from orbax_nnx_handler.planning.core.paths import Level, levels
+from orbax_nnx_handler.planning.core.paths import Level
 
 Names = tuple[str, ...]
 
@@ -357,34 +356,74 @@ def place_of(names: Names) -> tuple[Names, str]:
     return names, "main"
 
 
-ModuleKinds = tuple[Names, tuple[Sequence[str], frozenset[Names]]]
+def order_word(found: Collection[str]) -> int:
+    """Returns -1 for a name that means the beginning of something, 1 for its end, 0 for neither or both."""
+    low = bool({"pre", "first", "in", "up", "expand", "stem"}.intersection(found))
+    high = bool({"post", "last", "out", "down", "pointwise"}.intersection(found))
+    return high - low
 
 
-def kinds_of_modules(parts: Iterable[Names]) -> Mapping[Names, ModuleKinds]:
-    """Returns of what kind each module is: by its path without numbers, and by its name and its parts."""
-    held: dict[Names, set[Names]] = defaultdict(set)
-    for part in parts:
-        for names in around(part):
-            held[names].add(part[len(names) :])
-    bases = {names: tuple(level.base for level in levels(names)) for names in held}
-    last = {names: next(filter(None, reversed(named)), "") for names, named in bases.items()}
-    said = {names: meanings(name) or (name,) for names, name in last.items()}  # `Mixed_5b` as `Mixed_5c`.
-    return {names: (named, (said[names], frozenset(held[names]))) for names, named in bases.items()}
+PLACING = frozenset(("pre", "post", "first", "last", "in", "out", "attn", "mlp", "self", "cross"))
+"""The words that tell where a norm stands in its block."""
 
 
-def is_alone(names: Names, kinds: Mapping[Names, ModuleKinds]) -> bool:
-    """Tells whether a module holds only one part of a name: a convolution beside a norm."""
-    own = levels(names)[-1]
-    return (module := names[: -own.width]) in kinds and _counted(kinds[module][1][1])[(own.base,)] == 1
+_SELF, _CROSS, _MLP, END = 10.0, 20.0, 30.0, 100.0
 
 
-@functools.lru_cache(maxsize=1024)  # Asked of every part of a module.
-def _counted(parts: frozenset[Names]) -> Counter[tuple[str, ...]]:
-    return Counter(tuple(level.base for level in levels(part)) for part in parts)
+BEFORE_NETWORK = _MLP - 1
 
 
-def share_number(part: Names, module: Names) -> bool:
-    """Tells whether a part has the number of a module and says what that is: `pre_ffw2_norm` and `mlp2`."""
-    names = "".join(part[-1:]), module[-1]
-    counted = [[word for word in words(name) if word.isdecimal()] for name in names]
-    return counted[0] == counted[1] != [] and {*meanings(names[1])} <= {*meanings(names[0])}
+def same_place(one: float, other: float) -> bool:
+    """Tells whether two norms may stand in the same place of a block.
+
+    What comes after the attention comes before the network that follows it: Llama's
+    `post_attention_layernorm` is Gemma's `pre_ffw_norm`.
+    """
+    low, high = sorted(x - 1 if x in (_SELF + 2, _CROSS + 2) else x for x in (one, other))
+    if low == -END or high == END:
+        return low != -END or high != END
+    if high - low <= 1:
+        return True
+    return (low, high) in {
+        (after, before + side)
+        for after, before in ((_SELF + 1, _MLP), (_SELF + 1, _CROSS), (_CROSS + 1, _MLP))
+        for side in (-1, 0)
+    }
+
+
+def component(said: Iterable[str]) -> float | None:
+    """Returns where a part of a block stands in the order of computation."""
+    found = set(said)
+    if "cross" in found:
+        return _CROSS
+    if found & {"attn", "self"}:
+        return _SELF
+    return _MLP if found & {"mlp", "expert", "experts"} else None
+
+
+def letters(told: Iterable[frozenset[str]]) -> list[str | None]:
+    """Returns the letters by which parts are counted, `conv_a` and `conv_b`, from what tells them apart."""
+    return [min(words) if len(words) == 1 and words <= {*"abcd"} else None for words in told]
+
+
+def last_of_block(places: Sequence[float | None]) -> int | None:
+    """Returns which norm of a block is its last one, of its network, where all others are attentions'."""
+    kinds = [None if place is None else round(place, -1) for place in places]
+    lasts = [at for at, kind in enumerate(kinds) if kind in (_MLP, END)]
+    attends = all(kind in (_SELF, _CROSS, _MLP, END) for kind in kinds) and len(kinds) > 2
+    return lasts[0] if attends and len(lasts) == 1 else None
+
+
+def placed(positions: Sequence[float | None]) -> list[float | None]:
+    """Returns places, the only unknown one at the other end: `layer_norm` beside `final_layer_norm`."""
+    known = {position for position in positions if position is not None}
+    if positions.count(None) == 1 and known and all(abs(position) >= 100 for position in known):
+        return [0.0 if position is None else position for position in positions]
+    return list(positions)
+
+
+def in_strict_order(keys: Sequence[Any]) -> list[int] | None:
+    """Returns the places in the order of their keys; None where a key is not known or is there twice."""
+    if None in keys or len(set(keys)) < len(keys):
+        return None
+    return sorted(range(len(keys)), key=lambda at: keys[at])

@@ -10,9 +10,16 @@ from typing import Any
 from orbax_nnx_handler.planning.core.folding import around, same_numbers
 from orbax_nnx_handler.planning.core.leaves import with_fields
 from orbax_nnx_handler.planning.core.paths import Tokens, levels, shared_levels
+from orbax_nnx_handler.planning.likeness.assignment import in_turn
 from orbax_nnx_handler.planning.likeness.links import Findings, LayerPair, Layers, Link, Tie, in_all_layers
-from orbax_nnx_handler.planning.likeness.module_parts import Leaf, module_parts, part_of
-from orbax_nnx_handler.planning.likeness.modules_in_turn import in_turn, part_sizes, sizes_within, stacks_in
+from orbax_nnx_handler.planning.likeness.module_parts import (
+    Leaf,
+    module_parts,
+    part_of,
+    part_sizes,
+    sizes_within,
+    stacks_in,
+)
 from orbax_nnx_handler.planning.likeness.shapes import without_axis
 from orbax_nnx_handler.planning.likeness.vocabulary import RESTS, Names
 from orbax_nnx_handler.planning.suggesting.matching_parts import Known, match_parts

@@ -16,20 +16,21 @@ from orbax_nnx_handler.planning.likeness.assignment import (
     fit_of,
     may_be,
     merged,
+    share_number,
     sizes_of_few,
 )
 from orbax_nnx_handler.planning.likeness.joined_parts import either_way, gated, joined_parts
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, PairGrounds, Tie, Undecided, together
 from orbax_nnx_handler.planning.likeness.module_parts import ModulePart
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart, are_counted, in_order, named_parts
-from orbax_nnx_handler.planning.likeness.places import in_strict_order, last_of_block
 from orbax_nnx_handler.planning.likeness.vocabulary import (
     MARGIN,
     PARAMETER,
     STRONG,
     Names,
+    in_strict_order,
+    last_of_block,
     likeness,
-    share_number,
     words,
 )
 
@@ -271,8 +272,7 @@ class _Pairs:
                 scores = [self._fits[each].score for each in (both, pair, other)]
                 # What is only left because names exclude the fourth pair is told by no name of its own.
                 is_left = (other[0], pair[1]) in self._excluded and not any(map(self._shares, (pair, other)))
-                margin = 0 if is_left else MARGIN
-                if scores[0] - margin >= max(scores[1:]):
+                if scores[0] - (0 if is_left else MARGIN) >= max(scores[1:]):
                     yield other
 
     def _shares(self, pair: tuple[int, int]) -> bool:

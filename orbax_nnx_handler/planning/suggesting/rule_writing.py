@@ -8,7 +8,19 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from orbax_nnx_handler.planning.core.errors import RuleError
 from orbax_nnx_handler.planning.core.paths import is_index, parse
 from orbax_nnx_handler.planning.likeness.joined_parts import joining_rule
-from orbax_nnx_handler.planning.likeness.links import Link, layers_of, numbered
+from orbax_nnx_handler.planning.likeness.links import (
+    Link,
+    Move,
+    alike,
+    as_within,
+    compiled,
+    differing,
+    layers_of,
+    leads,
+    led_into,
+    numbered,
+    with_first,
+)
 from orbax_nnx_handler.planning.likeness.shapes import shaping_rule
 from orbax_nnx_handler.planning.likeness.vocabulary import Names
 from orbax_nnx_handler.planning.rules import Copy, Fuse, Rename, Rule, Split, StackLayers, UnstackLayers
@@ -16,16 +28,6 @@ from orbax_nnx_handler.planning.rules.entries import Entries, Entry, PathIndex
 from orbax_nnx_handler.planning.rules.rename import cuts, leads_back, matches_only, rename_of
 from orbax_nnx_handler.planning.rules.rule import Pattern, with_places
 from orbax_nnx_handler.planning.suggesting.link_groups import whole_parts
-from orbax_nnx_handler.planning.suggesting.moves import (
-    Move,
-    alike,
-    as_within,
-    compiled,
-    differing,
-    leads,
-    led_into,
-    with_first,
-)
 
 _MOST_NAMES, _MANY_MODULES = 8, 24  # Above the parts of a fuse, for a rule to leave others out; for one rule.
 _WRITES: Mapping[type[Rule], str] = {Rename: "replacement", StackLayers: "pattern", UnstackLayers: "into"}

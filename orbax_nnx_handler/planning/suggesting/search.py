@@ -18,13 +18,15 @@ from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie, readi
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, module_parts, part_of
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart, named_parts
 from orbax_nnx_handler.planning.likeness.shapes import Way, ways
-from orbax_nnx_handler.planning.likeness.vocabulary import Names, concepts
+from orbax_nnx_handler.planning.likeness.vocabulary import (
+    Names,
+    concepts,
+)
 from orbax_nnx_handler.planning.mapping.cells_and_wrappers import derive
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.rules.values import steps_in
-from orbax_nnx_handler.planning.suggesting.link_groups import apart_from_copies, with_moved_axes
-from orbax_nnx_handler.planning.suggesting.matching_layers import Context
-from orbax_nnx_handler.planning.suggesting.precedents import match_model
+from orbax_nnx_handler.planning.suggesting.link_groups import Precedents, apart_from_copies, with_moved_axes
+from orbax_nnx_handler.planning.suggesting.matching_layers import Context, match_context
 from orbax_nnx_handler.planning.target.roles import Wanted
 
 
@@ -426,3 +428,13 @@ def _stacked(link: Link) -> int:
 
 def _turns(way: Way) -> int:
     return sum(step.kind == "transpose" for step in way.steps)
+
+
+def match_model(context: Context) -> Findings:
+    """Matches a model; blocks of one kind, of which shapes or names tell some, tell the others."""
+    found = match_context(context)
+    count = len(found.ties) + 1
+    while found.ties and len(found.ties) < count:
+        count, known = len(found.ties), Precedents(context.wanted, context.stored, found.links).speak_for
+        found = match_context(dataclasses.replace(context, known=known))
+    return found

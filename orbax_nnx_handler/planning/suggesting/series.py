@@ -17,8 +17,7 @@ from orbax_nnx_handler.planning.core.leaves import Shape, derived
 from orbax_nnx_handler.planning.core.paths import is_count, levels
 from orbax_nnx_handler.planning.likeness.assignment import best_pairs
 from orbax_nnx_handler.planning.likeness.links import Link
-from orbax_nnx_handler.planning.likeness.module_parts import Leaf, module_parts
-from orbax_nnx_handler.planning.likeness.modules_in_turn import BySize, of_sizes
+from orbax_nnx_handler.planning.likeness.module_parts import BySize, Leaf, module_parts, of_sizes
 from orbax_nnx_handler.planning.likeness.vocabulary import (
     MARGIN,
     SINGLE,

@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import levels
-from orbax_nnx_handler.planning.likeness.module_parts import Leaf
-from orbax_nnx_handler.planning.likeness.modules_in_turn import Stacks, depth_of
+from orbax_nnx_handler.planning.likeness.module_parts import Leaf, Stacks, depth_of
 from orbax_nnx_handler.planning.likeness.shapes import without_axis
 from orbax_nnx_handler.planning.likeness.vocabulary import (
     MARGIN,

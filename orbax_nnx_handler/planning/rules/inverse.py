@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
@@ -32,7 +33,9 @@ from orbax_nnx_handler.planning.core.recipes import (
     substitute,
 )
 from orbax_nnx_handler.planning.rules import Rename, Rule, apply_rules, invert
-from orbax_nnx_handler.planning.rules.entries import Entry
+from orbax_nnx_handler.planning.rules.entries import Entries, Entry
+from orbax_nnx_handler.planning.rules.rename import has_inverse
+from orbax_nnx_handler.planning.rules.rule import Pattern
 
 _Known = tuple[Recipe, Recipe]
 """A recipe over stored leaves, and its value as a recipe over wanted ones."""
@@ -368,3 +371,48 @@ def _key(entry: Entry) -> EntryKey:
 def _is_same(recipe: Recipe, path: Path, shape: Shape, shapes: Mapping[Path, Shape]) -> bool:
     """Tells whether a recipe gives the leaf at `path`, element for element."""
     return shape == shapes[path] and simplify(recipe, shapes) == Read(path)
+
+
+def leads_back(rule: Rename, before: Sequence[Entry], after: Entries) -> bool:
+    """Tells whether the rename back makes of some entries what a rename has made them from.
+
+    Args:
+        rule: The rename.
+        before: The entries before it.
+        after: The same after it, in the same order.
+    """
+    left, right = Pattern(rule.pattern), Pattern(rule.replacement)
+    if not has_inverse(rule, left, right):
+        return False
+    found = set(right.among(after))
+    if _NUMBER_AT_END.search(rule.replacement):
+        # A save reads `norm_1` into `norm/1` too, which Linen may have joined.
+        kept = (at for at in right.among(after, _joined_of) if after[at] is before[at])
+        joined = ((_joined_of(after[at]), after[at].whole) for at in kept)
+        if any(names != whole and any(right.spans(names)) for names, whole in joined):
+            return False
+    return all(
+        before[at].whole == (_replaced(right, left, after[at].whole) if at in found else after[at].whole)
+        for at in found | after.changed.keys()
+    )
+
+
+_NUMBER_AT_END = re.compile(r"_([0-9]+|\{\w+\})(/|$)")
+
+
+def _joined_of(entry: Entry) -> tuple[str, ...]:
+    found: list[str] = []
+    for name in entry.whole:
+        if name.isdecimal() and found:
+            found[-1] += f"_{name}"
+        else:
+            found.append(name)
+    return tuple(found)
+
+
+def _replaced(pattern: Pattern, replacement: Pattern, names: tuple[str, ...]) -> tuple[str, ...]:
+    found, at = list[str](), 0
+    for span in pattern.spans(names):
+        found += (*names[at : span.start], *replacement.fill(span.bindings))
+        at = span.stop
+    return (*found, *names[at:])

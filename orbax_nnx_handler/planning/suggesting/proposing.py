@@ -17,8 +17,8 @@ from orbax_nnx_handler.planning.likeness.vocabulary import Names
 from orbax_nnx_handler.planning.mapping.networks import layers_in_turns, networks_as_parts
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.rules import Rename, Rule
-from orbax_nnx_handler.planning.rules.by_network import by_network
 from orbax_nnx_handler.planning.rules.entries import Entries, Entry, loose_parts
+from orbax_nnx_handler.planning.rules.rename import by_network
 from orbax_nnx_handler.planning.rules.values import steps_in
 from orbax_nnx_handler.planning.suggesting.link_groups import (
     agrees,

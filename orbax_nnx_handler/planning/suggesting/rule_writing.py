@@ -25,7 +25,8 @@ from orbax_nnx_handler.planning.likeness.shapes import shaping_rule
 from orbax_nnx_handler.planning.likeness.vocabulary import Names
 from orbax_nnx_handler.planning.rules import Copy, Fuse, Rename, Rule, Split, StackLayers, UnstackLayers
 from orbax_nnx_handler.planning.rules.entries import Entries, Entry, PathIndex
-from orbax_nnx_handler.planning.rules.rename import cuts, leads_back, matches_only, rename_of
+from orbax_nnx_handler.planning.rules.inverse import leads_back
+from orbax_nnx_handler.planning.rules.rename import cuts, matches_only, rename_of
 from orbax_nnx_handler.planning.rules.rule import Pattern, with_places
 from orbax_nnx_handler.planning.suggesting.link_groups import whole_parts
 

@@ -6,7 +6,7 @@ import pytest
 from orbax_nnx_handler import Rename
 from orbax_nnx_handler.planning.core.recipes import Read
 from orbax_nnx_handler.planning.rules.entries import Entry
-from orbax_nnx_handler.planning.rules.rename import leads_back
+from orbax_nnx_handler.planning.rules.inverse import leads_back
 
 
 def entries(*paths):

@@ -1,4 +1,4 @@
-"""How each family of programs arranges a checkpoint, one module a family."""
+"""How each family of programs arranges a checkpoint, one module for programs of a kind."""
 
 import dataclasses
 import difflib
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Literal
 
 from orbax_nnx_handler.planning.core.errors import Hint, UnknownLayoutError
-from orbax_nnx_handler.planning.layouts import linen, maxtext, nnx_programs, t5x, vision
+from orbax_nnx_handler.planning.layouts import language, linen, nnx_programs, vision
 from orbax_nnx_handler.planning.layouts.layout import Layout, Placement, Stored
 
 _TELLING: tuple[Layout, ...] = (
-    t5x.T5X,
+    language.T5X,
     vision.SCENIC,
     vision.KAULDRON,
     vision.BIG_VISION,
@@ -21,7 +21,7 @@ _TELLING: tuple[Layout, ...] = (
 """Layouts with names of their own: where one fits, no general one is meant."""
 
 _GENERAL: tuple[Layout, ...] = (
-    maxtext.MAXTEXT,
+    language.MAXTEXT,
     linen.TRAIN_STATE,
     linen.VARIABLES,
     linen.BY_NETWORK,
@@ -59,7 +59,7 @@ def _without_aside(stored: Stored) -> Stored:
     return {path: leaf for path, leaf in stored.items() if path[:1] != (linen.AUX,) or len(path) == 1}
 
 
-_LINEN = (maxtext.MAXTEXT, linen.TRAIN_STATE, linen.VARIABLES)
+_LINEN = (language.MAXTEXT, linen.TRAIN_STATE, linen.VARIABLES)
 """Layouts whose train states have a place for it themselves."""
 
 _PARTICULAR, _ANY = (

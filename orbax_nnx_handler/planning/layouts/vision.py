@@ -39,8 +39,8 @@ from itertools import pairwise
 
 from orbax_nnx_handler.planning.core.leaves import lone_optimizers
 from orbax_nnx_handler.planning.core.paths import Path, natural_key
+from orbax_nnx_handler.planning.layouts.language import WRAPPER, holds_optimizer, place_optimizer
 from orbax_nnx_handler.planning.layouts.layout import Fields, Layout, Placement, Stored, has_subtree
-from orbax_nnx_handler.planning.layouts.t5x import WRAPPER, holds_optimizer, place_optimizer
 
 _STATISTICS = "batch_stats"
 

@@ -20,8 +20,8 @@ from orbax_nnx_handler.planning.core.folding import list_paths
 from orbax_nnx_handler.planning.core.lines import counted
 from orbax_nnx_handler.planning.core.paths import Path, render, tree_of
 from orbax_nnx_handler.planning.core.recipes import Read
+from orbax_nnx_handler.planning.layouts.language import MAXTEXT
 from orbax_nnx_handler.planning.layouts.linen import AUX
-from orbax_nnx_handler.planning.layouts.maxtext import MAXTEXT
 from orbax_nnx_handler.planning.mapping.cells_and_wrappers import layers_inside
 from orbax_nnx_handler.planning.mapping.matches import SavedAs
 from orbax_nnx_handler.planning.options import check_choice

@@ -27,8 +27,8 @@ from orbax_nnx_handler.planning.core.recipes import (
     simplify,
     substitute,
 )
+from orbax_nnx_handler.planning.layouts.language import MAXTEXT
 from orbax_nnx_handler.planning.layouts.linen import AUX, TRAIN_STATE
-from orbax_nnx_handler.planning.layouts.maxtext import MAXTEXT
 from orbax_nnx_handler.planning.mapping.matches import Dropped
 from orbax_nnx_handler.planning.restore_plan import RestorePlan
 from orbax_nnx_handler.planning.rules import Rename, Rule, invert

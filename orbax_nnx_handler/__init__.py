@@ -54,7 +54,7 @@ if TYPE_CHECKING:
         invert,
     )
     from orbax_nnx_handler.planning.suggesting import Suggestion
-    from orbax_nnx_handler.storage.reading.agreement import DisagreementError, OtherProcessError
+    from orbax_nnx_handler.storage import DisagreementError, OtherProcessError
     from orbax_nnx_handler.verifying.comparison import verify
     from orbax_nnx_handler.verifying.verification import Verification
 
@@ -162,7 +162,7 @@ _HOMES = {
         "invert",
     ),
     "planning.suggesting": ("Suggestion",),
-    "storage.reading.agreement": (
+    "storage": (
         "DisagreementError",
         "OtherProcessError",
     ),

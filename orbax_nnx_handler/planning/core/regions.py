@@ -5,11 +5,14 @@ one shard down through a recipe and returns the parts of stored leaves it is mad
 of. Stack, unstack, fuse, split and transpose only rename axes, so a part is read
 straight into its place in the shard's buffer: there is no second copy. Below a
 reshape a region is no rectangle; there the smallest rectangle that holds it is read.
+`runs` tells which bytes of a stored array a region is.
 """
 
 import dataclasses
+import functools
+import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -323,3 +326,38 @@ def _cut_reshape(source: Recipe, shape: Shape, region: Region, stored: Mapping[P
     place_in_region = shift(region, starts(region))
     axes = tuple(range(len(shape)))
     return [Piece(source=folded, source_region=inside, region=place_in_region, axes=axes)]
+
+
+@functools.lru_cache(maxsize=1024)
+def run_start(region: Region, shape: Shape) -> int | None:
+    """Returns the position of the region's first element if the region is one run of a C-order array."""
+    position, stride, inside = 0, 1, True
+    for (start, stop), size in zip(reversed(region), reversed(shape), strict=True):
+        if not inside and stop - start != 1:
+            return None
+        inside = inside and stop - start == size
+        position += start * stride
+        stride *= size
+    return position
+
+
+def widened(box: Region, shape: Shape, itemsize: int, gap_bytes: int) -> Region:
+    """Grows a box over gaps that are cheaper to read than to skip."""
+    grown, row = list(box), itemsize
+    for axis in reversed(range(len(shape))):
+        start, stop = grown[axis]
+        alone = all(last - first == 1 for first, last in grown[:axis])
+        if alone or (shape[axis] - (stop - start)) * row > gap_bytes:
+            break
+        grown[axis] = (0, shape[axis])
+        row *= shape[axis]
+    return tuple(grown)
+
+
+def runs(block: Region, shape: Shape, itemsize: int) -> Iterator[tuple[int, int]]:
+    """Yields start and length of the runs of bytes that a block of a C-order array is made of."""
+    split = next((a for a in reversed(range(len(shape))) if block[a] != (0, shape[a])), 0)
+    size = math.prod(shape_of_region(block[split:])) * itemsize
+    for index in itertools.product(*(range(start, stop) for start, stop in block[:split])):
+        first = (*((at, at + 1) for at in index), *block[split:])
+        yield (run_start(first, shape) or 0) * itemsize, size

@@ -1,7 +1,11 @@
-"""One stored chunk: which of its bytes are needed, and how they get to their places.
+"""One chunk, or one member of a NumPy archive: which bytes are needed, and how they get to their places.
 
 Nothing here reads. A chunk becomes pieces: runs of bytes of a file, and either the memory that takes
 them as they are, or what is to be done with them once they are there.
+
+A zip file has a checksum of each member's unpacked bytes. It is compared wherever all bytes of a member
+pass, which is every leaf that this process holds whole or in shards that together are whole. Of a member
+that is stored as it is, a process that needs only a part reads only that part and cannot compare.
 """
 
 import dataclasses
@@ -10,6 +14,7 @@ import itertools
 import math
 import struct
 import threading
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, cast
 
@@ -17,21 +22,34 @@ import numpy as np
 import zstandard
 
 from orbax_nnx_handler.planning.core.errors import UnreadableLeafError
-from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.regions import (
     Region,
     intersect,
+    run_start,
+    runs,
     shape_of_region,
     shift,
     slices,
     starts,
+    whole,
+    widened,
 )
 from orbax_nnx_handler.storage.checkpoint.checkpoint import Encoding
+from orbax_nnx_handler.storage.checkpoint.npz import NpyEncoding
 from orbax_nnx_handler.storage.reading.base_store import AbsentError
 from orbax_nnx_handler.storage.reading.byte_plan import Limits, WantedBytes, cut_run
 from orbax_nnx_handler.storage.reading.jobs import Buffer, Destination
-from orbax_nnx_handler.storage.reading.streams import ByteStream, Content, Unpacked, Zstd, decompressor
+from orbax_nnx_handler.storage.reading.streams import (
+    ByteStream,
+    Content,
+    Deflated,
+    FirstBytes,
+    Uncompressed,
+    Unpacked,
+    Zstd,
+    decompressor,
+)
 from orbax_nnx_handler.storage.stores.ocdbt import Extent
 
 # Bytes unpacked at a time where values are scattered or cast: they stay in the
@@ -44,6 +62,9 @@ _ONE_CALL_BYTES = 64 << 10
 # The index behind a shard's one chunk: offset, length, checksum.
 _INDEX = struct.Struct("<QQI")
 _NOTHING = 2**64 - 1
+
+# So much more of a member than is needed is read, so that the checksum can be compared.
+_SPARE_BYTES = 1 << 20
 
 _own = threading.local()
 
@@ -170,13 +191,13 @@ def raw_pieces(
             yield ChunkPiece(owner, wanted, length, target=memory[start - first : start - first + length])
     if direct:
         return
-    box = _widened(box_of(targets), encoding.chunk_shape, itemsize, limits.gap_bytes)
+    box = widened(box_of(targets), encoding.chunk_shape, itemsize, limits.gap_bytes)
     for block in _blocks(box, itemsize):
         size = math.prod(shape_of_region(block)) * itemsize
         places = [target for target in targets if intersect(target.region, block) is not None]
         if places:
             at = tuple(
-                (extent.start + first, run) for first, run in _runs(block, encoding.chunk_shape, itemsize)
+                (extent.start + first, run) for first, run in runs(block, encoding.chunk_shape, itemsize)
             )
             use = functools.partial(_scatter_bytes, encoding, block, places)
             yield ChunkPiece(owner, WantedBytes(extent.file, at), _nbytes_within(places, block), use=use)
@@ -186,7 +207,7 @@ def _direct_runs(encoding: Encoding, targets: Sequence[Destination]) -> list[tup
     """Returns the run of bytes of each target where all of them can be read straight into place."""
     runs: list[tuple[int, int]] = []
     for target in targets:
-        first = _run_start(target.region, encoding.chunk_shape) if takes_bytes(target, encoding) else None
+        first = run_start(target.region, encoding.chunk_shape) if takes_bytes(target, encoding) else None
         if first is None:
             return []
         runs.append((first * encoding.dtype.itemsize, target.view.nbytes))
@@ -234,31 +255,7 @@ def _payload(encoding: Encoding, content: memoryview) -> memoryview:
 
 def _without_index(encoding: Encoding, size: int, content: ByteStream) -> ByteStream:
     # A shard so large is unpacked from its start; what is not there is noticed by zstd.
-    return _First(content, size - _INDEX.size) if encoding.sharded else content
-
-
-class _First:
-    """The first bytes of a stream."""
-
-    def __init__(self, stream: ByteStream, size: int) -> None:
-        self._stream = stream
-        self._left = size
-
-    def read(self, size: int = -1) -> bytes:
-        """Returns some of the next bytes; an empty result is the end."""
-        piece = self._stream.read(min(size, self._left) if size >= 0 else self._left)
-        self._left -= len(piece)
-        return piece
-
-    def read_into(self, target: memoryview) -> None:
-        """Fills the target with the next bytes."""
-        self._stream.read_into(target)
-        self._left -= len(target)
-
-    def skip(self, size: int) -> None:
-        """Passes over some bytes."""
-        self._stream.skip(size)
-        self._left -= size
+    return FirstBytes(content, size - _INDEX.size) if encoding.sharded else content
 
 
 def _unpack(encoding: Encoding, targets: Sequence[Destination], content: Content) -> None:
@@ -284,6 +281,86 @@ def _unpack(encoding: Encoding, targets: Sequence[Destination], content: Content
         scatter(Zstd(content), encoding, targets)
 
 
+def pieces_of_member(
+    owner: Owner, encoding: NpyEncoding, extent: Extent, targets: Sequence[Destination], limits: Limits
+) -> Iterator[ChunkPiece]:
+    """Yields what the targets need of one member."""
+    laid, places = _in_order_of_bytes(encoding, targets)
+    needed = math.prod(shape_of_region(box_of(places))) * laid.dtype.itemsize
+    if encoding.codec == "stored" and needed + _SPARE_BYTES < extent.size:
+        values = Extent(extent.file, extent.start + encoding.prefix, extent.size - encoding.prefix)
+        yield from raw_pieces(owner, laid, values, places, limits)
+        return
+    use = functools.partial(_fill_from_member, laid, places)
+    nbytes = sum(place.view.nbytes for place in places)
+    wanted = WantedBytes(extent.file, ((extent.start, extent.size),))
+    yield ChunkPiece(owner, wanted, nbytes, use=use, streamed=extent.size > limits.member_bytes)
+
+
+def _in_order_of_bytes(
+    encoding: NpyEncoding, targets: Sequence[Destination]
+) -> tuple[NpyEncoding, Sequence[Destination]]:
+    """Returns the array as its bytes lie: one in Fortran order is its transpose in C order."""
+    dtype = encoding.stored_dtype
+    if encoding.order == "C":
+        return dataclasses.replace(encoding, dtype=dtype), targets
+    turned = dataclasses.replace(
+        encoding, dtype=dtype, shape=encoding.shape[::-1], chunk_shape=encoding.chunk_shape[::-1]
+    )
+    return turned, [Destination(target.region[::-1], target.view.T, target.steps) for target in targets]
+
+
+def _fill_from_member(laid: NpyEncoding, places: Sequence[Destination], content: Content) -> None:
+    values = _MemberValues(content, laid)
+    try:
+        if len(places) == 1 and places[0].region == whole(laid.shape) and takes_bytes(places[0], laid):
+            values.read_into(memory_of(places[0].view))
+        else:
+            scatter(values, laid, places)
+    except zlib.error as error:
+        raise DamagedError(str(error)) from error
+    values.check()
+
+
+class _MemberValues:
+    """The values of a member as a stream that keeps the checksum of what it has passed."""
+
+    def __init__(self, content: Content, encoding: NpyEncoding) -> None:
+        is_packed = encoding.codec == "deflated"
+        self._bytes: Unpacked = Deflated(content) if is_packed else Uncompressed(content)
+        self._encoding = encoding
+        self._position = 0  # As of the member: the header comes first.
+        self._crc = 0
+
+    def skip_to(self, position: int) -> None:
+        """Goes to a position among the values, never backward."""
+        goal = self._encoding.prefix + position
+        while self._position < goal:
+            self._take(memoryview(bytearray(min(goal - self._position, BLOCK_BYTES))))
+
+    def read_into(self, target: memoryview) -> None:
+        """Fills the target with the next values."""
+        if not self._position:
+            self.skip_to(0)
+        # In blocks, of which the checksum is taken while they are in the processor's cache.
+        for start in range(0, len(target), BLOCK_BYTES):
+            self._take(target[start : start + BLOCK_BYTES])
+
+    def _take(self, target: memoryview) -> None:
+        self._bytes.read_into(target)
+        self._crc = zlib.crc32(target, self._crc)
+        self._position += len(target)
+
+    def check(self) -> None:
+        """Compares the checksum, where every byte has passed.
+
+        Raises:
+            DamagedError: It is another one.
+        """
+        if self._position == self._encoding.nbytes and self._crc != self._encoding.crc:
+            raise DamagedError("its checksum is not the one that was stored with it")
+
+
 def takes_bytes(target: Destination, encoding: Encoding) -> bool:
     """Tells whether a target's memory can take the stored bytes as they are."""
     return target.view.dtype == encoding.dtype and target.view.flags.c_contiguous and not target.steps
@@ -303,28 +380,15 @@ def _nbytes_within(targets: Sequence[Destination], block: Region) -> int:
     return sum(math.prod(shape_of_region(part)) * size for part, size in shared if part is not None)
 
 
-@functools.lru_cache(maxsize=1024)
-def _run_start(region: Region, shape: Shape) -> int | None:
-    """Returns the position of the region's first element if the region is one run of a C-order array."""
-    position, stride, inside = 0, 1, True
-    for (start, stop), size in zip(reversed(region), reversed(shape), strict=True):
-        if not inside and stop - start != 1:
-            return None
-        inside = inside and stop - start == size
-        position += start * stride
-        stride *= size
-    return position
-
-
 def scatter(stream: Unpacked, encoding: Encoding, targets: Sequence[Destination]) -> None:
     """Unpacks what the targets span block by block and copies each block's values to their places."""
     itemsize = encoding.dtype.itemsize
     # All bytes pass anyway, so gaps cost nothing.
-    box = _widened(box_of(targets), encoding.chunk_shape, itemsize, encoding.chunk_nbytes)
+    box = widened(box_of(targets), encoding.chunk_shape, itemsize, encoding.chunk_nbytes)
     for block in _blocks(box, itemsize):
         content = _scratch(math.prod(shape_of_region(block)) * itemsize)
         filled = 0
-        for start, size in _runs(block, encoding.chunk_shape, itemsize):
+        for start, size in runs(block, encoding.chunk_shape, itemsize):
             stream.skip_to(start)
             stream.read_into(content.data[filled : filled + size])
             filled += size
@@ -348,19 +412,6 @@ def box_of(targets: Sequence[Destination]) -> Region:
     return tuple((min(start for start, _ in span), max(stop for _, stop in span)) for span in spans)
 
 
-def _widened(box: Region, shape: Shape, itemsize: int, gap_bytes: int) -> Region:
-    """Grows a box over gaps that are cheaper to read than to skip."""
-    grown, row = list(box), itemsize
-    for axis in reversed(range(len(shape))):
-        start, stop = grown[axis]
-        alone = all(last - first == 1 for first, last in grown[:axis])
-        if alone or (shape[axis] - (stop - start)) * row > gap_bytes:
-            break
-        grown[axis] = (0, shape[axis])
-        row *= shape[axis]
-    return tuple(grown)
-
-
 def _blocks(box: Region, itemsize: int) -> Iterator[Region]:
     """Yields the box in pieces of bounded size, in the order of their bytes."""
     lengths = shape_of_region(box)
@@ -374,15 +425,6 @@ def _blocks(box: Region, itemsize: int) -> Iterator[Region]:
     for first in range(start, stop, step):
         piece = (*box[:axis], (first, min(first + step, stop)), *box[axis + 1 :])
         yield from _blocks(piece, itemsize)
-
-
-def _runs(block: Region, shape: Shape, itemsize: int) -> Iterator[tuple[int, int]]:
-    """Yields start and length of the runs of bytes that a block of a C-order array is made of."""
-    split = next((a for a in reversed(range(len(shape))) if block[a] != (0, shape[a])), 0)
-    size = math.prod(shape_of_region(block[split:])) * itemsize
-    for index in itertools.product(*(range(start, stop) for start, stop in block[:split])):
-        first = (*((at, at + 1) for at in index), *block[split:])
-        yield (_run_start(first, shape) or 0) * itemsize, size
 
 
 def _scratch(size: int) -> Buffer:

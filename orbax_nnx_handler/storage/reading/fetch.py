@@ -34,10 +34,14 @@ from orbax_nnx_handler.storage.reading.base_store import (
     open_data,
 )
 from orbax_nnx_handler.storage.reading.byte_plan import Limits, WantedBytes, limits_of
-from orbax_nnx_handler.storage.reading.chunks import ChunkPiece, DamagedError, pieces_of_chunk
+from orbax_nnx_handler.storage.reading.chunks import (
+    ChunkPiece,
+    DamagedError,
+    pieces_of_chunk,
+    pieces_of_member,
+)
 from orbax_nnx_handler.storage.reading.engine import Progress, Task, naming_lost_values, read_pieces
 from orbax_nnx_handler.storage.reading.jobs import Destination
-from orbax_nnx_handler.storage.reading.members import pieces_of_member
 from orbax_nnx_handler.storage.reading.streams import Content
 from orbax_nnx_handler.storage.stores.kvstore import Store, files_at
 from orbax_nnx_handler.storage.stores.locations import WRITTEN_TO, reason_and_hint

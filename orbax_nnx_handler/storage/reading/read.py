@@ -21,11 +21,10 @@ from orbax_nnx_handler.planning.core.errors import UnreadableLeafError
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import Recipe, reads
 from orbax_nnx_handler.planning.core.regions import Region
-from orbax_nnx_handler.storage import paused_collection
+from orbax_nnx_handler.storage import agree, paused_collection
 from orbax_nnx_handler.storage.arithmetic import evaluate
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.storage.checkpoint.trees import EMPTY_TYPES
-from orbax_nnx_handler.storage.reading.agreement import agree
 from orbax_nnx_handler.storage.reading.engine import Progress
 from orbax_nnx_handler.storage.reading.fetch import fill_targets
 from orbax_nnx_handler.storage.reading.jobs import (

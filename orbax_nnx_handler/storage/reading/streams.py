@@ -62,6 +62,30 @@ class MemoryStream:
         self._left = self._left[size:]
 
 
+class FirstBytes:
+    """The first bytes of a stream."""
+
+    def __init__(self, stream: ByteStream, size: int) -> None:
+        self._stream = stream
+        self._left = size
+
+    def read(self, size: int = -1) -> bytes:
+        """Returns some of the next bytes; an empty result is the end."""
+        piece = self._stream.read(min(size, self._left) if size >= 0 else self._left)
+        self._left -= len(piece)
+        return piece
+
+    def read_into(self, target: memoryview) -> None:
+        """Fills the target with the next bytes."""
+        self._stream.read_into(target)
+        self._left -= len(target)
+
+    def skip(self, size: int) -> None:
+        """Passes over some bytes."""
+        self._stream.skip(size)
+        self._left -= size
+
+
 def as_stream(content: Content) -> ByteStream:
     """Returns stored bytes as a stream."""
     return MemoryStream(content) if isinstance(content, memoryview) else content

@@ -28,9 +28,9 @@ from orbax_nnx_handler.planning.options import SingleReplica
 from orbax_nnx_handler.planning.restore_plan import RestorePlan
 from orbax_nnx_handler.planning.rules import Drop
 from orbax_nnx_handler.planning.verdict.outcomes import Missing, Restored
+from orbax_nnx_handler.storage import agree
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.storage.reading import Job, check_one_save, read_everywhere, read_values
-from orbax_nnx_handler.storage.reading.agreement import agree
 from orbax_nnx_handler.storage.reading.memory import Memory
 from orbax_nnx_handler.storage.restoring.fill import check_built, compute_on_devices, fill_leaves
 

@@ -26,10 +26,9 @@ from etils import epath
 from orbax_nnx_handler.orbax_interfaces import v0 as ocp
 from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.paths import Path, nodes_of
-from orbax_nnx_handler.storage import check_threads, naming_shortage
+from orbax_nnx_handler.storage import agree, check_threads, naming_shortage
 from orbax_nnx_handler.storage.checkpoint.directories import is_working_name, working_name
 from orbax_nnx_handler.storage.checkpoint.wrong_paths import check_replaceable
-from orbax_nnx_handler.storage.reading.agreement import agree
 from orbax_nnx_handler.storage.stores.kvstore import files_at
 from orbax_nnx_handler.storage.stores.locations import cannot_write, is_url
 

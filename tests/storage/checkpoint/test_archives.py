@@ -26,7 +26,7 @@ from orbax_nnx_handler.planning.core.errors import UnreadableLeafError
 from orbax_nnx_handler.planning.core.regions import slices
 from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
-from orbax_nnx_handler.storage.reading import chunks, members, read_arrays, read_values
+from orbax_nnx_handler.storage.reading import chunks, read_arrays, read_values
 from orbax_nnx_handler.storage.reading.fetch import fill_targets
 from orbax_nnx_handler.storage.reading.jobs import Destination
 from tests.gallery.models import save
@@ -93,9 +93,8 @@ def test_every_region_of_every_array_is_numpys_to_the_bit(data: st.DataObject, h
         places[tuple(name.split("/"))] = [Destination(*pair) for pair in zip(wanted, views, strict=True)]
 
     with pytest.MonkeyPatch.context() as patch, file_of(packed(tree, how)) as path:
-        patch.setattr(members, "_SPARE_BYTES", data.draw(st.sampled_from([0, 1 << 16])))
+        patch.setattr(chunks, "_SPARE_BYTES", data.draw(st.sampled_from([0, 1 << 16])))
         patch.setattr(chunks, "BLOCK_BYTES", data.draw(st.sampled_from([7, 2 << 20])))
-        patch.setattr(members, "BLOCK_BYTES", chunks.BLOCK_BYTES)
         patch.setenv("ORBAX_NNX_GAP_BYTES", data.draw(st.sampled_from(["0", "10"])))
         leaves = read_metadata(path).leaves
         fill_targets(read_metadata(path), places, None, None)

@@ -25,7 +25,6 @@ from orbax_nnx_handler.planning.core.folding import Row, fold, fold_paths
 from orbax_nnx_handler.planning.core.lines import Line, Sentence, align, aligned, counted, joined, lines_of
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import reads
-from orbax_nnx_handler.planning.diagnosis.copies import find_copies
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence
 from orbax_nnx_handler.planning.diagnosis.layer_differences import (
     find_layer_counts,
@@ -33,7 +32,12 @@ from orbax_nnx_handler.planning.diagnosis.layer_differences import (
     find_scanned,
     find_shifted,
 )
-from orbax_nnx_handler.planning.diagnosis.names import find_another_model, find_other_groups, find_other_names
+from orbax_nnx_handler.planning.diagnosis.names import (
+    find_another_model,
+    find_copies,
+    find_other_groups,
+    find_other_names,
+)
 from orbax_nnx_handler.planning.diagnosis.one_sided_parts import (
     find_biases,
     find_collections,

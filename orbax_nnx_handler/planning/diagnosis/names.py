@@ -1,32 +1,43 @@
-"""Names: another model, or the same one under other names.
+"""Names: another model, or the same one under other names, or in a copy.
 
 A rename is proposed where path and shape leave no choice, and the search that proposes rules does not
-say otherwise.
+say otherwise. A copy of the weights (an average, gradients, a target network) is used only where the
+target or a rule names it: the rule is what the hint gives.
 """
 
+import functools
 import itertools
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
+from flax import nnx
+
 from orbax_nnx_handler.planning.core.dtypes import name_of
 from orbax_nnx_handler.planning.core.errors import Cause, Hint
 from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf, WantedLeaf
-from orbax_nnx_handler.planning.core.lines import counted
+from orbax_nnx_handler.planning.core.lines import counted, listed
 from orbax_nnx_handler.planning.core.paths import (
     Path,
     Tokens,
+    canonical,
     is_index,
     is_number,
+    render,
     segments,
+    spelled,
+    without_box,
 )
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence
 from orbax_nnx_handler.planning.diagnosis.ways import LOOK, search_hint
+from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, is_copy_name, words_of
 from orbax_nnx_handler.planning.likeness.vocabulary import concepts, exclude
 from orbax_nnx_handler.planning.mapping.layer_paths import Group, layer_paths
+from orbax_nnx_handler.planning.rules import as_rules
 from orbax_nnx_handler.planning.rules.rule import Pattern
+from orbax_nnx_handler.planning.target.roles import is_named
 
-MOST_RULES = 6
+_MOST_RULES = 6
 """More renames than this are a matter for `suggest`."""
 
 Change = tuple[str, str]
@@ -89,18 +100,18 @@ def _without(tokens: Tokens, at: int) -> Tokens:
 def _is_safe(evidence: Evidence, changes: set[Change], sources: Mapping[Path, Tokens]) -> bool:
     """Tells whether the renames are few, single-valued, and touch nothing that is restored already."""
     old, new = ({change[side] for change in changes} for side in (0, 1))
-    if not 0 < len(changes) <= MOST_RULES or len(old) != len(changes) or len(new) != len(changes):
+    if not 0 < len(changes) <= _MOST_RULES or len(old) != len(changes) or len(new) != len(changes):
         return False
     others = [evidence.stored_below(i) for path, i in evidence.stored_weights.items() if path not in sources]
     return not any(name in old for tokens in others for name in tokens)
 
 
+_SAME, _MEANT = "they are the same", "that is what you want"
 _NAMES = 4
 _FEW = 0.25
 _MOST_ALIKE = 0.75
 _AUTOMATIC = re.compile(r"[A-Z]\w*_\d+")
 """A name that Linen gives: the class's own and a count (`flax.linen.Module`)."""
-
 
 _Contents = Mapping[Group, Mapping[Tokens, list[Path]]]
 """The leaves of each group by their path below one layer."""
@@ -165,7 +176,7 @@ def find_other_groups(evidence: Evidence) -> Iterable[Cause]:
         text=f"the stored {name!r} holds the same {counted(count, 'weight')}, by name, as the wanted "
         f"{left.name!r}, which is not stored.",
         paths=(*evidence.with_moments(lost), *sources),
-        way=search_hint(evidence) if _takes_more(rename[0], sources) else _if_the_same([rename]),
+        way=search_hint(evidence) if _takes_more(rename[0], sources) else _pass_if(_SAME, [rename]),
         facts={"stored": name, "wanted": left.name, "count": count},
     )
 
@@ -239,7 +250,7 @@ def find_other_names(evidence: Evidence) -> Iterable[Cause]:
         text=f"{found} there is an unexpected stored leaf of the same shape and dtype"
         f"{';' if names else ':'} {only}.",
         paths=(*evidence.with_moments(explained), *sources),
-        way=_if_the_same(changes) if changes else search_hint(evidence),
+        way=_pass_if(_SAME, changes) if changes else search_hint(evidence),
         facts={
             "count": alike.total(),
             "weights": len(missing),
@@ -249,8 +260,8 @@ def find_other_names(evidence: Evidence) -> Iterable[Cause]:
     )
 
 
-def _if_the_same(changes: Sequence[Change]) -> Hint:
-    return Hint(f"if they are the same, pass renames={list(changes)!r}.", {"renames": list(changes)})
+def _pass_if(so: str, rules: Sequence[Change]) -> Hint:
+    return Hint(f"if {so}, pass renames={list(rules)!r}.", {"renames": list(rules)})
 
 
 def _for_each(count: int, weights: int) -> str:
@@ -266,3 +277,173 @@ def _look(leaf: WantedLeaf | StoredLeaf) -> tuple[tuple[int, ...], str]:
 def _ending(tokens: Tokens) -> Tokens:
     # Module and weight: a parent of another name, or layers arranged otherwise, is the same model still.
     return tuple(token for token in tokens if not is_number(token))[-2:]
+
+
+_DEPTH = 4
+"""Levels of a target at which a network may lie."""
+
+
+def find_copies(evidence: Evidence) -> Iterable[Cause]:
+    """Yields the verdict that the missing weights lie in a copy."""
+    if not evidence.missing_weights:
+        return
+    if evidence.free_weights:
+        yield from _only_a_copy(evidence)
+    yield from _named_otherwise(evidence)
+    yield from _kept_aside(evidence)
+    yield from _in_another_collection(evidence)
+
+
+def _in_another_collection(evidence: Evidence) -> Iterable[Cause]:
+    """Yields missing weights of a type without a known collection whose path lies in some collection."""
+    stored: dict[Tokens, list[Path]] = defaultdict(list)
+    for path, item in evidence.free_weights.items():
+        if item.collection is not None and not is_copy_name(item.collection):
+            stored[evidence.stored_below(item)].append(path)
+    met: dict[Path, Path] = {}
+    for path in evidence.missing_weights:
+        found = stored.get(evidence.below[path], [])
+        # A custom type is rather kept in a custom collection.
+        own = [one for one in found if evidence.free_weights[one].collection not in FLAX_COLLECTIONS]
+        found = own or found
+        if len(found) == 1 and not _has_collection(evidence, path):
+            met[path] = found[0]
+    if met:
+        rules = [(render(source), render(path)) for path, source in met.items()]
+        shown = repr(rules) if len(rules) <= _MOST_RULES else f"{repr(rules[:_MOST_RULES])[:-1]}, ...]"
+        where = listed(sorted({repr(evidence.free_weights[source].collection) for source in met.values()}))
+        kinds = listed(sorted({getattr(evidence.missing[path].wanted.kind, "__name__", "") for path in met}))
+        yield Cause(
+            kind="OtherCollection",
+            text=f"{counted(len(met), 'wanted leaf', 'wanted leaves')} of type {kinds} "
+            f"{'has its path' if len(met) == 1 else 'have their paths'} in {where}; "
+            "no name says that the type is kept there.",
+            paths=(*evidence.with_moments(list(met)), *met.values()),
+            way=Hint(f"if they are the same, pass renames={shown}.", {"renames": rules}),
+            facts={"count": len(met)},
+        )
+
+
+def _has_collection(evidence: Evidence, path: Path) -> bool:
+    kind = evidence.missing[path].wanted.kind
+    return kind is None or (kind is not nnx.Variable and is_named(kind))
+
+
+def _only_a_copy(evidence: Evidence) -> Iterable[Cause]:
+    """Yields the verdict that nothing but a copy is stored: a tree, a train state or all of `params`."""
+    free = evidence.free_weights
+    kept_apart = any(item.collection not in (None, "params") for item in free.values())
+    if kept_apart or len(free) < len(evidence.stored_weights):
+        return
+    first = segments(next(iter(free)))
+    for at, name in enumerate(first[:-1]):
+        if not is_copy_name(name):
+            continue
+        depth = at + 1 + (first[at + 1] == "params")
+        level = first[:depth]
+        stored = {_end(segments(path)[depth:]): path for path in free if segments(path)[:depth] == level}
+        met = [path for path in evidence.missing_weights if _below_model(evidence, path) in stored]
+        if len(stored) == len(free) and met:
+            yield Cause(
+                kind="OnlyACopy",
+                text=f"all that is stored lies below {name!r}, the name of a copy; "
+                "a copy is used only where the target or a rule names it.",
+                paths=(*evidence.with_moments(met), *free),
+                way=_pass_if(_MEANT, [("/".join(level), "params")]),
+                facts={"stored": "/".join(level), "count": len(stored)},
+            )
+            return
+
+
+def _named_otherwise(evidence: Evidence) -> Iterable[Cause]:
+    """Yields the fields of the target that are called after a stored copy and hold its weights."""
+    fields: dict[str, dict[Tokens, Path]] = defaultdict(dict)
+    for path in evidence.missing_weights:
+        if len(path) > 1 and isinstance(path[0], str):
+            fields[path[0]][canonical(path[1:])] = path
+    pairs = list(_pairs(evidence, fields))
+    for field, copies, sources in pairs:
+        others = {path[0] for path in evidence.missing_weights} - {one for one, *_ in pairs}
+        # What `params` holds meets by itself once the copies are out of the way.
+        met = (
+            [path for other in others for path in fields.get(str(other), {}).values()]
+            if len(others) == 1
+            else []
+        )
+        lost = list(fields[field].values())
+        names, ends = listed(list(map(repr, copies))), ("s", "") if len(copies) > 1 else ("", "s")
+        yield Cause(
+            kind="CopyRenamed",
+            text=f"the stored collection{ends[0]} {names} hold{ends[1]} the weights of the wanted {field!r}; "
+            "a copy is used only where the target or a rule names it.",
+            paths=(*evidence.with_moments([*lost, *met]), *sources),
+            way=_pass_if(_MEANT, [(copy, field) for copy in copies]),
+            facts={"stored": ", ".join(copies), "wanted": field, "count": len(lost)},
+        )
+
+
+def _pairs(
+    evidence: Evidence, fields: Mapping[str, Mapping[Tokens, Path]]
+) -> Iterable[tuple[str, Sequence[str], Sequence[Path]]]:
+    copies: dict[str, dict[Tokens, Path]] = defaultdict(dict)
+    for path, item in evidence.free_weights.items():
+        if item.collection is not None and item.collection not in FLAX_COLLECTIONS and not item.owner:
+            copies[item.collection][_end(item.path)] = path
+    for path, item in evidence.sides.placements.items():
+        if item.section == "other" and len(path) > 1:  # Beside several train states.
+            copies[str(path[0])][_end(path[1:])] = path
+    for field, wanted in fields.items():
+        holding = [copy for copy in copies if not wanted.keys().isdisjoint(copies[copy])]
+        alike = [copy for copy in holding if wanted.keys() <= copies[copy].keys()] or holding
+        shared = {copy: len(words_of(copy) & words_of(field)) for copy in alike}
+        best = [copy for copy in alike if shared[copy] == max(shared.values()) > 0]
+        # A copy of each collection (`ema_params`, `ema_batch_stats`): none holds what another one does.
+        met = [(tokens, copies[copy][tokens]) for copy in best for tokens in wanted if tokens in copies[copy]]
+        if len(met) == len(dict(met)) == len(wanted):
+            yield field, best, [source for _, source in met]
+
+
+def _kept_aside(evidence: Evidence) -> Iterable[Cause]:
+    """Yields networks that a save kept aside that are wanted below another level, or another such name."""
+    kept, lost = defaultdict[Path, set[Tokens]](set), defaultdict[Path, set[Tokens]](set)
+    for path in (*evidence.verdict.unexpected, *evidence.verdict.skipped):
+        for depth in range(2, len(path) if evidence.sides.placements[path].section == "aux" else 0):
+            kept[path[:depth]].add(_unnumbered(path[depth:]))
+    for path in evidence.weights if kept else ():
+        for depth in range(1, min(len(path), _DEPTH)):
+            lost[path[:depth]].add(_unnumbered(path[depth:]) if path in evidence.missing else ())
+    rules, words = dict[Path, Path](), functools.cache(words_of)
+    for level in sorted(lost, key=len):
+        alike = [at for at in kept if words(str(at[-1])) & words(str(level[-1]))]
+        holding = [at for at in alike if lost[level] <= kept[at]]
+        pair = {level: holding[0]} if len(holding) == 1 else {}
+        inside = (
+            new == level[: len(new)] or old == at[: len(old)] for new, old in rules.items() for at in holding
+        )
+        rules |= {} if any(inside) else pair
+    pairs = [(spelled(stored), spelled(level)) for level, stored in rules.items()]
+    found = evidence.restored_under([*evidence.verdict.renames, *as_rules(pairs)]) if pairs else None
+    met = [path for path in evidence.missing if path in found] if found else []
+    if found and met and found.keys() >= evidence.restored.keys():
+        stored, wanted = (listed([repr(name) for name in names]) for names in zip(*pairs, strict=True))
+        yield Cause(
+            kind="CopyRenamed",
+            text=f"what a save kept aside as {stored} holds the weights of the wanted {wanted}; "
+            "it is used only where the target or a rule names it.",
+            paths=tuple(met),
+            way=_pass_if(_MEANT, pairs),
+            facts={"stored": stored, "wanted": wanted, "count": len(met)},
+        )
+
+
+def _unnumbered(path: Path) -> Tokens:
+    return tuple(token for token in _end(path) if not is_number(token))
+
+
+def _below_model(evidence: Evidence, path: Path) -> Tokens:
+    tokens = evidence.below[path]
+    return tokens[1:] if tokens[:1] == ("model",) else tokens
+
+
+def _end(path: Path) -> Tokens:
+    return without_box(canonical(path))

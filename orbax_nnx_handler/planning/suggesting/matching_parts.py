@@ -222,9 +222,9 @@ class _Pairs:
 
         Known modules hold what is theirs, and parts of one list were made in its order.
         """
-        ours, theirs = {at for at, _ in tie}, {to for _, to in tie}
+        ours, theirs, rivals, lone = map(set[int], self._sides(tie, group, found))
         sources = {other: one for one, other in modules.items()}
-        among = {(at, to) for at, to in group if at in ours and to in theirs}
+        among = {(at, to) for at, to in group if at in ours | lone and to in theirs | rivals}
         kept: _Group = set()
         anchors = [(self._wanted[at].part.levels, self._stored[to].part.levels) for at, to, _ in found]
         for at, to in among:
@@ -233,7 +233,7 @@ class _Pairs:
             in_order = all(ascend((left, ours), (right, theirs)) for ours, theirs in anchors)
             if in_order and lies_within(one, other, modules) and lies_within(other, one, sources):
                 kept.add((at, to))
-        is_whole = {at for at, _ in kept} == ours and {to for _, to in kept} == theirs
+        is_whole = {at for at, _ in kept} >= ours and {to for _, to in kept} >= theirs
         return kept if is_whole and kept != among else None
 
     def _settle(self, group: _Group, found: _Found, *, asked: bool = False) -> list[_Choice]:

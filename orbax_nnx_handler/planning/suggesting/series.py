@@ -228,6 +228,9 @@ def _in_sequence(series: Series, found: Mapping[Names, list[Leaf]], arms: int) -
     is_told = len({*map(arm, bases.values())}) >= max(len({*bases.values()}), arms)
     if not is_told or [sizes_of(found[names]) for names in ordered] != series.sizes:
         return []
+    spelled = {words("/".join(names)): number for number, names in zip(series.numbers, ordered, strict=True)}
+    if any(spelled.get(words("/".join(series.place(at))), at) != at for at in series.numbers):
+        return []  # `down_2_block_0` is `down/2/block/0`, and no other one.
     counted = [numbered((*names, ""), 0)[-1] for names in ordered]
     if len({key for key, _ in counted}) == 1 and [number for _, number in counted] == series.numbers:
         members = {number: found[names] for (_, number), names in zip(counted, ordered, strict=True)}

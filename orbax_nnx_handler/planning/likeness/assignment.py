@@ -196,7 +196,8 @@ def _kind(leaf: Leaf) -> str:
 
 def _are_of_a_kind(kind: str, wanted: Leaf, stored: Leaf, one: NamedPart, other: NamedPart) -> bool:
     """Tells whether a vector stays one, but for a bias of heads and a norm of them."""
-    are_norms = one.part.is_norm and other.part.is_norm
+    shared = one.said & other.said & {*"qkvo"} or one.part.own & other.part.own - {"norm"}
+    are_norms = one.part.is_norm and other.part.is_norm and bool(shared)
     return are_norms or kind == "bias" or is_vector(wanted.shape) == is_vector(stored.shape)
 
 

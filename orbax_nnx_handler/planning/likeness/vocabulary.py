@@ -325,7 +325,10 @@ def may_hold_otherwise(one: Names, other: Names) -> bool:
 
 
 NUMBERED: Mapping[tuple[str, tuple[int, ...]], tuple[tuple[str, ...], str]] = {
-    ("wi", (0, 1)): (("gate", "up"), "T5 and MaxText: wi_0 is the activated one"),
+    **{
+        ("wi", counted): (roles, "T5 and MaxText: wi_0 is the activated one")
+        for counted, roles in (((0, 1), ("gate", "up")), ((0,), ("gate",)), ((1,), ("up",)))
+    },
     ("w", (1, 2, 3)): (("gate", "down", "up"), "Llama: w1 is the activated one, w2 leads back"),
     ("linears", (0, 1, 2, 3)): (("q", "k", "v", "o"), "The Annotated Transformer"),
 }

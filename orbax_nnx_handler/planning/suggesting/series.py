@@ -331,7 +331,9 @@ def _is_reversed(one: Series, other: Series) -> bool:
     """Tells whether sizes are those of the other side in reverse, of which two, or one going up, are once."""
     least = 1 if arm(one.base) == arm(other.base) == 1 else 2
     lone = sum(count == 1 for count in Counter(one.sizes).values())
-    return one.sizes != other.sizes and one.sizes == other.sizes[::-1] and lone >= least
+    # The layer that alone holds a table beside is no level of another width.
+    are_levels = 2 * max(one.sizes) > 3 * min(one.sizes)
+    return one.sizes != other.sizes == one.sizes[::-1] and lone >= least and are_levels
 
 
 def is_complete(series: Series) -> bool:

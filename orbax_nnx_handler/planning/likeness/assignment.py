@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -314,6 +314,35 @@ def across_networks(
         own = {to for to, network in networks.items() if network == (name,)}
         if len(own) >= len({at for at, _ in pairs}):
             yield from (pair for pair in pairs if networks[pair[1]] not in ((), (name,)))
+
+
+def beside_namesakes(
+    possible: Collection[tuple[int, int]], wanted: Sequence[NamedPart], stored: Sequence[NamedPart]
+) -> Iterator[tuple[int, int]]:
+    """Yields pairs of one part that is called and counted as another one, but for how that is spelled.
+
+    `down_1_block_1` is `down/1/block/1`, and not `down/2/block/0`, which has its size.
+    """
+    ours, theirs = _by_template(wanted), _by_template(stored)
+    same: dict[int, int] = {}
+    for template, counted in ours.items():
+        others = theirs.get(template, {})
+        pairs = [(at, others.get(numbers, -1)) for numbers, at in counted.items()]
+        if all(pair in possible for pair in pairs) and min(counted) == min(others):
+            same |= pairs
+    taken = {to: at for at, to in same.items()}
+    yield from ((at, to) for at, to in possible if same.get(at, to) != to or taken.get(to, at) != at)
+
+
+def _by_template(parts: Sequence[NamedPart]) -> Mapping[Names, Mapping[Names, int]]:
+    """Returns the parts that two numbers count by their words without numbers, and by these."""
+    found: dict[Names, dict[Names, int]] = defaultdict(dict)
+    for at, one in enumerate(parts):
+        said = words("/".join(one.part.names))
+        numbers = tuple(filter(str.isdecimal, said))
+        if len(numbers) > 1:
+            found[tuple("#" if word.isdecimal() else word for word in said)][numbers] = at
+    return found
 
 
 def share_number(part: Names, module: Names) -> bool:

@@ -12,6 +12,7 @@ from orbax_nnx_handler.planning.likeness.assignment import (
     Fit,
     Table,
     across_networks,
+    beside_namesakes,
     components,
     fit_of,
     may_be,
@@ -90,11 +91,7 @@ class _Pairs:
         self._wanted, self._stored = wanted, stored = sides
         self._partial = partial
         self._fits: dict[tuple[int, int], Fit] = {}
-        self._excluded: _Group = set()
-        self._known: _Group = set()
-        self._unlikely: _Choice = []
-        self._closed: list[tuple[Names, Names]] = []  # Modules that hold all of some that are each other's.
-        self._ours, self._theirs = dict[int, int](), dict[int, int]()  # Of the best pairs.
+        self._excluded, self._known = set[tuple[int, int]](), set[tuple[int, int]]()
         self._homes = Homes(*([role.part.names for role in side] for side in (wanted, stored)))
         sizes: dict[int, list[int]] = defaultdict(list)
         for to, other in enumerate(stored):
@@ -110,14 +107,17 @@ class _Pairs:
                         self._known.add((at, to))
                 elif fit is not None:
                     self._excluded.add((at, to))
+        self._exclude([*beside_namesakes(self._fits, wanted, stored)])
         modules = self._modules_told()
         for pair, fit in self._fits.items():
             if self._homes.of(*pair) in modules:
                 self._fits[pair] = dataclasses.replace(fit, score=fit.score + _TOLD)
-        foreign = {*self._elsewhere(modules)}
-        foreign.update(across_networks(self._fits, wanted, stored) if is_outermost else ())
-        self._fits = {pair: fit for pair, fit in self._fits.items() if pair not in foreign}
-        self._excluded |= foreign
+        across = across_networks(self._fits, wanted, stored) if is_outermost else ()
+        self._exclude([*self._elsewhere(modules), *across])
+
+    def _exclude(self, pairs: Collection[tuple[int, int]]) -> None:
+        self._excluded.update(pairs)
+        self._fits = {pair: fit for pair, fit in self._fits.items() if pair not in self._excluded}
 
     def _modules_told(self) -> set[tuple[Names, Names]]:
         """Returns modules that are each other's by a matrix that no other one of them can be by its shape."""
@@ -147,7 +147,9 @@ class _Pairs:
     def settle(self, created: Created) -> tuple[_Found, list[Tie]]:
         """Returns the pairs that stand, and the choices that are left; none strays but attention outputs."""
         while True:
-            self._ours, self._theirs, self._unlikely, self._closed = {}, {}, [], []
+            self._ours, self._theirs = dict[int, int](), dict[int, int]()  # Of the best pairs.
+            self._unlikely = list[tuple[int, int]]()
+            self._closed = list[tuple[Names, Names]]()  # Modules that hold all of some that are each other's.
             self._beside = defaultdict[tuple[int, int], _Choice](list)
             for pair, side in itertools.product((*self._fits, *self._excluded), (0, 1)):
                 self._beside[side, pair[side]].append(pair)
@@ -156,8 +158,7 @@ class _Pairs:
             strays -= {(at, to) for at, to in strays if "o" in self._wanted[at].said & self._stored[to].said}
             if not strays:
                 return found, ties
-            self._fits = {pair: fit for pair, fit in self._fits.items() if pair not in strays}
-            self._excluded |= strays
+            self._exclude(strays)
 
     def _settled(self, created: Created) -> tuple[_Found, list[Tie]]:
         found: _Found = []
@@ -370,8 +371,7 @@ class _Pairs:
             return tie, group
         pair = ours.pop(last), theirs.pop(right[-1])
         found.append((*pair, "order"))
-        left = {(at, to) for at, to in group if at != pair[0] and to != pair[1]}
-        return list(zip(ours, theirs, strict=True)), left
+        return list(zip(ours, theirs, strict=True)), {x for x in group if x[0] != pair[0] and x[1] != pair[1]}
 
     def _are_siblings(self, tie: Sequence[tuple[int, int]]) -> bool:
         return len({(self._wanted[at].part.module, self._stored[to].part.module) for at, to in tie}) == 1

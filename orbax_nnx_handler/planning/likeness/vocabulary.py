@@ -341,9 +341,6 @@ COMPUTED: Mapping[tuple[float, ...], tuple[tuple[str, ...], ...]] = {
 """What the layers that Linen numbered in an attention hold, by how much larger each is than the last one."""
 
 
-# Where a part of a block stands.
-
-
 # Parts and the modules around them.
 
 

@@ -241,13 +241,25 @@ def apart_from_copies(links: Sequence[Link], stored: Iterable[Leaf]) -> tuple[li
     links, levels = by_level(links)
     doubled, used = _doubled(links), {leaf.part for link in links for leaf in link.stored}
     free = {x.names[-2:] for x in stored if x.part not in used and not is_copied(x.names)}
+    every = {link.source.names for link in links}
+    plain = every - copied if (copied := {names for names in every if is_copied(names)}) else copied
+    originals = {tuple(map(words, names[:at])) for names in plain for at in range(len(names))}
+
+    def has_original(names: Names) -> bool:
+        """Tells whether what a module is called a copy of is used too: `actor` of `actor_target`."""
+        at = next((at for at, name in enumerate(names) if is_copied([name])), 0)
+        left = tuple(word for word in words(names[at]) if not is_copied([word]))
+        return (*map(words, names[:at]), left) in originals
+
     kinds: dict[str, list[Link]] = defaultdict(list)
     for link in links:
         names, is_stored = link.target.names[:-1], any(is_copied(leaf.source) for leaf in link.stored)
         copies = [name for name in names if is_copy_level(name)]
         said = words("/".join(link.source.names)) if copies else ()  # RAFT's `mask` is a `mask_head`.
         is_copy = not is_stored and any(not {*words(name)} <= {*said} for name in copies)
-        is_taken = is_stored and not is_copied(names) and link.source.names[-2:] in free
+        is_taken = (is_stored and not is_copied(names)) and (
+            link.source.names[-2:] in free or has_original(link.source.names)
+        )
         kind = "lent" if is_copy or link.target.source in doubled else "taken" if is_taken else ""
         kinds["held" if may_hold_otherwise(names, link.source.names[:-1]) else kind].append(link)
     return kinds.pop("", []), [*map(_tie, levels), *(_tie([some]) for some in kinds.values())]
@@ -270,9 +282,6 @@ def _doubled(links: Iterable[Link]) -> set[Path]:
         for link in each
         if any(name not in PLAIN_LEVELS for name in link.target.names[:-2])
     }
-
-
-# What is known of one block, for others of its kind.
 
 
 # Links that speak against each other, and questions that are one.

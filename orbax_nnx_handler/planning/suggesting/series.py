@@ -346,9 +346,6 @@ def are_alike(series: Series) -> bool:
     return len({*series.looks.values()}) == 1
 
 
-# Stacks of layers.
-
-
 # Levels on the way up of a U-Net.
 
 _UP = re.compile(r"((?:.*?[/_])??(up[a-z_]*)/?)(\d+)(.*)")

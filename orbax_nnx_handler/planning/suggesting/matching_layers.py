@@ -84,7 +84,7 @@ class _Matching:
 
     def result(self) -> Findings:
         self._match_in_sequence(arms=2)
-        self._match_within()
+        self._match_within(self._left())
         self._match(self._paired())
         in_places = in_turn(self._free(0), self._free(1), self._context.above)
         self._match([(alone(*one, 0), alone(*other, 1)) for one, other in in_places])
@@ -92,6 +92,7 @@ class _Matching:
         self._match([*pairs, *self._pairs_of_kinds(pairs)])
         for pairs in self._pairs_with_rests():
             self._match(pairs)
+        self._match_within(self._series(1))  # `norm_{i}` and `up_{i}` are `layers/{i}/norm` and its `up`.
         self._match_in_sequence(arms=1)
         self._match_stacks()
         ours, theirs = self._left()
@@ -124,17 +125,19 @@ class _Matching:
             for pairs in in_sequence(self._left()[side], free, above, arms):
                 self._match(pairs if other else [(one, two) for two, one in pairs])
 
-    def _match_within(self) -> None:
+    def _match_within(self, groups: Sequence[Sequence[Series]]) -> None:
         """Matches lists with the parts of another list's blocks; asks where no name tells which is which."""
-        ours, theirs = self._left()
+        ours, theirs = groups
         ways = [lists_within(one, theirs) for one in ours]
         ways += [[[(x, y) for y, x in pairs] for pairs in lists_within(one, ours)] for one in theirs]
         for several in filter(None, ways):
             pairs = several[0]
             if any(self._is_taken(one) for pair in pairs for one in pair):
                 continue
-            if len(several) == 1:
-                self._match(pairs)
+            told = [pair for pair in pairs if all(pair in each for each in several)]
+            self._match(told)
+            several = [[pair for pair in each if pair not in told] for each in several]
+            if not (pairs := several[0]):
                 continue
             names = [tuple(pair[side].template for pair in pairs) for side in (0, 1)]
             held = ([_match_members(*pair, self._context).links for pair in each] for each in several)

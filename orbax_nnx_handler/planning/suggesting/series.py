@@ -178,7 +178,14 @@ def lists_within(series: Series, others: Sequence[Series]) -> list[Pairs]:
     `layers_{i}` and `gated_{i}` are `blocks/{i}/self` and `blocks/{i}/gated`. One alone where names tell it.
     """
     parts, others = parts_of(series), [other for other in others if other.numbers == series.numbers]
-    like = [[at for at, other in enumerate(others) if other.sizes == part.sizes] for part in parts]
+    like = [
+        [
+            at
+            for at, other in enumerate(others)
+            if other.sizes == part.sizes and not exclude(_said_within(part), _said_within(other))
+        ]
+        for part in parts
+    ]
     is_one = any(other.sizes == series.sizes for other in others)
     if not parts or is_one or not 0 < math.prod(map(len, like)) <= _MOST_WAYS:
         return []
@@ -186,8 +193,9 @@ def lists_within(series: Series, others: Sequence[Series]) -> list[Pairs]:
     scores: dict[tuple[int, ...], float] = {}
     for choice in itertools.product(*like):
         pairs = [(one, says[at]) for one, at in zip(said, choice, strict=True)]
+        counted = (_numbers(one) & _numbers(others[at]) for one, at in zip(parts, choice, strict=True))
         if len({*choice}) == len(parts):
-            scores[choice] = sum(likeness(*pair) - 10 * exclude(*pair) for pair in pairs)
+            scores[choice] = sum(likeness(*pair) for pair in pairs) + sum(map(bool, counted))
     best = sorted(scores, key=lambda choice: -scores[choice])
     is_told = len(best) > 1 and scores[best[0]] - scores[best[1]] >= MARGIN
     made = ([others[at] for at in choice] for choice in best[: 1 if is_told else None])
@@ -202,6 +210,11 @@ def _said_within(series: Series) -> frozenset[str]:
     """Returns what the name of a group says, and what its layers hold."""
     inside = concepts(name for leaf in series.members[series.numbers[0]] for name in leaf.names)
     return said_of(series) | inside & _KINDS
+
+
+def _numbers(series: Series) -> set[str]:
+    """Returns what counts a part in a block: `ln1_{i}` is `layers/{i}/ln1`."""
+    return {word for word in words(series.template[-1].replace(PLACE, "")) if word.isdecimal()}
 
 
 def in_sequence(groups: Sequence[Series], free: Sequence[Leaf], above: int, arms: int) -> list[Pairs]:

@@ -128,14 +128,14 @@ class _Matching:
     def _match_within(self, groups: Sequence[Sequence[Series]]) -> None:
         """Matches lists with the parts of another list's blocks; asks where no name tells which is which."""
         ours, theirs = groups
-        ways = [lists_within(one, theirs) for one in ours]
-        ways += [[[(x, y) for y, x in pairs] for pairs in lists_within(one, ours)] for one in theirs]
-        for several in filter(None, ways):
-            pairs = several[0]
-            if any(self._is_taken(one) for pair in pairs for one in pair):
+        ways = [(*lists_within(one, theirs), 1) for one in ours]
+        ways += [(*lists_within(one, ours), -1) for one in theirs]
+        for found, by_names, step in ways:
+            several = [[(pair[::step][0], pair[::step][1]) for pair in pairs] for pairs in found]
+            if not found or any(self._is_taken(one) for pair in several[0] for one in pair):
                 continue
-            told = [pair for pair in pairs if all(pair in each for each in several)]
-            self._match(told)
+            told = [pair for pair in several[0] if all(pair in each for each in several)]
+            self._match(told, by_names=by_names)
             several = [[pair for pair in each if pair not in told] for each in several]
             if not (pairs := several[0]):
                 continue
@@ -145,13 +145,14 @@ class _Matching:
             self._found.ties.append(Tie(wanted=names[0], stored=names[1], readings=readings))
             self._take(leaf for pair in pairs for one in pair for leaf in one.leaves)
 
-    def _match(self, pairs: Pairs) -> None:
+    def _match(self, pairs: Pairs, *, by_names: bool = False) -> None:
         """Matches groups of layers with each other; adds what is found, and what is no other group's then."""
         for one, other in pairs:
             kind = tuple((each.base, frozenset(each.looks.values())) for each in (one, other))
             if kind in self._unlike:
                 continue  # As the layers before them, in a list that a program does not keep as one.
             members = _match_members(one, other, self._context)
+            members = members.mapped(_by_names) if by_names else members
             same = same_layers(one, other)
             # Of parts that are more on one side nothing says that they are of this layer.
             ties = [each for each in members.ties if len(each.wanted) == len(each.stored)]
@@ -280,6 +281,10 @@ def _without_rest(series: Series, others: Iterable[Series]) -> tuple[Series, Pai
         for at, to in zip(numbers[first:], other.numbers, strict=True)
     ]
     return dataclasses.replace(series, members=members), pairs
+
+
+def _by_names(links: Iterable[Link]) -> list[Link]:
+    return [with_fields(link, grounds="names") if link.grounds == "shapes" else link for link in links]
 
 
 def _hold_alike(ours: Sequence[Leaf], theirs: Sequence[Leaf], linked: Collection[int]) -> bool:

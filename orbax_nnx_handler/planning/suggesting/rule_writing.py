@@ -292,7 +292,10 @@ class Writer:
             after = self._set_apart(rule, moves, inside)
             if after is None or not leads_back(rule, self.entries, after):
                 continue  # Each leaf gets a rule that does, and takes no other one astray.
-            self._take(rule, [])
+            # What it alone tells rests on it: no later rule is for these leaves.
+            self._take(
+                rule, [x.link for x in inside.values() if x.names[len(stored) :] == x.aim[len(into) :]]
+            )
             shift = len(into) - len(stored)
             for at, move in inside.items():
                 move.names = (*move.aim[: len(into)], *move.names[len(stored) :])

@@ -172,10 +172,11 @@ def parts_of(series: Series) -> list[Series]:
     return [Series((*series.template, name), (*series.base, name), members) for name, members in held.items()]
 
 
-def lists_within(series: Series, others: Sequence[Series]) -> list[Pairs]:
+def lists_within(series: Series, others: Sequence[Series]) -> tuple[list[Pairs], bool]:
     """Returns the ways in which lists of the other side may be the parts of a list's blocks, as pairs.
 
-    `layers_{i}` and `gated_{i}` are `blocks/{i}/self` and `blocks/{i}/gated`. One alone where names tell it.
+    `layers_{i}` and `gated_{i}` are `blocks/{i}/self` and `blocks/{i}/gated`. One alone where names tell it;
+    whether names do, and not sizes, is returned too.
     """
     parts, others = parts_of(series), [other for other in others if other.numbers == series.numbers]
     like = [
@@ -188,7 +189,7 @@ def lists_within(series: Series, others: Sequence[Series]) -> list[Pairs]:
     ]
     is_one = any(other.sizes == series.sizes for other in others)
     if not parts or is_one or not 0 < math.prod(map(len, like)) <= _MOST_WAYS:
-        return []
+        return [], False
     said, says = (telling(list(map(_said_within, side))) for side in (parts, others))
     scores: dict[tuple[int, ...], float] = {}
     for choice in itertools.product(*like):
@@ -199,7 +200,7 @@ def lists_within(series: Series, others: Sequence[Series]) -> list[Pairs]:
     best = sorted(scores, key=lambda choice: -scores[choice])
     is_told = len(best) > 1 and scores[best[0]] - scores[best[1]] >= MARGIN
     made = ([others[at] for at in choice] for choice in best[: 1 if is_told else None])
-    return [list(zip(parts, choice, strict=True)) for choice in made]
+    return [list(zip(parts, choice, strict=True)) for choice in made], sum(map(len, like)) > len(parts)
 
 
 _MOST_WAYS, _UNCOUNTED = 24, str.maketrans("", "", "0123456789")

@@ -27,7 +27,7 @@ def add_to(commands: Any) -> None:
         **described(
             "Runs a Linen program and an NNX program from one checkpoint on one input, compares outputs and "
             "modules, and names the first module that differs. Runs on the host unless JAX_PLATFORMS says "
-            "otherwise. Exit status: 0 they are equal, 1 they are not.",
+            "otherwise. Exit status: 0 they are equal, 1 they are not, or some weights are proved wrong.",
             "orbax-nnx verify run model.py:make programs.py:PAIR --rules rules.py",
         ),
     )

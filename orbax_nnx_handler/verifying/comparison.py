@@ -29,7 +29,7 @@ from orbax_nnx_handler.storage.stores.locations import as_path
 from orbax_nnx_handler.verifying.first_difference import Search
 from orbax_nnx_handler.verifying.pairing import MASK, TOLERANCE, Distance, exceeds, same_numbers
 from orbax_nnx_handler.verifying.recording import Array
-from orbax_nnx_handler.verifying.runs import Compared, Programs, Runs, run_both
+from orbax_nnx_handler.verifying.runs import Compared, Programs, Runs, called_otherwise, run_both
 from orbax_nnx_handler.verifying.verification import FirstDifference, Verification, is_dataclass
 from orbax_nnx_handler.verifying.weights import flat_state, is_weight, on_one_device
 
@@ -123,8 +123,9 @@ def compared(runs: Runs, plan: RestorePlan, tolerance: float | None = None) -> V
     # One output of few digits says nothing about those beside it.
     allowed = [max(TOLERANCE, one.coarse) if tolerance is None else tolerance for one in runs.outputs]
     worst = max(zip(runs.outputs, allowed, strict=True), key=_excess)
-    equal = worst[0].relative <= worst[1]
-    first = search.first() or search.set_up_otherwise(whatever=not equal)
+    is_near = worst[0].relative <= worst[1]
+    first = search.first() or search.set_up_otherwise(whatever=not is_near)
+    equal = is_near and not (first is not None and first.proved)
     return Verification(
         equal=equal,
         relative=worst[0].relative,
@@ -133,7 +134,7 @@ def compared(runs: Runs, plan: RestorePlan, tolerance: float | None = None) -> V
         directory=plan.directory,
         modules=tuple(one.found for one in runs.compared),
         first=first,
-        remarks=tuple(_remarks(equal, first, runs, plan)),
+        remarks=tuple(_remarks(is_near, first, runs, plan)),
     )
 
 
@@ -391,32 +392,36 @@ def _slices(path: Path, zero: Array) -> Array | None:
     return np.broadcast_to(most, zero.shape) if most.mean() >= _MUCH else None
 
 
-def _remarks(equal: bool, first: FirstDifference | None, runs: Runs, plan: RestorePlan) -> Iterator[str]:
+def _remarks(is_near: bool, first: FirstDifference | None, runs: Runs, plan: RestorePlan) -> Iterator[str]:
     if not runs.compared:
         yield "no module of the one program holds exactly the weights of a module of the other."
-    if equal and first is not None:
+    if is_near and first is not None:
         how = "by more than rounding" if first.module.differs else "in its settings"
-        yield f"the outputs are within the tolerance, and {first.path} still differs {how}."
-    if not equal and first is None and _all_agree(runs.compared):
+        what = (
+            f"the weights of {first.path} are wrong" if first.proved else f"{first.path} still differs {how}"
+        )
+        yield f"the outputs are within the tolerance, and {what}."
+    if not is_near and first is None and _all_agree(runs.compared):
         yield (
             "every module that was compared returns the same, so the difference arises outside of them: in "
             "linen_apply or nnx_apply, or in methods other than __call__."
         )
-    elif not equal and first is None and runs.compared:
+    elif not is_near and first is None and runs.compared:
         yield (
             "no module differs by more than rounding from equal inputs: either the difference grows little "
             "by little, as it does in deep models (then raise the tolerance), or it arises outside of the "
             "modules that were compared."
         )
     unread = [one.path for one in runs.compared if not one.found.outputs.compared and _same_sizes(one)]
-    if not equal and first is None and unread:
+    if not is_near and first is None and unread:
         yield (
             f"{fold_paths(unread)}: it returns arrays of one size in another structure than Linen's module, "
             "and which is which is not told: let it return the same."
         )
+    yield from () if is_near or (first is not None and first.proved) else called_otherwise(runs)
     if plan.missing:
         yield f"{counted(len(plan.missing), 'weight')} of the target not stored: a policy fills them."
-    if equal:
+    if is_near:
         yield from _untold(runs, plan, first)
 
 

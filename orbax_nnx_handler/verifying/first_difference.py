@@ -6,12 +6,13 @@ called with in Linen.
 
 import dataclasses
 import itertools
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path, render, shared_levels
-from orbax_nnx_handler.planning.core.recipes import Recipe, shape_of
+from orbax_nnx_handler.planning.core.recipes import Recipe, describe, shape_of
 from orbax_nnx_handler.planning.verdict.outcomes import Restored
 from orbax_nnx_handler.verifying.pairing import (
     TOLERANCE,
@@ -21,6 +22,7 @@ from orbax_nnx_handler.verifying.pairing import (
     compare_inputs,
     compare_outputs,
     exceeds,
+    nearest_modules,
     same_numbers,
 )
 from orbax_nnx_handler.verifying.runs import Compared
@@ -29,9 +31,14 @@ from orbax_nnx_handler.verifying.single_module import (
     ModuleRunner,
     alternatives,
     lent,
-    nearest_modules,
 )
-from orbax_nnx_handler.verifying.verification import FirstDifference, differing_settings, unit_name
+from orbax_nnx_handler.verifying.verification import (
+    CALLED_IN_ANOTHER_ORDER,
+    FirstDifference,
+    differing_settings,
+    unit_name,
+)
+from orbax_nnx_handler.verifying.weights import with_features_in_order
 
 _BEGINNING = 64
 
@@ -247,6 +254,7 @@ class Search:
             weights=tuple(self.restored[leaf] for leaf in weights),
             after=None if after is None else after.pair.nnx,
             before=None if before is None else before.pair.nnx,
+            is_reordered_before=before is not None and before.is_reordered_before,
             proved="" if proof is None else proof.words,
             changes={} if proof is None else proof.recipes,
             tried=self.tried,
@@ -303,9 +311,9 @@ class Search:
 
     def _proved(self, one: Compared, until: float) -> _Proof | None:
         inside = self._inside(one)
-        misplaced = self._misplaced(inside)
-        if misplaced is not None:
-            return misplaced
+        known = self._misplaced(inside) or self._in_another_order(inside)
+        if known is not None:
+            return known
         layer = self._layer(one)
         doubtful = {leaf: self.runner.recipe(leaf, layer) for leaf in self._doubtful(one, inside)}
         ways = itertools.chain(
@@ -342,6 +350,27 @@ class Search:
                     return _Proof(module=one, words=called_like(one, other), recipes=recipes)
         except _CannotRunError:
             return None
+        return None
+
+    def _in_another_order(self, inside: Sequence[Compared]) -> _Proof | None:
+        """Returns the first module called with the same features in another order, a weight in that order."""
+        one = next((one for one in inside if not self._gets_the_same(one)), None)
+        found = None if one is None else one.order_of_features()
+        if one is None or found is None:
+            return None
+        layer, shapes = self._layer(one), self.runner.shapes
+        for leaf in self._doubtful(one, self._inside(one)):
+            recipe = self.runner.recipe(leaf, layer)
+            for axis, length in enumerate(shape_of(recipe, shapes)):
+                if length != math.prod(found[0]):
+                    continue
+                made = with_features_in_order(recipe, axis, *found, shapes)
+                self.tried += 1
+                if self._agrees(one, {leaf: made}, one):
+                    words = (
+                        f"{unit_name(one.pair.nnx)} {CALLED_IN_ANOTHER_ORDER}, and {leaf[-1]} has to follow"
+                    )
+                    return _Proof(module=one, words=f"{words}: {describe(made)}", recipes={leaf: made})
         return None
 
     def _layer(self, one: Compared) -> int | None:

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import numpy as np
 
 from orbax_nnx_handler.planning.core.leaves import Shape
-from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.core.paths import Path, natural_key
 from orbax_nnx_handler.planning.core.recipes import Recipe
 from orbax_nnx_handler.verifying.recording import Array, Call
 from orbax_nnx_handler.verifying.weights import Atom, Atoms, layers_of
@@ -175,6 +175,17 @@ def _chained(wanted: Sequence[Unit], stored: Sequence[Unit]) -> Iterable[tuple[U
     yield wanted[-1], stored[-1], min(len(wanted), len(stored)) == 1
     for one in wanted[:-1]:
         yield from ((one, other, False) for other in stored[:-1])
+
+
+def nearest_modules(module: Path, others: Sequence[Path]) -> list[Path]:
+    """Returns modules from the nearest on: siblings first, then those at the same place of another layer."""
+
+    def apart(other: Path) -> tuple[int, int, object]:
+        common = next((at for at, (a, b) in enumerate(zip(module, other, strict=False)) if a != b), 0)
+        differing = sum(a != b for a, b in zip(module, other, strict=False))
+        return (differing + abs(len(module) - len(other)), -common, natural_key(other))
+
+    return sorted(others, key=apart)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -416,9 +427,13 @@ def changes_more_than_rounding(inputs: Distance, outputs: Distance, calls: int =
 
 
 def same_numbers(reference: Sequence[Array], others: Sequence[Array]) -> bool:
-    """Tells whether the arrays hold the same numbers in another order."""
-    pairs = [(a, b) for a in reference for b in others if _comparable(a, b) and a.size > 1]
-    return any(distance(np.sort(_flat(a)), np.sort(_flat(b)))[0] <= 10 * ROUNDING for a, b in pairs)
+    """Tells whether the arrays, each in its place, hold the same numbers, some of them in another order."""
+    pairs = [*zip(reference, others, strict=False)]
+    if len(reference) != len(others) or not all(itertools.starmap(_comparable, pairs)):
+        return False
+    pairs = [(_flat(a), _flat(b)) for a, b in pairs]
+    moved = [(a, b) for a, b in pairs if distance(a, b)[0] > 10 * ROUNDING]
+    return bool(moved) and all(distance(np.sort(a), np.sort(b))[0] <= 10 * ROUNDING for a, b in moved)
 
 
 def _flat(array: Array) -> Array:

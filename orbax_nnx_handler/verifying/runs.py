@@ -1,9 +1,10 @@
 """Both programs, run on one input from one checkpoint, and every call of paired modules compared."""
 
 import dataclasses
+import itertools
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import flax.errors
@@ -13,6 +14,8 @@ from flax import linen as nn
 from flax import nnx
 
 from orbax_nnx_handler.planning.core.errors import VerificationError
+from orbax_nnx_handler.planning.core.folding import fold_paths
+from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.lines import counted
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import Recipe, reads
@@ -31,8 +34,10 @@ from orbax_nnx_handler.verifying.pairing import (
     compare,
     compare_inputs,
     compare_outputs,
+    distance,
     exceeds,
     pair_modules,
+    same_numbers,
     scanned_axes,
     uses_of,
 )
@@ -85,11 +90,45 @@ class Compared:
         """Whether inputs and outputs agree."""
         return self.gets_the_same and bool(self.found.outputs.compared) and not self.found.differs
 
+    @property
+    def is_reordered_before(self) -> bool:
+        """Whether it is called with the same numbers as Linen's module in another order."""
+        return same_numbers(self.linen.inputs, self.nnx.inputs)
+
+    def order_of_features(self) -> tuple[Shape, tuple[int, ...]] | None:
+        """Returns how the last axis of the input is divided in Linen, and where each part lies in the target.
+
+        Features of several axes that were made one (rows, columns and channels of an image) come in an
+        order of each program's own. None where that is not all that is otherwise.
+        """
+        pairs = [
+            (a, b) for a, b in zip(self.linen.inputs, self.nnx.inputs, strict=False) if a.dtype.kind == "f"
+        ]
+        if not self.is_reordered_before or len(pairs) != 1 or pairs[0][0].shape != pairs[0][1].shape:
+            return None
+        one, other = (array.reshape(-1, *array.shape[-1:]) for array in pairs[0])
+        found, places = dict[bytes, tuple[Shape, tuple[int, ...]]](), np.arange(one.shape[-1])
+        for lengths, order in _orders(one.shape[-1]):
+            turned = np.transpose(places.reshape(lengths), order).reshape(-1)
+            if all(distance(one[:rows, turned], other[:rows])[0] <= TOLERANCE for rows in (1, len(one))):
+                found.setdefault(turned.tobytes(), (lengths, order))
+        return next(iter(found.values())) if len(found) == 1 else None  # Many zeros fit any order.
+
     def encloses(self, inner: "Compared") -> bool:
         """Tells whether the module holds another: of the same layer, where both are scanned."""
         if self.path == inner.path or inner.path[: len(self.path)] != self.path:
             return False
         return self.pair.nnx.layer in (None, inner.pair.nnx.layer)
+
+
+def _orders(size: int) -> Iterator[tuple[Shape, tuple[int, ...]]]:
+    """Yields every way to divide an axis into two or three parts, with every other order of them."""
+    divisors = [length for length in range(2, size // 2 + 1) if size % length == 0]
+    yield from (((outer, size // outer), (1, 0)) for outer in divisors)
+    for outer, inner in itertools.product(divisors, divisors):
+        if size % (outer * inner) == 0 and outer * inner < size:
+            lengths = (outer, inner, size // (outer * inner))
+            yield from ((lengths, order) for order in itertools.permutations(range(3)) if order != (0, 1, 2))
 
 
 def compare_modules(
@@ -191,6 +230,7 @@ class Runs:
         seconds: How long both took.
         programs: Both programs.
         returned: What the NNX program returned.
+        pairs: The modules that hold the same stored elements.
         hidden: Leaves that no call of a module shows.
         linen: What the Linen program did.
     """
@@ -201,6 +241,7 @@ class Runs:
     seconds: float
     programs: Programs
     returned: Any
+    pairs: Sequence[ModulePair]
     hidden: Sequence[Path]
     linen: LinenRun
 
@@ -222,6 +263,26 @@ class Runs:
             weights: By path, what is added to each.
         """
         return _depends(self.programs, self.runner.model, self.returned, weights)
+
+
+def called_otherwise(runs: Runs) -> Iterator[str]:
+    """Yields which modules are not called as often as in Linen, and which drop what Linen does not."""
+    found, linen, nnx = dict[str, list[Path]](), by_path(runs.linen.calls), runs.runner.calls
+    for pair in runs.pairs:
+        theirs, ours = len(uses_of(pair.linen, linen, ())), len(uses_of(pair.nnx, nnx, ()))
+        if ours and theirs and ours != theirs:
+            words = f"called {counted(theirs, 'time')} in Linen and {counted(ours, 'time')} in NNX"
+            found.setdefault(words, []).append(pair.nnx.path)
+    yield from (f"{fold_paths(paths)}: {words}." for words, paths in found.items())
+    on = {call.path for calls in nnx.values() for call in calls if _drops(call, "rate", "deterministic")}
+    if on and not any(_drops(call, "rate") for call in runs.linen.calls):
+        yield f"{fold_paths(on)}: dropout is on (deterministic is False), and in Linen none is."
+
+
+def _drops(call: Call, *settings: str) -> bool:
+    """Tells whether a module has a rate, and returns something else than it is called with."""
+    apart = compare(call.inputs[:1], call.outputs)
+    return {*settings} <= call.settings.keys() and bool(apart.compared) and exceeds(apart, TOLERANCE)
 
 
 def run_both(
@@ -272,6 +333,7 @@ def run_both(
         seconds=seconds,
         programs=programs,
         returned=found,
+        pairs=pairs,
         hidden=hidden,
         linen=linen,
     )

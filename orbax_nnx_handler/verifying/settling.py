@@ -344,6 +344,8 @@ def _words(verification: Verification | None, missing: int) -> str:
         proved = "" if said else "proved by outputs: "
         return f"{proved}both programs return the same within {verification.relative:.1e}{zeros}{said}"
     where = f", first in {verification.first.path}" if verification.first is not None else ""
+    if verification.relative <= verification.tolerance:  # By wrong weights.
+        return f"not proven: {' '.join(verification.remarks)}"
     apart = f"{verification.relative:.1e} apart, tolerance {verification.tolerance:g}"
     way = "" if where else ". Where that is rounding, as in deep models, raise the tolerance"
     return f"not proven: the programs return different values under these rules{zeros} ({apart}){where}{way}"

@@ -11,8 +11,9 @@ import jax
 import numpy as np
 from flax import nnx
 
+from orbax_nnx_handler.planning.core.folding import fold_paths
 from orbax_nnx_handler.planning.core.leaves import Shape
-from orbax_nnx_handler.planning.core.paths import Path, natural_key, render
+from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import (
     Add,
     Concat,
@@ -67,8 +68,8 @@ def alternatives(
     """
     strangers = _strangers(doubtful)
     exchanged = list(_exchanged(doubtful, shapes))
-    likely = [pair for pair in exchanged if strangers.issuperset(pair)]
-    yield from (_exchange(*pair, doubtful) for pair in likely)
+    likely = [pairs for pairs in exchanged if strangers.issuperset(itertools.chain(*pairs))]
+    yield from (_exchange(pairs, doubtful) for pairs in likely)
     undone = {leaf: way for leaf, recipe in doubtful.items() for _, way in _undone(recipe)}
     if len(undone) > 1:
         yield Alternative(words=f"{_names(undone)} are neither scaled nor shifted", recipes=undone)
@@ -79,18 +80,29 @@ def alternatives(
         yield from _parts_of(leaf, recipe, shapes)
     for module, theirs in others.items():
         yield _from_other(module, theirs)
-    yield from (_exchange(*pair, doubtful) for pair in exchanged if pair not in likely)
+    yield from (_exchange(pairs, doubtful) for pairs in exchanged if pairs not in likely)
 
 
-def _exchanged(doubtful: Mapping[Path, Recipe], shapes: Shapes) -> Iterator[tuple[Path, Path]]:
+def _exchanged(doubtful: Mapping[Path, Recipe], shapes: Shapes) -> Iterator[list[tuple[Path, Path]]]:
+    """Yields leaves that may be each other's: those of two names in all layers, then one by one."""
+    alike: dict[object, list[tuple[Path, Path]]] = defaultdict(list)
+    pairs = list[tuple[Path, Path]]()
     for one, other in itertools.combinations(doubtful, 2):
         if shape_of(doubtful[one], shapes) == shape_of(doubtful[other], shapes):
-            yield one, other
+            pairs.append((one, other))
+            numbers = [[key for key in path if isinstance(key, int)] for path in (one, other)]
+            names = [tuple(key for key in path if not isinstance(key, int)) for path in (one, other)]
+            if numbers[0] == numbers[1]:
+                alike[tuple(names)].append((one, other))
+    yield from (group for group in alike.values() if len(group) > 1)
+    yield from ([pair] for pair in pairs)
 
 
-def _exchange(one: Path, other: Path, doubtful: Mapping[Path, Recipe]) -> Alternative:
-    words = f"{render(one)} and {render(other)} are exchanged"
-    return Alternative(words=words, recipes={one: doubtful[other], other: doubtful[one]})
+def _exchange(pairs: Sequence[tuple[Path, Path]], doubtful: Mapping[Path, Recipe]) -> Alternative:
+    ones, others = zip(*pairs, strict=True)
+    words = f"{fold_paths(ones)} and {fold_paths(others)} are exchanged"
+    back = {other: doubtful[one] for one, other in pairs}
+    return Alternative(words=words, recipes={one: doubtful[other] for one, other in pairs} | back)
 
 
 def _strangers(doubtful: Mapping[Path, Recipe]) -> set[Path]:
@@ -275,17 +287,6 @@ def _parts(joint: Concat | Stack, order: Sequence[int]) -> list[Recipe]:
 
 def _in_order(joint: Concat | Stack, order: Sequence[int]) -> Recipe:
     return dataclasses.replace(joint, sources=tuple(_parts(joint, order)))
-
-
-def nearest_modules(module: Path, others: Sequence[Path]) -> list[Path]:
-    """Returns modules from the nearest on: siblings first, then those at the same place of another layer."""
-
-    def apart(other: Path) -> tuple[int, int, object]:
-        common = next((at for at, (a, b) in enumerate(zip(module, other, strict=False)) if a != b), 0)
-        differing = sum(a != b for a, b in zip(module, other, strict=False))
-        return (differing + abs(len(module) - len(other)), -common, natural_key(other))
-
-    return sorted(others, key=apart)
 
 
 @dataclasses.dataclass(kw_only=True)

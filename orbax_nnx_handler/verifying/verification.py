@@ -170,6 +170,7 @@ class FirstDifference:
         weights: The leaves in it that are compared in no module within it.
         after: The last module within it that still returns the same.
         before: The first module within it that is called with something else.
+        is_reordered_before: Whether that are the same numbers in another order.
         proved: What has to be otherwise: with this change alone the module returns what Linen's does.
         changes: The recipes of that change, by wanted path; of one layer, where the module is scanned.
         tried: How many other ways of making its weights were tried.
@@ -182,6 +183,7 @@ class FirstDifference:
     weights: tuple[Restored, ...]
     after: Unit | None = None
     before: Unit | None = None
+    is_reordered_before: bool = False
     proved: str = ""
     changes: Mapping[Path, Recipe] = dataclasses.field(default_factory=dict[Path, Recipe])
     tried: int = 0
@@ -218,10 +220,12 @@ class FirstDifference:
 
     def _place(self) -> str:
         agrees = f"{unit_name(self.after)} still returns the same" if self.after is not None else ""
-        differs = f"{unit_name(self.before)} is called with something else" if self.before is not None else ""
+        called = CALLED_IN_ANOTHER_ORDER if self.is_reordered_before else "is called with something else"
+        differs = f"{unit_name(self.before)} {called}" if self.before is not None else ""
         return f"{', and '.join(part for part in (agrees, differs) if part)}."
 
 
+CALLED_IN_ANOTHER_ORDER = "is called with the same numbers as Linen's in another order"
 _CODE = (
     "if all its weights are right, the code differs: look for another epsilon, activation (gelu exact or by "
     "tanh), mask, scale, residual, dtype, dropout or base of rotary positions."
@@ -239,7 +243,8 @@ class Verification:
     ```
 
     Attributes:
-        equal: Whether the outputs differ by no more than the tolerance.
+        equal: Whether the outputs differ by no more than the tolerance, and no module is proved to have
+            other weights than Linen's: outputs may hardly depend on them.
         relative: The largest difference of two output elements, divided by the larger of the element and the
             mean magnitude of its array.
         absolute: The largest difference itself.
@@ -338,11 +343,14 @@ def _first_to_dict(first: FirstDifference) -> dict[str, Any]:
 
 def _told(first: FirstDifference) -> list[Line]:
     module = first.module
+    apart = f"inputs {_apart(module.inputs.relative)} apart, outputs {_apart(module.outputs.relative)}"
     within = "" if first.place == module.nnx.path else f"{first.path} in "
     lines: list[Line] = [
         f"first difference: {within}{unit_name(module.nnx)}   <- {unit_name(module.linen)}",
-        f"  inputs {_apart(module.inputs.relative)} apart, outputs {_apart(module.outputs.relative)}",
+        f"  {apart}",
     ]
+    if within and not module.nnx.path:
+        lines = [f"first difference: {first.path}", f"  of the whole programs: {apart}"]
     if first.weights:
         title = "its weights" if first.before is first.after is None else "weights in it that no module shows"
         lines += [f"  {title}", *aligned(map(_weight, first.weights), limit=12, indent="    ").splitlines()]

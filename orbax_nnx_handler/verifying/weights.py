@@ -4,7 +4,7 @@ And what each layer of a weight is made from.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -14,6 +14,7 @@ from flax import nnx
 from jax.core import Tracer
 from jax.sharding import Sharding, SingleDeviceSharding
 
+from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path, nested, render, segments
 from orbax_nnx_handler.planning.core.recipes import (
     Add,
@@ -30,6 +31,7 @@ from orbax_nnx_handler.planning.core.recipes import (
     Transpose,
     reads,
     shape_of,
+    simplify,
 )
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement
 from orbax_nnx_handler.planning.restore_plan import RestorePlan
@@ -308,3 +310,21 @@ def layer_of(recipe: Recipe, axis: int, layer: int, shapes: Shapes) -> Recipe:
             return Add(layer_of(source, axis, layer, shapes), constant)
         case _:
             return Index(recipe, axis, layer)
+
+
+def with_features_in_order(
+    recipe: Recipe, axis: int, lengths: Shape, order: Sequence[int], shapes: Shapes
+) -> Recipe:
+    """Returns a recipe with one axis in another order: of features that were made one, as by a flatten.
+
+    Args:
+        recipe: The recipe.
+        axis: The axis of the features.
+        lengths: What it is divided into.
+        order: Which of these parts comes where.
+        shapes: The stored shapes.
+    """
+    shape = shape_of(recipe, shapes)
+    divided = (*shape[:axis], *lengths, *shape[axis + 1 :])
+    turned = [*range(axis), *(axis + at for at in order), *range(axis + len(order), len(divided))]
+    return simplify(Reshape(Transpose(Reshape(recipe, divided), tuple(turned)), shape), shapes)

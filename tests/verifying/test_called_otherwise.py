@@ -1,0 +1,203 @@
+"""Modules that are called with the same numbers in another order, more often, or with dropout on."""
+
+import pathlib
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from orbax_nnx_handler import Transpose, Verification, suggest, verify
+from orbax_nnx_handler.verifying.pairing import Use, same_numbers
+from orbax_nnx_handler.verifying.runs import Compared
+from tests.verifying.test_untold import save
+
+IMAGES = np.random.default_rng(0).normal(size=(4, 6, 6, 3)).astype(np.float32)
+
+
+class LinenImages(nn.Module):
+    times: int = 1
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        x = nn.relu(nn.Conv(4, (3, 3), name="conv")(x))
+        again = nn.Conv(4, (3, 3), name="again")
+        for _ in range(self.times):
+            x = x + nn.tanh(again(x))
+        return nn.Dense(5, name="fc")(nn.max_pool(x, (2, 2), (2, 2)).reshape(len(x), -1))
+
+
+class Images(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs, axes: tuple[int, ...] = (0, 1, 2, 3)):
+        self.conv = nnx.Conv(3, 4, (3, 3), rngs=rngs)
+        self.again = nnx.Conv(4, 4, (3, 3), rngs=rngs)
+        self.fc = nnx.Linear(36, 5, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+        self.axes = axes
+
+    def __call__(self, x: Any) -> Any:
+        x = nnx.relu(self.conv(x))
+        x = x + nnx.tanh(self.again(x))
+        x = nnx.max_pool(x, (2, 2), (2, 2)).transpose(self.axes).reshape(len(x), -1)
+        return self.fc(self.drop(x))
+
+
+def images(path: pathlib.Path, axes: tuple[int, ...] = (0, 1, 2, 3), **changed: Any) -> dict[str, Any]:
+    linen = LinenImages(**changed)
+    return {
+        "path": save(path, linen.init(jax.random.key(1), IMAGES)),
+        "target": nnx.eval_shape(lambda: Images(nnx.Rngs(0), axes)),
+        "linen": linen.apply,
+        "init": lambda: Images(nnx.Rngs(0), axes),
+    }
+
+
+def evaluated(model: Images, x: Any) -> Any:
+    model.eval()
+    return model(x)
+
+
+def verified(given: dict[str, Any], inputs: Any = IMAGES, nnx_apply: Any = evaluated) -> Verification:
+    renames = given.get("renames", ())
+    return verify(
+        given["path"],
+        given["target"],
+        given["linen"],
+        nnx_apply,
+        (inputs,),
+        renames=renames,
+        init=given["init"],
+    )
+
+
+@pytest.mark.parametrize("axes", [(0, 3, 1, 2), (0, 2, 1, 3), (0, 3, 2, 1)])
+def test_features_flattened_in_another_order_are_proved_and_settled(tmp_path: pathlib.Path, axes: Any):
+    given = images(tmp_path / "run", axes)
+    first = verified(given).first
+    assert first is not None
+    assert first.path == "fc"
+    assert first.proved.startswith(
+        "fc is called with the same numbers as Linen's in another order, and kernel"
+    )
+    assert [*first.changes] == [("fc", "kernel")]
+    pair = (given["linen"], evaluated, (IMAGES,))
+    found = suggest(given["path"], given["target"], init=given["init"], verify=pair)
+    assert found.is_proved
+    assert verified(given | {"renames": found.renames}).equal
+
+
+def test_of_several_orders_that_inputs_allow_none_is_told():
+    def order(columns: int) -> Any:
+        inputs = np.zeros((4, 36), np.float32)
+        inputs[:, :columns] = np.random.default_rng(0).normal(size=(4, columns))
+        turned = inputs.reshape(4, 9, 4).transpose(0, 2, 1).reshape(4, 36)
+        nothing: Any = None
+        uses = [Use(call=nothing, inputs=[array], outputs=()) for array in (inputs, turned)]
+        return Compared(found=nothing, pair=nothing, linen=uses[0], nnx=uses[1]).order_of_features()
+
+    assert order(36) == ((9, 4), (1, 0))
+    assert order(2) is None  # (3, 3, 4) from behind is one too.
+
+
+def test_numbers_are_the_same_in_another_order_where_all_outputs_are():
+    one, two = np.arange(6.0), np.arange(3)
+    assert same_numbers([one], [one[::-1]])
+    assert same_numbers([one, two], [one[::-1], two])
+    assert not same_numbers([one, two], [one * 2, two])
+    assert not same_numbers([one, two], [one * 2, two[::-1]])
+    assert not same_numbers([one], [one])
+
+
+def test_how_often_a_module_is_called_is_said(tmp_path: pathlib.Path):
+    found = verified(images(tmp_path / "run", times=3))
+    assert "again: called 3 times in Linen and 1 time in NNX." in found.remarks
+    assert not verified(images(tmp_path / "other")).remarks
+
+
+def test_dropout_that_is_on_is_named(tmp_path: pathlib.Path):
+    def half(model: Images, x: Any) -> Any:
+        model.eval()
+        model.drop.deterministic = False
+        return model(x)
+
+    found = verified(images(tmp_path / "run"), nnx_apply=half)
+    assert "drop: dropout is on (deterministic is False), and in Linen none is." in found.remarks
+
+
+class LinenFlat(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        for at in range(2):
+            x = x + nn.tanh(nn.Dense(8, name=f"mix_{at}")(nn.LayerNorm(name=f"norm_{at}")(x)))
+        return x
+
+
+class Layer(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.norm = nnx.LayerNorm(8, rngs=rngs)
+        self.mix = nnx.Linear(8, 8, rngs=rngs)
+
+    def __call__(self, x: Any) -> Any:
+        return x + nnx.tanh(self.mix(self.norm(x)))
+
+
+class Flat(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.layers = nnx.List([Layer(rngs) for _ in range(2)])
+
+    def __call__(self, x: Any) -> Any:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+RULES = [("norm_{i}", "layers/{i}/norm"), ("mix_{i}", "layers/{i}/mix")]
+
+
+def flat(path: pathlib.Path, *rules: Any, more: float = 0.0) -> Verification:
+    x = np.random.default_rng(1).normal(size=(4, 5, 8)).astype(np.float32)
+    variables = LinenFlat().init(jax.random.key(1), x)
+    random = np.random.default_rng(2)
+
+    def moved(leaf: Any) -> Any:
+        return leaf + random.normal(size=leaf.shape).astype(np.float32)
+
+    def linen(variables: Any, x: Any) -> Any:
+        apply: Any = LinenFlat().apply
+        return apply(variables, x) + more
+
+    def ours(model: Flat, x: Any) -> Any:
+        return model(x) + more
+
+    variables = jax.tree.map(moved, variables)
+    return verify(
+        save(path, variables),
+        nnx.eval_shape(lambda: Flat(nnx.Rngs(0))),
+        linen,
+        ours,
+        (x,),
+        renames=[*rules, *RULES],
+    )
+
+
+def test_weights_exchanged_in_all_layers_are_found(tmp_path: pathlib.Path):
+    found = flat(
+        tmp_path / "run", ("norm_{i}/bias", "layers/{i}/mix/bias"), ("mix_{i}/bias", "layers/{i}/norm/bias")
+    )
+    assert found.first is not None
+    assert found.first.proved == "layers/{0..1}/mix/bias and layers/{0..1}/norm/bias are exchanged"
+    assert str(found).splitlines()[2].startswith("first difference: layers/0/")
+    assert "(root)" not in str(found).splitlines()[2]
+
+
+def test_programs_are_not_equal_where_weights_are_proved_wrong(tmp_path: pathlib.Path):
+    wrong = Transpose("mix_1/kernel", (1, 0))
+    found = flat(tmp_path / "run", wrong, more=1e6)
+    assert not found.equal
+    assert found.relative <= found.tolerance
+    assert found.first is not None
+    assert found.first.proved
+    assert "the outputs are within the tolerance, and the weights of layers/1/mix are wrong." in found.remarks
+    assert flat(tmp_path / "right", more=1e6).equal

@@ -41,7 +41,7 @@ from orbax_nnx_handler.verifying.pairing import (
     scanned_axes,
     uses_of,
 )
-from orbax_nnx_handler.verifying.recording import Call, run_linen, run_nnx
+from orbax_nnx_handler.verifying.recording import Array, Call, run_linen, run_nnx
 from orbax_nnx_handler.verifying.single_module import ModuleRunner
 from orbax_nnx_handler.verifying.verification import ModuleComparison, opened_up, outputs_apart
 from orbax_nnx_handler.verifying.weights import (
@@ -107,9 +107,9 @@ class Compared:
         if not self.is_reordered_before or len(pairs) != 1 or pairs[0][0].shape != pairs[0][1].shape:
             return None
         one, other = (array.reshape(-1, *array.shape[-1:]) for array in pairs[0])
-        found, places = dict[bytes, tuple[Shape, tuple[int, ...]]](), np.arange(one.shape[-1])
+        found, places = dict[bytes, tuple[Shape, tuple[int, ...]]](), _places(one.shape[-1])
         for lengths, order in _orders(one.shape[-1]):
-            turned = np.transpose(places.reshape(lengths), order).reshape(-1)
+            turned = places.reshape(lengths).transpose(order).reshape(-1)
             if all(distance(one[:rows, turned], other[:rows])[0] <= TOLERANCE for rows in (1, len(one))):
                 found.setdefault(turned.tobytes(), (lengths, order))
         return next(iter(found.values())) if len(found) == 1 else None  # Many zeros fit any order.
@@ -119,6 +119,10 @@ class Compared:
         if self.path == inner.path or inner.path[: len(self.path)] != self.path:
             return False
         return self.pair.nnx.layer in (None, inner.pair.nnx.layer)
+
+
+def _places(size: int) -> Array:
+    return np.arange(size)
 
 
 def _orders(size: int) -> Iterator[tuple[Shape, tuple[int, ...]]]:

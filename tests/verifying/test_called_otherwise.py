@@ -165,8 +165,7 @@ def flat(path: pathlib.Path, *rules: Any, more: float = 0.0) -> Verification:
         return leaf + random.normal(size=leaf.shape).astype(np.float32)
 
     def linen(variables: Any, x: Any) -> Any:
-        apply: Any = LinenFlat().apply
-        return apply(variables, x) + more
+        return np.asarray(LinenFlat().apply(variables, x)) + more
 
     def ours(model: Flat, x: Any) -> Any:
         return model(x) + more

@@ -6,13 +6,20 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
 from orbax_nnx_handler import Transpose, Verification, suggest, verify
 from orbax_nnx_handler.verifying.pairing import Use, same_numbers
 from orbax_nnx_handler.verifying.runs import Compared
-from tests.verifying.test_untold import save
+
+
+def save(path: pathlib.Path, variables: Any) -> pathlib.Path:
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path / "checkpoint", variables)
+    return path / "checkpoint"
+
 
 IMAGES = np.random.default_rng(0).normal(size=(4, 6, 6, 3)).astype(np.float32)
 
@@ -162,7 +169,7 @@ def flat(path: pathlib.Path, *rules: Any, more: float = 0.0) -> Verification:
     random = np.random.default_rng(2)
 
     def moved(leaf: Any) -> Any:
-        return leaf + random.normal(size=leaf.shape).astype(np.float32)
+        return np.asarray(leaf + random.normal(size=leaf.shape), np.float32)
 
     def linen(variables: Any, x: Any) -> Any:
         return cast(Any, LinenFlat().apply(variables, x)) + more

@@ -117,6 +117,9 @@ def may_be(fit: Fit, one: NamedPart, other: NamedPart) -> bool:
         left, right = left - {"embed"}, right - {"embed"}  # DETR's `class_embed` is no table.
     # Of a text in diffusers' SD3 and Flux, of an image in Wan.
     left, right = (said - ({"text"} if "added" in said else set[str]()) for said in (left, right))
+    both = _order(one), _order(other)
+    if both[0] != both[1] and (sorted(both[0]) == sorted(both[1]) or "up" in (*both[0], *both[1])):
+        return False  # In one array in another order, or, of a gate and what it gates, perhaps so.
     plain = other if one.fused else one  # What says something else is no fused one.
     if exclude(left, right) or (bool(one.fused) != bool(other.fused) and plain.part.own):
         return False
@@ -126,6 +129,11 @@ def may_be(fit: Fit, one: NamedPart, other: NamedPart) -> bool:
     is_of_keys = any(is_norm and own & {"q", "k", "v"} for own, is_norm in placed)
     back = {(to, at) for at, to in directions(one.part.names) if at != to}
     return not (fit.differs or is_of_keys) and back.isdisjoint(directions(other.part.names))
+
+
+def _order(role: NamedPart) -> tuple[str, ...]:
+    """Returns the parts in one array in their order; of a gate and what it gates, that it holds both."""
+    return role.fused or role.untold or tuple(sorted({"gate", "up"} & role.part.own)[1:])
 
 
 def _ways(wanted: Leaf, stored: Leaf, one: NamedPart, other: NamedPart) -> tuple[Way, ...]:

@@ -65,10 +65,12 @@ class ModulePart:
         names: Its path.
         leaves: Its leaves by what they are: `main` (kernel, scale, embedding), `bias`, `mean`, `var`,
             or a name of their own.
+        unsaid: What its name does not say among those beside it: `V` beside `U` and `W` is no value.
     """
 
     names: Names
     leaves: Mapping[str, Leaf]
+    unsaid: Concepts = frozenset()
 
     @derived
     def levels(self) -> tuple[Level, ...]:
@@ -79,12 +81,13 @@ class ModulePart:
     def own(self) -> Concepts:
         """What its last name says, or that of the norm whose scale and shift it computes."""
         last, above, *_ = (frozenset(meanings(x.base)) for x in (*self.levels[:-3:-1], *[Level("")] * 2))
-        return (above if not last and "norm" in above else last) | self._kind
+        return (above if not last and "norm" in above else last - self.unsaid) | self._kind
 
     @derived
     def said(self) -> Concepts:
         """What all its names say."""
-        return concepts(level.base for level in self.levels) | self._kind
+        above = self.levels[:-1] if self.unsaid else self.levels
+        return concepts(level.base for level in above) | self._kind
 
     @derived
     def _kind(self) -> Concepts:
@@ -147,7 +150,19 @@ def module_parts(leaves: Iterable[Leaf], above: int = 0) -> list[ModulePart]:
         if "main" in around and "bias" not in around and bias.shape == around["main"].shape[1:]:
             around["bias"] = found.pop(names)["bias"]
     modules = {names[:depth] for names in found for depth in range(len(names))}
-    return [ModulePart(_own_place(names, held, modules, above), held) for names, held in found.items()]
+    return [
+        ModulePart(_own_place(names, held, modules, above), held, _unsaid(names, inside[names[:-1]]))
+        for names, held in found.items()
+    ]
+
+
+def _unsaid(names: Names, beside: Iterable[Names]) -> Concepts:
+    """Returns what a letter does not say: of `U`, `V` and `W` none is a value."""
+    if "".join(names[-1:]) not in ("v", "V"):
+        return frozenset()
+    others = {other[-1].lower() for other in beside}
+    is_letter = others >= {"u", "w"} and concepts(others).isdisjoint(("q", "k"))
+    return frozenset("v") if is_letter else frozenset()
 
 
 def _join_letters(found: dict[Names, dict[str, Leaf]]) -> None:

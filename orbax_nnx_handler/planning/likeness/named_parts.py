@@ -115,7 +115,8 @@ class _Context:
             if len(part.own & _QKV) == 1 and not part.is_norm:
                 self._single[part.module] |= part.own
             self._bases[part.module].update(level.base for level in part.levels[-1:])
-            if "main" in part.leaves and not (part.is_norm or part.own & STRONG):
+            is_value = part.own & STRONG == {"v"}  # DBRX's `v1` beside `w1`.
+            if "main" in part.leaves and not (part.is_norm or (part.own & STRONG and not is_value)):
                 self._unknown[part.module, math.prod(part.leaves["main"].shape)].add(part.family[1])
             for names in containers(part):
                 self._held[names] |= part.own
@@ -222,7 +223,8 @@ class _Context:
         if self._untold(part) or (part.is_norm and part.own >= {"k", "v"}):
             return (), ""
         named = [tuple(x for x in meanings(last) if x in group) for group in (_QKV, ("gate", "up"))]
-        return next((roles for roles in named if len(roles) > 1), ()), ""
+        # ERNIE's `up_gate_proj` has the gate first.
+        return next((x for x in named if len(x) > 1 and x != ("up", "gate")), ()), ""
 
     def _untold(self, part: ModulePart) -> tuple[str, ...]:
         last, bias = part.levels[-1].base if part.levels else "", part.leaves.get("bias")
@@ -232,8 +234,8 @@ class _Context:
         # Guided diffusion's, but under `use_new_attention_order`; InternLM2's and CodeGen's.
         is_either = {"qkv": "proj_out", "qkv_proj": "wo"}.get(last) in self._bases[part.module]
         is_either |= last == "qkv_proj" and "fc_in" in itertools.chain(*self._bases.values())
-        is_either |= last not in FUSED and any(name in last.lower() for name in UNTOLD)
-        return ("q", "k", "v") if is_either else ()
+        is_either |= last not in FUSED and UNTOLD.search(last.lower()) is not None
+        return tuple(word for word in meanings(last) if word in _QKV) if is_either else ()
 
     def _computed(self, part: ModulePart) -> tuple[str, ...]:
         """Returns the roles of a layer that Linen numbered in an attention, where sizes allow no others."""
@@ -353,6 +355,7 @@ class _Context:
             # The output of a module beside the block's own, whatever it mixes tokens by, comes before that.
             has_own = any("out" in meanings(*n) for n in self._normed if len(n) == 1)
             return component(("attn",)) if has_own and len(part.levels) > 2 else END
+        side = side or -("embed" in own)  # Bart's `layernorm_embedding` is none at the end.
         return END * side if side else None
 
     def _behind(self, part: ModulePart, place: float) -> float:

@@ -311,8 +311,15 @@ FUSED: Mapping[str, tuple[tuple[str, ...], str]] = {
 }
 """Names of fused parts that do not say their order themselves, and whose convention tells it."""
 
-UNTOLD = ("query_key_value", "wqkv")
-"""Names of arrays that hold query, key and value head by head (NeoX, Bloom), or of others side by side."""
+UNTOLD = re.compile(
+    r"key_?value|wqkv|linear_q?kv|(fused|mixed|packed|grouped|layernorm|combined)_?q?kv|"
+    r"q?kv_?(fused|packed|combined)|kv_b(_proj)?$"
+)
+"""Arrays of queries, keys and values that programs hold head by head or in groups, or side by side.
+
+`query_key_value`: NeoX, Bloom; `linear_qkv`, `mixed_qkv`, `key_value`: Megatron; `wqkv`: InternLM2;
+`kv_b_proj`: DeepSeek; `layernorm_qkv`: Transformer Engine and ESM.
+"""
 
 _OWN_ORDER: Sequence[Names] = (("dense_i",), ("dense_h",), ("norm_out", "linear"))
 """Arrays of several parts in an order of their own: the gates of NNX's cells, diffusers' scale and shift."""

@@ -342,12 +342,10 @@ def _run_within(one: Series, other: Series) -> list[tuple[int, int]]:
 
 
 def _is_reversed(one: Series, other: Series) -> bool:
-    """Tells whether sizes are those of the other side in reverse, of which two, or one going up, are once."""
-    least = 1 if arm(one.base) == arm(other.base) == 1 else 2
-    lone = sum(count == 1 for count in Counter(one.sizes).values())
+    """Tells whether sizes are those of the other side in reverse, and one of them is there once."""
     # The layer that alone holds a table beside is no level of another width.
-    are_levels = 2 * max(one.sizes) > 3 * min(one.sizes)
-    return one.sizes != other.sizes == one.sizes[::-1] and lone >= least and are_levels
+    are_levels = 2 * max(one.sizes) > 3 * min(one.sizes) and 1 in Counter(one.sizes).values()
+    return one.sizes != other.sizes == one.sizes[::-1] and are_levels
 
 
 def is_complete(series: Series) -> bool:
@@ -363,6 +361,10 @@ def are_alike(series: Series) -> bool:
 # Levels on the way up of a U-Net.
 
 _UP = re.compile(r"((?:.*?[/_])??(up[a-z_]*)/?)(\d+)(.*)")
+_DECODER = re.compile(r"((?:.*?/)??(dec(?:oder)?s?(?:[/_][a-z_]+)?)[/_]?)(\d+)(.*)")
+_WITHIN = re.compile(r"((?:.*?/)??([a-z_]+)/?)(\d+)(/(?:up|dec)[a-z_]*(?:[/_]\d+)?/[^/]+/.*)")
+"""Levels on the way up, `up_blocks/0`, or `decoder/levels/0`, or with it in them, `levels/0/up`."""
+
 _Level = tuple[Link, re.Match[str], re.Match[str]]
 
 
@@ -373,9 +375,11 @@ def by_level(links: Sequence[Link]) -> tuple[list[Link], list[list[list[Link]]]]
     """
     groups: dict[tuple[str, str], list[_Level]] = defaultdict(list)
     for link in links:
-        paths = ("/".join(leaf.names).lower() for leaf in (link.target, link.source))
-        one, other = (_UP.fullmatch(path) if "up" in path else None for path in paths)
-        if one and other and link.layers is None and link.joint is None:
+        ends = [_ways_up("/".join(leaf.names).lower()) for leaf in (link.target, link.source)]
+        # An `up` and a decoder may be one; of two decoders that are lists none is known to be a U-Net's.
+        pairs = [(one, other) for (i, one), (j, other) in itertools.product(*ends) if i != j or i == "up"]
+        if pairs and link.layers is None and link.joint is None:
+            one, other = pairs[0]
             groups[one[1], other[1]].append((link, one, other))
     made, several = {id(link): [link] for link in links}, list[list[list[Link]]]()
     for group in groups.values():
@@ -387,6 +391,13 @@ def by_level(links: Sequence[Link]) -> tuple[list[Link], list[list[list[Link]]]]
             made[id(group[0][0])] = found[0] if is_told else []
             several += [] if is_told else [found]
     return [link for each in made.values() for link in each], several
+
+
+def _ways_up(path: str) -> list[tuple[str, re.Match[str]]]:
+    """Returns how a path may lie in a level on the way up of a U-Net, the likeliest first."""
+    found = {"within": _WITHIN, "up": _UP, "decoder": _DECODER} if "up" in path or "dec" in path else {}
+    each = ((kind, pattern.fullmatch(path)) for kind, pattern in found.items())
+    return [(kind, match) for kind, match in each if match is not None][:1]
 
 
 def _read(group: Sequence[_Level], step: int) -> list[Link]:

@@ -564,6 +564,47 @@ def test_a_flat_array_holds_what_is_kept_by_heads_elsewhere_side_by_side_or_head
             np.testing.assert_array_equal(value, source.reshape(value.shape))
 
 
+UNKNOWN = ["linear_qkv", "mixed_qkv", "fused_qkv", "qkv_fused", "linear_kv", "key_value", "kv_b_proj"]
+
+
+@pytest.mark.parametrize("is_stored", [True, False])
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_an_array_that_programs_hold_head_by_head_too_is_a_question(name, is_stored):
+    roles = "qkv" if "q" in name else "kv"
+    single = {f"attn/{role}_proj/kernel": (8, 8) for role in roles}
+    whole = {f"attn/{name}/kernel": (8, 8 * len(roles))}
+    stored, wanted = (whole, single) if is_stored else (single, whole)
+
+    found, values = proposed(filled(stored | {"attn/out/kernel": (8, 8)}), wanted)
+
+    assert values == {}
+    (question,) = found.questions
+    assert question.choices[0] == "side by side"
+    assert set(question.wanted) == set(found.unmatched_wanted)
+
+
+@pytest.mark.parametrize(("one", "other"), [("qkv", "kqv"), ("c_attn", "qvk"), ("kv", "vk")])
+def test_an_array_is_none_that_by_its_name_holds_its_parts_in_another_order(one, other):
+    stored = filled({f"attn/{one}/kernel": (8, 24), "attn/out/kernel": (8, 8)})
+
+    _, values = proposed(stored, {f"attn/{other}/kernel": (8, 24), "attn/o_proj/kernel": (8, 8)})
+
+    check(values, {"attn/o_proj/kernel": stored["attn/out/kernel"]})
+
+
+@pytest.mark.parametrize("names", [("gate_proj", "up_proj"), ("up_gate_proj",)])
+@pytest.mark.parametrize("whole", ["up_gate_proj", "w12", "gate_up_proj"])
+def test_ernies_up_gate_proj_may_hold_either_first(names, whole):
+    stored = filled(
+        {f"mlp/{name}/kernel": (8, 32 // len(names)) for name in names} | {"mlp/down_proj/kernel": (16, 8)}
+    )
+
+    _, values = proposed(stored, {f"mlp/{whole}/kernel": (8, 32), "mlp/down/kernel": (16, 8)})
+
+    is_told = names == (whole,) or (len(names) == 2 and whole == "gate_up_proj")
+    assert set(values) == {"mlp/down/kernel"} | ({f"mlp/{whole}/kernel"} if is_told else set())
+
+
 def test_guided_diffusions_qkv_is_a_question_where_heads_are_kept_apart():
     stored = filled({"attn/qkv/kernel": (8, 24), "attn/proj_out/kernel": (8, 8)})
     expected = {f"attn/to_{part}/kernel": (8, 2, 4) for part in "qkv"} | {"attn/to_out/kernel": (2, 4, 8)}

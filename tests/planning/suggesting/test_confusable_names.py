@@ -310,6 +310,33 @@ def test_pairs_that_share_a_part_by_way_of_others_are_one_group():
     assert components(pairs) == [pairs]
 
 
+def test_v_beside_u_and_w_is_no_value():
+    stored = filled({f"attention/{name}/kernel": (8, 8) for name in "UVW"})
+    wanted = {f"attn/{name}_w/kernel": (8, 8) for name in ("query", "key", "value")}
+
+    found, values = proposed(stored, wanted)
+
+    assert values == {}
+    assert len(found.questions) == 1
+
+
+def test_v1_beside_w1_may_be_the_gate_or_what_it_gates():
+    stored = filled({"ffn/w1/kernel": (8, 16), "ffn/v1/kernel": (8, 16), "ffn/w2/kernel": (16, 8)})
+    wanted = {"mlp/gate/kernel": (8, 16), "mlp/up/kernel": (8, 16), "mlp/down/kernel": (16, 8)}
+
+    _, values = proposed(stored, wanted)
+
+    assert {"mlp/gate/kernel", "mlp/up/kernel"}.isdisjoint(values)
+
+
+def test_a_norm_of_embeddings_is_none_at_the_end():
+    stored = filled({"decoder/layernorm_embedding/scale": (8,), "decoder/fc/kernel": (8, 16)})
+
+    _, values = proposed(stored, {"decoder/final_norm/scale": (8,), "decoder/fc/kernel": (8, 16)})
+
+    check(values, {"decoder/fc/kernel": stored["decoder/fc/kernel"]})
+
+
 def test_no_question_and_no_answer_is_empty():
     layer = {
         "mlp/0": "filter_net/fc1",

@@ -296,3 +296,22 @@ def test_levels_of_one_size_on_the_way_up_are_told_by_what_they_hold_or_asked_ab
     told = {path for path in expected if upsampled or not path.startswith("up")}
     check(values, {path: stored[name] for path, (name, _) in expected.items() if path in told})
     assert [len(question.choices) for question in found.questions] == ([] if upsampled else [2])
+
+
+@pytest.mark.parametrize("widths", [(8, 8, 8), (4, 8, 8), (4, 8, 16)], ids=str)
+@pytest.mark.parametrize(
+    ("stored_as", "called"),
+    [("up_blocks_{}", "levels/{}/up"), ("up_blocks_{}", "decoder/levels/{}"), ("dec_{}", "levels/{}/up")],
+)
+def test_levels_that_hold_their_way_up_count_from_either_end(stored_as, called, widths):
+    expected = {
+        f"{called.format(level)}/res/{at}/kernel": (f"{stored_as.format(2 - level)}/res_{at}/kernel", width)
+        for (level, width), at in itertools.product(enumerate(widths), range(2))
+    }
+    stored = filled({name: (3, 3, width, width) for name, width in expected.values()})
+
+    found, values = proposed(stored, {path: (3, 3, width, width) for path, (_, width) in expected.items()})
+
+    is_told = len({*widths}) > 1
+    assert [len(question.choices) for question in found.questions] == ([] if is_told else [2])
+    check(values, {path: stored[name] for path, (name, _) in expected.items() if is_told})

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from orbax_nnx_handler.planning.core.paths import Level
+from orbax_nnx_handler.planning.core.paths import Level, is_count
 
 Names = tuple[str, ...]
 
@@ -263,7 +263,9 @@ def same_number(one: Level, held: tuple[int, ...], other: Level, others: tuple[i
     """Tells whether two levels have one number among those of their siblings; None where nothing tells."""
     in_turns = len(held) == len(others) and {one.style, other.style} == {"_", "/"}  # Of layers and functions.
     in_turns |= len(held) != len(others)  # Its sibling has another name.
-    if (held[0] == others[0] and not in_turns) or (one.base, one.style) == (other.base, other.style):
+    is_shifted = len(held) == len(others) > 1 and held != others and is_count(held) and is_count(others)
+    are_called_so = (one.base, one.style) == (other.base, other.style) and not is_shifted  # From 0, from 1.
+    if (held[0] == others[0] and not in_turns) or are_called_so:
         return one.number == other.number
     if len(held) == len(others) and one.number is not None and other.number is not None:
         # A lone `norm2` is no first one, whatever its sibling is called.

@@ -237,9 +237,10 @@ def _in_sequence(series: Series, found: Mapping[Names, list[Leaf]], arms: int) -
     if len(found) != len(series.sizes) or len({said_of(series) & concepts(names) for names in found}) > 1:
         return []
     bases = {names: tuple(level.base.translate(_UNCOUNTED) for level in levels(names)) for names in found}
-    counts = {at: [int(word) for word in words("/".join(at)) if word.isdecimal()] for at in found}
-    ordered = sorted(found, key=lambda at: (arm(bases[at]), counts[at]))
+    places = {at: (arm(base), _counts("/".join(at), arm(base))) for at, base in bases.items()}
+    ordered = sorted(found, key=lambda at: places[at])
     is_told = len({*map(arm, bases.values())}) >= max(len({*bases.values()}), arms)
+    is_told = is_told and len({*places.values()}) == len(places)
     if not is_told or [sizes_of(found[names]) for names in ordered] != series.sizes:
         return []
     spelled = {words("/".join(names)): number for number, names in zip(series.numbers, ordered, strict=True)}
@@ -253,6 +254,12 @@ def _in_sequence(series: Series, found: Mapping[Names, list[Leaf]], arms: int) -
         (alone(series.place(number), series.members[number], 0), alone(names, found[names], 1))
         for number, names in zip(series.numbers, ordered, strict=True)
     ]
+
+
+def _counts(path: str, way: int) -> tuple[int, ...]:
+    """Returns what a path counts; images, `16x16`, are smaller down a U-Net's way and larger up again."""
+    counted = (re.fullmatch(r"(\d+)(x\1)?", word) for word in words(path))
+    return tuple(int(match[1]) * (way if match[2] else 1) for match in counted if match)
 
 
 def have_equal_layers(one: Series, other: Series) -> bool:
@@ -318,7 +325,8 @@ def same_layers(one: Series, other: Series) -> list[tuple[int, int]]:
     alike = one.numbers[0] == other.numbers[0] or one.base[-1] == other.base[-1]
     # Layers of one kind in a list are another list's, one by one.
     in_turn = one.is_kind != other.is_kind or (
-        one.sizes == other.sizes and len({*one.sizes}) == len(one.sizes)
+        one.sizes == other.sizes
+        and (len({*one.sizes}) == len(one.sizes) or all(map(is_complete, (one, other))))
     )
     if alike and not in_turn and len(both) * 2 > max(len(one.members), len(other.members)):
         return _run_within(one, other) or [(number, number) for number in both]
@@ -361,9 +369,12 @@ def are_alike(series: Series) -> bool:
 # Levels on the way up of a U-Net.
 
 _UP = re.compile(r"((?:.*?[/_])??(up[a-z_]*)/?)(\d+)(.*)")
-_DECODER = re.compile(r"((?:.*?/)??(dec(?:oder)?s?(?:[/_][a-z_]+)?)[/_]?)(\d+)(.*)")
-_WITHIN = re.compile(r"((?:.*?/)??([a-z_]+)/?)(\d+)(/(?:up|dec)[a-z_]*(?:[/_]\d+)?/[^/]+/.*)")
-"""Levels on the way up, `up_blocks/0`, or `decoder/levels/0`, or with it in them, `levels/0/up`."""
+_WAYS_UP = (
+    re.compile(r"((?:.*?/)??([a-z_]+)/?)(\d+)(/(?:up|dec)[a-z_]*(?:[/_]\d+)?/[^/]+/.*)"),
+    _UP,
+    re.compile(r"((?:.*?/)??(dec(?:oder)?s?(?:[/_][a-z_]+)?)[/_]?)(\d+)(.*)"),
+)
+"""A level that holds its way up, `levels/0/up`; one of these, `up_blocks/0`; one of a decoder."""
 
 _Level = tuple[Link, re.Match[str], re.Match[str]]
 
@@ -375,15 +386,16 @@ def by_level(links: Sequence[Link]) -> tuple[list[Link], list[list[list[Link]]]]
     """
     groups: dict[tuple[str, str], list[_Level]] = defaultdict(list)
     for link in links:
-        ends = [_ways_up("/".join(leaf.names).lower()) for leaf in (link.target, link.source)]
-        # An `up` and a decoder may be one; of two decoders that are lists none is known to be a U-Net's.
-        pairs = [(one, other) for (i, one), (j, other) in itertools.product(*ends) if i != j or i == "up"]
-        if pairs and link.layers is None and link.joint is None:
-            one, other = pairs[0]
+        one, other = (_way_up("/".join(leaf.names).lower()) for leaf in (link.target, link.source))
+        # Of two decoders none is known to be a U-Net's.
+        is_known = one and other and (one.re is not other.re or one.re is _UP)
+        if one and other and is_known and link.layers is None and link.joint is None:
             groups[one[1], other[1]].append((link, one, other))
     made, several = {id(link): [link] for link in links}, list[list[list[Link]]]()
     for group in groups.values():
-        found = [reading for step in (1, -1) if (reading := _read(group, step))]
+        is_image = any(len(link.source.shape) > 3 for link, *_ in group)
+        is_told = is_image or all(match.re is _UP for _, *ends in group for match in ends)
+        found = [reading for step in (1, -1) if is_told and (reading := _read(group, step))]
         names = {match[2].replace("_", "") for _, *ends in group for match in ends}
         if found:
             made |= {id(link): [] for link, *_ in group}
@@ -393,11 +405,10 @@ def by_level(links: Sequence[Link]) -> tuple[list[Link], list[list[list[Link]]]]
     return [link for each in made.values() for link in each], several
 
 
-def _ways_up(path: str) -> list[tuple[str, re.Match[str]]]:
-    """Returns how a path may lie in a level on the way up of a U-Net, the likeliest first."""
-    found = {"within": _WITHIN, "up": _UP, "decoder": _DECODER} if "up" in path or "dec" in path else {}
-    each = ((kind, pattern.fullmatch(path)) for kind, pattern in found.items())
-    return [(kind, match) for kind, match in each if match is not None][:1]
+def _way_up(path: str) -> re.Match[str] | None:
+    """Returns how a path may lie in a level on the way up of a U-Net."""
+    found = (each.fullmatch(path) for each in _WAYS_UP) if "up" in path or "dec" in path else ()
+    return next(filter(None, found), None)
 
 
 def _read(group: Sequence[_Level], step: int) -> list[Link]:

@@ -315,3 +315,34 @@ def test_levels_that_hold_their_way_up_count_from_either_end(stored_as, called, 
     is_told = len({*widths}) > 1
     assert [len(question.choices) for question in found.questions] == ([] if is_told else [2])
     check(values, {path: stored[name] for path, (name, _) in expected.items() if is_told})
+
+
+def test_levels_called_by_the_size_of_their_images_go_down_and_up_again():
+    block = {"norm": (8,), "conv": (3, 3, 8, 8)}
+    expected = {
+        f"{arm}/{level}/res/0/{name}/kernel": (f"{of}_{size}x{size}_block0/{name}/kernel", shape)
+        for arm, of, sizes in (("down", "enc", (16, 8)), ("up", "dec", (8, 16)))
+        for level, size in enumerate(sizes)
+        for name, shape in block.items()
+    }
+    stored = filled(dict(expected.values()))
+
+    _, values = proposed(stored, {path: shape for path, (_, shape) in expected.items()})
+
+    check(values, {path: stored[name] for path, (name, _) in expected.items()})
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+@pytest.mark.parametrize(("first", "begin"), [(0, 1), (1, 0)])
+@pytest.mark.parametrize("below", [("conv1/kernel", "conv2/kernel"), ("kernel",)])
+def test_of_lists_of_one_name_one_may_count_from_0_and_the_other_from_1(below, first, begin, count):
+    expected = {
+        f"net/layer{at + begin}/{name}": f"backbone/layer{at + first}/{name}"
+        for at in range(count)
+        for name in below
+    }
+    stored = filled(dict.fromkeys(expected.values(), (3, 3, 8, 8)))
+
+    _, values = proposed(stored, dict.fromkeys(expected, (3, 3, 8, 8)))
+
+    check(values, {path: stored[name] for path, name in expected.items()})

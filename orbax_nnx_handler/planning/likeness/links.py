@@ -228,7 +228,7 @@ def _chosen(
         # Where image axes come last, outputs come first: that is PyTorch's convention for both.
         return next((way for way in ways if way.turned), None)
     # A matrix keeps its own name on both sides; `weight` and `w` may be PyTorch's.
-    if leaf.names[-1] == link.target.names[-1] not in PYTORCHS and not _are_squares(leaf):
+    if _last_name(leaf.names) == _last_name(link.target.names) not in PYTORCHS and not _are_squares(leaf):
         return next((way for way in ways if not way.turned), None)
     return None
 
@@ -247,6 +247,11 @@ def _are_squares(leaf: Leaf) -> bool:
     return is_stack and "conv" not in concepts(leaf.names)
 
 
+def _last_name(names: Names) -> str:
+    """Returns what a parameter is called; in a list, `weights/0`, as the list."""
+    return next((name for name in reversed(names) if not name.isdecimal()), names[-1])
+
+
 def _axes(leaf: Leaf) -> int:
     return sum(length != 1 for length in leaf.shape)
 
@@ -258,7 +263,7 @@ def _keys(link: Link, leaf: Leaf) -> Iterable[tuple[object, ...]]:
     ranks = _axes(leaf) - (is_new and link.is_split), _axes(link.target) - (is_new and not link.is_split)
     seat = max(link.levels[-1][0] + 1 if link.levels else 0, len(link.layers.stored) if link.layers else 0)
     bases, block = (tuple(level.base for level in levels(names)) for names in (leaf.names, leaf.names[:seat]))
-    named = tuple(map(parameter_of, (leaf.names[-1], link.target.names[-1])))
+    named = tuple(parameter_of(_last_name(names)) for names in (leaf.names, link.target.names))
     for rank in dict.fromkeys((ranks[0], min(ranks))):
         if not _QKV.isdisjoint(concepts(bases[-2:-1])):
             yield "qkv", bases[:-2], named, rank  # What leads out of an attention is no evidence.

@@ -20,6 +20,7 @@ from orbax_nnx_handler.planning.core.leaves import (
 from orbax_nnx_handler.planning.core.paths import Level, Path, levels
 from orbax_nnx_handler.planning.likeness.shapes import is_vector, ways
 from orbax_nnx_handler.planning.likeness.vocabulary import (
+    PARAMETER,
     Concepts,
     Names,
     concepts,
@@ -139,6 +140,7 @@ def module_parts(leaves: Iterable[Leaf], above: int = 0) -> list[ModulePart]:
             names, kind = leaf.names[above:], "main"  # Two spellings of one thing: each by itself.
         found[names][kind] = leaf
     _join_letters(found)
+    _join_lists(found)
     _sort_biases(found)
     inside: dict[Names, list[Names]] = defaultdict(list)
     for names in found:
@@ -185,6 +187,21 @@ def _join_letters(found: dict[Names, dict[str, Leaf]]) -> None:
         if len(shapes) == 2 and shapes[0][-len(shapes[1]) :] == shapes[1] and is_free:
             main, other = (found.pop((*above, at))["main"] for at in (name, bias))
             found[*above, part] = {"main": main, "bias": other}
+
+
+def _join_lists(found: dict[Names, dict[str, Leaf]]) -> None:
+    """Makes `weights/0` and `biases/0` one part with a bias."""
+    lists: dict[Names, dict[str, Names]] = defaultdict(dict)
+    for *above, last, number in (names for names in found if len(names) > 1 and names[-1].isdecimal()):
+        kind = "bias" if last == "biases" else PARAMETER.get(last.lower())
+        if kind in ("main", "bias") and found[*above, last, number].keys() == {"main"}:
+            lists[*above, number][kind] = (*above, last, number)
+    for part, held in lists.items():
+        if len(held) > 1 and part not in found:
+            main, bias = (found[held[kind]]["main"] for kind in ("main", "bias"))
+            if bias.shape in (main.shape[-1:], main.shape[:1]):
+                del found[held["main"]], found[held["bias"]]
+                found[part] = {"main": main, "bias": bias}
 
 
 def _sort_biases(found: dict[Names, dict[str, Leaf]]) -> None:

@@ -211,12 +211,12 @@ class _Context:
 
     def _fused(self, part: ModulePart) -> tuple[tuple[str, ...], str]:
         last = part.levels[-1].base if part.levels else ""
-        known = FUSED.get(last)
+        known = FUSED.get("".join(part.names[-1:]))
         # The `in_proj` of a quantizer or of a state space model is none of an attention.
         is_one = (
             last != "in_proj" or (self._has_attention and "mlp" not in part.said) or "attn" in self._above
         )
-        if known is not None and part.levels[-1].number is None and is_one:
+        if known is not None and is_one:
             # GPT-2's cross attention has its queries beside `c_attn`.
             return tuple(role for role in known[0] if role not in self._single[part.module]), known[1]
         # A norm of keys and values is one of what both are made of.

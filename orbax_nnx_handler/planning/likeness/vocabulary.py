@@ -310,6 +310,8 @@ FUSED: Mapping[str, tuple[tuple[str, ...], str]] = {
     "in_proj": (("q", "k", "v"), "PyTorch's attention"),
     "c_attn": (("q", "k", "v"), "GPT-2"),
     "Wqkv": (("q", "k", "v"), "FlashAttention's modules"),
+    "w12": (("gate", "up"), "DINOv2 and TIPS"),
+    "w13": (("gate", "up"), "vLLM"),
 }
 """Names of fused parts that do not say their order themselves, and whose convention tells it."""
 

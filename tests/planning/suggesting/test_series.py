@@ -318,12 +318,11 @@ def test_levels_that_hold_their_way_up_count_from_either_end(stored_as, called, 
 
 
 def test_levels_called_by_the_size_of_their_images_go_down_and_up_again():
-    block = {"norm": (8,), "conv": (3, 3, 8, 8)}
     expected = {
-        f"{arm}/{level}/res/0/{name}/kernel": (f"{of}_{size}x{size}_block0/{name}/kernel", shape)
-        for arm, of, sizes in (("down", "enc", (16, 8)), ("up", "dec", (8, 16)))
+        f"{arm}/{level}/res/0/{name}": (f"{of}_{size}x{size}_block0/{name}", (3, 3, width, 8)[-rank:])
+        for arm, of, sizes, width in (("down", "enc", (16, 8), 8), ("up", "dec", (8, 16), 16))
         for level, size in enumerate(sizes)
-        for name, shape in block.items()
+        for name, rank in (("conv0/kernel", 4), ("norm1/scale", 1), ("conv1/kernel", 4))
     }
     stored = filled(dict(expected.values()))
 

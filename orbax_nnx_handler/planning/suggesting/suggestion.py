@@ -412,17 +412,17 @@ def _way_in_words(link: Link, *, with_order: bool) -> str:
 
 
 def _pairs_in_words(readings: Sequence[Sequence[Link]]) -> tuple[str, ...]:
-    """Returns a few pairs of parts of each reading: those by which the readings differ."""
+    """Returns a few pairs of parts of each reading: the first ones by which most readings differ."""
     pairs = [{_part(link.target): _part(link.source) for link in reading} for reading in readings]
     shown = list[str]()
     while len(shown) < _SHOWN or len({_of(shown, each) for each in pairs}) < len(pairs):
         left = [part for part in dict.fromkeys(part for each in pairs for part in each) if part not in shown]
-        # What tells the most readings apart, and of those the first.
         if not left:
             break
         shown.append(max(left, key=lambda part: len({_of([*shown, part], each) for each in pairs})))
     named = ([part for part in each if part in shown] or list(each)[:1] for each in pairs)
-    return tuple(", ".join(f"{x[at]} -> {at}" for at in parts) for x, parts in zip(pairs, named, strict=True))
+    said = ((each, [f"{each[at]} -> {at}" for at in parts]) for each, parts in zip(pairs, named, strict=True))
+    return tuple(", ".join([*parts, *["..."][: len(each) > len(parts)]]) for each, parts in said)
 
 
 def _of(parts: Iterable[str], pairs: Mapping[str, str]) -> tuple[str | None, ...]:

@@ -414,3 +414,21 @@ def test_a_bias_beside_its_kernel_is_called_by_a_letter_and_the_layers_name(name
     _, values = proposed(stored, dict(zip(names.split(), shapes, strict=True)))
 
     check(values, {name: stored[aim] for name, aim in zip(names.split(), aims, strict=True)})
+
+
+@pytest.mark.parametrize("is_turned", [False, True])
+@pytest.mark.parametrize("lists", [("weights/{}", "biases/{}"), ("W/{}", "b/{}")], ids=str)
+def test_a_list_of_weights_and_one_of_biases_are_layers(lists, is_turned):
+    sizes = [5, 16, 16, 16, 3]
+    pairs = {
+        f"layers_{at}/{name}": (each.format(at), sizes[at : at + 2][-rank:])
+        for at in range(len(sizes) - 1)
+        for name, each, rank in zip(("kernel", "bias"), lists, (2, 1), strict=True)
+    }
+    expected = pairs if not is_turned else {name: (path, shape) for path, (name, shape) in pairs.items()}
+    stored = filled({name: tuple(shape) for name, shape in expected.values()})
+
+    found, values = proposed(stored, {path: tuple(shape) for path, (_, shape) in expected.items()})
+
+    assert not found.questions
+    check(values, {path: stored[name] for path, (name, _) in expected.items()})

@@ -266,10 +266,12 @@ def gated(wholes: list[NamedPart], singles: list[NamedPart], split: bool) -> Ite
     sized: dict[int, list[NamedPart]] = defaultdict(list)
     for whole in wholes if modules else ():
         sized[whole.part.main_size].append(whole)
+    apart = {(word, whole.part.main_size) for whole in wholes for word in {"gate", "up"} & whole.said}
     for parts in modules.values():
         roles = [{"gate", "up"} & part.said for part in parts]
-        if sorted(map(sorted, roles)) != [["gate"], ["up"]]:
-            continue
+        here = {(word, part.part.main_size) for part in parts for word in {"gate", "up"} & part.said}
+        if sorted(map(sorted, roles)) != [["gate"], ["up"]] or here <= apart:
+            continue  # What both sides keep apart lies in no array.
         gate_first = sorted(parts, key=lambda part: "up" in part.said)
         near = sized[sum(part.part.main_size for part in parts)]
         held = [(whole, _gate_orders(whole, gate_first, split)) for whole in near if not whole.fused]

@@ -317,7 +317,7 @@ FUSED: Mapping[str, tuple[tuple[str, ...], str]] = {
 
 UNTOLD = re.compile(
     r"key_?value|wqkv|linear_q?kv|(fused|mixed|packed|grouped|layernorm|combined)_?q?kv|"
-    r"q?kv_?(fused|packed|combined)|kv_b(_proj)?$"
+    r"q?kv_?(fused|packed|combined)|kv_(b|up)(_proj)?$"
 )
 """Arrays of queries, keys and values that programs hold head by head or in groups, or side by side.
 

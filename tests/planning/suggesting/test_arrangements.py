@@ -605,6 +605,18 @@ def test_ernies_up_gate_proj_may_hold_either_first(names, whole):
     assert set(values) == {"mlp/down/kernel"} | ({f"mlp/{whole}/kernel"} if is_told else set())
 
 
+def test_a_gate_that_both_sides_keep_apart_is_in_no_array_of_the_same_size():
+    names = {"mlp/gate_proj": "ffn/gate", "mlp/up_proj": "ffn/up", "delta/in_proj": "mixer/proj"}
+    stored = filled({f"{name}/kernel": (8, 64 if "delta" in name else 32) for name in names})
+
+    found, values = proposed(
+        stored, {f"{aim}/kernel": stored[f"{name}/kernel"].shape for name, aim in names.items()}
+    )
+
+    assert not found.questions
+    check(values, {f"{aim}/kernel": stored[f"{name}/kernel"] for name, aim in names.items()})
+
+
 def test_guided_diffusions_qkv_is_a_question_where_heads_are_kept_apart():
     stored = filled({"attn/qkv/kernel": (8, 24), "attn/proj_out/kernel": (8, 8)})
     expected = {f"attn/to_{part}/kernel": (8, 2, 4) for part in "qkv"} | {"attn/to_out/kernel": (2, 4, 8)}

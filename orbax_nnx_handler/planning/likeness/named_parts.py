@@ -115,7 +115,7 @@ class _Context:
             if len(part.own & _QKV) == 1 and not part.is_norm:
                 self._single[part.module] |= part.own
             self._bases[part.module].update(level.base for level in part.levels[-1:])
-            is_value = part.own & STRONG == {"v"}  # DBRX's `v1` beside `w1`.
+            is_value = part.own & STRONG == frozenset("v")  # DBRX's `v1` beside `w1`.
             if "main" in part.leaves and not (part.is_norm or (part.own & STRONG and not is_value)):
                 self._unknown[part.module, math.prod(part.leaves["main"].shape)].add(part.family[1])
             for names in containers(part):

@@ -21,7 +21,7 @@ from orbax_nnx_handler.planning.likeness.module_parts import (
     stacks_in,
 )
 from orbax_nnx_handler.planning.likeness.shapes import without_axis
-from orbax_nnx_handler.planning.likeness.vocabulary import RESTS, Names
+from orbax_nnx_handler.planning.likeness.vocabulary import Names
 from orbax_nnx_handler.planning.suggesting.matching_parts import Known, match_parts
 from orbax_nnx_handler.planning.suggesting.series import (
     Pairs,
@@ -30,17 +30,23 @@ from orbax_nnx_handler.planning.suggesting.series import (
     are_alike,
     have_equal_layers,
     in_sequence,
-    is_complete,
     kinds_of,
     lists_within,
     paired_series,
-    said_of,
     same_layers,
     series_of,
     sizes_of,
     with_inner,
+    without_rest,
 )
-from orbax_nnx_handler.planning.suggesting.stacks import Share, shared_in, shares_of, stack_of
+from orbax_nnx_handler.planning.suggesting.stacks import (
+    Share,
+    in_stacks,
+    shared_in,
+    shares_of,
+    stack_of,
+    stacked_twice,
+)
 from orbax_nnx_handler.planning.target.roles import creation_place
 
 
@@ -83,6 +89,7 @@ class _Matching:
         self._possible: dict[object, Any] = {}
 
     def result(self) -> Findings:
+        self._match_stacked_twice()
         self._match_in_sequence(arms=2)
         self._match_within(self._left())
         self._match(self._paired())
@@ -106,6 +113,17 @@ class _Matching:
         stored = [leaf for leaf in self._free(1) if id(leaf) not in unlike]
         self._found.add(_match_rest(self._free(0), stored, self._context))
         return self._found
+
+    def _match_stacked_twice(self) -> None:
+        """Matches modules that both sides keep stacked by one of their layers, where arrays differ."""
+        for one, other in () if any(self._context.above) else stacked_twice(self._free(0), self._free(1)):
+            above = len(one.names), len(other.names)
+            inner = dataclasses.replace(self._context, wanted=one.layer, stored=other.layer, above=above)
+            found = in_stacks(match_context(inner), one, other)
+            linked = {leaf.names for link in found.links for leaf in link.wanted} if found else set[Names]()
+            if found and 2 * len(linked) > len(one.leaves):
+                self._found.add(found)
+                self._take((*one.leaves, *other.leaves))
 
     def _left(self) -> list[list[Series]]:
         return [[one for one in side if not self._is_taken(one)] for side in self._groups]
@@ -233,7 +251,7 @@ class _Matching:
     def _match_stacks(self) -> None:
         """Matches groups with stacks of the other side; a remainder that lies apart after that."""
         ours, theirs = self._left()
-        rests = [(one, _without_rest(one, theirs)) for one in ours]
+        rests = [(one, without_rest(one, theirs)) for one in ours]
         groups = with_inner(one if rest is None else rest[0] for one, rest in rests), with_inner(theirs)
         rest: set[int] = set()  # Of a stack: another group may hold it.
         for least in (2, 1):
@@ -267,20 +285,6 @@ class _Matching:
             self._take(share[0].leaves if links else ())
             self._found.add(matched)
         return rest
-
-
-def _without_rest(series: Series, others: Iterable[Series]) -> tuple[Series, Pairs] | None:
-    """Returns a group without its last layers, and these with a group named so: the remainder."""
-    found = [other for other in others if said_of(other) & RESTS and have_equal_layers(series, other)]
-    if len(found) != 1 or len(found[0].members) >= len(series.members) or not is_complete(found[0]):
-        return None
-    other, numbers, first = found[0], series.numbers, len(series.numbers) - len(found[0].numbers)
-    members = {number: series.members[number] for number in numbers[:first]}
-    pairs = [
-        (alone(series.place(at), series.members[at], 0), alone(other.place(to), other.members[to], 1))
-        for at, to in zip(numbers[first:], other.numbers, strict=True)
-    ]
-    return dataclasses.replace(series, members=members), pairs
 
 
 def _by_names(links: Iterable[Link]) -> list[Link]:

@@ -20,6 +20,7 @@ from orbax_nnx_handler.planning.likeness.links import Link
 from orbax_nnx_handler.planning.likeness.module_parts import BySize, Leaf, module_parts, of_sizes
 from orbax_nnx_handler.planning.likeness.vocabulary import (
     MARGIN,
+    RESTS,
     SINGLE,
     Names,
     arm,
@@ -260,6 +261,20 @@ def _counts(path: str, way: int) -> tuple[int, ...]:
     """Returns what a path counts; images, `16x16`, are smaller down a U-Net's way and larger up again."""
     counted = (re.fullmatch(r"(\d+)(x\1)?", word) for word in words(path))
     return tuple(int(match[1]) * (way if match[2] else 1) for match in counted if match)
+
+
+def without_rest(series: Series, others: Iterable[Series]) -> tuple[Series, Pairs] | None:
+    """Returns a group without its last layers, and these with a group named so: the remainder."""
+    found = [other for other in others if said_of(other) & RESTS and have_equal_layers(series, other)]
+    if len(found) != 1 or len(found[0].members) >= len(series.members) or not is_complete(found[0]):
+        return None
+    other, numbers, first = found[0], series.numbers, len(series.numbers) - len(found[0].numbers)
+    members = {number: series.members[number] for number in numbers[:first]}
+    pairs = [
+        (alone(series.place(at), series.members[at], 0), alone(other.place(to), other.members[to], 1))
+        for at, to in zip(numbers[first:], other.numbers, strict=True)
+    ]
+    return dataclasses.replace(series, members=members), pairs
 
 
 def have_equal_layers(one: Series, other: Series) -> bool:

@@ -1,13 +1,20 @@
-"""Stacks: what of the other side holds the layers of a group along an axis, or every second, third, …."""
+"""Stacks: what of the other side holds the layers of a group along an axis, or every second, third, ….
+
+Last, modules that both sides keep stacked: one layer tells how each array of all of them is made.
+"""
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.leaves import Shape, order_after, with_fields
 from orbax_nnx_handler.planning.core.paths import levels
+from orbax_nnx_handler.planning.likeness.assignment import best_pairs
+from orbax_nnx_handler.planning.likeness.links import Findings, Link, settle_turns
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, Stacks, depth_of
-from orbax_nnx_handler.planning.likeness.shapes import without_axis
+from orbax_nnx_handler.planning.likeness.shapes import Step, Steps, Way, transposed, without_axis
 from orbax_nnx_handler.planning.likeness.vocabulary import (
     MARGIN,
     Names,
@@ -111,3 +118,135 @@ def _likeliest_axis(series: Series, leaves: Sequence[Leaf], axes: Sequence[int])
     first = sorted(leaf.shape for leaf in series.members[series.numbers[0]])
     fitting = [axis for axis in axes if sorted(without_axis(leaf.shape, axis) for leaf in leaves) == first]
     return (fitting or axes)[0] if len(fitting or axes) == 1 else -1
+
+
+# Modules that both sides keep stacked.
+
+
+@dataclasses.dataclass(frozen=True)
+class Stacked:
+    """A module all of whose arrays have an axis for its layers.
+
+    Attributes:
+        names: What leads to it.
+        axis: The axis.
+        leaves: Its leaves.
+    """
+
+    names: Names
+    axis: int
+    leaves: Sequence[Leaf]
+
+    @property
+    def layer(self) -> list[Leaf]:
+        """The leaves as they are in one layer."""
+        return [with_fields(leaf, shape=without_axis(leaf.shape, self.axis)) for leaf in self.leaves]
+
+
+def stacked_twice(wanted: Iterable[Leaf], stored: Iterable[Leaf]) -> list[tuple[Stacked, Stacked]]:
+    """Returns the modules that are stacks of as many layers on both sides, but not of the same shapes."""
+    ours, theirs = _stacked(wanted), _stacked(stored)
+    scores = dict[tuple[int, int], float]()
+    for at, one in enumerate(ours):
+        for to, other in enumerate(theirs):
+            low, high = sorted((sizes_of(one.leaves), sizes_of(other.leaves)))
+            counts = {each.leaves[0].shape[each.axis] for each in (one, other)}
+            said, says = ({*concepts(level.base for level in levels(x.names))} for x in (one, other))
+            if len(counts) == 1 and 2 * low > high and not exclude(frozenset(said), frozenset(says)):
+                scores[at, to] = 20 + 4 * low / high + likeness(frozenset(said), frozenset(says))
+    pairs = [(ours[at], theirs[to]) for at, to in best_pairs(scores)]
+    return [(x, y) for x, y in pairs if (x.axis, _shapes(x)) != (y.axis, _shapes(y))]
+
+
+def _shapes(stacked: Stacked) -> list[Shape]:
+    return sorted(leaf.shape for leaf in stacked.leaves)
+
+
+def _stacked(leaves: Iterable[Leaf]) -> list[Stacked]:
+    """Returns the outermost modules that may be stacks, by each axis: of vectors, and of matrices."""
+    below: dict[Names, list[Leaf]] = defaultdict(list)
+    for leaf in leaves:
+        for depth in range(1, len(leaf.names)):
+            below[leaf.names[:depth]].append(leaf)
+    found: dict[Names, list[Stacked]] = {}
+    for names in sorted(below, key=len):
+        ranks = {len(leaf.shape) for leaf in below[names]}
+        if min(ranks) != 2 or max(ranks) < 3 or any(names[:depth] in found for depth in range(len(names))):
+            continue
+        first, held = below[names][0].shape, below[names]
+        axes = [axis for axis in (0, 1) if first[axis] > 1 and _have_axis(held, axis, first[axis])]
+        if axes:
+            found[names] = [Stacked(names, axis, held) for axis in axes]
+    return list(itertools.chain(*found.values()))
+
+
+def in_stacks(found: Findings, one: Stacked, other: Stacked) -> Findings | None:
+    """Returns what is found of one layer for all layers of two stacks; None where that cannot be said."""
+    ties = [link for tie in found.ties for reading in tie.readings for link in reading]
+    if any(x.layers is not None or x.copied or x.source.made for x in (*found.links, *ties)):
+        return None
+    wanted, stored = ({leaf.names: leaf for leaf in each.leaves} for each in (one, other))
+    count = one.leaves[0].shape[one.axis]
+
+    def lifted(links: Iterable[Link]) -> list[Link]:
+        return [_in_stack(link, wanted, stored, (one.axis, other.axis), count) for link in links]
+
+    settled, left = settle_turns(found.links)
+    made = Findings(links=lifted([*settled, *left]))
+    for tie in found.ties:
+        readings = [lifted(itertools.chain(*settle_turns(reading))) for reading in tie.readings]
+        made.ties.append(dataclasses.replace(tie, readings=tuple(map(tuple, readings))))
+    return made
+
+
+def _in_stack(
+    link: Link, wanted: Mapping[Names, Leaf], stored: Mapping[Names, Leaf], axes: tuple[int, int], count: int
+) -> Link:
+    """Returns a link of one layer as that of the stacks: the layers first, and at last where they belong."""
+    ours = tuple(wanted[leaf.names] for leaf in link.wanted)
+    theirs = tuple(stored[leaf.names] for leaf in link.stored)
+    first = [_moves(leaf.shape, (axes[1], 0)) for leaf in theirs]
+    last = [_moves((count, *leaf.shape), (0, axes[0])) for leaf in link.wanted]
+
+    def made(way: Way, steps: Steps) -> Way:
+        # One layer tells what the axes are, or that nothing does.
+        return dataclasses.replace(way, steps=steps, named=len(link.ways[0]) == 1 or None)
+
+    each = [[_with_layers(way.steps, count) for way in options] for options in link.ways]
+    after, joint = _with_layers(link.after, count), link.joint
+    if joint is None and not link.is_split:
+        plain = _moves(theirs[0].shape, (axes[1], axes[0]))
+        each = [[(*first[0], *steps, *last[0]) if steps else plain for steps in some] for some in each]
+    elif link.is_split:
+        after = (*first[0], *after)
+        each = [[(*steps, *back) for steps in some] for some, back in zip(each, last, strict=True)]
+    else:
+        after = (*after, *last[0])
+        each = [[(*front, *steps) for steps in some] for some, front in zip(each, first, strict=True)]
+    made_ways = tuple(
+        tuple(made(way, steps) for way, steps in zip(options, some, strict=True))
+        for options, some in zip(link.ways, each, strict=True)
+    )
+    if joint is not None:
+        joint = dataclasses.replace(joint, axis=joint.axis + 1, parts=made_ways)
+    return with_fields(link, wanted=ours, stored=theirs, ways=made_ways, joint=joint, after=after)
+
+
+def _moves(shape: Shape, move: tuple[int, int]) -> Steps:
+    return () if move[0] == move[1] else (transposed(shape, order_after(len(shape), move)),)
+
+
+def _with_layers(steps: Steps, count: int) -> Steps:
+    """Returns steps of one layer as those of a stack along the first axis."""
+    return tuple(
+        Step(
+            step.kind,
+            (count, *step.before),
+            (count, *step.shape),
+            tuple(axis + 1 for axis in step.axes)
+            if step.kind != "transpose"
+            else (0, *(x + 1 for x in step.axes)),
+            step.constant,
+        )
+        for step in steps
+    )

@@ -89,8 +89,7 @@ class _Pairs:
         self, sides: _Sides, known: Known, partial: Sequence[Collection[Names]], *, is_outermost: bool
     ) -> None:
         self._wanted, self._stored = wanted, stored = sides
-        self._partial = partial
-        self._fits: dict[tuple[int, int], Fit] = {}
+        self._partial, self._fits = partial, dict[tuple[int, int], Fit]()
         self._excluded, self._known = set[tuple[int, int]](), set[tuple[int, int]]()
         self._homes = Homes(*([role.part.names for role in side] for side in (wanted, stored)))
         sizes: dict[int, list[int]] = defaultdict(list)
@@ -279,9 +278,8 @@ class _Pairs:
     def _shares(self, pair: tuple[int, int]) -> bool:
         """Tells whether names say that two parts do the same in their block."""
         one, other = self._wanted[pair[0]], self._stored[pair[1]]
-        kinds = {PARAMETER.get(role.part.names[-1]) for role in (one, other)}
-        is_told = bool(one.part.own & other.part.own or one.said & other.said & STRONG)
-        return is_told or (len(kinds) == 1 and None not in kinds)
+        kinds = [PARAMETER.get(role.part.names[-1], role) for role in (one, other)]
+        return kinds[0] == kinds[1] or bool(one.part.own & other.part.own or one.said & other.said & STRONG)
 
     def _displaced(
         self, best: frozenset[tuple[int, int]], group: _Group
@@ -347,15 +345,17 @@ class _Pairs:
     ) -> bool:
         """Adds the pairs of a tie that the order of both sides tells; tells whether it does."""
         ours, theirs, rivals, lone = self._sides(tie, group, found)
-        ordered = None if lone else self._by_numbering(ours, theirs, {*theirs, *rivals})
-        if ordered is None and not (rivals or lone):
+        sides = [self._wanted[at] for at in ours], [self._stored[to] for to in theirs]
+        if lone or len({any("gate" in role.said for role in side) for side in sides}) > 1:
+            return False  # Which of two layers is the gate, programs number either way.
+        ordered = self._by_numbering(ours, theirs, {*theirs, *rivals})
+        if ordered is None and not rivals:
             ordered = self._in_order(ours, theirs, created, found)
         if ordered is None or not {to for _, to in ordered}.isdisjoint(to for _, to, _ in found):
             return False
         best, by_order = (sum(self._fits[pair].score for pair in pairs) for pairs in (tie, ordered))
         if len(tie) == len(ordered) and best - by_order >= MARGIN:
             return False  # Names speak against the order.
-        sides = ([self._wanted[at] for at in ours], [self._stored[to] for to in theirs])
         grounds: PairGrounds = "shapes" if all(map(are_counted, sides)) else "order"
         found.extend((at, to, grounds) for at, to in ordered)
         return True

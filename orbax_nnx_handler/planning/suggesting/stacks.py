@@ -124,7 +124,7 @@ def _likeliest_axis(series: Series, leaves: Sequence[Leaf], axes: Sequence[int])
 
 
 @dataclasses.dataclass(frozen=True)
-class Stacked:
+class StackedModule:
     """A module all of whose arrays have an axis for its layers.
 
     Attributes:
@@ -143,7 +143,9 @@ class Stacked:
         return [with_fields(leaf, shape=without_axis(leaf.shape, self.axis)) for leaf in self.leaves]
 
 
-def stacked_twice(wanted: Iterable[Leaf], stored: Iterable[Leaf]) -> list[tuple[Stacked, Stacked]]:
+def stacked_twice(
+    wanted: Iterable[Leaf], stored: Iterable[Leaf]
+) -> list[tuple[StackedModule, StackedModule]]:
     """Returns the modules that are stacks of as many layers on both sides, but not of the same shapes."""
     ours, theirs = _stacked(wanted), _stacked(stored)
     scores = dict[tuple[int, int], float]()
@@ -158,29 +160,31 @@ def stacked_twice(wanted: Iterable[Leaf], stored: Iterable[Leaf]) -> list[tuple[
     return [(x, y) for x, y in pairs if (x.axis, _shapes(x)) != (y.axis, _shapes(y))]
 
 
-def _shapes(stacked: Stacked) -> list[Shape]:
+def _shapes(stacked: StackedModule) -> list[Shape]:
     return sorted(leaf.shape for leaf in stacked.leaves)
 
 
-def _stacked(leaves: Iterable[Leaf]) -> list[Stacked]:
+def _stacked(leaves: Iterable[Leaf]) -> list[StackedModule]:
     """Returns the outermost modules that may be stacks, by each axis: of vectors, and of matrices."""
     below: dict[Names, list[Leaf]] = defaultdict(list)
     for leaf in leaves:
         for depth in range(1, len(leaf.names)):
             below[leaf.names[:depth]].append(leaf)
-    found: dict[Names, list[Stacked]] = {}
+    found: dict[Names, list[StackedModule]] = {}
     for names in sorted(below, key=len):
         ranks = {len(leaf.shape) for leaf in below[names]}
         if min(ranks) != 2 or max(ranks) < 3 or any(names[:depth] in found for depth in range(len(names))):
             continue
         first, held = below[names][0].shape, below[names]
+        if depth_of(names, held) < 0:
+            continue  # Arrays beside each other may be experts'.
         axes = [axis for axis in (0, 1) if first[axis] > 1 and _have_axis(held, axis, first[axis])]
         if axes:
-            found[names] = [Stacked(names, axis, held) for axis in axes]
+            found[names] = [StackedModule(names, axis, held) for axis in axes]
     return list(itertools.chain(*found.values()))
 
 
-def in_stacks(found: Findings, one: Stacked, other: Stacked) -> Findings | None:
+def in_stacks(found: Findings, one: StackedModule, other: StackedModule) -> Findings | None:
     """Returns what is found of one layer for all layers of two stacks; None where that cannot be said."""
     ties = [link for tie in found.ties for reading in tie.readings for link in reading]
     if any(x.layers is not None or x.copied or x.source.made for x in (*found.links, *ties)):

@@ -362,3 +362,14 @@ def test_no_question_and_no_answer_is_empty():
         assert all(question.parts)
         assert all(question.choices)
         assert question.choices
+
+
+def test_order_does_not_tell_which_of_two_layers_is_the_gate():
+    def network(one, two, back):
+        return {f"mlp/{one}/kernel": (8, 24), f"mlp/{two}/kernel": (8, 24), f"mlp/{back}/kernel": (24, 8)}
+
+    # Qwen's first program activates `w2`, T5 `wi_0`.
+    found, _ = proposed(filled(network("w1", "w2", "c_proj")), network("wi_0", "wi_1", "wo"))
+
+    (question,) = found.questions
+    assert len(question.alternatives) == 2

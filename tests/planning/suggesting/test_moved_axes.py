@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from orbax_nnx_handler import RestoreError, Transpose, from_linen, suggest
+from tests.planning.suggesting.proposals import check, filled, proposed, restored
 
 
 def _numbers(start, *shape):
@@ -120,3 +121,54 @@ def test_a_hint_with_a_doubt_has_nothing_to_paste_unread():
     variables, wanted = _kernels_as_in_pytorch()
 
     assert not _hinted(_refused(variables, wanted))
+
+
+def scanned(width, layers, axis):
+    """Returns the arrays of scanned blocks, each square, and the first layer of each in its place."""
+    shapes = {f"attn/{name}/kernel": (width, width) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
+    shapes |= {f"attn/{name}/bias": (width,) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
+    shapes |= {
+        "norm/scale": (width,),
+        "mlp/up/kernel": (width, 2 * width),
+        "mlp/down/kernel": (2 * width, width),
+    }
+    stored = filled(
+        {f"blocks/{path}": (*shape[:axis], layers, *shape[axis:]) for path, shape in shapes.items()}
+    )
+    return stored, {path: np.moveaxis(value, axis, 0) for path, value in stored.items()}
+
+
+@pytest.mark.parametrize("layers", [2, 3, 4])
+def test_heads_of_a_stack_whose_layers_lie_elsewhere_follow_them(layers):
+    stored, front = scanned(16, layers, 1)
+    expected = dict(front)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        for kind, shape in (("kernel", (16, 4, 4)), ("bias", (4, 4))):
+            path = f"blocks/attn/{name}/{kind}"
+            expected[path] = front[path].reshape(layers, *shape)
+    path = "blocks/attn/out_proj/kernel"
+    expected[path] = front[path].reshape(layers, 4, 4, 16)
+
+    found, values = proposed(stored, {path: value.shape for path, value in expected.items()})
+
+    assert found.confidence == "likely"
+    check(values, expected)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("layers", [2, 3])
+def test_arrays_of_a_stack_are_joined_in_each_layer(layers, axis):
+    stored, front = scanned(16, layers, axis)
+    apart = ("q_proj", "k_proj", "v_proj")
+    expected = {path: value for path, value in front.items() if path.split("/")[2] not in apart}
+    for kind in ("kernel", "bias"):
+        parts = [front[f"blocks/attn/{name}/{kind}"] for name in apart]
+        expected[f"blocks/attn/qkv/{kind}"] = np.concatenate(parts, axis=-1)
+
+    found, values = proposed(stored, {path: value.shape for path, value in expected.items()})
+
+    check(values, expected)
+    again, _ = proposed(expected, {path: value.shape for path, value in stored.items()})
+    assert again.unmatched_wanted == ()
+    check(restored(expected, {path: value.shape for path, value in stored.items()}, again.renames), stored)
+    assert found.unmatched_wanted == ()

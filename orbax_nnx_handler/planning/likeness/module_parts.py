@@ -370,7 +370,9 @@ def kinds_of_modules(parts: Iterable[Names]) -> Mapping[Names, ModuleKinds]:
     bases = {names: tuple(level.base for level in levels(names)) for names in held}
     last = {names: next(filter(None, reversed(named)), "") for names, named in bases.items()}
     said = {names: meanings(name) or (name,) for names, name in last.items()}  # `Mixed_5b` as `Mixed_5c`.
-    return {names: (named, (said[names], frozenset(held[names]))) for names, named in bases.items()}
+    kinds = {key: key for key in ((said[names], frozenset(held[names])) for names in bases)}
+    # One object for each kind: what is compared often is compared by identity.
+    return {names: (named, kinds[said[names], frozenset(held[names])]) for names, named in bases.items()}
 
 
 def is_alone(names: Names, kinds: Mapping[Names, ModuleKinds]) -> bool:

@@ -146,21 +146,24 @@ class Rename(Rule):
         before = entry.whole
         marks = entry.fixed or (False,) * len(before)
 
-        def accepts(span: Span) -> bool:
-            return not any(self._written(before, marks, span)[2])
+        made: dict[int, tuple[Sequence[str], Sequence[bool], Sequence[bool]]] = {}
 
-        # Where no rename has written, every match counts.
-        spans = list(self._left.spans(before, accepts if any(marks) else None))
+        def accepts(span: Span) -> bool:
+            made[span.start] = self._written(before, marks, span)
+            return not any(made[span.start][2])  # What a rename has written stays.
+
+        spans = list(self._left.spans(before, accepts))
         if not spans:
             return entry
         end = spans[0].stop
         if spans[0].start == 0 and entry.prefix == before[:end] * 2:
             # MaxText's `params/params` is one collection.
-            spans[:2] = [dataclasses.replace(spans[0], stop=2 * end)]
+            spans[:2] = [spans[0]._replace(stop=2 * end)]
+            made[0] = self._written(before, marks, spans[0])
         names, fixed = list[str](), list[bool]()
         at = 0
         for span in spans:
-            written, written_marks, _ = self._written(before, marks, span)
+            written, written_marks, _ = made[span.start]
             names += (*before[at : span.start], *written)
             fixed += (*marks[at : span.start], *written_marks)
             at = span.stop

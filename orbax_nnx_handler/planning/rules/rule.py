@@ -9,7 +9,7 @@ import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from orbax_nnx_handler.planning.core.errors import RuleError
 from orbax_nnx_handler.planning.core.leaves import Shape, derived, with_fields
@@ -27,8 +27,7 @@ _PLACE = re.compile(r"\{([A-Za-z_]\w*)\}")
 _NOTHING: Bindings = {}
 
 
-@dataclasses.dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """Segments `start` to `stop` of a path match, with the places bound so."""
 
     start: int
@@ -113,6 +112,8 @@ class Pattern:
             return None
         if not self._open:
             return _NOTHING if tuple(names) == self.templates else None
+        if len(names) == 1:  # Most renames.
+            return _bound(self.templates[0], names[0])
         found: dict[str, str] = {}
         for part, name in zip(self.templates, names, strict=True):
             if part not in self._open:
@@ -129,7 +130,10 @@ class Pattern:
         """Returns the segments with every place replaced by its text."""
         if not self._open:
             return self.templates
-        return tuple(_PLACE.sub(lambda place: bindings[place[1]], part) for part in self.templates)
+        return tuple(
+            _PLACE.sub(lambda place: bindings[place[1]], part) if part in self._open else part
+            for part in self.templates
+        )
 
 
 def shared_ends(one: Sequence[str], other: Sequence[str], least: int = 0) -> tuple[int, int]:

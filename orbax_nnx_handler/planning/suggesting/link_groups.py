@@ -4,6 +4,7 @@ First layers whose stacked axis lies elsewhere on the other side; then the links
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections import Counter, defaultdict
@@ -128,7 +129,9 @@ def whole_parts(used: Set[Names], held: Set[Names], depth: int) -> Iterable[Name
             pending += dict.fromkeys(names[depth : depth + len(below) + 1] for names in sorted(inside))
 
 
-def of_few_layers(links: Sequence[Link], entries: Sequence[Entry]) -> tuple[Sequence[Link], Sequence[Entry]]:
+def of_few_layers(
+    links: Sequence[Link], entries: Sequence[Entry], whole: Iterable[Link] = ()
+) -> tuple[Sequence[Link], Sequence[Entry]]:
     """Returns the links of the first two and of the last layer of each kind; all where some are stacked.
 
     Rules for them are most likely those for all, and take a fraction of the time to write.
@@ -136,14 +139,17 @@ def of_few_layers(links: Sequence[Link], entries: Sequence[Entry]) -> tuple[Sequ
     Args:
         links: The links.
         entries: The stored model; what only the other links use is left out.
+        whole: Links whose modules are returned in all layers.
     """
     if any(link.layers is not None or link.copied or link.source.made for link in links):
         return links, entries
     kinds: dict[object, list[tuple[Link, tuple[str, ...]]]] = defaultdict(list)
+    modules, every = {link.source.names[:-1] for link in whole}, set[object]()
     for link in links:
         kind, numbers = _kind_of(link)
         kinds[kind].append((link, numbers))
-    few = {id(link) for members in kinds.values() for link in _first_and_last(members)}
+        every |= {kind} if link.source.names[:-1] in modules else set()
+    few = {id(link) for kind in kinds for link in _some_of(kinds[kind], is_whole=kind in every)}
     if len(few) == len(links):
         return links, entries
     used = {leaf.source for link in links if id(link) in few for leaf in link.stored}
@@ -169,11 +175,11 @@ def _number(name: str) -> str:
     return name[len(name.rstrip("0123456789")) :]
 
 
-def _first_and_last(members: Sequence[tuple[Link, tuple[str, ...]]]) -> Iterator[Link]:
+def _some_of(members: Sequence[tuple[Link, tuple[str, ...]]], *, is_whole: bool) -> Iterator[Link]:
     columns = [sorted({*map(int, each)}) for each in zip(*(numbers for _, numbers in members), strict=True)]
     few = [{str(number) for number in (*column[:2], column[-1])} for column in columns]
     for link, numbers in members:
-        if all(number in some for number, some in zip(numbers, few, strict=True)):
+        if is_whole or all(number in some for number, some in zip(numbers, few, strict=True)):
             yield link
 
 
@@ -350,6 +356,10 @@ def _said_by(readings: Sequence[Sequence[Link]]) -> list[object]:
     ]
 
 
+_List = tuple[Names, str]
+"""Where a list is, and what it is called."""
+
+
 class Precedents:
     """Which parts of two modules are each other's, as far as all that is known of such modules agrees.
 
@@ -362,6 +372,7 @@ class Precedents:
             kinds_of_modules({part_of(leaf) for leaf in leaves}) for leaves in (wanted, stored)
         )
         self._counted = [_lists({part_of(leaf) for leaf in leaves}) for leaves in (wanted, stored)]
+        self._alike: dict[tuple[_List, _List, int], bool] = {}
         self._forth: dict[object, set[object]] = defaultdict(set)
         self._back: dict[object, set[object]] = defaultdict(set)
         self._takers: dict[object, set[object]] = defaultdict(set)
@@ -423,13 +434,19 @@ class Precedents:
         if not here or not there or (at := here[0].number) is None or (to := there[0].number) is None:
             return None
         ours, theirs = (one[: -here[0].width], here[0].base), (other[: -there[0].width], there[0].base)
-        is_one = {number + to - at for number in self._counted[0][ours]} == self._counted[1][theirs]
-        return (ours, (*theirs, to - at)) if is_one else None
+        return (ours, (*theirs, to - at)) if self._count_alike(ours, theirs, to - at) else None
+
+    def _count_alike(self, ours: _List, theirs: _List, shift: int) -> bool:
+        """Tells whether one list counts as another from another number on; asked of each of their parts."""
+        if (key := (ours, theirs, shift)) not in self._alike:
+            counted = {number + shift for number in self._counted[0][ours]}
+            self._alike[key] = counted == self._counted[1][theirs]
+        return self._alike[key]
 
 
-def _lists(parts: Iterable[Names]) -> Mapping[tuple[Names, str], set[int]]:
+def _lists(parts: Iterable[Names]) -> Mapping[_List, set[int]]:
     """Returns the numbers of each list, by where it is and what it is called."""
-    found: dict[tuple[Names, str], set[int]] = defaultdict(set)
+    found: dict[_List, set[int]] = defaultdict(set)
     for part in parts:
         at = 0
         for level in levels(part):
@@ -439,6 +456,7 @@ def _lists(parts: Iterable[Names]) -> Mapping[tuple[Names, str], set[int]]:
     return found
 
 
+@functools.lru_cache(maxsize=65536)
 def _count(names: Names) -> int:
     """Returns how many numbers a path has."""
     return sum(map(str.isdecimal, words("/".join(names))))

@@ -336,15 +336,16 @@ class _Proposing:
         return self._judged(links, changing, root, below)
 
     def _written(self, links: Sequence[Link], searched: Searched, root: int, below: Names) -> Tried:
-        """Returns the rules of a few layers, if they are those of all; else those of all."""
-        few, entries = of_few_layers(links, self._entries)
-        writer = Writer(Entries(entries), root, below)
-        rules = writer.write(few, searched.found.groups)
-        if few is links or not writer.names_layers:
-            tried = self._judged(links, rules, root, below)
-            if tried.is_clean or few is links:
+        """Returns the rules of a few layers, all where each needs one, if they are those of all; else of all."""
+        whole: Sequence[Link] = ()
+        while True:
+            few, entries = of_few_layers(links, self._entries, whole)
+            writer = Writer(Entries(entries), root, below)
+            rules = writer.write(few, searched.found.groups)
+            is_told = bool(whole) or few is links or not writer.by_layer
+            if is_told and ((tried := self._judged(links, rules, root, below)).is_clean or few is links):
                 return tried
-        return self._judged(links, self._write(links, searched, root, below), root, below)
+            whole = links if is_told else writer.by_layer
 
     def _judged(
         self, links: Sequence[Link], rules: Mapping[Rule, Sequence[Link]], root: int, below: Names

@@ -44,14 +44,14 @@ class Writer:
         root: How many segments of wanted paths lead to the model.
         below: The names above the stored model that the planner takes away by itself.
         rules: What is written, each rule with the links that it serves.
-        names_layers: Whether some rename is for single layers, which stand for no others.
+        by_layer: The links of what renames for single layers take, which stand for no others.
     """
 
     entries: Entries
     root: int
     below: Names = ()
     rules: dict[Rule, list[Link]] = dataclasses.field(default_factory=dict[Rule, list[Link]])
-    names_layers: bool = False
+    by_layer: list[Link] = dataclasses.field(default_factory=list[Link])
 
     def write(
         self, links: Sequence[Link], groups: Sequence[tuple[Names, Names]]
@@ -293,9 +293,8 @@ class Writer:
             if after is None or not leads_back(rule, self.entries, after):
                 continue  # Each leaf gets a rule that does, and takes no other one astray.
             # What it alone tells rests on it: no later rule is for these leaves.
-            self._take(
-                rule, [x.link for x in inside.values() if x.names[len(stored) :] == x.aim[len(into) :]]
-            )
+            told = (x.link for x in inside.values() if x.names[len(stored) :] == x.aim[len(into) :])
+            self._apply(rule, after, told)
             shift = len(into) - len(stored)
             for at, move in inside.items():
                 move.names = (*move.aim[: len(into)], *move.names[len(stored) :])
@@ -359,13 +358,16 @@ class Writer:
             new = {self.entries[at].segments: entry.segments for at, entry in after.changed.items()}
             are_meant = all((*old[:-1], aims.get(old, ("",))[-1]) == names for old, names in new.items())
             if are_meant and leads_back(rule, self.entries, after):
-                self._take(rule, [move.link for move in moves if move.names in new])
+                self._apply(rule, after, [move.link for move in moves if move.names in new])
                 for move in moves:
                     move.names = new.get(move.names, move.names)
 
     def _rename(self, moves: Sequence[Move]) -> None:
         aims = {move.names: move.aim for move in moves}
-        groups, refused = defaultdict[tuple[Names, Names], dict[Names, list[Move]]](dict), set[Rename]()
+        groups, refused = (
+            defaultdict[tuple[Names, Names], dict[Names, list[Move]]](dict),
+            set[tuple[Names, Names]](),
+        )
         for move in moves:
             if not alike(move.names, move.aim):
                 groups[differing(move)].setdefault(move.names, []).append(move)
@@ -379,11 +381,12 @@ class Writer:
             for names in [*waiting]:
                 found = self._rename_rule(waiting[names][0], aims, refused) if names in waiting else None
                 if found is not None:
-                    rule, applied = found
+                    rule, applied, is_for_one = found
                     for name, new in self._renamed(applied, aims).items():
                         for move in waiting.pop(name, ()):
                             move.names, move.seats = new, [(to, to) for _, to in move.seats]
                             self.rules.setdefault(rule, []).append(move.link)
+                            self.by_layer += [move.link] if is_for_one else []
 
     def _renamed(self, after: Entries, aims: dict[Names, Names]) -> Mapping[Names, Names]:
         """Takes the entries after a rename and returns the paths that it changed, with the new ones."""
@@ -393,27 +396,29 @@ class Writer:
         return changed
 
     def _rename_rule(
-        self, move: Move, aims: Mapping[Names, Names], refused: set[Rename]
-    ) -> tuple[Rename, Entries] | None:
-        """Returns the shortest rename that takes a leaf to its aim, no other astray, and if one can, back."""
+        self, move: Move, aims: Mapping[Names, Names], refused: set[tuple[Names, Names]]
+    ) -> tuple[Rename, Entries, bool] | None:
+        """Returns the shortest rename that takes a leaf to its aim, no other astray, and if one can, back.
+
+        With the entries after it, and whether it is for a single layer.
+        """
         whole = self._whole(move.names)
         above = whole[: len(whole) - len(move.names)]
-        first: tuple[Rename, Entries] | None = None
+        first: tuple[Rename, Entries, bool] | None = None
         for count, (left, right) in enumerate(move.templates):
             stored, wanted = (*above, *left), (*above, *right)
             for start, stop in cuts(stored, wanted):
-                rule = rename_of(stored[start : len(stored) - stop], wanted[start : len(wanted) - stop])
-                if rule is None or rule in refused:
+                names = stored[start : len(stored) - stop], wanted[start : len(wanted) - stop]
+                if names in refused or (rule := rename_of(*names)) is None:
                     continue
                 after = Entries.of(rule.apply(self.entries).entries)
                 changed = [(self.entries[at].segments, new.segments) for at, new in after.changed.items()]
                 if any(old not in aims for old, _ in changed):
-                    refused.add(rule)  # For good: nothing renames the leaves without an aim.
+                    refused.add(names)  # For good: nothing renames the leaves without an aim.
                 elif move.names in dict(changed) and all(alike(new, aims[old]) for old, new in changed):
                     if leads_back(rule, self.entries, after):
-                        self.names_layers |= count > 0
-                        return rule, after
-                    first = first or (rule, after)
+                        return rule, after, count > 0
+                    first = first or (rule, after, False)
         return first
 
     def _take(self, rule: Rule, links: Iterable[Link]) -> None:
@@ -422,5 +427,8 @@ class Writer:
         except RuleError:
             return  # The plan with the other rules shows what is lost.
         if applied.matched:
-            self.entries = Entries.of(applied.entries)
-            self.rules.setdefault(rule, []).extend(links)
+            self._apply(rule, Entries.of(applied.entries), links)
+
+    def _apply(self, rule: Rule, after: Entries, links: Iterable[Link]) -> None:
+        self.entries = after
+        self.rules.setdefault(rule, []).extend(links)

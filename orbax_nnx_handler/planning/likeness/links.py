@@ -1,7 +1,6 @@
 """What is found: which wanted leaves are made from which stored ones; and which squares are transposed."""
 
 import dataclasses
-import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal
@@ -17,7 +16,7 @@ from orbax_nnx_handler.planning.likeness.vocabulary import (
     parameter_of,
 )
 from orbax_nnx_handler.planning.rules.entries import PathIndex
-from orbax_nnx_handler.planning.rules.rule import Pattern, shared_ends, with_places
+from orbax_nnx_handler.planning.rules.rule import compiled, shared_ends, with_places
 
 PairGrounds = Literal["shapes", "order", "names", "fact", "siblings", "patch", "outputs"]
 """What tells the pair: shapes allow no other; the order of both programs' parts; names; a known code base;
@@ -363,12 +362,6 @@ def with_first(names: Names) -> Names:
     """Returns a path as that of the first layer: what is asked of 20,000 leaves is asked of one layer's."""
     at = next((at for at, name in enumerate(names) if name.isdecimal()), len(names))
     return (*names[:at], *("0" for _ in names[at : at + 1]), *names[at + 1 :])
-
-
-@functools.lru_cache(maxsize=16384)
-def compiled(text: str) -> Pattern:
-    """Returns a pattern; each is asked for many leaves."""
-    return Pattern(text)
 
 
 def leads(template: Names, names: Names) -> bool:

@@ -1,6 +1,5 @@
 """What rules act on: stored leaves under the paths that `orbax-nnx tree` prints; which are like a name."""
 
-import copy
 import dataclasses
 import difflib
 import functools
@@ -254,8 +253,8 @@ class Entries(Sequence[Entry]):
 
     def with_changes(self, changed: Mapping[int, Entry]) -> "Entries":
         """Returns the entries with others in some places."""
-        found = copy.copy(self)
-        found.changed, found._since = changed, {**self._since, **changed}
+        found = Entries.__new__(Entries)
+        found._all, found.changed, found._since = self._all, changed, {**self._since, **changed}
         found._asked, found._indices = dict(self._asked), dict(self._indices)
         if len(found._since) > _MOST_CHANGES:
             iter(found)

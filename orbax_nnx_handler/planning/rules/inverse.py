@@ -35,7 +35,7 @@ from orbax_nnx_handler.planning.core.recipes import (
 from orbax_nnx_handler.planning.rules import Rename, Rule, apply_rules, invert
 from orbax_nnx_handler.planning.rules.entries import Entries, Entry
 from orbax_nnx_handler.planning.rules.rename import has_inverse
-from orbax_nnx_handler.planning.rules.rule import Pattern
+from orbax_nnx_handler.planning.rules.rule import Pattern, compiled
 
 _Known = tuple[Recipe, Recipe]
 """A recipe over stored leaves, and its value as a recipe over wanted ones."""
@@ -381,7 +381,7 @@ def leads_back(rule: Rename, before: Sequence[Entry], after: Entries) -> bool:
         before: The entries before it.
         after: The same after it, in the same order.
     """
-    left, right = Pattern(rule.pattern), Pattern(rule.replacement)
+    left, right = compiled(rule.pattern), compiled(rule.replacement)
     if not has_inverse(rule, left, right):
         return False
     found = set(right.among(after))

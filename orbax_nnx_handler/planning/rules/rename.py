@@ -23,6 +23,7 @@ from orbax_nnx_handler.planning.rules.rule import (
     Span,
     check_pattern,
     check_places,
+    compiled,
     find,
     patterns_of,
     reason_of,
@@ -94,11 +95,11 @@ class Rename(Rule):
 
     @derived
     def _left(self) -> Pattern:
-        return Pattern(self.pattern)
+        return compiled(self.pattern)
 
     @derived
     def _right(self) -> Pattern:
-        return Pattern(self.replacement)
+        return compiled(self.replacement)
 
     @derived
     def _ends(self) -> tuple[int, int]:

@@ -136,6 +136,12 @@ class Pattern:
         )
 
 
+@functools.lru_cache(maxsize=16384)
+def compiled(text: str) -> Pattern:
+    """Returns a pattern; each is asked for many leaves."""
+    return Pattern(text)
+
+
 def shared_ends(one: Sequence[str], other: Sequence[str], least: int = 0) -> tuple[int, int]:
     """Returns how many segments two paths share at their beginning, and at their end of what is left.
 

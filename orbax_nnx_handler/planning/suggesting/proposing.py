@@ -336,7 +336,7 @@ class _Proposing:
         return self._judged(links, changing, root, below)
 
     def _written(self, links: Sequence[Link], searched: Searched, root: int, below: Names) -> Tried:
-        """Returns the rules of a few layers, all where each needs one, if these are those of all."""
+        """Returns the rules of a few layers, or of all those that each need one, if they do for all."""
         whole: Sequence[Link] = ()
         while True:
             few, entries = of_few_layers(links, self._entries, whole)

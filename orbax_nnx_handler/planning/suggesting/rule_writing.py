@@ -13,7 +13,6 @@ from orbax_nnx_handler.planning.likeness.links import (
     Move,
     alike,
     as_within,
-    compiled,
     differing,
     layers_of,
     leads,
@@ -27,7 +26,7 @@ from orbax_nnx_handler.planning.rules import Copy, Fuse, Rename, Rule, Split, St
 from orbax_nnx_handler.planning.rules.entries import Entries, Entry, PathIndex
 from orbax_nnx_handler.planning.rules.inverse import leads_back
 from orbax_nnx_handler.planning.rules.rename import cuts, matches_only, rename_of
-from orbax_nnx_handler.planning.rules.rule import Pattern, with_places
+from orbax_nnx_handler.planning.rules.rule import compiled, with_places
 from orbax_nnx_handler.planning.suggesting.link_groups import whole_parts
 
 _MOST_NAMES, _MANY_MODULES = 8, 24  # Above the parts of a fuse, for a rule to leave others out; for one rule.
@@ -208,7 +207,7 @@ class Writer:
         """Returns the shortest end of a path that matches none but the good ones; empty if none does."""
         least = 2 if len(template) > 1 else 1
         for width in range(least, len(template) + 1):
-            pattern = Pattern("/".join(template[-width:]))
+            pattern = compiled("/".join(template[-width:]))
             if matches_only(pattern, self.entries, good):
                 return pattern.text
         return ""

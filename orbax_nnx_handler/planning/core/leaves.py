@@ -47,18 +47,15 @@ def record(made: type[_Made]) -> type[_Made]:
 def with_fields(item: _Made, **fields: Any) -> _Made:
     """Returns a record with some fields changed, as `dataclasses.replace` does, in a sixth of the time."""
     new = object.__new__(type(item))
-    held = new.__dict__
-    held.update(vars(item), **fields)
+    new.__dict__.update(vars(item), **fields)
     for name in _derived_of(type(item)):  # From the fields as they were.
-        held.pop(name, None)
+        new.__dict__.pop(name, None)
     return new
 
 
 @functools.cache
 def _derived_of(made: type[Any]) -> tuple[str, ...]:
-    """Returns the names under which instances of a class keep what is derived from their fields."""
-    kept = (derived, functools.cached_property)
-    return tuple(name for each in made.__mro__ for name, held in vars(each).items() if isinstance(held, kept))
+    return tuple(name for one in made.__mro__ for name, x in vars(one).items() if isinstance(x, derived))
 
 
 class derived(Generic[_Value]):  # noqa: N801 (a decorator, like `property`)
@@ -351,10 +348,8 @@ def permuted(shape: Shape, axes: Sequence[int]) -> Shape:
 
 
 # Leaves that one move of an axis arranges: layers whose stacked axis lies elsewhere on the other side.
-#
 # A leaf whose layers are as many as its features has one shape either way, and no sign of its own. Its group
 # has: all of it is stacked along one axis, and holds as many layers.
-
 
 Move = tuple[int, int]
 """From which axis to which other one."""

@@ -20,10 +20,7 @@ from orbax_nnx_handler.planning.rules.entries import Called, Entries, Entry, Pat
 Bindings = Mapping[str, str]
 """What each place of a pattern stood for; the nth star is `__star<n>`."""
 
-
 _PLACE = re.compile(r"\{([A-Za-z_]\w*)\}")
-
-
 _NOTHING: Bindings = {}
 
 

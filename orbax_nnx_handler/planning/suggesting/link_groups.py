@@ -4,7 +4,6 @@ First layers whose stacked axis lies elsewhere on the other side; then the links
 """
 
 import dataclasses
-import functools
 import itertools
 import math
 from collections import Counter, defaultdict
@@ -154,8 +153,7 @@ def of_few_layers(
         return links, entries
     used = {leaf.source for link in links if id(link) in few for leaf in link.stored}
     others = {leaf.source for link in links if id(link) not in few for leaf in link.stored} - used
-    kept = [entry for entry in entries if entry.sources[0] not in others]
-    return [link for link in links if id(link) in few], kept
+    return [link for link in links if id(link) in few], [x for x in entries if x.sources[0] not in others]
 
 
 def _kind_of(link: Link) -> tuple[object, tuple[str, ...]]:
@@ -187,9 +185,8 @@ def by_module(links: Iterable[Link]) -> Mapping[object, list[Link]]:
     """Returns links by module and parameter, but for the numbers of layers: what one of them tells of all."""
     found: dict[object, list[Link]] = defaultdict(list)
     for link in links:
-        ends = [
-            (names[:-2], names[-1:]) for names in map(plain_names, (link.target.names, link.source.names))
-        ]
+        sides = map(plain_names, (link.target.names, link.source.names))
+        ends = [(names[:-2], names[-1:]) for names in sides]
         found[*ends, len(link.target.shape), len(link.source.shape)].append(link)
     return found
 
@@ -356,10 +353,6 @@ def _said_by(readings: Sequence[Sequence[Link]]) -> list[object]:
     ]
 
 
-_List = tuple[Names, str]
-"""Where a list is, and what it is called."""
-
-
 class Precedents:
     """Which parts of two modules are each other's, as far as all that is known of such modules agrees.
 
@@ -372,7 +365,7 @@ class Precedents:
             kinds_of_modules({part_of(leaf) for leaf in leaves}) for leaves in (wanted, stored)
         )
         self._counted = [_lists({part_of(leaf) for leaf in leaves}) for leaves in (wanted, stored)]
-        self._alike: dict[tuple[_List, _List, int], bool] = {}
+        self._alike: dict[object, bool] = {}
         self._forth: dict[object, set[object]] = defaultdict(set)
         self._back: dict[object, set[object]] = defaultdict(set)
         self._takers: dict[object, set[object]] = defaultdict(set)
@@ -434,19 +427,15 @@ class Precedents:
         if not here or not there or (at := here[0].number) is None or (to := there[0].number) is None:
             return None
         ours, theirs = (one[: -here[0].width], here[0].base), (other[: -there[0].width], there[0].base)
-        return (ours, (*theirs, to - at)) if self._count_alike(ours, theirs, to - at) else None
-
-    def _count_alike(self, ours: _List, theirs: _List, shift: int) -> bool:
-        """Tells whether one list counts as another from another number on; asked of each of their parts."""
-        if (key := (ours, theirs, shift)) not in self._alike:
-            counted = {number + shift for number in self._counted[0][ours]}
+        if (key := (ours, theirs, to - at)) not in self._alike:  # Asked of each of their parts.
+            counted = {number + to - at for number in self._counted[0][ours]}
             self._alike[key] = counted == self._counted[1][theirs]
-        return self._alike[key]
+        return (ours, (*theirs, to - at)) if self._alike[key] else None
 
 
-def _lists(parts: Iterable[Names]) -> Mapping[_List, set[int]]:
+def _lists(parts: Iterable[Names]) -> Mapping[tuple[Names, str], set[int]]:
     """Returns the numbers of each list, by where it is and what it is called."""
-    found: dict[_List, set[int]] = defaultdict(set)
+    found: dict[tuple[Names, str], set[int]] = defaultdict(set)
     for part in parts:
         at = 0
         for level in levels(part):
@@ -456,7 +445,6 @@ def _lists(parts: Iterable[Names]) -> Mapping[_List, set[int]]:
     return found
 
 
-@functools.lru_cache(maxsize=65536)
 def _count(names: Names) -> int:
     """Returns how many numbers a path has."""
     return sum(map(str.isdecimal, words("/".join(names))))

@@ -1,7 +1,6 @@
 """Which of the possible readings of a stored tree a restore goes by; two that are as good are an error."""
 
 import dataclasses
-import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
@@ -357,7 +356,7 @@ def best_mappings(
     rivals = [m for m, score in zip(mappings, scores, strict=True) if score == max(scores)]
     different = [m for m in rivals if m is not best and m.recipes != best.recipes]
     if options.layout == "auto":
-        plain = _plain_mapping(wanted, stored, options, best, max(scores))
+        plain = _plain_mapping(wanted, stored, options, max(scores))
         if plain is not None:
             return [plain] if different else [plain, best], []  # A reading that the laws refuse loses.
     if different:
@@ -368,44 +367,23 @@ def best_mappings(
 
 
 def _plain_mapping(
-    wanted: Sequence[Wanted],
-    stored: Stored,
-    options: RestoreOptions,
-    best: LeafMapping,
-    score: tuple[int, int, int],
+    wanted: Sequence[Wanted], stored: Stored, options: RestoreOptions, best: tuple[int, int, int]
 ) -> LeafMapping | None:
-    """Returns the reading under which no key has a meaning, where it is better than the best of the others.
+    """Returns the reading under which no key has a meaning, where it is the better one.
 
     So a module may be called `params`, and a Linen `TrainState` is found as it was written.
     """
     weights = of_role(wanted, *WEIGHTS)
-    if score[1] >= len(weights) or not _may_be_plain(weights, options):
+    if best[1] >= len(weights) or not _may_be_plain(weights, options):
         return None
     untyped = [dataclasses.replace(w, role="model", path=w.leaf.path) for w in wanted if w.leaf.kind is None]
     plain = untyped if len(untyped) == len(wanted) else wanted
-    if plain is wanted and _is_too_little(best, weights):
-        return None
     try:
         mapping = map_leaves(plain, stored, layouts.UNNAMED, options.renames)
     except RestoreError:
         return None
-    other = _score(mapping, weights)
-    return mapping if other[1] == len(weights) or (plain is untyped and other > score) else None
-
-
-def _is_too_little(best: LeafMapping, weights: Sequence[Wanted]) -> bool:
-    """Tells whether what is stored, as rules leave it, has fewer elements than all weights need.
-
-    A weight that is not found yet may be a stack that lacks layers, where a leaf has the shape of one.
-    """
-    entries, shapes = best.applied.entries, best.shapes
-    if any(entry.section != "model" for entry in entries):
-        return False
-    held, needed = {entry.shape for entry in entries}, 0
-    for shape, found in ((item.leaf.shape, shapes.get(item.leaf.path)) for item in weights):
-        layers = [shape[:at] + shape[at + 1 :] for at in range(len(shape))] if found != shape else []
-        needed += min((math.prod(one) for one in layers if one in held), default=math.prod(shape))
-    return needed > sum(math.prod(entry.shape) for entry in entries)
+    score = _score(mapping, weights)
+    return mapping if score[1] == len(weights) or (plain is untyped and score > best) else None
 
 
 _TELLING_KEYS = frozenset[str]().union(*(layout.keys for layout in layouts.LAYOUTS))

@@ -136,6 +136,7 @@ class Suggestion:
         proof: What both programs return under the rules, in words; empty where they were not run.
         is_proved: Whether both programs return the same under the rules.
         is_refuted: Whether both programs were run and return different values.
+        is_given: Whether the caller's own rules decide too, of which nothing here says that they are right.
     """
 
     proposals: tuple[Proposal, ...]
@@ -150,6 +151,7 @@ class Suggestion:
     proof: str = ""
     is_proved: bool = False
     is_refuted: bool = False
+    is_given: bool = False
 
     @property
     def renames(self) -> tuple[Rule, ...]:
@@ -166,12 +168,13 @@ class Suggestion:
         """How sure the whole is.
 
         `certain`: every wanted leaf is covered, and shapes and names that both sides share allow nothing
-        else, or both programs return the same. `likely`: every leaf is covered, and names, order or the
-        convention of a known program decide. `open`: something is not, or both programs' values differ.
+        else, or both programs return the same. `likely`: every leaf is covered, and names, order, the
+        convention of a known program or the caller's own rules decide. `open`: something is not, or both
+        programs' values differ.
         """
         if self.unmatched_wanted or self.questions or self.problem or self.is_refuted:
             return "open"
-        is_told = all(item.grounds == "shapes" for item in self.proposals)
+        is_told = not self.is_given and all(item.grounds == "shapes" for item in self.proposals)
         return "certain" if self.is_proved or is_told else "likely"
 
     def answered(self, answers: Answers, changes: Sequence[Remade] = ()) -> tuple[Rule, ...]:
@@ -198,6 +201,7 @@ class Suggestion:
             lines += [_comment(f"    {at}: {choice}") for at, choice in shown]
             if len(question.choices) > CHOICES:
                 lines.append(f"#     ... and {len(question.choices) - CHOICES} more")
+        lines += [f"# your rules are not proved; run both: {RUN_BOTH}."] * (self.is_given and not self.proof)
         lines += _settling(len(self.questions), is_run=bool(self.proof)) if self.questions else []
         lines += [_comment(self.proof)] if self.proof else []
         lines += _rest("wanted, and nothing stored was found", self.unmatched_wanted)
@@ -250,11 +254,7 @@ def behind(rules: Sequence[Rule], found: Suggestion, fact: str = "") -> Suggesti
     """Returns the same proposal behind rules that it was searched under, and that it needs."""
     grounds: PairGrounds = "fact" if fact else "names"
     first = tuple(Proposal(rule=one, grounds=grounds, fact=fact) for one in rules)
-
-    def change(others: tuple[Rule, ...]) -> tuple[Rule, ...]:
-        return (*rules, *others)
-
-    answered = changed(found, change)
+    answered = changed(found, lambda others: (*rules, *others))
     return dataclasses.replace(answered, proposals=(*first, *found.proposals))
 
 

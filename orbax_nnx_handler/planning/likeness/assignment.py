@@ -174,7 +174,7 @@ def ways_of_heads(one: tuple[Leaf, Shape], other: tuple[Leaf, Shape], said: Conc
         found = tuple(dataclasses.replace(x, turned=not x.turned) for x in found[::-1])
     is_told = is_out or are_last if is_led else plain is wanted and not are_last
     if kinds[plain is wanted] == "kernel" and is_told:
-        return (dataclasses.replace(found[0], named=True),)
+        return (dataclasses.replace(found[0], named=True), *found[1:])
     is_alike = one[0].names[-1] == other[0].names[-1] not in PYTORCHS
     is_open = are_last and not (is_alike or is_led or "gate" in said)
     return tuple(dataclasses.replace(way, named=None) for way in found) if is_open else found

@@ -180,9 +180,10 @@ def settle_turns(links: Sequence[Link]) -> tuple[list[Link], list[Link]]:
     evidence: dict[tuple[object, ...], set[bool]] = defaultdict(set)
     for link in links:
         for leaf, possible in link.by_part:
-            if len(possible) == 1 and _axes(leaf) > 1 and leaf.names[-1] != "embedding":
+            is_named = len(possible) > 1 and possible[0].named
+            if (len(possible) == 1 or is_named) and _axes(leaf) > 1 and leaf.names[-1] != "embedding":
                 for key in _keys(link, leaf):
-                    evidence[key].add(possible[0].turned)
+                    evidence[("named", *key) if is_named else key].add(possible[0].turned)
     settled, left = list[Link](), list[Link]()
     for link in links:
         chosen = tuple(_chosen(link, leaf, possible, evidence) for leaf, possible in link.by_part)
@@ -217,12 +218,16 @@ def _chosen(
         return ways[0] if is_told else None
     if (is_first := _are_outputs_first(link)) is not None:
         return next((way for way in ways if way.turned is is_first), None)
-    for key in _keys(link, leaf):
-        turned = evidence.get(key, set())
-        if len(turned) == 1:
-            return next((way for way in ways if way.turned in turned), None)
-        if turned and key[0] == "model":
-            return None
+    keys, is_named = [*_keys(link, leaf)], bool(ways[0].named)
+    turned, is_far = _nearest(keys, evidence)
+    if len(turned) == 1 and is_named and is_far and ways[0].turned not in turned:
+        return None  # Against a name, only the matrices of its own block tell.
+    if not turned and not is_named:
+        turned, _ = _nearest([("named", *key) for key in keys], evidence)
+    if len(turned) == 1:
+        return next((way for way in ways if way.turned in turned), None)
+    if is_named or (turned and is_far):
+        return ways[0] if is_named else None
     if any([step.kind for step in way.steps] == ["transpose"] for way in ways if not way.turned):
         # Where image axes come last, outputs come first: that is PyTorch's convention for both.
         return next((way for way in ways if way.turned), None)
@@ -230,6 +235,17 @@ def _chosen(
     if _last_name(leaf.names) == _last_name(link.target.names) not in PYTORCHS and not _are_squares(leaf):
         return next((way for way in ways if not way.turned), None)
     return None
+
+
+def _nearest(
+    keys: Iterable[tuple[object, ...]], evidence: Mapping[tuple[object, ...], set[bool]]
+) -> tuple[set[bool], bool]:
+    """Returns what the nearest matrices that agree tell, or those of the model; and whether it is these."""
+    for key in keys:
+        turned = evidence.get(key, set())
+        if len(turned) == 1 or (turned and "model" in key):
+            return turned, "model" in key
+    return set(), False
 
 
 def _are_outputs_first(link: Link) -> bool | None:

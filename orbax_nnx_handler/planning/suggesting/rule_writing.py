@@ -167,7 +167,8 @@ class Writer:
             # The layers around, which experts are a list in, are counted too.
             left = with_places(numbered(layers.stored, 0), [*(at for at, _ in around), layers.seat])
             right = with_places(into, [to for _, to in around])
-            written[StackLayers("/".join(left), "/".join(right), layers.axis)] += some
+            if right:  # What lies beside the model's other parts has no name in common.
+                written[StackLayers("/".join(left), "/".join(right), layers.axis)] += some
         for rule, some in written.items():
             self._take(rule, some)
 

@@ -61,6 +61,7 @@ OPEN = {
     "internlm2": 9,
     "gemma4_experts": 6,
     "mipnerf360": 6,
+    "litgpt": 6,
 }
 """Leaves that stay open.
 
@@ -70,8 +71,8 @@ is not that of a deviation (vae_flax); networks and parts of one shape that Line
 graphnet, nerf, savi, genie, rt1) are in no order that names tell.
 Whether shift or scale comes first (flux, mmdit), how keys and values lie in an array of a layer
 that Linen numbered (segformer), which half of an array or which of two layers is the gate (recurrentgemma,
-dinov2_giant, qwen2), whether gates and what they gate lie in turns (gpt_oss), which of square layers that
-stand beside each other is which (transformer_xl_ppo), whether a square matrix is transposed
+dinov2_giant, qwen2, litgpt), whether gates and what they gate lie in turns (gpt_oss), which of square
+layers that stand beside each other is which (transformer_xl_ppo), whether a square matrix is transposed
 (recurrentgemma), and what `v` and `w` are (hypernerf), which of `out` and `out2` is the gate (s4, lru_glu),
 which norm of a decoder with deformable attention is which (deformable_detr), which of the layers of an
 attention that Linen numbered is which (perceiver, set_transformer), which of `a` and `b` is left

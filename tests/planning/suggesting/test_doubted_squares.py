@@ -103,3 +103,36 @@ def test_whether_the_square_matrices_of_a_module_are_transposed_is_one_question(
     assert [question.about for question in found.questions] == ["transposed", "transposed"]
     values = restored(stored, wanted, found.answered([1, 1]))
     check(values, {other: stored[one].T for one, other in names.items()})
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_kernels_beside_a_turned_one_are_not_taken_as_they_are(is_known):
+    around = ("attn/key", "attn/k_proj") if is_known else ("mlp/Dense_0", "mlp/fc1")
+    stored = filled(
+        {
+            "layer/attn/query/kernel": (16, 4, 4),
+            "layer/attn/out/kernel": (4, 4, 16),
+            f"layer/{around[0]}/kernel": (16, 8) if is_known else (16, 32),
+        }
+    )
+    wanted = {"layer/attn/q_proj/kernel": (16, 16), "layer/attn/o_proj/kernel": (16, 16)}
+    turned = f"layer/{around[1]}/kernel"
+
+    found, values = proposed(stored, {**wanted, turned: stored[f"layer/{around[0]}/kernel"].T.shape})
+
+    expected = {
+        "layer/attn/q_proj/kernel": stored["layer/attn/query/kernel"].reshape(16, 16).T,
+        "layer/attn/o_proj/kernel": stored["layer/attn/out/kernel"].reshape(16, 16).T,
+        turned: stored[f"layer/{around[0]}/kernel"].T,
+    }
+    assert turned in values
+    check(values, {path: expected[path] for path in values})
+    assert found.covered or found.questions
+
+
+def test_layers_without_a_name_in_common_are_no_stack():
+    stored = filled({f"h/{at}/{name}/kernel": (4, 6) for at in range(2) for name in ("one", "two")})
+
+    found, _ = proposed(stored, {"one/kernel": (2, 4, 6), "two/kernel": (2, 4, 6)})
+
+    assert found.confidence == "open"

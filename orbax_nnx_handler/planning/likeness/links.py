@@ -180,10 +180,10 @@ def settle_turns(links: Sequence[Link]) -> tuple[list[Link], list[Link]]:
     evidence: dict[tuple[object, ...], set[bool]] = defaultdict(set)
     for link in links:
         for leaf, possible in link.by_part:
-            is_named = len(possible) > 1 and any(way.named for way in possible)
-            if (len(possible) == 1 or is_named) and _axes(leaf) > 1 and leaf.names[-1] != "embedding":
+            turns, is_named = [way.turned for way in possible], any(way.named for way in possible[:-1])
+            if (len(turns) == 1 or is_named) and _axes(leaf) > 1 and leaf.names[-1] != "embedding":
                 for key in _keys(link, leaf):
-                    evidence[("named", *key) if is_named else key].add(possible[0].turned)
+                    evidence[("named", *key) if is_named else key].add(turns[0])
     settled, left = list[Link](), list[Link]()
     for link in links:
         chosen = tuple(_chosen(link, leaf, possible, evidence) for leaf, possible in link.by_part)

@@ -1,6 +1,5 @@
 """Restore, suggest and save without a manager; the plan alone is in `planner`."""
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -173,7 +172,6 @@ def suggest(
     checkpoint = look_at(path, item)
     parts = flatten_wanted(target, {})
     found = propose(parts, checkpoint.leaves, options, order_of(target, init))
-    found = dataclasses.replace(found, is_given=bool(options.renames))
     if programs is None:
         return found
     return Settling(

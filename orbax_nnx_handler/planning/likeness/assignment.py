@@ -31,6 +31,7 @@ from orbax_nnx_handler.planning.likeness.vocabulary import (
     Names,
     arm,
     concepts,
+    counts_of,
     directions,
     exclude,
     likeness,
@@ -346,18 +347,16 @@ def _by_template(parts: Sequence[NamedPart]) -> Mapping[Names, Mapping[Names, in
     """Returns the parts that two numbers count by their words without numbers, and by these."""
     found: dict[Names, dict[Names, int]] = defaultdict(dict)
     for at, one in enumerate(parts):
-        said = words("/".join(one.part.names))
-        numbers = tuple(filter(str.isdecimal, said))
-        if len(numbers) > 1:
-            found[tuple("#" if word.isdecimal() else word for word in said)][numbers] = at
+        path = "/".join(one.part.names)
+        if len(numbers := counts_of(path)) > 1:
+            found[tuple("#" if word.isdecimal() else word for word in words(path))][numbers] = at
     return found
 
 
 def share_number(part: Names, module: Names) -> bool:
     """Tells whether a part has the number of a module and says what that is: `pre_ffw2_norm` and `mlp2`."""
     names = "".join(part[-1:]), module[-1]
-    counted = [[word for word in words(name) if word.isdecimal()] for name in names]
-    return counted[0] == counted[1] != [] and {*meanings(names[1])} <= {*meanings(names[0])}
+    return counts_of(names[0]) == counts_of(names[1]) != () and {*meanings(names[1])} <= {*meanings(names[0])}
 
 
 Module = tuple[Names, list[Leaf]]

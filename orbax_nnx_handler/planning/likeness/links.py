@@ -226,8 +226,10 @@ def _chosen(
         turned, _ = _nearest([("named", *key) for key in keys], evidence)
     if len(turned) == 1:
         return next((way for way in ways if way.turned in turned), None)
-    if is_named or (turned and is_far):
-        return ways[0] if is_named else None
+    if is_named:
+        return ways[0]
+    if turned and is_far:
+        return None
     if any([step.kind for step in way.steps] == ["transpose"] for way in ways if not way.turned):
         # Where image axes come last, outputs come first: that is PyTorch's convention for both.
         return next((way for way in ways if way.turned), None)

@@ -260,7 +260,7 @@ Stacks = Mapping[int, list[tuple[Names, list[Leaf], bool]]]
 
 def stacks_in(free: Sequence[Leaf], above: int) -> Stacks:
     """Returns modules (True), and arrays beside the modules in one, by how many layers they may stack."""
-    below, beside = _below(free, above), defaultdict[Names, list[Leaf]](list)
+    below, beside = leaves_below(free, above), defaultdict[Names, list[Leaf]](list)
     for leaf in free:
         beside[leaf.names[:-1]].append(leaf)
     found: dict[int, list[tuple[Names, list[Leaf], bool]]] = defaultdict(list)
@@ -276,7 +276,8 @@ def stacks_in(free: Sequence[Leaf], above: int) -> Stacks:
     return found
 
 
-def _below(leaves: Iterable[Leaf], above: int) -> dict[Names, list[Leaf]]:
+def leaves_below(leaves: Iterable[Leaf], above: int = 0) -> dict[Names, list[Leaf]]:
+    """Returns the leaves in each module below a context, however deep, by what leads to it."""
     found: dict[Names, list[Leaf]] = defaultdict(list)
     for leaf in leaves:
         for depth in range(above + 1, len(leaf.names)):
@@ -291,7 +292,7 @@ def depth_of(prefix: Names, leaves: Sequence[Leaf]) -> int:
 
 def sizes_within(leaves: Iterable[Leaf], above: int) -> set[Sizes]:
     """Returns the sizes of each module below a context, part by part."""
-    return set(map(part_sizes, _below(leaves, above).values()))
+    return set(map(part_sizes, leaves_below(leaves, above).values()))
 
 
 def of_sizes(below: BySize, sizes: Collection[int]) -> Mapping[Names, list[Leaf]]:

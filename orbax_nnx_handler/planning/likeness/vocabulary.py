@@ -175,6 +175,11 @@ def words(name: str) -> tuple[str, ...]:
     return tuple(part.lower() for part in _WORD.findall(name))
 
 
+def counts_of(name: str) -> tuple[str, ...]:
+    """Returns the numbers among the words of a name."""
+    return tuple(filter(str.isdecimal, words(name)))
+
+
 @functools.lru_cache(maxsize=65536)
 def meanings(name: str) -> tuple[str, ...]:
     """Returns the concepts of a name in the order of its words; numbers and empty words left out."""

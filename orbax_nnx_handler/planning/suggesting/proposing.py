@@ -85,7 +85,8 @@ def propose(
     Raises:
         RestoreError: No layout fits, the rules do not, or the trees are nested too deep.
     """
-    return _Proposing(target, stored, options, order or {}).best()
+    found = _Proposing(target, stored, options, order or {}).best()
+    return dataclasses.replace(found, is_given=bool(options.renames))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,7 +250,8 @@ class _Proposing:
         answered = {(link.target.source, link.source.source) for link in more}
         kept = [one for one in tried.links if (one.target.source, one.source.source) not in answered]
         links = remade_behind([*kept, *more], changes, self._entries, self._shapes)
-        rules = self._write(links, searched, tried.root, tried.below)
+        writer = Writer(Entries(self._entries), tried.root, tried.below)
+        rules = writer.write(links, searched.found.groups)
         keeps = not tried.rules or any(map(_changes_nothing, tried.rules))
         return tuple(rule for rule in rules if keeps or not _changes_nothing(rule))
 
@@ -388,11 +390,6 @@ class _Proposing:
         """The shapes of stored leaves, but of those that the settled rules have shaped otherwise."""
         shaped = {entry.sources[0] for entry in self._applied if not isinstance(entry.recipe, Read)}
         return {path: leaf.shape for path, leaf in self.stored.items() if path not in shaped}
-
-    def _write(
-        self, links: Sequence[Link], searched: Searched, root: int, below: Names
-    ) -> Mapping[Rule, Sequence[Link]]:
-        return Writer(Entries(self._entries), root, below).write(links, searched.found.groups)
 
     @cached_property
     def _entries(self) -> Sequence[Entry]:

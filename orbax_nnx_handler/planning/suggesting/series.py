@@ -25,6 +25,7 @@ from orbax_nnx_handler.planning.likeness.vocabulary import (
     Names,
     arm,
     concepts,
+    counts_of,
     exclude,
     likeness,
     telling,
@@ -180,18 +181,15 @@ def lists_within(series: Series, others: Sequence[Series]) -> tuple[list[Pairs],
     whether names do, and not sizes, is returned too.
     """
     parts, others = parts_of(series), [other for other in others if other.numbers == series.numbers]
+    held, holds = ([*map(_said_within, side)] for side in (parts, others))
     like = [
-        [
-            at
-            for at, other in enumerate(others)
-            if other.sizes == part.sizes and not exclude(_said_within(part), _said_within(other))
-        ]
-        for part in parts
+        [at for at, y in enumerate(others) if y.sizes == x.sizes and not exclude(said, holds[at])]
+        for x, said in zip(parts, held, strict=True)
     ]
     is_one = any(other.sizes == series.sizes for other in others)
     if not parts or is_one or not 0 < math.prod(map(len, like)) <= _MOST_WAYS:
         return [], False
-    said, says = (telling(list(map(_said_within, side))) for side in (parts, others))
+    said, says = telling(held), telling(holds)
     scores: dict[tuple[int, ...], float] = {}
     for choice in itertools.product(*like):
         pairs = [(one, says[at]) for one, at in zip(said, choice, strict=True)]
@@ -216,7 +214,7 @@ def _said_within(series: Series) -> frozenset[str]:
 
 def _numbers(series: Series) -> set[str]:
     """Returns what counts a part in a block: `ln1_{i}` is `layers/{i}/ln1`."""
-    return {word for word in words(series.template[-1].replace(PLACE, "")) if word.isdecimal()}
+    return {*counts_of(series.template[-1].replace(PLACE, ""))}
 
 
 def in_sequence(groups: Sequence[Series], free: Sequence[Leaf], above: int, arms: int) -> list[Pairs]:

@@ -6,14 +6,13 @@ Last, modules that both sides keep stacked: one layer tells how each array of al
 import dataclasses
 import itertools
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.leaves import Shape, order_after, with_fields
 from orbax_nnx_handler.planning.core.paths import levels
 from orbax_nnx_handler.planning.likeness.assignment import best_pairs
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, settle_turns
-from orbax_nnx_handler.planning.likeness.module_parts import Leaf, Stacks, depth_of
+from orbax_nnx_handler.planning.likeness.module_parts import Leaf, Stacks, depth_of, leaves_below
 from orbax_nnx_handler.planning.likeness.shapes import Step, Steps, Way, transposed, without_axis
 from orbax_nnx_handler.planning.likeness.vocabulary import (
     MARGIN,
@@ -153,9 +152,9 @@ def stacked_twice(
         for to, other in enumerate(theirs):
             low, high = sorted((sizes_of(one.leaves), sizes_of(other.leaves)))
             counts = {each.leaves[0].shape[each.axis] for each in (one, other)}
-            said, says = ({*concepts(level.base for level in levels(x.names))} for x in (one, other))
-            if len(counts) == 1 and 2 * low > high and not exclude(frozenset(said), frozenset(says)):
-                scores[at, to] = 20 + 4 * low / high + likeness(frozenset(said), frozenset(says))
+            said, says = (concepts(level.base for level in levels(x.names)) for x in (one, other))
+            if len(counts) == 1 and 2 * low > high and not exclude(said, says):
+                scores[at, to] = 20 + 4 * low / high + likeness(said, says)
     pairs = [(ours[at], theirs[to]) for at, to in best_pairs(scores)]
     return [(x, y) for x, y in pairs if (x.axis, _shapes(x)) != (y.axis, _shapes(y))]
 
@@ -166,16 +165,11 @@ def _shapes(stacked: StackedModule) -> list[Shape]:
 
 def _stacked(leaves: Iterable[Leaf]) -> list[StackedModule]:
     """Returns the outermost modules that may be stacks, by each axis: of vectors, and of matrices."""
-    below: dict[Names, list[Leaf]] = defaultdict(list)
-    for leaf in leaves:
-        for depth in range(1, len(leaf.names)):
-            below[leaf.names[:depth]].append(leaf)
     found: dict[Names, list[StackedModule]] = {}
-    for names in sorted(below, key=len):
-        ranks = {len(leaf.shape) for leaf in below[names]}
+    for names, held in sorted(leaves_below(leaves).items(), key=lambda item: len(item[0])):
+        ranks, first = {len(leaf.shape) for leaf in held}, held[0].shape
         if min(ranks) != 2 or max(ranks) < 3 or any(names[:depth] in found for depth in range(len(names))):
             continue
-        first, held = below[names][0].shape, below[names]
         if depth_of(names, held) < 0:
             continue  # Arrays beside each other may be experts'.
         axes = [axis for axis in (0, 1) if first[axis] > 1 and _have_axis(held, axis, first[axis])]
@@ -247,9 +241,7 @@ def _with_layers(steps: Steps, count: int) -> Steps:
             step.kind,
             (count, *step.before),
             (count, *step.shape),
-            tuple(axis + 1 for axis in step.axes)
-            if step.kind != "transpose"
-            else (0, *(x + 1 for x in step.axes)),
+            (*((0,) if step.kind == "transpose" else ()), *(axis + 1 for axis in step.axes)),
             step.constant,
         )
         for step in steps

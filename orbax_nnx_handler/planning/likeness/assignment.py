@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -12,10 +12,7 @@ import numpy as np
 from orbax_nnx_handler.planning.core.leaves import Shape, permuted
 from orbax_nnx_handler.planning.core.paths import levels
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, part_sizes
-from orbax_nnx_handler.planning.likeness.named_parts import (
-    NamedPart,
-    are_automatic,
-)
+from orbax_nnx_handler.planning.likeness.named_parts import NamedPart
 from orbax_nnx_handler.planning.likeness.shapes import (
     Step,
     Way,
@@ -35,13 +32,13 @@ from orbax_nnx_handler.planning.likeness.vocabulary import (
     directions,
     exclude,
     likeness,
-    meanings,
     same_name,
     same_number,
     same_place,
     words,
 )
 
+READINGS = 24  # All orders of four parts.
 _COMPLETE, _LACKING, _UNLIKE, _NUMBER, _LITERAL = 2.0, 1.0, 10.0, 2.0, 1.0
 
 
@@ -225,8 +222,9 @@ def _compare_numbers(one: NamedPart, other: NamedPart) -> tuple[int, bool]:
 def _counts_through(one: NamedPart, other: NamedPart) -> bool:
     """Tells whether Linen counts through on one side what the other has in lists of lists: `Conv_{0..4}`."""
     sizes, counted = [len(held) for _, held in other.numbers], [held for _, held in one.numbers]
-    is_automatic = len(counted) == 1 < len(sizes) and one.part.levels[-1].number is not None
-    return is_automatic and are_automatic([one]) and max(sizes) < math.prod(sizes) <= len(counted[0])
+    is_last = len(counted) == 1 < len(sizes) and one.part.levels[-1].number is not None
+    is_automatic = is_last and one.part.levels[-1].is_automatic
+    return is_automatic and max(sizes) < math.prod(sizes) <= len(counted[0])
 
 
 # Many at once.
@@ -268,6 +266,18 @@ def best_pairs(scores: Mapping[tuple[int, int], float]) -> list[tuple[int, int]]
         best, value = table.best()
         found += [pair for pair in sorted(best) if value - table.best(without=pair)[1] >= MARGIN]
     return found
+
+
+def pairings(
+    ours: Sequence[int], theirs: Sequence[int], possible: Container[tuple[int, int]]
+) -> Iterator[list[tuple[int, int]]]:
+    """Yields ways in which the parts of the shorter side may each be one of the other side's."""
+    shorter = min(len(ours), len(theirs))
+    for left in itertools.islice(itertools.combinations(ours, shorter), READINGS):
+        for right in itertools.islice(itertools.permutations(theirs, shorter), 120):
+            pairs = list(zip(left, right, strict=True))
+            if all(pair in possible for pair in pairs):
+                yield pairs
 
 
 def components(pairs: Iterable[tuple[int, int]]) -> list[set[tuple[int, int]]]:
@@ -351,12 +361,6 @@ def _by_template(parts: Sequence[NamedPart]) -> Mapping[Names, Mapping[Names, in
         if len(numbers := counts_of(path)) > 1:
             found[tuple("#" if word.isdecimal() else word for word in words(path))][numbers] = at
     return found
-
-
-def share_number(part: Names, module: Names) -> bool:
-    """Tells whether a part has the number of a module and says what that is: `pre_ffw2_norm` and `mlp2`."""
-    names = "".join(part[-1:]), module[-1]
-    return counts_of(names[0]) == counts_of(names[1]) != () and {*meanings(names[1])} <= {*meanings(names[0])}
 
 
 Module = tuple[Names, list[Leaf]]

@@ -7,10 +7,13 @@ from typing import Literal
 
 from orbax_nnx_handler.planning.core.leaves import with_fields
 from orbax_nnx_handler.planning.core.paths import canonical, levels
+from orbax_nnx_handler.planning.likeness.assignment import Fit
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, part_of
+from orbax_nnx_handler.planning.likeness.named_parts import NamedPart
 from orbax_nnx_handler.planning.likeness.shapes import Joint, Steps, Way
 from orbax_nnx_handler.planning.likeness.vocabulary import (
     PYTORCHS,
+    STRONG,
     Names,
     concepts,
     parameter_of,
@@ -202,6 +205,27 @@ def _grounds(options: Sequence[Sequence[Way]], made: Sequence[tuple[Way]]) -> Pa
         return "siblings"
     found = [way for (way,) in made]
     return "patch" if any(x.flattens for x in found) else "names" if any(x.named for x in found) else "shapes"
+
+
+def beside_turned(
+    fits: Mapping[tuple[int, int], Fit], wanted: Sequence[NamedPart], stored: Sequence[NamedPart]
+) -> list[tuple[int, int]]:
+    """Returns pairs of matrices as they are, where those of one role on both sides only fit transposed.
+
+    Of Praxis' `ffn_layer1` and `ffn_layer2` either has the shape of the other one, transposed.
+    """
+    told: dict[tuple[str, str], set[bool]] = defaultdict(set)
+    as_they_are: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
+    for pair, fit in fits.items():
+        is_known = bool(wanted[pair[0]].said & stored[pair[1]].said & STRONG)
+        for one, other, options in fit.pairs:
+            if min(len(one.shape), len(other.shape)) > 1 == len(options):
+                names, is_turned = (one.names[-1], other.names[-1]), options[0].turned
+                if is_known:
+                    told[names].add(is_turned)
+                elif not is_turned:
+                    as_they_are[names].append(pair)
+    return [pair for names, held in as_they_are.items() if told[names] == {True} for pair in held]
 
 
 def readings_of(link: Link) -> tuple[Link, ...]:

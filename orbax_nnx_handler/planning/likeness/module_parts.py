@@ -24,6 +24,7 @@ from orbax_nnx_handler.planning.likeness.vocabulary import (
     Concepts,
     Names,
     concepts,
+    counts_of,
     meanings,
     place_of,
     words,
@@ -247,6 +248,31 @@ def prefixes(part: ModulePart) -> list[tuple[Names, Level]]:
 def containers(part: ModulePart) -> list[Names]:
     """Returns the modules around a part, the innermost first, the context itself left out."""
     return [*around(part.names)][::-1]
+
+
+def are_elsewhere(parts: tuple[ModulePart, ModulePart], modules: Collection[tuple[Names, Names]]) -> bool:
+    """Tells whether two parts are of modules that are not each other's: `ffw2_norm` of `mlp2` and another.
+
+    Args:
+        parts: A wanted part, and a stored one.
+        modules: The wanted modules with the stored ones that they are.
+    """
+    beside = [
+        (one, two) for one, two in modules if (one[:-1], two[:-1]) == (parts[0].module, parts[1].module)
+    ]
+    for side in (0, 1):
+        own = {*words("".join(parts[1 - side].names[-1:]))}
+        counted = {each for each in beside if _share_number(parts[side].names, each[side])}
+        called = {each for each in beside if {*words(each[1 - side][-1])} <= own}
+        if counted and called and not counted & called:
+            return True
+    return False
+
+
+def _share_number(part: Names, module: Names) -> bool:
+    """Tells whether a part has the number of a module and says what that is: `pre_ffw2_norm` and `mlp2`."""
+    names = "".join(part[-1:]), module[-1]
+    return counts_of(names[0]) == counts_of(names[1]) != () and {*meanings(names[1])} <= {*meanings(names[0])}
 
 
 Sizes = tuple[int, ...]

@@ -106,12 +106,14 @@ class _Context:
         self._layers = Counter(part.module for part in parts if not part.is_norm)
         self._normed = {names for part in parts if part.is_norm for names in containers(part)}
         self._shapes: dict[tuple[Names, str], dict[int, Shape]] = defaultdict(dict)
+        self._matrices: dict[Names, set[Shape]] = defaultdict(set)
         for part in parts:
             for prefix, level in prefixes(part):
                 if level.number is not None:
                     families[prefix, level.base, level.style].add(level.number)
             if part.levels and part.levels[-1].number is not None and "main" in part.leaves:
                 self._shapes[part.family][part.levels[-1].number] = part.leaves["main"].shape
+            self._matrices[part.module].update(leaf.shape for leaf in part.leaves.values())
             if len(part.own & _QKV) == 1 and not part.is_norm:
                 self._single[part.module] |= part.own
             self._bases[part.module].update(level.base for level in part.levels[-1:])
@@ -166,6 +168,7 @@ class _Context:
             known = any((part.levels[-1].base, x) in NUMBERED for _, x in numbers[-1:])  # `w3`, `w2`.
             is_turned = known and said.isdisjoint(("gate", "up", *"qkvo"))
             is_either = is_turned or part.family[1] in self._backwards
+            is_either |= not fact and bool(numbers) and self._may_be_gated(part, numbers[-1][1])
         place = self._position(part, said)
         return NamedPart(part, frozenset(said), numbers, place, fused, fact, untold, is_either)
 
@@ -297,14 +300,18 @@ class _Context:
         shapes = [self._shapes[part.family].get(number, ()) for number in family]
         if len(shapes) != 2:
             return True
-        # Two of one shape that is no square are a gate and what it gates.
-        are_both = shapes[0] == shapes[1] and len({*shapes[0]}) > 1
         is_turned = "main" not in part.leaves or part.leaves["main"].names[-1] != "kernel"
         are_next = follow(*shapes) or (is_turned and follow(*(shape[::-1] for shape in shapes)))
         # Of two that Linen numbered, one that leads to more and one back, shapes tell which is which.
         is_back_and_forth = part.family[1][:1].isupper() and shapes[0] == shapes[1][::-1] != shapes[1]
-        is_either = are_both or (is_back_and_forth and "bias" in part.leaves)
+        is_either = is_back_and_forth and "bias" in part.leaves
         return are_next and not is_either and part.family[1] not in self._backwards
+
+    def _may_be_gated(self, part: ModulePart, family: Sequence[int]) -> bool:
+        """Tells whether two layers may be a gate and what it gates: `w2` is Qwen's gate, `fc_1` Lit-GPT's."""
+        shapes = [self._shapes[part.family].get(number, ()) for number in family]
+        are_alike = len(shapes) == 2 and shapes[0] == shapes[1] != shapes[0][::-1]
+        return are_alike and shapes[0][::-1] in self._matrices[part.module]
 
     def _leads_back(self, part: ModulePart, roles: Sequence[str], family: Sequence[int]) -> bool:
         """Tells whether the layer of a number leads back by its shape: in DINOv2 it is `w3`, not `w2`."""
@@ -441,8 +448,3 @@ def are_counted(roles: Sequence[NamedPart]) -> bool:
         role.part.levels and role.part.levels[-1].number is not None and role.part.levels[-1].style
         for role in roles
     )
-
-
-def are_automatic(roles: Sequence[NamedPart]) -> bool:
-    """Tells whether Linen itself numbered these modules: a class's name and a count."""
-    return all(role.numbers and all(level.is_automatic for level, _ in role.numbers) for role in roles)

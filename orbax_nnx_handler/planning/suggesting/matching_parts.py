@@ -9,6 +9,7 @@ from orbax_nnx_handler.planning.core.folding import Homes, lies_within
 from orbax_nnx_handler.planning.core.paths import ascend, ranks_of, same_modules
 from orbax_nnx_handler.planning.likeness.assignment import (
     MOST_PAIRS,
+    READINGS,
     Fit,
     Table,
     across_networks,
@@ -17,12 +18,20 @@ from orbax_nnx_handler.planning.likeness.assignment import (
     fit_of,
     may_be,
     merged,
-    share_number,
+    pairings,
     sizes_of_few,
 )
 from orbax_nnx_handler.planning.likeness.joined_parts import either_way, gated, joined_parts
-from orbax_nnx_handler.planning.likeness.links import Findings, Link, PairGrounds, Tie, Undecided, together
-from orbax_nnx_handler.planning.likeness.module_parts import ModulePart
+from orbax_nnx_handler.planning.likeness.links import (
+    Findings,
+    Link,
+    PairGrounds,
+    Tie,
+    Undecided,
+    beside_turned,
+    together,
+)
+from orbax_nnx_handler.planning.likeness.module_parts import ModulePart, are_elsewhere
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart, are_counted, in_order, named_parts
 from orbax_nnx_handler.planning.likeness.vocabulary import (
     MARGIN,
@@ -32,10 +41,8 @@ from orbax_nnx_handler.planning.likeness.vocabulary import (
     in_strict_order,
     last_of_block,
     likeness,
-    words,
 )
 
-_READINGS = 24  # All orders of four parts.
 Created = Callable[[ModulePart], tuple[int, ...] | None]
 """The place of a wanted part in the order of creation, where it is known."""
 Known = Callable[[Names, Names], int]
@@ -79,14 +86,16 @@ def match_parts(
     return Findings(links=links, ties=[*ties, *either_way(left, right, modules), *more])
 
 
-_Sides = tuple[Sequence[NamedPart], Sequence[NamedPart]]
-
-
 class _Pairs:
     """The possible pairs of a context, and which of them nothing else can be."""
 
     def __init__(
-        self, sides: _Sides, known: Known, partial: Sequence[Collection[Names]], *, is_outermost: bool
+        self,
+        sides: Sequence[Sequence[NamedPart]],
+        known: Known,
+        partial: Sequence[Collection[Names]],
+        *,
+        is_outermost: bool,
     ) -> None:
         self._wanted, self._stored = wanted, stored = sides
         self._partial, self._fits = partial, dict[tuple[int, int], Fit]()
@@ -107,12 +116,15 @@ class _Pairs:
                 elif fit is not None:
                     self._excluded.add((at, to))
         self._exclude([*beside_namesakes(self._fits, wanted, stored)])
+        self._exclude(beside_turned(self._fits, wanted, stored))
         modules = self._modules_told()
         for pair, fit in self._fits.items():
             if self._homes.of(*pair) in modules:
                 self._fits[pair] = dataclasses.replace(fit, score=fit.score + _TOLD)
         across = across_networks(self._fits, wanted, stored) if is_outermost else ()
-        self._exclude([*self._elsewhere(modules), *across])
+        is_counted = any(not names[-1].isalpha() for pair in modules for names in pair)
+        parts = {(at, to): (wanted[at].part, stored[to].part) for at, to in self._fits if is_counted}
+        self._exclude([*(pair for pair in parts if are_elsewhere(parts[pair], modules)), *across])
 
     def _exclude(self, pairs: Collection[tuple[int, int]]) -> None:
         self._excluded.update(pairs)
@@ -126,22 +138,6 @@ class _Pairs:
         told = {self._homes.of(*pair) for pair in alone if not self._wanted[pair[0]].part.is_vector}
         sides = [Counter(pair[side] for pair in told) for side in (0, 1)]
         return {pair for pair in told if all(pair) and sides[0][pair[0]] == sides[1][pair[1]] == 1}
-
-    def _elsewhere(self, modules: Collection[tuple[Names, Names]]) -> Iterator[tuple[int, int]]:
-        """Yields pairs of modules that are not each other's: `ffw2_norm` of `mlp2`, `moe_norm` of `moe`."""
-        is_counted = any(not names[-1].isalpha() for pair in modules for names in pair)
-        for pair, side in itertools.product(self._fits if is_counted else (), (0, 1)):
-            parts = self._wanted[pair[0]].part, self._stored[pair[1]].part
-            beside = [
-                (one, two)
-                for one, two in modules
-                if (one[:-1], two[:-1]) == (parts[0].module, parts[1].module)
-            ]
-            counted = {each for each in beside if share_number(parts[side].names, each[side])}
-            own = {*words("".join(parts[1 - side].names[-1:]))}
-            called = {each for each in beside if {*words(each[1 - side][-1])} <= own}
-            if counted and called and not counted & called:
-                yield pair
 
     def settle(self, created: Created) -> tuple[_Found, list[Tie]]:
         """Returns the pairs that stand, and the choices that are left; none strays but attention outputs."""
@@ -423,14 +419,10 @@ class _Pairs:
         return in_strict_order([min(one.part.levels[-1].number or 0 for one in held) for held in each])
 
     def _tie(self, ours: Sequence[int], theirs: Sequence[int]) -> Tie:
-        readings: list[tuple[Link, ...]] = []
-        shorter = min(len(ours), len(theirs))
-        for left in itertools.islice(itertools.combinations(ours, shorter), _READINGS):
-            for right in itertools.islice(itertools.permutations(theirs, shorter), 120):
-                pairs = list(zip(left, right, strict=True))
-                if len(readings) < _READINGS and all(pair in self._fits for pair in pairs):
-                    readings.append(tuple(link for pair in pairs for link in self.links(*pair, "names")))
-        if len(readings) == 1 and shorter > 1:  # What names exclude may hide another reading of a few.
+        some = itertools.islice(pairings(ours, theirs, self._fits), READINGS)
+        readings = [tuple(link for x in pairs for link in self.links(*x, "names")) for pairs in some]
+        # What names exclude may hide another reading of a few.
+        if len(readings) == 1 < min(len(ours), len(theirs)):
             single = (self.links(*x, "names") for x in itertools.product(ours, theirs) if x in self._fits)
             readings += [tuple(links) for links in single if not {*links} <= {*readings[0]}]
         return Tie(

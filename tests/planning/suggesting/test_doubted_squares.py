@@ -136,3 +136,43 @@ def test_layers_without_a_name_in_common_are_no_stack():
     found, _ = proposed(stored, {"one/kernel": (2, 4, 6), "two/kernel": (2, 4, 6)})
 
     assert found.confidence == "open"
+
+
+def test_a_kernel_beside_a_turned_one_is_not_the_other_layer_of_its_network_as_it_lies():
+    stored = filled(
+        {
+            "layer/attn/key/kernel": (16, 8),
+            "layer/ff/layer1/linear/kernel": (16, 64),
+            "layer/ff/layer2/linear/kernel": (64, 16),
+        }
+    )
+    names = {
+        "attn/k_proj": "attn/key",
+        "mlp/up_proj": "ff/layer1/linear",
+        "mlp/down_proj": "ff/layer2/linear",
+    }
+    right = {f"layer/{one}/kernel": stored[f"layer/{other}/kernel"].T for one, other in names.items()}
+
+    _, values = proposed(stored, {path: value.shape for path, value in right.items()})
+
+    assert values.keys() == right.keys()
+    check(values, right)
+
+
+@pytest.mark.parametrize("names", [("fc_1", "fc_2", "proj"), ("Dense_0", "Dense_1", "Dense_2")])
+def test_which_of_two_numbered_layers_is_the_gate_is_a_question(names):
+    shapes = [(16, 64), (16, 64), (64, 16)]
+    stored = filled({f"mlp/{x}/kernel": shape for x, shape in zip(("w1", "w2", "c_proj"), shapes)})
+    wanted = {f"mlp/{x}/kernel": shape for x, shape in zip(names, shapes)}
+
+    found, values = proposed(stored, wanted)
+
+    back = {f"mlp/{names[2]}/kernel": stored["mlp/c_proj/kernel"]}
+    assert values.keys() == back.keys()
+    check(values, back)
+    gates = [f"mlp/{x}/kernel" for x in names[:2]]
+    (question,) = found.questions
+    orders = [restored(stored, wanted, found.answered([at])) for at, _ in enumerate(question.choices)]
+    ours = stored["mlp/w1/kernel"], stored["mlp/w2/kernel"]
+    for order in (ours, ours[::-1]):
+        assert any(all(np.array_equal(x[at], y) for at, y in zip(gates, order)) for x in orders)

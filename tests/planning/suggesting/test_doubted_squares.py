@@ -161,9 +161,11 @@ def test_a_kernel_beside_a_turned_one_is_not_the_other_layer_of_its_network_as_i
 
 @pytest.mark.parametrize("names", [("fc_1", "fc_2", "proj"), ("Dense_0", "Dense_1", "Dense_2")])
 def test_which_of_two_numbered_layers_is_the_gate_is_a_question(names):
-    shapes = [(16, 64), (16, 64), (64, 16)]
-    stored = filled({f"mlp/{x}/kernel": shape for x, shape in zip(("w1", "w2", "c_proj"), shapes)})
-    wanted = {f"mlp/{x}/kernel": shape for x, shape in zip(names, shapes)}
+    stored, wanted = (
+        dict(zip((f"mlp/{x}/kernel" for x in side), [(16, 64), (16, 64), (64, 16)], strict=True))
+        for side in (("w1", "w2", "c_proj"), names)
+    )
+    stored = filled(stored)
 
     found, values = proposed(stored, wanted)
 
@@ -175,4 +177,4 @@ def test_which_of_two_numbered_layers_is_the_gate_is_a_question(names):
     orders = [restored(stored, wanted, found.answered([at])) for at, _ in enumerate(question.choices)]
     ours = stored["mlp/w1/kernel"], stored["mlp/w2/kernel"]
     for order in (ours, ours[::-1]):
-        assert any(all(np.array_equal(x[at], y) for at, y in zip(gates, order)) for x in orders)
+        assert any(all(np.array_equal(x[at], y) for at, y in zip(gates, order, strict=True)) for x in orders)

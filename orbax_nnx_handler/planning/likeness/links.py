@@ -223,7 +223,7 @@ def beside_turned(
                 names, is_turned = (one.names[-1], other.names[-1]), options[0].turned
                 if is_known:
                     told[names].add(is_turned)
-                elif not is_turned:
+                elif not is_turned and len(one.shape) == len(other.shape):
                     as_they_are[names].append(pair)
     return [pair for names, held in as_they_are.items() if told[names] == {True} for pair in held]
 

@@ -390,8 +390,7 @@ class Homes:
 
     def shared(self, group: Iterable[tuple[int, int]]) -> tuple[Tokens, Tokens]:
         """Returns the modules around all parts of a group; nothing where one side has more of them."""
-        pairs = list(group)
-        ours, theirs = {at for at, _ in pairs}, {to for _, to in pairs}
+        ours, theirs = map(set[int], zip(*group, strict=True))
         if not 1 < len(ours) == len(theirs):
             return (), ()
         one = shared_levels([module_of(self._sides[0][at]) for at in ours])
@@ -405,15 +404,16 @@ class Homes:
     ) -> set[tuple[int, int]]:
         """Returns pairs that take a part out of a module whose every other part is that of another one.
 
-        Where that has a part to give that nothing takes, or that two pairs could exchange; not of `partial`.
+        Where that has a part to give: free, to exchange, or of a pair alone in its modules; not of `partial`.
         """
         homes = [self.of(*pair) for pair in pairs]
-        takes, taken, known = dict(pairs), {to: at for at, to in pairs}, Counter(homes)
+        takes, taken, known = dict(pairs), {to: at for at, to in pairs}, Counter[object](homes)
         free = defaultdict[tuple[int, int], list[Tokens]](list)
         found = {pair: self.of(*pair) for pair in possible}
         for (at, to), home in found.items():
-            other = found.get((taken.get(to, -1), takes.get(at, -1)), ((), ()))
-            exchanged = min(known[other], known[home]) > 1
+            now, then = (taken.get(to, -1), to), (at, takes.get(at, -1))
+            is_lone = all(known[found.get(pair)] == 1 for pair in (now, then))
+            exchanged = known[home] > 1 and (is_lone or known[found.get((now[0], then[1]))] > 1)
             free[0, at] += home[1:] if to not in taken or exchanged else ()
             free[1, to] += home[:1] if at not in takes or exchanged else ()
         below = defaultdict[tuple[int, Tokens], list[tuple[Tokens, Tokens]]](list)

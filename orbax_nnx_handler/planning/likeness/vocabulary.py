@@ -190,7 +190,8 @@ def meanings(name: str) -> tuple[str, ...]:
         if length:
             found += _PHRASES[left[:length]]
         else:
-            found += () if left[0][0].isdecimal() else _MEANING.get(left[0], (_singular(left[0]),))
+            one = left[0] if left[0] in _MEANING else _singular(left[0])
+            found += () if one[0].isdecimal() else _MEANING.get(one, (one,))
         left = left[max(length, 1) :]
     return tuple(dict.fromkeys(found))
 

@@ -334,6 +334,12 @@ def same_layers(one: Series, other: Series) -> list[tuple[int, int]]:
     """
     if is_complete(one) and is_complete(other) and _is_reversed(one, other):
         return list(zip(one.numbers, reversed(other.numbers), strict=True))
+    spans = [series.numbers[-1] - series.numbers[0] + 1 - len(series.numbers) for series in (one, other)]
+    in_order = list(zip(one.numbers, other.numbers, strict=False))
+    is_many = len(one.members) == len(other.members)
+    if is_many and bool(spans[0]) != bool(spans[1]):
+        # What holds nothing leaves a gap in one list, which the other one does not count.
+        return in_order if one.sizes == other.sizes or (are_alike(one) and are_alike(other)) else []
     both = sorted(one.members.keys() & other.members.keys())
     alike = one.numbers[0] == other.numbers[0] or one.base[-1] == other.base[-1]
     # Layers of one kind in a list are another list's, one by one.
@@ -344,11 +350,8 @@ def same_layers(one: Series, other: Series) -> list[tuple[int, int]]:
     if alike and not in_turn and len(both) * 2 > max(len(one.members), len(other.members)):
         return _run_within(one, other) or [(number, number) for number in both]
     # The levels of a pyramid count from 2 or 3.
-    spans = [series.numbers[-1] - series.numbers[0] + 1 - len(series.numbers) for series in (one, other)]
     are_runs = one.sizes == other.sizes and not any(spans)
-    if len(one.members) == len(other.members) and (are_runs or all(map(is_complete, (one, other)))):
-        return list(zip(one.numbers, other.numbers, strict=True))
-    return []
+    return in_order if is_many and (are_runs or all(map(is_complete, (one, other)))) else []
 
 
 def _run_within(one: Series, other: Series) -> list[tuple[int, int]]:

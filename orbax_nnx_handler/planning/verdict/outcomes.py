@@ -330,9 +330,9 @@ def _sources(recipe: Recipe) -> str:
 def counted_otherwise(verdict: Verdict) -> set[Path]:
     """Returns the restored leaves of lists of which the other side has more, and beside its list less.
 
-    `layers_{0..2}` are `proj_in`, `layers/0` and `proj_out`: no number tells which. And those whose name is
-    stored with a number too, where the target has another one beside it: `norm` and `norm2` are `norm` and
-    `moe_norm`.
+    `layers_{0..2}` are `proj_in`, `layers/0` and `proj_out`: no number tells which; nor where one list counts
+    what holds nothing, `flows_{0,1,3}` and `flows/{0..2}`. And those whose name is stored with a number too,
+    where the target has another one beside it: `norm` and `norm2` are `norm` and `moe_norm`.
     """
     if not (verdict.restored and verdict.missing and verdict.unexpected):
         return set()
@@ -354,7 +354,7 @@ def counted_otherwise(verdict: Verdict) -> set[Path]:
         for at, (token, other) in enumerate(zip(left[::-1], right[::-1], strict=False), 1):
             if is_number(token) and token == other:
                 one, two = left[:-at], right[:-at]
-                if more[two] & beside[one[:-1]] or lacking[one] & others[two[:-1]]:
+                if more[two] & (beside[one[:-1]] | lacking[one]) or lacking[one] & others[two[:-1]]:
                     found.add(path)
     return found
 

@@ -62,6 +62,18 @@ OPEN = {
     "gemma4_experts": 6,
     "mipnerf360": 6,
     "litgpt": 6,
+    "bigs": 30,
+    "ttt": 6,
+    "spectrogram_diffusion": 7,
+    "pegasus_x": 8,
+    "gemma3n": 9,
+    "dbrx": 6,
+    "openelm": 20,
+    "vits": 8,
+    "palm_fused": 21,
+    "perch_conformer": 32,
+    "tome": 2,
+    "soundstream_unet": 2,
 }
 """Leaves that stay open.
 

@@ -219,3 +219,23 @@ def test_a_list_of_which_the_other_side_has_more_is_open_where_no_name_tells_the
 
     assert not values
     assert found.confidence == "open"
+
+
+def test_a_module_is_not_torn_where_names_say_so_of_one_of_its_layers():
+    around, within = "memory_attention_layer/update_layer", "memory/update"
+    expected = {
+        f"{within}/concat_mlp/fc1/kernel": (f"{around}/concat_mlp/kernel", (24, 64)),
+        f"{within}/concat_mlp/fc2/kernel": (f"{around}/concat_dense/kernel", (64, 16)),
+    }
+    for stored, wanted in (("additional_concat_mlp_layers_0", "concat_layers"), ("pooled_mlp_layers_0", "pooled_layers")):
+        for name, part, shape in (("mlp", "fc1", (16, 64)), ("dense", "fc2", (64, 16))):
+            expected[f"{within}/{wanted}/0/{part}/kernel"] = f"{around}/{stored}/{name}/kernel", shape
+        expected[f"{within}/{wanted}/0/norm/scale"] = f"{around}/{stored}/layer_norm/scale", (16,)
+    stored = filled(dict(expected.values()))
+
+    found, values = proposed(stored, {path: shape for path, (_, shape) in expected.items()})
+
+    check(values, {path: stored[expected[path][0]] for path in values})
+    (question,) = found.questions
+    assert {"/".join(map(str, path)) for path in question.wanted} == expected.keys() - values.keys()
+    assert len(values) == 6

@@ -345,3 +345,36 @@ def test_of_lists_of_one_name_one_may_count_from_0_and_the_other_from_1(below, f
     _, values = proposed(stored, dict.fromkeys(expected, (3, 3, 8, 8)))
 
     check(values, {path: stored[name] for path, name in expected.items()})
+
+
+@pytest.mark.parametrize("held", [("pre", "post"), ("conv_pre", "conv_post")])
+@pytest.mark.parametrize("counted", [(0, 2, 4, 6), (0, 1, 3, 5), (1, 3, 5), (0, 3, 6)])
+def test_of_lists_as_long_what_one_counts_without_parts_is_none_of_the_other(counted, held):
+    expected = {
+        f"flows/{at}/{wanted}/kernel": f"flows_{number}/{name}/kernel"
+        for (at, number), (name, wanted) in itertools.product(
+            enumerate(counted), zip(("pre", "post"), held, strict=True)
+        )
+    }
+    stored = filled(dict.fromkeys(expected.values(), (8, 8)))
+
+    _, values = proposed(stored, dict.fromkeys(expected, (8, 8)))
+
+    check(values, {path: stored[name] for path, name in expected.items()})
+
+
+def test_a_list_of_parts_in_each_flow_is_not_taken_for_that_beside_the_flows():
+    kinds = {"convs_sep": "convs_dilated", "convs_1x1": "convs_pointwise", "norms_1": "norms_1"}
+    shapes = {"convs_sep": (3, 1, 16), "convs_1x1": (1, 16, 16), "norms_1": (3, 16)}
+    within = {f"dp/flows_{number}/convs": f"predictor/flows/{at}/dds" for at, number in ((1, 1), (2, 3), (3, 5))}
+    expected = {
+        f"{wanted}/{kinds[name]}/{at}/kernel": (f"{module}/{name}_{at}/kernel", shape)
+        for (module, wanted), (name, shape), at in itertools.product(
+            {**within, "dp/convs": "predictor/dds"}.items(), shapes.items(), range(3)
+        )
+    }
+    stored = filled(dict(expected.values()))
+
+    _, values = proposed(stored, {path: shape for path, (_, shape) in expected.items()})
+
+    check(values, {path: stored[name] for path, (name, _) in expected.items()})

@@ -121,7 +121,8 @@ def _straight(stored: Shape, wanted: Shape) -> Steps | None:
 def _turned(stored: Shape, wanted: Shape) -> Steps | None:
     """Returns the steps that put the last axis of a stored matrix first."""
     for axes in _turns(stored):
-        if permuted(stored, axes) == wanted:
+        longer = [axis for axis in axes if stored[axis] > 1]  # Where these stay in order nothing is turned.
+        if permuted(stored, axes) == wanted and longer != sorted(longer):
             return (transposed(stored, axes),)
     if len(stored) > 2 and len(wanted) == 2 and wanted[0] == wanted[1] and _regroups(stored, wanted):
         return (Step("reshape", stored, wanted), transposed(wanted, (1, 0)))
@@ -135,8 +136,7 @@ def _turns(shape: Shape) -> Sequence[tuple[int, ...]]:
         return [axes for axes in ((1, 0), (0, 2, 1), (2, 1, 0)) if len(axes) == len(shape)]
     # To or from PyTorch's outputs, inputs, height, width: the axes of the image are the smaller ones.
     forth, back, depthwise = (3, 2, 0, 1), (2, 3, 1, 0), (2, 3, 0, 1)  # The last one of TensorFlow's kernels.
-    is_image_first = max(shape[:2]) <= max(shape[2:])
-    orders = (forth, depthwise, back) if is_image_first else (back, depthwise, forth)
+    orders = (forth, depthwise, back)[:: 1 if max(shape[:2]) <= max(shape[2:]) else -1]
     return [axes for axes in orders if len(shape) == 4 and (axes != depthwise or 1 in shape[1::2])]
 
 

@@ -63,7 +63,7 @@ OPEN = {
     "mipnerf360": 6,
     "litgpt": 6,
     "bigs": 30,
-    "ttt": 6,
+    "ttt": 3,
     "spectrogram_diffusion": 7,
     "pegasus_x": 8,
     "gemma3n": 9,
@@ -94,9 +94,14 @@ branch (inception, nafnet), which comes first (rrdb), which of three norms is of
 a message of nodes and what one of edges (protein_mpnn), how queries, keys and values lie in one array
 (guided_diffusion), which of two networks of a block is which (painn), which of three square layers leads back
 (eva02), which of two norms is that of the experts (gemma4_experts), and where a list of square layers ends
-(mipnerf360), only outputs tell. Not found yet:
+(mipnerf360), what `fs4` and `bs4` are (bigs), whether a square array is turned (ttt, gemma3n), which of
+`LayerNorm_0` and `LayerNorm_1` is that of what looks at all (pegasus_x), which of `w1`, `v1` and `w2` is which
+(dbrx) and which layer masks (soundstream_unet), only outputs tell. Not found yet:
 the mask's layer in a list of its own (conv_tasnet), the bias of queries and of values in one for all three
-(qformer), a lone vector (ncsnpp), and two levels of a U-Net that are as large (ddpm).
+(qformer), a lone vector (ncsnpp), two levels of a U-Net that are as large (ddpm), queries, keys and values of
+another size in each layer (openelm), heads that hold queries and a part of the network (palm_fused), norms in
+modules of their own (spectrogram_diffusion), norms in lists (vits), `fflayer_start` and convolutions of dense
+layers (perch_conformer), and a layer below `concat_mlp` beside one of that name (tome).
 """
 
 KINDS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}

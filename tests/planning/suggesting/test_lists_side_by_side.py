@@ -227,7 +227,8 @@ def test_a_module_is_not_torn_where_names_say_so_of_one_of_its_layers():
         f"{within}/concat_mlp/fc1/kernel": (f"{around}/concat_mlp/kernel", (24, 64)),
         f"{within}/concat_mlp/fc2/kernel": (f"{around}/concat_dense/kernel", (64, 16)),
     }
-    for stored, wanted in (("additional_concat_mlp_layers_0", "concat_layers"), ("pooled_mlp_layers_0", "pooled_layers")):
+    lists = {"additional_concat_mlp_layers_0": "concat_layers", "pooled_mlp_layers_0": "pooled_layers"}
+    for stored, wanted in lists.items():
         for name, part, shape in (("mlp", "fc1", (16, 64)), ("dense", "fc2", (64, 16))):
             expected[f"{within}/{wanted}/0/{part}/kernel"] = f"{around}/{stored}/{name}/kernel", shape
         expected[f"{within}/{wanted}/0/norm/scale"] = f"{around}/{stored}/layer_norm/scale", (16,)

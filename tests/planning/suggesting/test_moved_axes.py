@@ -172,3 +172,13 @@ def test_arrays_of_a_stack_are_joined_in_each_layer(layers, axis):
     assert again.unmatched_wanted == ()
     check(restored(expected, {path: value.shape for path, value in stored.items()}, again.renames), stored)
     assert found.unmatched_wanted == ()
+
+
+def test_whether_a_matrix_is_turned_is_not_asked_where_it_has_one_row_or_one_column():
+    stored = filled({"rate/kernel": (4, 32, 1), "mix/kernel": (4, 8, 8)})
+    wanted = {"learning/rate_weight": (4, 1, 32), "learning/mix_weight": (4, 8, 8)}
+
+    found, values = proposed(stored, wanted)
+
+    check(values, {"learning/rate_weight": stored["rate/kernel"].reshape(4, 1, 32)})
+    assert [question.choices for question in found.questions] == [("as it is", "transposed")]

@@ -366,7 +366,7 @@ def test_of_lists_as_long_what_one_counts_without_parts_is_none_of_the_other(cou
 def test_a_list_of_parts_in_each_flow_is_not_taken_for_that_beside_the_flows():
     kinds = {"convs_sep": "convs_dilated", "convs_1x1": "convs_pointwise", "norms_1": "norms_1"}
     shapes = {"convs_sep": (3, 1, 16), "convs_1x1": (1, 16, 16), "norms_1": (3, 16)}
-    within = {f"dp/flows_{number}/convs": f"predictor/flows/{at}/dds" for at, number in ((1, 1), (2, 3), (3, 5))}
+    within = {f"dp/flows_{2 * at - 1}/convs": f"predictor/flows/{at}/dds" for at in (1, 2, 3)}
     expected = {
         f"{wanted}/{kinds[name]}/{at}/kernel": (f"{module}/{name}_{at}/kernel", shape)
         for (module, wanted), (name, shape), at in itertools.product(
@@ -378,3 +378,13 @@ def test_a_list_of_parts_in_each_flow_is_not_taken_for_that_beside_the_flows():
     _, values = proposed(stored, {path: shape for path, (_, shape) in expected.items()})
 
     check(values, {path: stored[name] for path, (name, _) in expected.items()})
+
+
+def test_parameters_called_and_counted_as_their_modules_are_those_of_a_list_called_by_the_plural():
+    names = [f"{kind}_projection_{at}" for kind in ("altup", "altup_unembed") for at in range(3)]
+    expected = {f"{name[:-2]}s/{name[-1]}/kernel": f"{name}/{name}" for name in names}
+    stored = filled(dict.fromkeys(expected.values(), (8, 6)))
+
+    _, values = proposed(stored, dict.fromkeys(expected, (8, 6)))
+
+    check(values, {path: stored[name] for path, name in expected.items()})

@@ -95,7 +95,7 @@ a message of nodes and what one of edges (protein_mpnn), how queries, keys and v
 (guided_diffusion), which of two networks of a block is which (painn), which of three square layers leads back
 (eva02), which of two norms is that of the experts (gemma4_experts), and where a list of square layers ends
 (mipnerf360), what `fs4` and `bs4` are (bigs), whether a square array is turned (ttt, gemma3n), which of
-`LayerNorm_0` and `LayerNorm_1` is that of what looks at all (pegasus_x), which of `w1`, `v1` and `w2` is which
+two numbered norms is the global one (pegasus_x), which of `w1`, `v1` and `w2` is which
 (dbrx) and which layer masks (soundstream_unet), only outputs tell. Not found yet:
 the mask's layer in a list of its own (conv_tasnet), the bias of queries and of values in one for all three
 (qformer), a lone vector (ncsnpp), two levels of a U-Net that are as large (ddpm), queries, keys and values of

@@ -4,7 +4,18 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, cast
 
-from orbax_nnx_handler.planning.core.errors import Cause, Hint, RestoreError, as_python
+from orbax_nnx_handler.planning.core.errors import (
+    AmbiguousMappingError,
+    Cause,
+    Hint,
+    RestoreError,
+    RuleError,
+    ShapeMismatchError,
+    ShardingMismatchError,
+    UnreadableLeafError,
+    UnusedRuleError,
+    as_python,
+)
 from orbax_nnx_handler.planning.core.folding import Folded, Row, fold
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf, WantedLeaf
 from orbax_nnx_handler.planning.core.lines import Line, Sentence, counted, lines_of, rated, sized
@@ -198,7 +209,25 @@ def _counts(verdict: Verdict, missing: str) -> str:
     ]
     parts += [f"{len(verdict.skipped)} skipped"] if verdict.skipped else []
     parts += [f"{len(verdict.dropped)} dropped"] if verdict.dropped else []
+    for kind, words in _FAULTS.items():
+        count = sum(_size(fault) for fault in verdict.faults if isinstance(fault, kind))
+        parts += [counted(count, *words)] if count else []
     return ", ".join(parts)
+
+
+_FAULTS: Mapping[type[RestoreError], tuple[str, ...]] = {
+    UnreadableLeafError: ("unreadable", "unreadable"),
+    AmbiguousMappingError: ("ambiguous", "ambiguous"),
+    RuleError: ("whose rule does not fit", "whose rules do not fit"),
+    UnusedRuleError: ("rule without effect", "rules without effect"),
+    ShardingMismatchError: ("that its sharding does not divide", "that their shardings do not divide"),
+    ShapeMismatchError: ("that NNX keeps otherwise", "that NNX keeps otherwise"),
+}
+"""Faults that no list of leaves shows, in words behind how many."""
+
+
+def _size(fault: RestoreError) -> int:
+    return len(fault.rules if isinstance(fault, UnusedRuleError) else fault.paths)
 
 
 def _checkpoint(verdict: Verdict) -> str:

@@ -11,10 +11,14 @@ import pytest
 from flax import nnx
 from rich.console import Console
 
-from orbax_nnx_handler import MissingParamError, RestoreReport
+from orbax_nnx_handler import MissingParamError, RestoreReport, Split
 from orbax_nnx_handler.planning.core.lines import Sentence, joined
+from orbax_nnx_handler.planning.options import RestoreOptions
+from orbax_nnx_handler.planning.restore_plan import make_plan
+from orbax_nnx_handler.planning.target.target import flatten_target
+from orbax_nnx_handler.planning.verdict.leaf_verdicts import Unreadable
 from tests.planning.models import model, plan
-from tests.planning.plans import plan_of
+from tests.planning.plans import params, plan_of, stored_of
 
 STORED = model(2)
 PLANS = {
@@ -327,3 +331,20 @@ def test_two_leaves_that_are_printed_alike_are_told_apart_by_their_keys():
     assert report.origin(("a", "b")).wanted.path == ("a", "b")
     with pytest.raises(KeyError, match="no leaf a/b"):
         report.origin("a/b")
+
+
+def test_the_head_counts_what_no_list_of_leaves_shows():
+    unused = plan({"params/a/kernel": (2,)}, {"b/kernel": (2,)}, renames=[("a", "c")])
+    split = Split("qkv", ("q", "k", "rest"), axis=-1)
+    parts = plan({"params/qkv/kernel": (2, 6)}, {"q/kernel": (2, 2), "k/kernel": (2, 2)}, renames=[split])
+    twice = plan({"params/a/kernel": (2,), "params/b/kernel": (2,)}, {"a/kernel": (2,)}, renames=[("b", "a")])
+    damaged = make_plan(
+        flatten_target(params({"a": {"kernel": (2,)}})),
+        stored_of({("params", "a", "kernel"): np.ones(2, "f")}),
+        RestoreOptions(),
+        broken=Unreadable(damaged={("params", "a", "kernel"): "the file ends before it does"}),
+    )
+
+    heads = [str(made).splitlines()[0].partition("unexpected, ")[2] for made in (unused, parts, twice, damaged)]
+
+    assert heads == ["1 rule without effect", "1 whose rule does not fit", "1 ambiguous", "1 unreadable"]

@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from orbax_nnx_handler.planning.core.errors import RuleError
+from orbax_nnx_handler.planning.core.folding import Row
 from orbax_nnx_handler.planning.core.leaves import Shape, derived, with_fields
-from orbax_nnx_handler.planning.core.paths import Path, Tokens, parse, render
+from orbax_nnx_handler.planning.core.lines import aligned, counted
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, parse
 from orbax_nnx_handler.planning.core.recipes import RecipeError, render_reads
 from orbax_nnx_handler.planning.rules.entries import Called, Entries, Entry, PathIndex, whole_of
 
@@ -294,7 +296,7 @@ def replace_each(
         RuleError: The rule does not fit some of them; quotes it and their shapes.
     """
     matches = find(pattern, entries)
-    after, changed, bad = list[Entry](), list[Entry](), list[tuple[Entry, str]]()
+    after, changed, bad = list[Entry](), list[Entry](), dict[Row, Sequence[Entry]]()
     for at, entry in enumerate(entries):
         if at not in matches:
             after.append(entry)
@@ -302,12 +304,13 @@ def replace_each(
         try:
             made = make(matches[at])
         except RecipeError as error:
-            bad.append((entry, str(error)))
+            row = Row(entry.segments, (f"{entry.shape}: {error}",), render_reads(entry.recipe))
+            bad[row] = [entry]
         else:
             after += made
             changed += [one for one in made if one is not entry]
     if bad:
-        refuse(rule, bad)
+        _refuse(rule, bad)
     return Applied(entries=after, matched=len(matches), changed=changed)
 
 
@@ -323,18 +326,12 @@ _HINT = (
 )
 
 
-def refuse(rule: Rule, bad: Sequence[tuple[Entry, str]]) -> NoReturn:
-    """Raises the error of a rule whose shapes do not come out."""
-    rows = "\n".join(f"  {_written(entry)} {entry.shape}: {why}" for entry, why in bad[:20])
-    more = f"\n  ... and {len(bad) - 20} more" if len(bad) > 20 else ""
-    paths = [path for entry, _ in bad for path in entry.sources]
-    leaves = "1 stored leaf" if len(bad) == 1 else f"{len(bad)} stored leaves"
-    raise RuleError(f"{rule} does not fit {leaves}:\n{rows}{more}", paths=paths, hints=[_HINT])
-
-
-def _written(entry: Entry) -> str:
-    name, source = render(entry.segments), render_reads(entry.recipe)
-    return source if source.endswith(name) else f"{name} (from {source})"
+def _refuse(rule: Rule, bad: Mapping[Row, Sequence[Entry]]) -> NoReturn:
+    """Raises the error of a rule whose shapes do not come out, with a row for whatever it would make."""
+    entries = [entry for each in bad.values() for entry in each]
+    leaves = counted(len(entries), "stored leaf", "stored leaves")
+    what = f"{rule} does not fit {leaves}:\n{aligned(bad, limit=20)}"
+    raise RuleError(what, paths=[path for entry in entries for path in entry.sources], hints=[_HINT])
 
 
 def normal_axis(axis: int, rank: int, shape: Shape) -> int:
@@ -397,17 +394,17 @@ def join(rule: Rule, entries: Sequence[Entry], joins: Iterable[Join]) -> Applied
         RuleError: Parts do not fit together; quotes the rule and their shapes.
     """
     listed = list(joins)
-    made, bad = dict[int, Entry](), list[tuple[Entry, str]]()
+    made, bad = dict[int, Entry](), dict[Row, Sequence[Entry]]()
     uses = Counter(at for item in listed for at in item.members)
     for item in listed:
         parts = [entries[at] for at in item.members]
-        twice = any(uses[at] > 1 for at in item.members)
         try:
-            made[min(item.members)] = _joined(rule, item, parts, twice)
+            made[min(item.members)] = _joined(rule, item, parts, any(uses[at] > 1 for at in item.members))
         except RecipeError as error:
-            bad += [(part, str(error)) for part in parts]
+            sources = ", ".join(f"{render_reads(part.recipe)} {part.shape}" for part in parts)
+            bad[Row(item.name.segments, (str(error),), sources)] = parts
     if bad:
-        refuse(rule, bad)
+        _refuse(rule, bad)
     gone = {at for item in listed for at in item.members}
     after = [made.get(at, entry) for at, entry in enumerate(entries) if at in made or at not in gone]
     return Applied(entries=after, matched=len(gone), changed=list(made.values()))
@@ -416,7 +413,7 @@ def join(rule: Rule, entries: Sequence[Entry], joins: Iterable[Join]) -> Applied
 def _joined(rule: Rule, item: Join, parts: Sequence[Entry], twice: bool) -> Entry:
     fault = item.fault or ("it is a part of two results" if twice else "") or _difference(parts)
     if fault:
-        raise RecipeError(f"for {render(item.name.segments)}, {fault}")
+        raise RecipeError(fault)
     made = item.make(parts)
     return dataclasses.replace(
         item.name,

@@ -201,7 +201,7 @@ class Fuse(Rule):
         found = tuple(part.shape[axis] for part in parts)
         wanted = self.sizes or found[:1] * len(found)
         if found != wanted:
-            said = f"sizes is {wanted}" if self.sizes else "unequal parts need sizes=(...)"
+            said = f"sizes is {wanted}" if self.sizes else f"unequal parts need sizes={found}"
             raise RecipeError(f"the parts have {found} elements on axis {axis}; {said}")
         return dataclasses.replace(first, recipe=recipe, shape=shape)
 

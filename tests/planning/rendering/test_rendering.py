@@ -345,6 +345,7 @@ def test_the_head_counts_what_no_list_of_leaves_shows():
         broken=Unreadable(damaged={("params", "a", "kernel"): "the file ends before it does"}),
     )
 
-    heads = [str(made).splitlines()[0].partition("unexpected, ")[2] for made in (unused, parts, twice, damaged)]
+    made = (unused, parts, twice, damaged)
+    heads = [str(each).splitlines()[0].partition("unexpected, ")[2] for each in made]
 
     assert heads == ["1 rule without effect", "1 whose rule does not fit", "1 ambiguous", "1 unreadable"]

@@ -1,6 +1,7 @@
 """Rules with transforms: values compared with NumPy's own operations, errors word for word."""
 
 import math
+import re
 
 import jax
 import numpy as np
@@ -247,7 +248,7 @@ def test_a_shape_that_does_not_come_out_is_quoted_with_its_rule():
 
     assert message == (
         "Transpose(pattern='dense', permutation=(1, 0)) does not fit 1 stored leaf:\n"
-        "  params/dense/bias (4,): permutation (1, 0) does not fit shape (4,)\n" + WAY_OUT
+        "  dense/bias   (4,): permutation (1, 0) does not fit shape (4,)   <- params/dense/bias\n" + WAY_OUT
     )
 
 
@@ -256,7 +257,7 @@ def test_a_split_that_leaves_a_rest_says_what_the_axis_holds():
 
     assert message == (
         "Split(pattern='wide', into=('a', 'b'), axis=0, sizes=None) does not fit 1 stored leaf:\n"
-        "  params/wide (5, 2): axis 0 has 5 elements, which are not 2 equal parts\n" + WAY_OUT
+        "  wide   (5, 2): axis 0 has 5 elements, which are not 2 equal parts   <- params/wide\n" + WAY_OUT
     )
 
 
@@ -265,20 +266,26 @@ def test_a_fuse_names_the_part_that_is_not_there():
 
     assert message == (
         "Fuse(patterns=('q', 'k', 'v'), into='qkv', axis=0, sizes=None) does not fit 2 stored leaves:\n"
-        "  params/q (2,): for qkv, 'v' is not there\n"
-        "  params/k (2,): for qkv, 'v' is not there\n" + WAY_OUT
+        "  qkv   'v' is not there   <- params/q (2,), params/k (2,)\n" + WAY_OUT
     )
 
 
 def test_unequal_parts_need_their_sizes_said():
-    stored = {"params": {"q": normal(4), "k": normal(2)}}
+    layer = {"q": {"kernel": normal(3, 4)}, "k": {"kernel": normal(3, 2)}}
+    stored = {"params": {f"l_{i}": layer for i in range(3)}}
+    wanted = {f"l_{i}": {"qk": {"kernel": (3, 6)}} for i in range(3)}
 
-    message = failure({"qk": (6,)}, stored, Fuse(("q", "k"), "qk", axis=0))
-    values = restored({"qk": (6,)}, stored, Fuse(("q", "k"), "qk", axis=0, sizes=(4, 2)))
+    message = failure(wanted, stored, Fuse(("q", "k"), "qk", axis=1))
+    (sizes,) = re.findall(r"unequal parts need sizes=\((\d), (\d)\)", message)
+    values = restored(wanted, stored, Fuse(("q", "k"), "qk", axis=1, sizes=tuple(map(int, sizes))))
 
-    assert "the parts have (4, 2) elements on axis 0; unequal parts need sizes=(...)" in message
+    assert message == (
+        "Fuse(patterns=('q', 'k'), into='qk', axis=1, sizes=None) does not fit 6 stored leaves:\n"
+        "  l_{0..2}/qk/kernel   the parts have (4, 2) elements on axis 1; unequal parts need sizes=(4, 2)\n"
+        "      <- params/l_{0..2}/q/kernel (3, 4), params/l_{0..2}/k/kernel (3, 2)\n" + WAY_OUT
+    )
     np.testing.assert_array_equal(
-        values["qk"], np.concatenate([stored["params"]["q"], stored["params"]["k"]])
+        values["l_1/qk/kernel"], np.concatenate([layer["q"]["kernel"], layer["k"]["kernel"]], axis=1)
     )
 
 
@@ -287,7 +294,7 @@ def test_a_gap_in_the_layers_is_refused():
 
     message = failure({"b": (2, 2)}, stored, StackLayers("b_{i}", "b", axis=0))
 
-    assert "for b, the layers are [0, 2], not 0, 1, 2, ..." in message
+    assert "  b   the layers are [0, 2], not 0, 1, 2, ...   <- params/b_0 (2,), params/b_2 (2,)\n" in message
 
 
 def test_a_scan_axis_that_does_not_fit_is_refused_and_an_unneeded_one_too():
@@ -587,7 +594,7 @@ def test_a_reshape_of_stacked_layers_is_one_rule_for_every_depth():
 def test_what_is_no_multiple_is_refused():
     message = failure({}, {"params": {"w": normal(5, 3)}}, Reshape("w", (-1, 4)))
 
-    assert "params/w (5, 3): (5, 3) has 15 elements, which are no multiple of 4" in message
+    assert "(5, 3): (5, 3) has 15 elements, which are no multiple of 4" in message
 
 
 def test_a_split_into_single_elements_may_drop_the_axis():

@@ -21,7 +21,7 @@ from orbax_nnx_handler.planning.core.errors import (
     error_of_kinds,
     of_memory,
 )
-from orbax_nnx_handler.planning.core.folding import Row, fold, fold_paths
+from orbax_nnx_handler.planning.core.folding import fold
 from orbax_nnx_handler.planning.core.lines import Line, Sentence, align, aligned, counted, joined, lines_of
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import reads
@@ -88,6 +88,7 @@ from orbax_nnx_handler.planning.verdict.outcomes import (
     IN_MEMORY,
     Mismatched,
     Verdict,
+    closest_row,
     look,
     mismatched_rows,
     missing_rows,
@@ -379,16 +380,13 @@ def _has_no_source(verdict: Verdict) -> bool:
 
 def _closest(evidence: Evidence, explained: Collection[Path]) -> list[str]:
     """Returns the stored leaves that names and shapes put beside missing ones which nothing else explains."""
-    leaves = evidence.stored_weights
-    pairs = [
-        (path, [leaves[source].leaf for source in sources])
-        for path, sources in evidence.links.items()
-        if path not in explained
-    ]
+    leaves, wanted = evidence.stored_weights, evidence.sides.wanted
+    links = {path: sources for path, sources in evidence.links.items() if path not in explained}
+    pairs = [(wanted[path].leaf, [leaves[source].leaf for source in held]) for path, held in links.items()]
     if len(pairs) == 1 and len(pairs[0][1]) == 1:
         (leaf,) = pairs[0][1]
         return [f"closest unexpected: {render(leaf.path)} {look(leaf)}"]
-    rows = [Row(path, (look(held[0]),), fold_paths(leaf.path for leaf in held)) for path, held in pairs]
+    rows = [closest_row(leaf, held) for leaf, held in pairs]
     return ["closest unexpected:", *align(fold(rows), limit=_SHOWN)] if rows else []
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from orbax_nnx_handler.planning.core.dtypes import KEY_IMPLEMENTATIONS, CastKind, is_key, name_of, same_key
 from orbax_nnx_handler.planning.core.errors import RestoreError
-from orbax_nnx_handler.planning.core.folding import Row, fold_in_order, ranges
+from orbax_nnx_handler.planning.core.folding import Row, fold_in_order, fold_paths, ranges
 from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf, WantedLeaf
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, render
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, describe, reads
@@ -314,6 +314,17 @@ def defaulted_rows(items: Iterable[Defaulted]) -> list[Row]:
 def stored_rows(leaves: Iterable[StoredLeaf]) -> list[Row]:
     """Returns stored leaf, shape and dtype."""
     return [Row(leaf.path, (look(leaf),)) for leaf in leaves]
+
+
+def closest_row(wanted: WantedLeaf, held: Iterable[StoredLeaf]) -> Row:
+    """Returns a wanted leaf and what it may be; stored shapes beside their own paths where one differs."""
+    paths: dict[str, list[Path]] = defaultdict(list)
+    for leaf in held:
+        paths[look(leaf)].append(leaf.path)
+    own = look(wanted)
+    shapes = {shape: f" {shape}{' each' * (len(each) > 1)}" for shape, each in paths.items()}
+    parts = [fold_paths(each) + shapes[shape] * (paths.keys() != {own}) for shape, each in paths.items()]
+    return Row(wanted.path, (own,), ", ".join(parts))
 
 
 def dropped_rows(items: Iterable[Dropped | Discarded]) -> list[Row]:

@@ -317,3 +317,20 @@ def test_the_hint_of_a_new_head_is_for_a_copy_of_the_network_as_well(beside: boo
         for name, value in stored["fc1"].items():
             assert np.array_equal(found[f"{network}/fc1/{name}"], value)
         assert found[f"{network}/fc2/kernel"].shape == (4, 7)
+
+
+def test_a_wanted_leaf_and_those_that_may_be_it_have_their_own_shapes():
+    names = ("query", "key", "value")
+    stored = {f"params/l_{i}/self/attention/{x}/kernel": (8, 8) for i in range(2) for x in names}
+    stored |= {f"params/l_{i}/out/kernel": (8, 8) for i in range(2)} | {"params/norm/scale": (8,)}
+    wanted = {f"b/{i}/qkv/kernel": (8, 24) for i in range(2)} | {f"b/{i}/o/kernel": (8, 8) for i in range(2)}
+    wanted |= {"final/scale": (8,)}
+
+    text = str(plan(stored, wanted, renames=[("l_{i}", "b/{i}"), ("out", "o")]))
+
+    sources = ", ".join(f"params/l_{{0..1}}/self/attention/{x}/kernel" for x in sorted(names))
+    assert text[text.index("closest") : text.index("\nhint")] == (
+        "closest unexpected:\n"
+        f"  b/{{0..1}}/qkv/kernel   (8, 24) float32\n      <- {sources} (8, 8) float32 each\n"
+        "  final/scale           (8,) float32      <- params/norm/scale"
+    )

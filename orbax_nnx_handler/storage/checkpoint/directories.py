@@ -329,16 +329,17 @@ def is_weights_file(name: str) -> bool:
 def first_weights(folder: epath.Path, files: Files) -> epath.Path | None:
     """Returns the file in a folder that holds a model's weights, or says where they lie; None if none does.
 
-    A file alone is taken before parts of its name: both are there where one was saved after the other.
+    Flax's file is taken before one for PyTorch, and a file alone before parts of its name: both are there
+    where one was saved after the other. What is not read is said.
     """
-    name = next((name for name in HUGGING_FACE_FILES if files.has_file(folder, name)), None)
-    if name is not None and files.has_file(folder, f"{name}{HUGGING_FACE_INDEX}"):
+    names = [name for name in HUGGING_FACE_FILES if files.has_file(folder, name)]
+    if others := names[1:]:
         _logger.warning(
-            "%s holds %s, which is read, and beside it the same weights, or those of another save, in parts, "
-            "which are not: name %s to read them",
-            *(folder, name, folder / f"{name}{HUGGING_FACE_INDEX}"),
+            "%s holds %s, which is read, and beside it the same weights, or those of another save, in %s, "
+            "not read: name %s to read them",
+            *(folder, names[0], " and ".join(others), " or ".join(str(folder / name) for name in others)),
         )
-    return None if name is None else folder / name
+    return folder / names[0] if names else None
 
 
 def read_config(folder: epath.Path, files: Files) -> Mapping[str, Any]:

@@ -129,3 +129,17 @@ def _of_type(fields: dict[str, Any], name: str, kind: type, what: str) -> Any:
     if name not in fields:
         raise FieldError(f"{name} is absent")
     raise FieldError(f"{name} is {repr(value)[:80]}, where {what} should be")
+
+
+def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns the pairs of a JSON object by their names.
+
+    Raises:
+        ValueError: A name stands there twice, or holds half of a character.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands there twice")
+    # JSON can spell halves of characters, which are in no text that could be written.
+    "".join(found).encode()
+    return found

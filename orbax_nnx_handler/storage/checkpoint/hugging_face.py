@@ -24,6 +24,7 @@ import numpy as np
 from etils import epath
 
 from orbax_nnx_handler.planning.core.errors import NotACheckpointError
+from orbax_nnx_handler.planning.core.folding import fold_paths
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, spelled
 from orbax_nnx_handler.storage.checkpoint.checkpoint import Checkpoint, Encoding, StoredArray
@@ -38,6 +39,7 @@ from orbax_nnx_handler.storage.checkpoint.directories import (
 from orbax_nnx_handler.storage.checkpoint.fields import (
     FieldError,
     check_paths,
+    each_once,
     keys_of,
     object_of,
     parse_object,
@@ -100,22 +102,28 @@ class _Weights:
     index: epath.Path | None = None
     places: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
 
-    def contradicted(self, held: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-        """Yields each leaf that the parts do not hold as the index says, and why it cannot be trusted.
+    def contradicted(self, held: Mapping[str, str]) -> Mapping[str, str]:
+        """Returns the leaves that the parts do not hold as the index says, and why none can be trusted.
 
         Other readers take no more than the parts' names from an index. But where the two disagree,
-        one of them was damaged, edited or left by another save, and no policy may fill what is lost.
+        one of them was damaged, edited or left by another save, and no policy may fill what is lost; what
+        is not wanted is no error, so it is said.
 
         Args:
             held: By a leaf's name that of the part in which it lies.
         """
+        wrong: dict[str, str] = {}
         for name in dict.fromkeys((*self.places, *held)) if self.index else ():
             said, found = self.places.get(name), held.get(name)
             if said is None:
-                yield name, f"{found} holds it, and {self.index} does not name it"
+                wrong[name] = f"{found} holds it, and {self.index} does not name it"
             elif said != found:
                 where = "and it does not" if found is None else f"and it lies in {found}"
-                yield name, f"{self.index} says that it lies in {said}, {where}"
+                wrong[name] = f"{self.index} says that it lies in {said}, {where}"
+        if wrong:
+            leaves = fold_paths((name,) for name in wrong)
+            _logger.warning("%s and its parts do not agree about %s: %s", self.index, leaves, _AGAIN)
+        return wrong
 
 
 def _read_packed(
@@ -141,7 +149,9 @@ def _read_packed(
         foreign |= tree.foreign
         lost |= tree.lost
         lost |= dict.fromkeys(tree.names, f"{part.name} names an array outside the file")
-    wrong = {paths.get(name, tuple(name.split("/"))): why for name, why in weights.contradicted(places)}
+    wrong = {
+        paths.get(name, tuple(name.split("/"))): why for name, why in weights.contradicted(places).items()
+    }
     _check_tree(directory, {*paths.values(), *wrong}, twice)
     lost |= {path: why for path, why in wrong.items() if path not in values}
     texts = [path for path, kind in nodes.items() if kind == STRING_TYPE and path not in lost]
@@ -250,12 +260,16 @@ def _read_headed(
             check_paths([keys_of(name, _SEPARATOR) for name in header])
         except FieldError as error:
             raise _no_safetensors(shard, files, str(error)) from error
-        for one in _arrays(shard.name, header, start, size):
+        arrays = [*_arrays(shard.name, header, start, size)]
+        rest = size - start - sum(one.extent.size for one in arrays if one.extent)
+        if rest and not any(one.reason for one in arrays):  # The format has no holes: what follows was moved.
+            raise _no_safetensors(shard, files, f"no array takes {rest} of the bytes behind its header")
+        for one in arrays:
             keys = tuple(one.name.split(_SEPARATOR))
             twice += [keys] if keys in found else []
             found[keys] = one
             places[one.name] = shard.name
-    for name, why in weights.contradicted(places):
+    for name, why in weights.contradicted(places).items():
         keys = tuple(name.split(_SEPARATOR))
         found[keys] = dataclasses.replace(found.get(keys, _Found(name=name)), reason=why)
     _check_tree(directory, found, twice)
@@ -308,7 +322,7 @@ def _header_length(shard: epath.Path, beginning: bytes, size: int, files: Files)
 
 def _header(shard: epath.Path, content: bytes, length: int, files: Files) -> dict[str, Any]:
     try:
-        parsed = json.loads(content, object_pairs_hook=_once)
+        parsed = json.loads(content, object_pairs_hook=each_once)
     # Nested a thousand deep, the parser gives up with the interpreter's own error.
     except (ValueError, RecursionError) as error:
         why = f"its header is no JSON: {error or type(error).__name__}"
@@ -316,15 +330,6 @@ def _header(shard: epath.Path, content: bytes, length: int, files: Files) -> dic
     if len(content) != length or not isinstance(parsed, dict):
         raise _no_safetensors(shard, files, "its header is no JSON object")
     return cast("dict[str, Any]", parsed)
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name stands there twice")
-    # JSON can spell halves of characters, which are in no text that could be written.
-    "".join(found).encode()
-    return found
 
 
 def _no_safetensors(shard: epath.Path, files: Files, why: str) -> NotACheckpointError:
@@ -336,7 +341,8 @@ def _no_safetensors(shard: epath.Path, files: Files, why: str) -> NotACheckpoint
 def _arrays(file: str, header: Mapping[str, Any], start: int, size: int) -> Iterator[_Found]:
     """Yields what a header says of its arrays; two that share bytes are both damaged."""
     found = [_array(file, name, entry, start, size) for name, entry in header.items() if name != _METADATA]
-    placed = sorted((one for one in found if one.extent is not None and one.extent.size), key=_start)
+    placed = [one for one in found if one.extent is not None and one.extent.size]
+    placed.sort(key=lambda one: cast(Extent, one.extent).start)
     shared: set[str] = set()
     end, before = 0, ""
     for one in placed:
@@ -348,11 +354,6 @@ def _arrays(file: str, header: Mapping[str, Any], start: int, size: int) -> Iter
     for one in found:
         overlaps = one.name in shared
         yield dataclasses.replace(one, reason="its bytes are another array's too") if overlaps else one
-
-
-def _start(one: _Found) -> int:
-    assert one.extent is not None
-    return one.extent.start
 
 
 def _array(file: str, name: str, entry: Any, start: int, size: int) -> _Found:

@@ -48,7 +48,7 @@ _DEPTH, _DEPTH_REMOTE = 3, 1
 _MOST_ASKED = 17
 _NONE_FINISHED = Hint("no finished step lies beside it: the job has to save again.")
 ANY_KIND = Hint("pass a CheckpointManager's root, one of its steps, or an item in a step.")
-COPY_AGAIN = Hint("copy it again from where it was written: a file is truncated, or was not copied.")
+COPY_AGAIN = Hint("copy it again from where it was written: a file is damaged, or was not copied whole.")
 
 
 def no_checkpoint(path: epath.Path, files: Files) -> NotACheckpointError:

@@ -17,6 +17,7 @@ from flax import nnx, serialization, traverse_util
 
 from orbax_nnx_handler import NotACheckpointError, UnreadableLeafError, plan_restore, restore
 from orbax_nnx_handler.cli import main
+from orbax_nnx_handler.storage.checkpoint.directories import HUGGING_FACE_FILES
 from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
 from orbax_nnx_handler.storage.reading.fetch import read_values
@@ -395,6 +396,45 @@ def test_a_file_cut_short_says_which_leaves_are_lost(tmp_path: pathlib.Path) -> 
     assert set(read_metadata(folder).damaged.values()) == {"model.safetensors ends before it does"}
 
 
+def test_bytes_that_no_array_takes_are_no_whole_file(tmp_path: pathlib.Path) -> None:
+    for name, write in FORMS.items():
+        file = next(file for file in write(tmp_path / name, TREE).iterdir() if "json" not in file.name)
+        content = file.read_bytes()
+        places = (len(content),) if "msgpack" in name else (len(content), len(content) - 8)
+        for place in places:
+            file.write_bytes(content[:place] + b"\1" * 16 + content[place:])
+
+            with pytest.raises(NotACheckpointError) as raised:
+                plan_restore(file.parent, abstract(TREE), policy="init")
+
+            what = (
+                "holds 16 bytes behind the tree in it."
+                if "msgpack" in name
+                else ("is no whole file of safetensors: no array takes 16 of the bytes behind its header.")
+            )
+            hint = "copy it again from where it was written: a file is damaged, or was not copied whole."
+            assert str(raised.value) == f"{file} {what}\nhint: {hint}"
+
+
+@pytest.mark.parametrize("name", TWO_PARTS)
+def test_a_leaf_that_an_index_alone_names_and_nobody_wants_is_said(
+    name: str, tmp_path: pathlib.Path, caplog: Any
+) -> None:
+    write, separator = TWO_PARTS[name]
+    index = write(tmp_path / "model", TREE) / name
+    fields = json.loads(index.read_text())
+    where = fields["weight_map"] | {
+        separator.join(("old", "head")): next(iter(fields["weight_map"].values()))
+    }
+    index.write_text(json.dumps({"weight_map": where}))
+
+    assert_equal(restore(index.parent, abstract(TREE)), TREE)
+
+    words = f"{index} and its parts do not agree about {{}}: download or copy the directory again."
+    said = {record.getMessage() for record in caplog.records if record.levelname == "WARNING"}
+    assert said == {words.format(separator.join(("old", "head")))}
+
+
 def test_arrays_without_an_element_are_read(tmp_path: pathlib.Path) -> None:
     tree = {"a": np.ones((0, 3), "f"), "b": np.ones((2,), "f"), "c": np.ones((0,), "f")}
     folder = hugging_face.safetensors(tmp_path / "model", tree)
@@ -424,17 +464,36 @@ def test_data_of_another_version_than_the_header_is_an_error(tmp_path: pathlib.P
     assert f"file: {file}" in str(raised.value)
 
 
-@pytest.mark.parametrize("form", ["msgpack", "safetensors"])
-def test_a_file_alone_beside_parts_is_taken_and_said(tmp_path: pathlib.Path, caplog: Any, form: str) -> None:
-    alone, parts = FORMS[form](tmp_path / "alone", TREE), FORMS[f"{form} in parts"](tmp_path / "parts", TREE)
-    (name,) = [file.name for file in alone.iterdir() if file.name != "config.json"]
-    (parts / name).write_bytes((alone / name).read_bytes())
+@pytest.mark.parametrize(
+    ("first", "others"),
+    [
+        ("msgpack", ["msgpack in parts"]),
+        ("safetensors", ["safetensors in parts"]),
+        ("msgpack", ["safetensors"]),
+        ("msgpack in parts", ["safetensors", "safetensors in parts"]),
+    ],
+)
+def test_of_several_forms_one_is_taken_and_the_others_are_named_to_be_read(
+    tmp_path: pathlib.Path, caplog: Any, first: str, others: list[str]
+) -> None:
+    folder, names = FORMS[first](tmp_path / "model", TREE), list[str]()
+    taken = next(file.name for file in folder.iterdir() if "msgpack" in file.name or "safe" in file.name)
+    taken = taken if " " not in first else "flax_model.msgpack.index.json"
+    other = jax.tree.map(lambda leaf: leaf + 1, TREE)
+    for form in others:
+        made = FORMS[form](tmp_path / form, other)
+        names += sorted(file.name for file in made.iterdir() if file.name in HUGGING_FACE_FILES)
+        for file in made.iterdir():
+            file.rename(folder / file.name)
 
-    assert_equal(restore(parts, abstract(TREE)), TREE)
+    assert_equal(restore(folder, abstract(TREE)), TREE)
 
-    (warned,) = {record.getMessage() for record in caplog.records if record.levelname == "WARNING"}
-    assert f"{parts} holds {name}, which is read, and beside it" in warned
-    assert warned.endswith(f"name {parts / name}.index.json to read them")
+    (warned,) = {x for record in caplog.records if "which is read" in (x := record.getMessage())}
+    words, _, paths = warned.partition("not read: name ")
+    assert words.startswith(f"{folder} holds {taken}, which is read, and beside it the same weights")
+    assert f"in {' and '.join(names)}, " in words
+    for path in paths.removesuffix(" to read them").split(" or "):
+        assert_equal(restore(path, abstract(TREE)), other)
 
 
 @pytest.mark.parametrize("form", ["msgpack in parts", "safetensors in parts"])

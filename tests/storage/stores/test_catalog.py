@@ -88,7 +88,7 @@ def test_what_is_wrong_with_a_database_is_said_with_the_item(tmp_path):
     assert str(raised.value) == (
         f"the database in {folder} cannot be read: d/n (B-tree node at byte 0) is damaged: "
         "crc32c_checksum: the bytes have another one.\n"
-        "hint: copy it again from where it was written: a file is truncated, or was not copied."
+        "hint: copy it again from where it was written: a file is damaged, or was not copied whole."
     )
 
 

@@ -262,7 +262,7 @@ def _no_packed_tree(file: epath.Path, error: Exception) -> NotACheckpointError:
     if "incomplete input" in str(error):
         return NotACheckpointError(f"{file} ends before the tree in it does.", hints=[COPY_AGAIN])
     if isinstance(error, msgpack.ExtraData) and isinstance(error.unpacked, dict):
-        what = f"{file} holds {len(error.extra)} bytes behind the tree in it."
+        what = f"{file} holds {len(cast(bytes, error.extra))} bytes behind the tree in it."
         return NotACheckpointError(what, hints=[COPY_AGAIN])
     reason = str(error).removesuffix(".")
     # These two say nothing.

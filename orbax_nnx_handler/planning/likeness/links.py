@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Literal
 
 from orbax_nnx_handler.planning.core.leaves import with_fields
@@ -329,6 +329,18 @@ def numbered(template: Names, number: int) -> Names:
 
 Undecided = tuple[list[tuple[int, int]], set[tuple[int, int]]]
 """A choice among pairs of parts by their places, and all pairs among which it is one."""
+
+
+def exchanged(
+    best: Iterable[tuple[int, int]],
+    homes: Mapping[tuple[int, int], tuple[Names, Names]],
+    told: Set[tuple[Names, Names]],
+) -> Iterator[frozenset[tuple[int, int]]]:
+    """Yields best pairs by which a told module takes a part and gives one away; beside them, one within."""
+    outer = [pair for pair in best if homes[pair] not in told]
+    given = {to for _, to in outer}
+    inner = [pair for pair, home in homes.items() if pair[1] in given and home in told]
+    yield from (frozenset((pair, other)) for pair in outer for other in inner if pair[0] == other[0])
 
 
 def together(undecided: Iterable[Undecided]) -> Iterator[Undecided]:

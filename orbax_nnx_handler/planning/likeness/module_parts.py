@@ -114,6 +114,12 @@ class ModulePart:
         return all(is_vector(leaf.shape) for leaf in self.leaves.values())
 
     @property
+    def is_layer(self) -> bool:
+        """Whether it has a matrix, or a kernel of one output with its bias."""
+        is_kernel = "bias" in self.leaves and any(len(leaf.shape) > 1 for leaf in self.leaves.values())
+        return is_kernel or not self.is_vector
+
+    @property
     def module(self) -> Names:
         """The path of the module around it."""
         return self.names[: len(self.names) - (self.levels[-1].width if self.levels else 0)]

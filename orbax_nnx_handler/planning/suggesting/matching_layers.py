@@ -140,8 +140,8 @@ class _Matching:
     def _match_in_sequence(self, arms: int) -> None:
         for side, other in ((1, 0), (0, 1)):
             free, above = self._free(other), self._context.above[other]
-            for pairs in in_sequence(self._left()[side], free, above, arms):
-                self._match(pairs if other else [(one, two) for two, one in pairs])
+            for several in in_sequence(self._left()[side], free, above, arms):
+                self._match_or_ask(several if other else [[(one, two) for two, one in x] for x in several])
 
     def _match_within(self, groups: Sequence[Sequence[Series]]) -> None:
         """Matches lists with the parts of another list's blocks; asks where no name tells which is which."""
@@ -152,16 +152,20 @@ class _Matching:
             several = [[(pair[::step][0], pair[::step][1]) for pair in pairs] for pairs in found]
             if not found or any(self._is_taken(one) for pair in several[0] for one in pair):
                 continue
-            told = [pair for pair in several[0] if all(pair in each for each in several)]
-            self._match(told, by_names=by_names)
-            several = [[pair for pair in each if pair not in told] for each in several]
-            if not (pairs := several[0]):
-                continue
-            names = [tuple(pair[side].template for pair in pairs) for side in (0, 1)]
-            held = ([_match_members(*pair, self._context).links for pair in each] for each in several)
-            readings = tuple(tuple(itertools.chain(*each)) for each in held)
-            self._found.ties.append(Tie(wanted=names[0], stored=names[1], readings=readings))
-            self._take(leaf for pair in pairs for one in pair for leaf in one.leaves)
+            self._match_or_ask(several, by_names=by_names)
+
+    def _match_or_ask(self, several: Sequence[Pairs], *, by_names: bool = False) -> None:
+        """Matches what all of several readings say; asks about the rest."""
+        told = [pair for pair in several[0] if all(pair in each for each in several)]
+        self._match(told, by_names=by_names)
+        several = [[pair for pair in each if pair not in told] for each in several]
+        if not (pairs := several[0]):
+            return
+        names = [tuple(pair[side].template for pair in pairs) for side in (0, 1)]
+        held = ([_match_members(*pair, self._context).links for pair in each] for each in several)
+        readings = tuple(tuple(itertools.chain(*each)) for each in held)
+        self._found.ties.append(Tie(wanted=names[0], stored=names[1], readings=readings))
+        self._take(leaf for pair in pairs for one in pair for leaf in one.leaves)
 
     def _match(self, pairs: Pairs, *, by_names: bool = False) -> None:
         """Matches groups of layers with each other; adds what is found, and what is no other group's then."""

@@ -29,6 +29,7 @@ from orbax_nnx_handler.planning.likeness.links import (
     Tie,
     Undecided,
     beside_turned,
+    exchanged,
     together,
 )
 from orbax_nnx_handler.planning.likeness.module_parts import ModulePart, are_elsewhere
@@ -54,6 +55,7 @@ _TOLD, _PRECEDENT = 2.0, 1.0
 _Found = list[tuple[int, int, PairGrounds]]
 _Choice = list[tuple[int, int]]
 _Group = set[tuple[int, int]]
+_Doubts = Iterator[frozenset[tuple[int, int]]]
 
 
 def match_parts(
@@ -117,7 +119,7 @@ class _Pairs:
                     self._excluded.add((at, to))
         self._exclude([*beside_namesakes(self._fits, wanted, stored)])
         self._exclude(beside_turned(self._fits, wanted, stored))
-        modules = self._modules_told()
+        self._told = modules = self._modules_told()
         for pair, fit in self._fits.items():
             if self._homes.of(*pair) in modules:
                 self._fits[pair] = dataclasses.replace(fit, score=fit.score + _TOLD)
@@ -135,7 +137,7 @@ class _Pairs:
         alike = [pair for pair in (*self._fits, *self._excluded) if self._has_same_shape(pair)]
         counts = [Counter(pair[side] for pair in alike) for side in (0, 1)]
         alone = [pair for pair in alike if counts[0][pair[0]] == counts[1][pair[1]] == 1]
-        told = {self._homes.of(*pair) for pair in alone if not self._wanted[pair[0]].part.is_vector}
+        told = {self._homes.of(*pair) for pair in alone if self._wanted[pair[0]].part.is_layer}
         sides = [Counter(pair[side] for pair in told) for side in (0, 1)]
         return {pair for pair in told if all(pair) and sides[0][pair[0]] == sides[1][pair[1]] == 1}
 
@@ -222,15 +224,19 @@ class _Pairs:
         sources = {other: one for one, other in modules.items()}
         among = {(at, to) for at, to in group if at in ours | lone and to in theirs | rivals}
         kept: _Group = set()
-        anchors = [(self._wanted[at].part.levels, self._stored[to].part.levels) for at, to, _ in found]
         for at, to in among:
-            left, right = self._wanted[at].part.levels, self._stored[to].part.levels
             one, other = self._homes.of(at, to)
-            in_order = all(ascend((left, ours), (right, theirs)) for ours, theirs in anchors)
-            if in_order and lies_within(one, other, modules) and lies_within(other, one, sources):
+            is_there = lies_within(one, other, modules) and lies_within(other, one, sources)
+            if is_there and self._ascends((at, to), found):
                 kept.add((at, to))
         is_whole = {at for at, _ in kept} >= ours and {to for _, to in kept} >= theirs
         return kept if is_whole and kept != among else None
+
+    def _ascends(self, pair: tuple[int, int], found: _Found) -> bool:
+        """Tells whether a pair and all that is found are in the order in which Linen numbered its modules."""
+        left, right = self._wanted[pair[0]].part.levels, self._stored[pair[1]].part.levels
+        anchors = ((self._wanted[at].part.levels, self._stored[to].part.levels) for at, to, _ in found)
+        return all(ascend((left, ours), (right, theirs)) for ours, theirs in anchors)
 
     def _settle(self, group: _Group, found: _Found, *, asked: bool = False) -> list[_Choice]:
         """Adds the pairs of a group that stand; returns those that do not, by what depends on each other.
@@ -243,6 +249,9 @@ class _Pairs:
             self._ours[to], self._theirs[at] = at, to
         doubtful = {frozenset((pair, other)) for pair in best for other in self._rather(pair, best, group)}
         doubtful.update(self._displaced(best, group))
+        held = self._homes.held  # A module of one part is no whole one.
+        told = {(one, other) for one, other in self._told if min(held[0][one], held[1][other]) > 1}
+        doubtful.update(exchanged(best, {pair: self._homes.of(*pair) for pair in group}, told))
         unstable = {pair for tie in doubtful for pair in tie}  # Names that speak against each other.
         for pair in filter(lambda pair: pair not in unstable, best):
             second, lower = table.best(without=pair)
@@ -277,9 +286,7 @@ class _Pairs:
         kinds = [PARAMETER.get(role.part.names[-1], role) for role in (one, other)]
         return kinds[0] == kinds[1] or bool(one.part.own & other.part.own or one.said & other.said & STRONG)
 
-    def _displaced(
-        self, best: frozenset[tuple[int, int]], group: _Group
-    ) -> Iterator[frozenset[tuple[int, int]]]:
+    def _displaced(self, best: frozenset[tuple[int, int]], group: _Group) -> _Doubts:
         """Yields pairs with those of what is left, where only modules around tell which part has the role."""
         unsaid = {(at, to) for at, to in group if self._wanted[at].has_role != self._stored[to].has_role}
         ours, theirs = {at for at, _ in best}, {to for _, to in best}
@@ -295,10 +302,8 @@ class _Pairs:
         return (other for side in (0, 1) for other in self._beside[side, pair[side]] if other != pair)
 
     def _has_same_shape(self, pair: tuple[int, int]) -> bool:
-        leaves = self._wanted[pair[0]].part.leaves, self._stored[pair[1]].part.leaves
-        return all(
-            leaves[1][kind].shape == leaf.shape for kind, leaf in leaves[0].items() if kind in leaves[1]
-        )
+        ours, theirs = self._wanted[pair[0]].part.leaves, self._stored[pair[1]].part.leaves
+        return all(theirs[kind].shape == ours[kind].shape for kind in ours.keys() & theirs.keys())
 
     def _is_plausible(self, pair: tuple[int, int], group: _Group) -> bool:
         """Tells whether a pair is more than a coincidence of shape."""
@@ -349,6 +354,8 @@ class _Pairs:
             ordered = self._in_order(ours, theirs, created, found)
         if ordered is None or not {to for _, to in ordered}.isdisjoint(to for _, to, _ in found):
             return False
+        if not all(self._ascends(pair, found) for pair in ordered):
+            return False  # What shapes or names tell was made in another order.
         best, by_order = (sum(self._fits[pair].score for pair in pairs) for pairs in (tie, ordered))
         if len(tie) == len(ordered) and best - by_order >= MARGIN:
             return False  # Names speak against the order.

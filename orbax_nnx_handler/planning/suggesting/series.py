@@ -14,7 +14,7 @@ from typing import Any
 
 from orbax_nnx_handler.planning.core.folding import PLACE, numbered
 from orbax_nnx_handler.planning.core.leaves import Shape, derived
-from orbax_nnx_handler.planning.core.paths import is_count, levels
+from orbax_nnx_handler.planning.core.paths import is_count, levels, shared_levels
 from orbax_nnx_handler.planning.likeness.assignment import best_pairs
 from orbax_nnx_handler.planning.likeness.links import Link
 from orbax_nnx_handler.planning.likeness.module_parts import BySize, Leaf, module_parts, of_sizes
@@ -217,42 +217,48 @@ def _numbers(series: Series) -> set[str]:
     return {*counts_of(series.template[-1].replace(PLACE, ""))}
 
 
-def in_sequence(groups: Sequence[Series], free: Sequence[Leaf], above: int, arms: int) -> list[Pairs]:
+def in_sequence(groups: Sequence[Series], free: Sequence[Leaf], above: int, arms: int) -> list[list[Pairs]]:
     """Returns the modules of the other side that one after the other are the layers of a group, as pairs.
 
     `Block_{0..3}` are `stages/{0..1}/{0..1}`, `stage_{0..1}_block_{0..1}`, or what lies in so many arms of a
     U-Net: as many modules with numbers, each as large as the one in its place. Else, or of two groups, none.
+    Two readings where levels on the way up may count from either end.
     """
     complete = [series for series in groups if is_complete(series)]
     below = _modules_by_size(free if complete else (), above)
     held = functools.cache(functools.partial(of_sizes, below))
     found = [_in_sequence(series, held(frozenset(series.sizes)), arms) for series in complete]
-    claims = Counter(other.template for pairs in found for _, other in pairs)
-    return [pairs for pairs in found if all(claims[other.template] == 1 for _, other in pairs)]
+    claims = Counter(other.template for each in found for pairs in each[:1] for _, other in pairs)
+    return [each for each in found if each and all(claims[other.template] == 1 for _, other in each[0])]
 
 
-def _in_sequence(series: Series, found: Mapping[Names, list[Leaf]], arms: int) -> Pairs:
+def _in_sequence(series: Series, found: Mapping[Names, list[Leaf]], arms: int) -> list[Pairs]:
+    found = {at: held for at, held in found.items() if not exclude(said_of(series), concepts(at))}
     # A list in `mid` is none that begins on the way down.
     if len(found) != len(series.sizes) or len({said_of(series) & concepts(names) for names in found}) > 1:
         return []
-    bases = {names: tuple(level.base.translate(_UNCOUNTED) for level in levels(names)) for names in found}
-    places = {at: (arm(base), _counts("/".join(at), arm(base))) for at, base in bases.items()}
-    ordered = sorted(found, key=lambda at: places[at])
+    shared = len(shared_levels(list(found), own=1))  # `mid` of a decoder is the middle, and no way up.
+    shared *= any(arm(names[shared:]) for names in found)
+    bases = {at: tuple(level.base.translate(_UNCOUNTED) for level in levels(at[shared:])) for at in found}
+    places = {at: (arm(base), _counts("/".join(at[shared:]), arm(base))) for at, base in bases.items()}
     is_told = len({*map(arm, bases.values())}) >= max(len({*bases.values()}), arms)
-    is_told = is_told and len({*places.values()}) == len(places)
-    if not is_told or [sizes_of(found[names]) for names in ordered] != series.sizes:
+    # CompVis counts the levels on the way up from the last one.
+    back = {at: (way, -max(way, 0) * sum(n[:1]), n) for at, (way, n) in places.items()}
+    orders = dict.fromkeys(tuple(sorted(found, key=each.__getitem__)) for each in (places, back))
+    fitting = [each for each in orders if [sizes_of(found[names]) for names in each] == series.sizes]
+    if not (is_told and fitting and len({*places.values()}) == len(places)):
         return []
-    spelled = {words("/".join(names)): number for number, names in zip(series.numbers, ordered, strict=True)}
+    spelled = {words("/".join(each)): at for at, each in zip(series.numbers, fitting[0], strict=True)}
     if any(spelled.get(words("/".join(series.place(at))), at) != at for at in series.numbers):
         return []  # `down_2_block_0` is `down/2/block/0`, and no other one.
-    counted = [numbered((*names, ""), 0)[-1] for names in ordered]
+    counted = [numbered((*names, ""), 0)[-1] for names in fitting[0]]
     if len({key for key, _ in counted}) == 1 and [number for _, number in counted] == series.numbers:
-        members = {number: found[names] for (_, number), names in zip(counted, ordered, strict=True)}
-        return [(series, Series(*counted[0][0], members))]  # A list, in another one.
-    return [
-        (alone(series.place(number), series.members[number], 0), alone(names, found[names], 1))
-        for number, names in zip(series.numbers, ordered, strict=True)
-    ]
+        members = {number: found[names] for (_, number), names in zip(counted, fitting[0], strict=True)}
+        return [[(series, Series(*counted[0][0], members))]]  # A list, in another one.
+    ours = [alone(series.place(number), series.members[number], 0) for number in series.numbers]
+    theirs = {names: alone(names, held, 1) for names, held in found.items()}
+    is_open = any("up" in concepts(names) and len(n) > 1 for names, (_, n) in places.items())
+    return [list(zip(ours, map(theirs.__getitem__, x), strict=True)) for x in fitting[: 1 + is_open]]
 
 
 def _counts(path: str, way: int) -> tuple[int, ...]:
@@ -368,7 +374,8 @@ def _run_within(one: Series, other: Series) -> list[tuple[int, int]]:
 def _is_reversed(one: Series, other: Series) -> bool:
     """Tells whether sizes are those of the other side in reverse, and one of them is there once."""
     # The layer that alone holds a table beside is no level of another width.
-    are_levels = 2 * max(one.sizes) > 3 * min(one.sizes) and 1 in Counter(one.sizes).values()
+    are_even = len({len(held) for held in one.members.values()}) == 1
+    are_levels = (are_even or 2 * max(one.sizes) > 3 * min(one.sizes)) and 1 in Counter(one.sizes).values()
     return one.sizes != other.sizes == one.sizes[::-1] and are_levels
 
 

@@ -240,3 +240,42 @@ def test_a_module_is_not_torn_where_names_say_so_of_one_of_its_layers():
     (question,) = found.questions
     assert {"/".join(map(str, path)) for path in question.wanted} == expected.keys() - values.keys()
     assert len(values) == 6
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_a_layer_of_a_module_that_another_one_tells_is_not_one_beside_it_that_is_called_alike(outputs):
+    expected = {
+        f"{wanted}/{name}": (f"{held}/{name}", shape if name == "kernel" else shape[1:])
+        for held, wanted, shape in (
+            ("Dense_0", "hyper_b_1", (14, 8)),
+            ("HyperNetwork_2/Dense_0", "V/0", (14, 8)),
+            ("HyperNetwork_2/Dense_1", "V/2", (8, outputs)),
+        )
+        for name in ("kernel", "bias")
+    }
+    stored = filled(dict(expected.values()))
+
+    _, values = proposed(stored, {path: shape for path, (_, shape) in expected.items()})
+
+    check(values, {path: stored[name] for path, (name, _) in expected.items()})
+
+
+def test_what_two_modules_would_exchange_because_of_a_word_alone_they_keep():
+    pairs = {
+        "initial_projection": ("linear_in", (16, 16)),
+        "fold/sidechain/input_projection": ("resnet/linear_in", (16, 16)),
+        "fold/sidechain/input_projection_1": ("resnet/linear_initial", (16, 16)),
+        "fold/sidechain/angles": ("resnet/linear_out", (16, 14)),
+    }
+    expected = {
+        f"{wanted}/{name}": (f"{held}/{name}", shape if name == "kernel" else shape[1:])
+        for held, (wanted, shape) in pairs.items()
+        for name in ("kernel", "bias")
+    }
+    stored = filled(dict(expected.values()))
+
+    found, values = proposed(stored, {path: shape for path, (_, shape) in expected.items()})
+
+    told = {path: name for path, (name, _) in expected.items() if not path.startswith("resnet/linear_in")}
+    check(values, {path: stored[name] for path, name in told.items()})
+    assert found.questions

@@ -15,7 +15,7 @@ from orbax_nnx_handler.planning.suggesting import matching_parts
 from orbax_nnx_handler.planning.suggesting.series import are_alike, series_of
 from orbax_nnx_handler.planning.suggesting.stacks import shared_in
 from tests.planning.suggesting.pairs import nested, target_of
-from tests.planning.suggesting.proposals import abstract, check, filled, proposed
+from tests.planning.suggesting.proposals import abstract, check, filled, proposed, restored
 
 LAYER = {"attn/q/kernel": (8, 8), "attn/o/kernel": (8, 8), "mlp/up/kernel": (8, 32)}
 
@@ -388,3 +388,54 @@ def test_parameters_called_and_counted_as_their_modules_are_those_of_a_list_call
     _, values = proposed(stored, dict.fromkeys(expected, (8, 6)))
 
     check(values, {path: stored[name] for path, name in expected.items()})
+
+
+@pytest.mark.parametrize("above", ["", "decoder/"])
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+@pytest.mark.parametrize("widths", [(16, 8, 8), (8, 8, 4), (16, 16, 8, 8), (8, 8, 8)], ids=str)
+def test_blocks_in_a_row_are_levels_counted_from_the_end_that_sizes_tell_or_asked_about(
+    widths, blocks, above
+):
+    expected, came, at = {}, 16, itertools.count()
+    for level, width in zip(reversed(range(len(widths))), widths, strict=True):
+        for block in range(blocks):
+            held = {"norm1": ("GroupNorm_0", (came,)), "conv1": ("Conv_0", (3, 3, came, width))}
+            held |= {"norm2": ("GroupNorm_1", (width,)), "conv2": ("Conv_1", (3, 3, width, width))}
+            number, came = next(at), width
+            for name, (kind, shape) in held.items():
+                leaf = "scale" if "norm" in name else "kernel"
+                stored = f"{above}ResBlock_{number}/{kind}/{leaf}", shape
+                expected[f"{above}up/{level}/block/{block}/{name}/{leaf}"] = stored
+    stored = filled(dict(expected.values()))
+
+    found, values = proposed(stored, {path: shape for path, (_, shape) in expected.items()})
+
+    check(values, {path: stored[name] for path, (name, _) in expected.items()})
+    assert found.confidence == "likely"
+
+
+def test_blocks_in_a_row_of_one_size_may_be_levels_on_the_way_up_from_either_end():
+    expected = {
+        f"up/{level}/block/{block}/conv{at + 1}/kernel": (
+            f"ResBlock_{2 * (2 - level) + block}/Conv_{at}/kernel",
+            (3, 3, 8, 8),
+        )
+        for level, block, at in itertools.product(range(3), range(2), range(2))
+    }
+    stored = filled(dict(expected.values()))
+
+    found, values = proposed(stored, {path: shape for path, (_, shape) in expected.items()})
+
+    told = {path: name for path, (name, _) in expected.items() if path.startswith("up/1")}
+    check(values, {path: stored[name] for path, name in told.items()})
+    (question,) = found.questions
+    assert len(question.choices) == 2
+    wanted = {path: shape for path, (_, shape) in expected.items()}
+    right = [
+        all(
+            np.array_equal(value, stored[expected[path][0]])
+            for path, value in restored(stored, wanted, rules).items()
+        )
+        for rules in question.alternatives
+    ]
+    assert sorted(right) == [False, True]

@@ -133,6 +133,9 @@ class _Context:
         self._empty = {"self"} if sum(names[-1] == "self" for names in self._held) > 1 else set[str]()
         called = [names for names in self._held if "attn" in meanings(levels(names)[-1].base)]
         self._attentions = {names for names in called if {"q", "k"} <= self._held[names]}
+        # Of two attentions that do not say which one they are, neither is known to be the first.
+        unsaid = [x for x in called if x[:-1] not in called and {"self", "cross"}.isdisjoint(concepts(x))]
+        self._unsaid = {"attn"} if len(unsaid) > 1 else set[str]()
         self._lacks_output = any(self._held[names].isdisjoint({"o", "out"}) for names in self._attentions)
         self._holding = Counter(x[:depth] for x in self._attentions for depth in range(len(x) + 1))
         self._has_attention = any("attn" in part.said or part.own >= _QKV for part in parts)
@@ -174,8 +177,7 @@ class _Context:
 
     def _may_come_first(self, part: ModulePart, counted: int) -> bool:
         """Tells whether programs differ in how they count a norm: XCiT's `norm3` lies before `norm2`."""
-        beside = [{*meanings(names[-1])} for names in self._inside[part.module]]
-        others = [said for said in beside if "attn" not in said]
+        others = [x for at in self._inside[part.module] if "attn" not in (x := {*meanings(at[-1])})]
         is_known = counted < 3 or len(others) < 2 or all("mlp" in said for said in others)
         is_known |= not (part.levels and part.levels[-1].is_automatic)
         return self._is_deformable or not (is_known or "mean" in part.leaves)
@@ -216,10 +218,8 @@ class _Context:
         last = part.levels[-1].base if part.levels else ""
         known = FUSED.get("".join(part.names[-1:]))
         # The `in_proj` of a quantizer or of a state space model is none of an attention.
-        is_one = (
-            last != "in_proj" or (self._has_attention and "mlp" not in part.said) or "attn" in self._above
-        )
-        if known is not None and is_one:
+        is_in_attention = "attn" in self._above or (self._has_attention and "mlp" not in part.said)
+        if known is not None and (last != "in_proj" or is_in_attention):
             # GPT-2's cross attention has its queries beside `c_attn`.
             return tuple(role for role in known[0] if role not in self._single[part.module]), known[1]
         # A norm of keys and values is one of what both are made of.
@@ -355,7 +355,7 @@ class _Context:
         if place is None and not side:
             place = component(self._beside(part, own - {"norm"}))  # `spatial_norm`, `spatial_attention`.
         if place is None and not side and not own - {"norm"} and not self._is_one_of_several(part):
-            place = component(self._surroundings(part)) or component(self._without_norm(part))
+            place = component(self._surroundings(part) - self._unsaid) or component(self._without_norm(part))
         if place is not None:
             return self._behind(part, place) if side > 0 and "attn" in own else place + side
         if not side and "out" in around:

@@ -64,7 +64,7 @@ OPEN = {
     "litgpt": 6,
     "bigs": 30,
     "ttt": 3,
-    "spectrogram_diffusion": 7,
+    "spectrogram_diffusion": 1,
     "pegasus_x": 8,
     "gemma3n": 9,
     "dbrx": 6,
@@ -99,8 +99,8 @@ two numbered norms is the global one (pegasus_x), which of `w1`, `v1` and `w2` i
 (dbrx) and which layer masks (soundstream_unet), only outputs tell. Not found yet:
 the mask's layer in a list of its own (conv_tasnet), the bias of queries and of values in one for all three
 (qformer), a lone vector (ncsnpp), two levels of a U-Net that are as large (ddpm), queries, keys and values of
-another size in each layer (openelm), heads that hold queries and a part of the network (palm_fused), norms in
-modules of their own (spectrogram_diffusion), norms in lists (vits), `fflayer_start` and convolutions of dense
+another size in each layer (openelm), heads that hold queries and a part of the network (palm_fused),
+positions of tokens (spectrogram_diffusion), norms in lists (vits), `fflayer_start` and convolutions of dense
 layers (perch_conformer), and a layer below `concat_mlp` beside one of that name (tome).
 """
 

@@ -126,3 +126,32 @@ def test_the_fused_projection_of_a_block_that_leads_out_is_not_one_that_leads_in
     _, values = proposed(stored, {path: value.shape for path, value in expected.items()})
 
     check(values, expected)
+
+
+@pytest.mark.parametrize("query", ["to_q", "muz"])
+def test_the_norm_beside_an_attention_is_not_that_of_self_attention_where_there_are_two(query):
+    """As in diffusers' spectrogram diffusion, of which the first and the last layer hold more."""
+    parts = {
+        "pre_self_attention_norm/scale": ("layer/0/layer_norm/scale", (8,)),
+        "film_0/kernel": ("layer/0/film/kernel", (32, 16)),
+        "pre_cross_attention_norm/scale": ("layer/1/layer_norm/scale", (8,)),
+        "pre_mlp_norm/scale": ("layer/2/layer_norm/scale", (8,)),
+        "film_1/kernel": ("layer/2/film/kernel", (32, 16)),
+        "mlp/wi/kernel": ("layer/2/mlp/wi/kernel", (8, 24)),
+        "mlp/wo/kernel": ("layer/2/mlp/wo/kernel", (24, 8)),
+    }
+    called = {"query": query, "key": "to_k", "value": "to_v", "out": "to_out"}
+    for at, module in enumerate(("self_attention", "MultiHeadDotProductAttention_0")):
+        for name, wanted in called.items():
+            parts[f"{module}/{name}/kernel"] = f"layer/{at}/attention/{wanted}/kernel", (8, 8)
+    expected = {
+        f"decoders/{at}/{wanted}": (f"layers_{at}/{name}", shape)
+        for at in range(2)
+        for name, (wanted, shape) in parts.items()
+    }
+    stored = filled(dict(expected.values()))
+
+    _, values = proposed(stored, {path: shape for path, (_, shape) in expected.items()})
+
+    check(values, {path: stored[expected[path][0]] for path in values})
+    assert {path for path in expected if "norm" in path} <= values.keys()

@@ -74,6 +74,14 @@ OPEN = {
     "perch_conformer": 32,
     "tome": 2,
     "soundstream_unet": 2,
+    "nest": 21,
+    "xunet": 128,
+    "structure_module": 22,
+    "serl": 7,
+    "mtv": 66,
+    "jet": 8,
+    "fvlm": 27,
+    "pct": 32,
 }
 """Leaves that stay open.
 
@@ -87,7 +95,7 @@ dinov2_giant, qwen2, litgpt), whether gates and what they gate lie in turns (gpt
 layers that stand beside each other is which (transformer_xl_ppo), whether a square matrix is transposed
 (recurrentgemma), and what `v` and `w` are (hypernerf), which of `out` and `out2` is the gate (s4, lru_glu),
 which norm of a decoder with deformable attention is which (deformable_detr), which of the layers of an
-attention that Linen numbered is which (perceiver, set_transformer), which of `a` and `b` is left
+attention that Linen numbered is which (perceiver, set_transformer, pct), which of `a` and `b` is left
 (evoformer), which of two attentions comes first (maxvit), whether a temperature is a scale (dual_encoder,
 coca), which of two last norms is the text's (coca), which of a block's convolutions of one shape is which
 branch (inception, nafnet), which comes first (rrdb), which of three norms is of which part (xcit), what is
@@ -96,12 +104,16 @@ a message of nodes and what one of edges (protein_mpnn), how queries, keys and v
 (eva02), which of two norms is that of the experts (gemma4_experts), and where a list of square layers ends
 (mipnerf360), what `fs4` and `bs4` are (bigs), whether a square array is turned (ttt, gemma3n), which of
 two numbered norms is the global one (pegasus_x), which of `w1`, `v1` and `w2` is which
-(dbrx) and which layer masks (soundstream_unet), only outputs tell. Not found yet:
+(dbrx), which layer masks (soundstream_unet), which of two heads that Linen numbered is the deviation's (serl)
+and which of the layers that Haiku counts is which (structure_module), only outputs tell. Not found yet:
 the mask's layer in a list of its own (conv_tasnet), the bias of queries and of values in one for all three
 (qformer), a lone vector (ncsnpp), two levels of a U-Net that are as large (ddpm), queries, keys and values of
 another size in each layer (openelm), heads that hold queries and a part of the network (palm_fused),
 positions of tokens (spectrogram_diffusion), norms in lists (vits), `fflayer_start` and convolutions of dense
-layers (perch_conformer), and a layer below `concat_mlp` beside one of that name (tome).
+layers (perch_conformer), a layer below `concat_mlp` beside one of that name (tome), keys and values per head
+in one array, and a bias beside `proj_kernel` (nest), two lists of blocks in the arms of a U-Net (xunet), the
+numbers of a layer and of a view in one name (mtv), stacks beside the layers that hold them (jet), and norms
+and convolutions of which the ones beside tell the number (fvlm).
 """
 
 KINDS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}

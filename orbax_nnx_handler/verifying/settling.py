@@ -14,12 +14,12 @@ from typing import Any, cast
 from orbax_nnx_handler.planner import decide
 from orbax_nnx_handler.planning.core.errors import RestoreError, UnreadableLeafError, VerificationError
 from orbax_nnx_handler.planning.core.folding import fold_paths
-from orbax_nnx_handler.planning.core.lines import counted
+from orbax_nnx_handler.planning.core.lines import Sentence, counted, listed
 from orbax_nnx_handler.planning.core.paths import Path
-from orbax_nnx_handler.planning.core.recipes import Add, Recipe
+from orbax_nnx_handler.planning.core.recipes import Add, Recipe, reads
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.restore_plan import RestorePlan
-from orbax_nnx_handler.planning.rules import Rule
+from orbax_nnx_handler.planning.rules import Rename, Rule
 from orbax_nnx_handler.planning.suggesting import Proposal, Remade, Suggestion
 from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
@@ -268,7 +268,7 @@ class Settling:
             unmatched_wanted=tuple(path for path in wanted if path not in plan.restored),
             unmatched_stored=tuple(path for path in stored if path in plan.unexpected),
             problem="\n".join(str(fault) for fault in plan.faults),
-            proof=proof or _words(verification, len(plan.missing)),
+            proof=proof or _words(verification, plan, self.options.renames),
             is_proved=verification is not None and verification.equal and not verification.remarks,
             is_refuted=verification is not None and not verification.equal,
             settle=None,
@@ -335,17 +335,34 @@ def _open(verification: Verification | None, missing: Sequence[Path]) -> str:
     )
 
 
-def _words(verification: Verification | None, missing: int) -> str:
+def _words(verification: Verification | None, plan: RestorePlan, given: Sequence[Rule]) -> str:
     if verification is None:
         return ""
-    zeros = f", with {counted(missing, 'leaf', 'leaves')} at zero" if missing else ""
+    zeros = f", with {counted(len(plan.missing), 'leaf', 'leaves')} at zero" if plan.missing else ""
     if verification.equal:
         said = ", but: " + " ".join(verification.remarks) if verification.remarks else ""
         proved = "" if said else "proved by outputs: "
         return f"{proved}both programs return the same within {verification.relative:.1e}{zeros}{said}"
-    where = f", first in {verification.first.path}" if verification.first is not None else ""
+    first = verification.first
     if verification.relative <= verification.tolerance:  # By wrong weights.
-        return f"not proven: {' '.join(verification.remarks)}"
+        return f"not proven: {' '.join([*verification.remarks, *_of(first, plan, given)])}"
     apart = f"{verification.relative:.1e} apart, tolerance {verification.tolerance:g}"
-    way = "" if where else ". Where that is rounding, as in deep models, raise the tolerance"
-    return f"not proven: the programs return different values under these rules{zeros} ({apart}){where}{way}"
+    way = ". Where that is rounding, as in deep models, raise the tolerance"
+    where = f", first in {first.path}: {' '.join(_of(first, plan, given))}" if first else way
+    return f"not proven: the programs return different values under these rules{zeros} ({apart}){where}"
+
+
+def _of(first: FirstDifference | None, plan: RestorePlan, given: Sequence[Rule]) -> Iterator[str]:
+    """Yields what is known of the first difference, and which given rules make what is proved wrong."""
+    if first is None:
+        return
+    yield from (line.text for line in first.sentences if isinstance(line, Sentence))
+    made = set[str]()
+    for change in _made_otherwise(first, plan):
+        item = plan.restored[change.leaf]
+        is_name = not {*reads(change.recipe)} <= {*reads(item.recipe)}
+        told = item.reason.split("; ")
+        made |= {rule.quoted for rule in given if rule.quoted in told and isinstance(rule, Rename) == is_name}
+    if made:
+        wrong = listed(rule.quoted for rule in given if rule.quoted in made)
+        yield f"Given rules make it so: correct or take out {wrong}, and run it again."

@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import Add, Suggestion, UnstackLayers, VerificationError, restore, suggest
+from orbax_nnx_handler import Add, Fuse, Suggestion, UnstackLayers, VerificationError, restore, suggest
 from tests.verifying.twins import BERT, GEMMA, TRANSLATOR, TWINS, Twin
 
 Save = Callable[[Twin], pathlib.Path]
@@ -99,6 +99,57 @@ def test_names_that_tell_nothing_are_settled_by_the_outputs(saved: Save):
         "('delta', 'three')",
         "('gamma', 'four')",
     ]
+
+
+class Joined(nn.Module):
+    """Three projections of one width."""
+
+    @nn.compact
+    def __call__(self, x):
+        q, k, v = (nn.Dense(6, name=name)(x) for name in ("query", "key", "value"))
+        return nn.softmax(q @ k.T) @ v
+
+
+class JoinedTwin(nnx.Module):
+    """Has them as one."""
+
+    def __init__(self, rngs):
+        self.qkv = nnx.Linear(6, 18, rngs=rngs)
+
+    def __call__(self, x):
+        q, k, v = jnp.split(self.qkv(x), 3, -1)
+        return nnx.softmax(q @ k.T) @ v
+
+
+JOINED = Twin(name="joined", linen=Joined(), make=lambda: JoinedTwin(nnx.Rngs(0)), inputs=(_X,), rules=[])
+SWAPPED = [("alpha", "one"), ("beta", "two"), ("gamma", "four"), ("delta", "three")]
+WRONGLY = [
+    Fuse(("query/bias", "key/bias", "value/bias"), "qkv/bias", axis=0),
+    Fuse(("key/kernel", "query/kernel", "value/kernel"), "qkv/kernel", axis=1),
+]
+
+
+@pytest.mark.parametrize(
+    ("twin", "rules", "wrong", "proved"),
+    [
+        (ODD, SWAPPED, SWAPPED[:2], "was given"),
+        (JOINED, WRONGLY, WRONGLY[1:], "kernel joined in another order"),
+    ],
+    ids=["exchanged", "joined"],
+)
+def test_given_rules_that_outputs_prove_wrong_are_named_and_found_right_without(
+    twin: Twin, rules: list[Any], wrong: list[Any], proved: str, saved: Save
+):
+    path, target = saved(twin), nnx.eval_shape(twin.make)
+    pair = (twin.linen.apply, twin.run, twin.inputs)
+
+    found = suggest(path, target, renames=rules, verify=pair)
+    again = suggest(path, target, renames=[rule for rule in rules if rule not in wrong], verify=pair)
+
+    assert proved in found.proof
+    words = f"Given rules make it so: correct or take out {' and '.join(map(str, wrong))}, and run it again."
+    assert found.proof.endswith(words)
+    assert again.is_proved, again
 
 
 def test_however_often_rules_change_the_linen_program_runs_once(saved: Save):

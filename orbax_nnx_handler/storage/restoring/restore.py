@@ -83,6 +83,7 @@ def _check_dropped(checkpoint: Checkpoint, dropped: Iterable[Dropped]) -> None:
         rows = "\n".join(f"  {render(item.leaf.path)}   {item.leaf.shape}   {item.reason}" for item in bad)
         patterns = dict.fromkeys("/".join(map(str, item.leaf.path[-2:])) for item in bad)
         rules = [Drop(pattern, "why") for pattern in patterns]
+        own = [(pattern, pattern.replace("/", "_")) for pattern in patterns]
         raise UnmappedValueError(
             f"{'1 stored value has' if len(bad) == 1 else f'{len(bad)} stored values have'} "
             f"no counterpart in NNX and {'is' if len(bad) == 1 else 'are'} not zero:\n{rows}\n"
@@ -90,7 +91,8 @@ def _check_dropped(checkpoint: Checkpoint, dropped: Iterable[Dropped]) -> None:
             paths=[item.leaf.path for item in bad],
             hints=[
                 Hint(
-                    "without them the model computes something else: fold them into another weight first, or "
+                    "without them the model computes something else: give the target's module Variables for "
+                    f"them, which it uses as Linen's does, and name these, renames={as_python(own)}; or "
                     f"leave them behind on purpose with renames={as_python(rules)}.",
                     {"renames": rules},
                 )

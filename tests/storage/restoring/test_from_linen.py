@@ -595,6 +595,33 @@ def test_counts_and_leftovers_are_looked_at(form: Any) -> None:
         from_linen(step, {"step": optimizer.step})
 
 
+class BiasedGRUCell(nnx.GRUCell):
+    """Linen's: with a bias of the candidate gate within what the reset gate multiplies."""
+
+    def __init__(self, size: int, hidden: int, *, rngs: nnx.Rngs):
+        super().__init__(size, hidden, rngs=rngs)
+        self.hn_bias = nnx.Param(jnp.zeros(hidden))
+
+    def __call__(self, carry: Any, inputs: Any) -> Any:
+        of_inputs, of_carry = jnp.split(self.dense_i(inputs), 3, -1), jnp.split(self.dense_h(carry), 3, -1)
+        reset, update = (nnx.sigmoid(of_inputs[at] + of_carry[at]) for at in (0, 1))
+        new = nnx.tanh(of_inputs[2] + reset * (of_carry[2] + self.hn_bias[...]))
+        return (carry := (1 - update) * new + update * carry), carry
+
+
+def test_a_bias_that_no_weight_can_take_in_has_a_variable_of_its_own_named_as_the_hint_says() -> None:
+    linen, (carry, inputs) = nn.GRUCell(4), np.random.default_rng(0).normal(size=(2, 3, 4)).astype("f")
+    cell = jax.tree.map(lambda leaf: leaf + 0.3, linen.init(jax.random.key(0), carry, inputs))
+    with pytest.raises(UnmappedValueError) as raised:
+        from_linen(cell, nnx.eval_shape(lambda: nnx.GRUCell(4, 4, rngs=nnx.Rngs(0))))
+    assert "name these, renames=[('hn/bias', 'hn_bias')]; or " in str(raised.value)
+
+    target = nnx.eval_shape(lambda: BiasedGRUCell(4, 4, rngs=nnx.Rngs(0)))
+    found = from_linen(cell, target, renames=[("hn/bias", "hn_bias")])
+
+    np.testing.assert_allclose(found(carry, inputs)[0], linen.apply(cell, carry, inputs)[0], rtol=1e-6)
+
+
 def test_random_keys_are_restored_as_they_are() -> None:
     class Dropping(nnx.Module):
         def __init__(self, rngs: nnx.Rngs):

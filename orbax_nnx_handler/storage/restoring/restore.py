@@ -21,6 +21,7 @@ from orbax_nnx_handler.planning.core.errors import (
     UnreadableLeafError,
     as_python,
 )
+from orbax_nnx_handler.planning.core.lines import listed
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import Fill, Recipe, Stack, reads
 from orbax_nnx_handler.planning.mapping.matches import Dropped
@@ -83,7 +84,7 @@ def _check_dropped(checkpoint: Checkpoint, dropped: Iterable[Dropped]) -> None:
         rows = "\n".join(f"  {render(item.leaf.path)}   {item.leaf.shape}   {item.reason}" for item in bad)
         patterns = dict.fromkeys("/".join(map(str, item.leaf.path[-2:])) for item in bad)
         rules = [Drop(pattern, "why") for pattern in patterns]
-        own = [(pattern, pattern.replace("/", "_")) for pattern in patterns]
+        own = listed(repr((pattern, pattern.replace("/", "_"))) for pattern in patterns)
         raise UnmappedValueError(
             f"{'1 stored value has' if len(bad) == 1 else f'{len(bad)} stored values have'} "
             f"no counterpart in NNX and {'is' if len(bad) == 1 else 'are'} not zero:\n{rows}\n"
@@ -92,7 +93,7 @@ def _check_dropped(checkpoint: Checkpoint, dropped: Iterable[Dropped]) -> None:
             hints=[
                 Hint(
                     "without them the model computes something else: give the target's module Variables for "
-                    f"them, which it uses as Linen's does, and name these, renames={as_python(own)}; or "
+                    f"them, which it uses as Linen's does, and name these by rules, {own}; or "
                     f"leave them behind on purpose with renames={as_python(rules)}.",
                     {"renames": rules},
                 )

@@ -614,7 +614,7 @@ def test_a_bias_that_no_weight_can_take_in_has_a_variable_of_its_own_named_as_th
     cell = jax.tree.map(lambda leaf: leaf + 0.3, linen.init(jax.random.key(0), carry, inputs))
     with pytest.raises(UnmappedValueError) as raised:
         from_linen(cell, nnx.eval_shape(lambda: nnx.GRUCell(4, 4, rngs=nnx.Rngs(0))))
-    assert "name these, renames=[('hn/bias', 'hn_bias')]; or " in str(raised.value)
+    assert "name these by rules, ('hn/bias', 'hn_bias'); or " in str(raised.value)
 
     target = nnx.eval_shape(lambda: BiasedGRUCell(4, 4, rngs=nnx.Rngs(0)))
     found = from_linen(cell, target, renames=[("hn/bias", "hn_bias")])

@@ -189,7 +189,7 @@ class _Context:
         for names in containers(part):
             is_whole = names not in self._mixed
             is_attention = {"q", "k"} <= self._held[names] or (is_whole and "attn" in self._below[names])
-            is_network = is_whole and "mlp" in self._below[names]
+            is_network = (is_whole or is_attention) and "mlp" in self._below[names]
             if is_attention or is_network:
                 kind = "attn" if is_attention else "mlp"
                 cross = {"cross"} & self._below[names] if is_attention else set[str]()

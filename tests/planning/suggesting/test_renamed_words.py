@@ -55,6 +55,8 @@ def left_and_wrong(name, words):
         ("timesfm", {"o_proj": "kijavu"}),
         ("genie", {"lam": "kiwesi", "patch_up": "pevudu", "query": "vuyoto", "tokenizer": "jatofi"}),
         ("bloom_fused", {"embed_norm": "fidunu"}),
+        ("perch_conformer", {"ffn1_layer_norm": "bekili"}),
+        ("spectrogram_diffusion", {"to_q": "nimivu"}),
         ("pointnet", {"bn": "tofivu", "fstn": "toraza", "stn": "pepepe", "conv": "siwelo", "fc": "nukeke"}),
     ],
 )

@@ -2,6 +2,7 @@
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import flax
 import flax.linen as nn
@@ -17,7 +18,7 @@ from flax.training.train_state import TrainState
 from orbax_nnx_handler import save
 from tests.cli.conftest import stock
 from tests.zoo.modules import PAIRS
-from tests.zoo.pairs import Pair, path_of, restored_module, saved, stored_variables
+from tests.zoo.pairs import path_of, restored_module, saved, stored_variables
 
 FACTORY = "tests.cli.zoo_program:make"
 # One of each kind whose NNX form is another than Linen's, and those with names that renames undo.
@@ -59,11 +60,24 @@ def save_state(path: Path, module: nnx.Module, *, pure: bool) -> None:
         checkpointer.save(path, tree)
 
 
+@pytest.fixture(scope="module", params=SHOWN_PAIRS, ids=str)
+def restored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A pair, its Linen variables, what a Linen program makes of them, and its NNX module that holds them."""
+    pair = request.param
+    variables = stored_variables(pair)
+    linen = jax.jit(functools.partial(pair.linen.apply, **pair.linen_kwargs))
+    return (
+        pair,
+        variables,
+        linen,
+        restored_module(pair, saved(variables, tmp_path_factory.mktemp("x") / "linen")),
+    )
+
+
 @pytest.mark.parametrize("pure", [False, True], ids=["state", "pure dict"])
-@pytest.mark.parametrize("pair", SHOWN_PAIRS, ids=str)
-def test_linen_reads_what_nnx_saved(cli, tmp_path: Path, pair: Pair, pure: bool) -> None:
-    expected = stored_variables(pair)
-    save_state(tmp_path / "nnx", restored_module(pair, saved(expected, tmp_path / "linen")), pure=pure)
+def test_linen_reads_what_nnx_saved(cli, tmp_path: Path, restored: Any, pure: bool) -> None:
+    pair, expected, linen, module = restored
+    save_state(tmp_path / "nnx", module, pure=pure)
     renames = [word for stored, wanted in pair.renames for word in ("--rename", f"{stored}={wanted}")]
 
     said = cli(
@@ -74,7 +88,6 @@ def test_linen_reads_what_nnx_saved(cli, tmp_path: Path, pair: Pair, pure: bool)
     with ocp.StandardCheckpointer() as checkpointer:
         actual = checkpointer.restore(tmp_path / "out", jax.eval_shape(lambda: expected))
     assert differing(expected, actual) == []
-    linen = jax.jit(functools.partial(pair.linen.apply, **pair.linen_kwargs))
     assert differing(linen(expected, *pair.inputs), linen(actual, *pair.inputs)) == []
 
 

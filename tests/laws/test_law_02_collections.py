@@ -30,6 +30,7 @@ from tests.laws.worlds import (
     training_target,
     write,
 )
+from tests.sampled import sampled
 
 # Names that sort before `params` and behind it.
 COPIES = ("ema_params", "grads", "old_params", "slow_params", "target_params", "teacher_params")
@@ -258,9 +259,9 @@ def test_a_copy_beside_params_is_seen_under_strict_unexpected(tmp_path):
     refused(path, model_target(params), unexpected="error")
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("optimizer", [True, False])
-@pytest.mark.parametrize("copy", [*COPIES, "masks", "ema", "teacher"])
+@pytest.mark.parametrize(
+    ("copy", "optimizer", "form"), sampled([*COPIES, "masks", "ema", "teacher"], [True, False], FORMS)
+)
 def test_a_copy_is_not_the_model_where_params_is_not_stored(tmp_path, copy, optimizer, form):
     numbers = Numbers()
     whole = {"hidden": numbers.dense(), "head": numbers.dense()}
@@ -287,9 +288,7 @@ def test_a_module_called_like_a_collection_comes_from_params(tmp_path, name):
 _ALONE = (*COPIES, "ema", "params_ema", "old_batch_stats", "masks")
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("above", [(), ("state",)], ids=["top", "below-state"])
-@pytest.mark.parametrize("copy", _ALONE)
+@pytest.mark.parametrize(("copy", "above", "form"), sampled(_ALONE, [(), ("state",)], FORMS))
 def test_a_copy_that_is_stored_alone_is_used_only_by_the_rule_of_the_hint(tmp_path, copy, above, form):
     model = {"dense": Numbers().dense()}
     path = write(tmp_path, {above[0]: {copy: model}} if above else {copy: model})

@@ -39,6 +39,7 @@ from tests.laws.worlds import (
     training_target,
     write,
 )
+from tests.sampled import sampled
 from tests.written import put_at
 
 ADAM = optax.adam(1e-3)
@@ -231,9 +232,10 @@ def test_weights_and_optax_state_in_two_items_are_restored_each_into_its_part(tm
     check(result["opt_state"], worlds.below("opt_state", opt_state))
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("beside", ["ema_params", "old_params", "spectral", "memory"])
-@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize(
+    ("both", "beside", "form"),
+    sampled([False, True], ["ema_params", "old_params", "spectral", "memory"], FORMS),
+)
 def test_a_network_with_a_collection_of_its_own_beside_its_weights_is_one_of_two(
     tmp_path, both, beside, form
 ):
@@ -554,10 +556,15 @@ def test_a_level_stays_where_a_copy_beside_the_train_states_has_another_name(tmp
     refused(path, nnx.eval_shape(lambda: {"agent": _Owner(**parts, slow=copy)}), unexpected="ignore")
 
 
-@pytest.mark.parametrize("level", ["state", "train_state", "gen"])
-@pytest.mark.parametrize("rule", [("z/params", "model"), ("z", "")])
-@pytest.mark.parametrize("other", ["weights", "step"])
-@pytest.mark.parametrize("tx", [optax.sgd(0.1), optax.sgd(optax.constant_schedule(0.1)), ADAM])
+@pytest.mark.parametrize(
+    ("tx", "other", "rule", "level"),
+    sampled(
+        [optax.sgd(0.1), optax.sgd(optax.constant_schedule(0.1)), ADAM],
+        ["weights", "step"],
+        [("z/params", "model"), ("z", "")],
+        ["state", "train_state", "gen"],
+    ),
+)
 def test_a_network_that_a_rule_makes_the_model_is_not_lent_anothers_step(tmp_path, tx, other, rule, level):
     numbers = Numbers()
     params = {name: _model(numbers) for name in (level, "z")}
@@ -807,9 +814,7 @@ REPLACED = {
 }
 
 
-@pytest.mark.parametrize("policy", ["error", "warn"])
-@pytest.mark.parametrize("kind", REPLACED)
-@pytest.mark.parametrize("case", UNNAMED)
+@pytest.mark.parametrize(("case", "kind", "policy"), sampled(UNNAMED, REPLACED, ["error", "warn"]))
 def test_where_no_name_tells_what_an_optimizer_trains_no_moments_of_replaced_weights_are_read(
     tmp_path, case, kind, policy
 ):

@@ -11,6 +11,7 @@ from flax import nnx
 from orbax_nnx_handler import Fuse, RestoreError, RuleError, from_linen, plan_restore, restore, save, to_linen
 from tests.laws import worlds
 from tests.laws.worlds import Branch, Numbers, check, pure_target, write
+from tests.sampled import sampled
 
 
 def _saved_or_refused(path, state, **options):
@@ -132,19 +133,21 @@ TXS = {
 }
 
 
-@pytest.mark.parametrize("layout", ["linen", "maxtext"])
 @pytest.mark.parametrize(
-    "names",
-    [
-        ("adam", "adam"),
-        ("chain", "momentum"),
-        ("adam", "sgd"),
-        ("sgd", "sgd"),
-        ("scheduled", "chain"),
-        ("scheduled", "scheduled"),
-    ],
+    ("layout", "names", "form"),
+    sampled(
+        ["linen", "maxtext"],
+        [
+            ("adam", "adam"),
+            ("chain", "momentum"),
+            ("adam", "sgd"),
+            ("sgd", "sgd"),
+            ("scheduled", "chain"),
+            ("scheduled", "scheduled"),
+        ],
+        ["dict", "states", "module", "state"],
+    ),
 )
-@pytest.mark.parametrize("form", ["dict", "states", "module", "state"])
 def test_optimizers_beside_their_models_come_back_each_with_its_count_and_step(form, names, layout):
     txs = [TXS[name] for name in names]
     item = SideBySide(*txs) if form in ("module", "state") else _networks(*txs)

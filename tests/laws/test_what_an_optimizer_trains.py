@@ -18,6 +18,7 @@ from orbax_nnx_handler import (
 )
 from tests.laws import worlds
 from tests.laws.worlds import Numbers, check, refused, write
+from tests.sampled import sampled
 
 
 class Own(nnx.Variable):
@@ -57,19 +58,22 @@ class Training(nnx.Module):
         self.optimizer = nnx.Optimizer(self.model, tx, wrt=wrt)
 
 
-@pytest.mark.parametrize("layout", ["linen", "maxtext"])
-@pytest.mark.parametrize("tx", TXS)
 @pytest.mark.parametrize(
-    ("wrt", "kinds"),
-    [
-        (Own, (Own,)),
-        (Own, (Own, Own)),
-        (nnx.Any(Own, nnx.Param), (Own,)),
-        (nnx.Any(Own, nnx.BatchStat), (Own, nnx.BatchStat)),
-        (nnx.Variable, (nnx.Variable, nnx.Variable)),
-    ],
+    ("layout", "tx", "trained"),
+    sampled(
+        ["linen", "maxtext"],
+        TXS,
+        [
+            (Own, (Own,)),
+            (Own, (Own, Own)),
+            (nnx.Any(Own, nnx.Param), (Own,)),
+            (nnx.Any(Own, nnx.BatchStat), (Own, nnx.BatchStat)),
+            (nnx.Variable, (nnx.Variable, nnx.Variable)),
+        ],
+    ),
 )
-def test_variables_of_any_type_come_back_with_their_moments(tmp_path, layout, tx, wrt, kinds):
+def test_variables_of_any_type_come_back_with_their_moments(tmp_path, layout, tx, trained):
+    wrt, kinds = trained
     _comes_back(tmp_path / "saved", lambda: Training(TXS[tx], wrt, *kinds), layout=layout)
 
 
@@ -127,9 +131,14 @@ class Shared(nnx.Module):
         self.other_optimizer = nnx.Optimizer(other, txs[1], wrt=second)
 
 
-@pytest.mark.parametrize("layout", ["linen", "maxtext"])
-@pytest.mark.parametrize("names", [("adam", "adam"), ("chain", "momentum")])
-@pytest.mark.parametrize("parts", [_of_types, _of_paths, _of_one_part_twice, _of_modules, _of_layers])
+@pytest.mark.parametrize(
+    ("layout", "names", "parts"),
+    sampled(
+        ["linen", "maxtext"],
+        [("adam", "adam"), ("chain", "momentum")],
+        [_of_types, _of_paths, _of_one_part_twice, _of_modules, _of_layers],
+    ),
+)
 def test_two_optimizers_of_one_model_keep_their_own_moments(tmp_path, layout, names, parts):
     kind, txs = Own if parts is _of_types else nnx.Param, [TXS[name] for name in names]
     _comes_back(tmp_path / "saved", lambda: Shared(parts, kind, txs), layout=layout)
@@ -153,9 +162,9 @@ class Counting(nnx.Module):
         self.dense, self.count = Dense(nnx.Param), kind(jnp.zeros(()))
 
 
-@pytest.mark.parametrize("layout", ["linen", "maxtext"])
-@pytest.mark.parametrize("tx", TXS)
-@pytest.mark.parametrize("kind", [nnx.BatchStat, Own, nnx.Param])
+@pytest.mark.parametrize(
+    ("layout", "tx", "kind"), sampled(["linen", "maxtext"], TXS, [nnx.BatchStat, Own, nnx.Param])
+)
 def test_a_number_of_the_model_called_like_a_field_of_optaxs_takes_nothing_from_the_optimizer(
     tmp_path, layout, tx, kind
 ):
@@ -166,9 +175,7 @@ def test_a_number_of_the_model_called_like_a_field_of_optaxs_takes_nothing_from_
     _comes_back(tmp_path / "saved", make, layout=layout)
 
 
-@pytest.mark.parametrize("layout", ["linen", "maxtext"])
-@pytest.mark.parametrize("tx", TXS)
-@pytest.mark.parametrize("kind", [nnx.BatchStat, Own])
+@pytest.mark.parametrize(("layout", "tx", "kind"), sampled(["linen", "maxtext"], TXS, [nnx.BatchStat, Own]))
 def test_an_optimizer_comes_back_where_its_model_got_a_number_called_like_its_count(
     tmp_path, layout, tx, kind
 ):
@@ -188,9 +195,9 @@ def test_an_optimizer_comes_back_where_its_model_got_a_number_called_like_its_co
     check({path: leaf for path, leaf in worlds.flat(result).items() if path != ("model", "count")}, expected)
 
 
-@pytest.mark.parametrize("layout", ["linen", "maxtext"])
-@pytest.mark.parametrize("tx", TXS)
-@pytest.mark.parametrize("beside", ["count", "model", "own"])
+@pytest.mark.parametrize(
+    ("layout", "tx", "beside"), sampled(["linen", "maxtext"], TXS, ["count", "model", "own"])
+)
 def test_a_programs_own_numbers_beside_an_optimizer_are_nobodys_parameters(tmp_path, layout, tx, beside):
     def make():
         net = Training(TXS[tx], nnx.Param, nnx.Param)

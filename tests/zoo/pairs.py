@@ -270,8 +270,11 @@ def weights_that_matter(pair: Pair, variables: Variables) -> list[str]:
 
 def broken(variables: Any, path: str) -> Any:
     """Returns the variables with one weight wrong: another's of the same shape, or its own values moved."""
-    leaves = {path_of(keys): leaf for keys, leaf in _flat(variables)}
-    return replaced(variables, path, _wrong_value(leaves, path))
+    flat, tree = jax.tree_util.tree_flatten_with_path(variables)
+    leaves = {path_of(keys): leaf for keys, leaf in flat}
+    assert len(leaves) == len(flat)
+    leaves[path] = _wrong_value(leaves, path)
+    return tree.unflatten(leaves.values())
 
 
 def replaced(variables: Any, path: str, value: np.ndarray) -> Any:

@@ -1,6 +1,6 @@
 """What must hold of what is proposed for a pair that was written without a look at the search.
 
-The suite takes all pairs of which something stays open, and every second of the others.
+The suite takes all pairs of which something stays open, and every fourth of the others.
 `python -m tests.planning.suggesting.unseen` takes all, and exits 1 where something is wrong.
 """
 
@@ -18,7 +18,7 @@ from orbax_nnx_handler import to_linen
 from tests.planning.plans import leaves_of, plan_of
 from tests.planning.suggesting.pairs import OPEN, UNSEEN, proposed, restored_under, target_of, wrong_in
 
-SAMPLE = [name for at, name in enumerate(UNSEEN) if at % 2 == 0 or name in OPEN]
+SAMPLE = [name for at, name in enumerate(UNSEEN) if at % 4 == 0 or name in OPEN]
 
 
 def restored_of(name: str) -> Any:

@@ -26,6 +26,7 @@ from orbax_nnx_handler import (
 )
 from orbax_nnx_handler.storage.restoring import restore as restoring
 from tests.cases import Case, load_case, names
+from tests.sampled import sampled
 
 Tree = dict[str, Any]
 Path = tuple[Any, ...]
@@ -45,7 +46,7 @@ class Broken:
 def trees() -> dict[str, Tree]:
     """What stock Orbax reads from each case's checkpoint."""
     with ocp.PyTreeCheckpointer() as checkpointer:
-        return {str(case.path): checkpointer.restore(case.path) for case in map(load_case, names())}
+        return {str(path): checkpointer.restore(path) for path in {load_case(name).path for name in names()}}
 
 
 @pytest.fixture(scope="module")
@@ -190,18 +191,31 @@ BREAKS: list[Callable[[Case, Tree], Broken]] = [
 ]
 
 
-@pytest.mark.parametrize("break_it", BREAKS, ids=lambda function: function.__name__.strip("_"))
-@pytest.mark.parametrize("name", names())
+FORMS = ("scanned", "unscanned")
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else value.__name__.strip("_")
+
+
+# What is stored is written once for both that are wanted.
+@pytest.mark.parametrize("wanted", FORMS)
+@pytest.mark.parametrize(
+    ("break_it", "model", "stored"), sampled(BREAKS, ("gemma3", "llama2"), FORMS), ids=_word
+)
 def test_a_broken_case_raises_one_error_that_names_every_path_and_reads_no_array(
-    name: str,
     break_it: Callable[[Case, Tree], Broken],
+    model: str,
+    stored: str,
+    wanted: str,
     trees: dict[str, Tree],
     saved: Callable[[str, Tree], pathlib.Path],
     no_chunk_read: None,
 ) -> None:
-    case = load_case(name)
+    case = load_case(f"{model}_{stored}_to_{wanted}")
     broken = break_it(case, _copy(trees[str(case.path)]))
-    path = saved(f"{case.step_path.name} {break_it.__name__}", broken.tree)
+    is_changed = break_it is not _extra_wanted
+    path = saved(f"{case.step_path.name} {break_it.__name__}", broken.tree) if is_changed else case.path
 
     with pytest.raises(RestoreError) as caught:
         restore(path, broken.target)

@@ -13,6 +13,7 @@ from orbax_nnx_handler import Drop, UnusedRuleError, plan_restore, restore, save
 from orbax_nnx_handler.planning.restore_plan import RestoreReport
 from orbax_nnx_handler.planning.verdict.laws import Known, certify
 from tests.laws.worlds import flat
+from tests.sampled import sampled
 from tests.storage.saving.layered import Model, assert_alike, numbered
 
 LAYOUTS = pytest.mark.parametrize("layout", ["linen", "maxtext"])
@@ -231,15 +232,19 @@ def test_a_split_that_is_kept_in_a_dict_gets_its_streams_and_statistics(
             np.testing.assert_array_equal(have[path], value, str(path))
 
 
-@LAYOUTS
-@pytest.mark.parametrize("form", ["list", "scan"])
 @pytest.mark.parametrize(
-    ("saved", "wanted"),
-    [(("", "ema"), ("agent", "ema")), (("agent", "ema"), ("", "ema")), (("", "ema"), ("", "ema_model"))],
+    ("layout", "form", "moved"),
+    sampled(
+        ["linen", "maxtext"],
+        ["list", "scan"],
+        [(("", "ema"), ("agent", "ema")), (("agent", "ema"), ("", "ema")), (("", "ema"), ("", "ema_model"))],
+    ),
 )
 def test_an_average_follows_below_another_level_and_is_proposed_under_a_longer_name(
-    tmp_path: Path, saved: Any, wanted: Any, form: str, layout: Literal["linen", "maxtext"]
+    tmp_path: Path, moved: Any, form: str, layout: Literal["linen", "maxtext"]
 ) -> None:
+    saved, wanted = moved
+
     def item(level: str, name: str) -> dict[str, Any]:
         inner = {**trained(Model(form)), name: Model(form, seed=1)}
         return {level: inner} if level else inner

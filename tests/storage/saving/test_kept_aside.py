@@ -11,6 +11,7 @@ import pytest
 from flax import nnx, struct
 
 from orbax_nnx_handler import plan_restore, restore, save
+from tests.sampled import sampled
 from tests.storage.saving.layered import LAYERS, Model, assert_alike, numbered
 
 MODELS = pytest.mark.parametrize(("saved", "wanted"), [("list", "scan"), ("scan", "list"), ("list", "list")])
@@ -32,9 +33,10 @@ def test_statistics_and_streams_follow_their_layers(
     assert_alike(nnx.state(restore(tmp_path / "item", target)), nnx.state(model))
 
 
-@pytest.mark.parametrize("names", [("gen", "disc"), ("net_0", "net_1"), ("net_10", "net_2")])
-@pytest.mark.parametrize("level", ["", "agent"])
-@pytest.mark.parametrize("layout", ["linen", "maxtext"])
+@pytest.mark.parametrize(
+    ("layout", "level", "names"),
+    sampled(["linen", "maxtext"], ["", "agent"], [("gen", "disc"), ("net_0", "net_1"), ("net_10", "net_2")]),
+)
 def test_statistics_and_streams_of_several_networks_follow_their_layers(
     tmp_path: Path, names: tuple[str, str], level: str, layout: Literal["linen", "maxtext"]
 ) -> None:
@@ -86,12 +88,14 @@ def test_streams_of_fewer_layers_than_are_wanted_are_said_to_be_so(tmp_path: Pat
     }
 
 
-@MODELS
-@pytest.mark.parametrize("trained", [False, True])
-@pytest.mark.parametrize("layout", ["linen", "maxtext"])
+@pytest.mark.parametrize(
+    ("layout", "trained", "forms"), sampled(["linen", "maxtext"], [False, True], MODELS.args[1])
+)
 def test_an_average_beside_the_model_follows_its_layers(
-    tmp_path: Path, saved: str, wanted: str, trained: bool, layout: Literal["linen", "maxtext"]
+    tmp_path: Path, forms: tuple[str, str], trained: bool, layout: Literal["linen", "maxtext"]
 ) -> None:
+    saved, wanted = forms
+
     def item(form: str) -> dict[str, Any]:
         model = Model(form)
         optimizer = {"optimizer": nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)} if trained else {}
@@ -192,10 +196,10 @@ def test_a_rule_that_is_for_random_state_alone_saves_back(
         assert jax.tree.leaves(nnx.state(item, nnx.RngCount)) == [count]
 
 
-@pytest.mark.parametrize("other", ["teacher", "ema"])
-@pytest.mark.parametrize("wanted", ["list", "scan"])
-@pytest.mark.parametrize("trained", [False, True])
-@pytest.mark.parametrize("layout", ["linen", "maxtext"])
+@pytest.mark.parametrize(
+    ("layout", "trained", "wanted", "other"),
+    sampled(["linen", "maxtext"], [False, True], ["list", "scan"], ["teacher", "ema"]),
+)
 def test_what_is_kept_aside_is_restored_alone_under_its_own_name(
     tmp_path: Path, other: str, wanted: str, trained: bool, layout: Literal["linen", "maxtext"]
 ) -> None:
@@ -230,9 +234,9 @@ def test_the_models_statistics_and_streams_are_not_given_to_an_average(tmp_path:
     assert {path[0] for path in error.paths} == {"ema"}
 
 
-@pytest.mark.parametrize("trained", [False, True])
-@pytest.mark.parametrize("other", ["ema", "teacher"])
-@pytest.mark.parametrize("layout", ["linen", "maxtext"])
+@pytest.mark.parametrize(
+    ("layout", "other", "trained"), sampled(["linen", "maxtext"], ["ema", "teacher"], [False, True])
+)
 def test_a_model_is_restored_beside_an_average_that_begins(
     tmp_path: Path, trained: bool, other: str, layout: Literal["linen", "maxtext"]
 ) -> None:

@@ -1,5 +1,6 @@
 """Small conversions of flat trees, for the hand-written side of the comparison."""
 
+import functools
 import re
 from collections.abc import Sequence
 
@@ -12,11 +13,18 @@ def renamed(leaves: Flat, *rules: tuple[str, str]) -> Flat:
     """Returns the leaves under paths rewritten by regular expressions, in order."""
     result: Flat = {}
     for path, leaf in leaves.items():
-        for pattern, replacement in rules:
-            path = re.sub(pattern, replacement, path)
+        path = _renamed(path, rules)
         assert path not in result, path
         result[path] = leaf
     return result
+
+
+# Asked for each leaf of each of some thousand steps.
+@functools.cache
+def _renamed(path: str, rules: tuple[tuple[str, str], ...]) -> str:
+    for pattern, replacement in rules:
+        path = re.sub(pattern, replacement, path)
+    return path
 
 
 def numbered(leaves: Flat) -> Flat:

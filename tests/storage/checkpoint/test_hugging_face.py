@@ -15,7 +15,7 @@ import pytest
 from etils import epath
 from flax import nnx, serialization, traverse_util
 
-from orbax_nnx_handler import NotACheckpointError, UnreadableLeafError, plan_restore, restore
+from orbax_nnx_handler import NotACheckpointError, UnreadableLeafError, plan_restore, restore, save
 from orbax_nnx_handler.cli import main
 from orbax_nnx_handler.storage.checkpoint.directories import HUGGING_FACE_FILES
 from orbax_nnx_handler.storage.checkpoint.find import find_item
@@ -134,6 +134,26 @@ def test_convert_and_diff_take_a_directory(directory: pathlib.Path, tmp_path: pa
 
     assert main(["convert", str(directory), str(there)]) == 0
     assert main(["diff", str(directory), str(there), "--values"]) == 0
+
+
+@pytest.mark.parametrize("by", ["rules", "plan"])
+def test_saved_back_under_the_plan_the_weights_lie_at_the_root_again(tmp_path: pathlib.Path, by: str) -> None:
+    folder = hugging_face.msgpack(
+        tmp_path / "model", {"encoder": {"dense": TREE["encoder"]["layer"]["0"]["dense"]}}
+    )
+    target = nnx.State({"first": {x: nnx.Param(jax.ShapeDtypeStruct(s, "f")) for x, s in SHAPES.items()}})
+    rules = [("encoder/dense", "first")]
+    plan = plan_restore(folder, target, renames=rules)
+
+    save(tmp_path / "back", restore(folder, target, renames=rules), renames=plan if by == "plan" else rules)
+
+    level = ("params",) if by == "rules" else ()
+    assert {*read_metadata(tmp_path / "back").leaves} == {
+        (*level, *path) for path in read_metadata(folder).leaves
+    }
+
+
+SHAPES = {"kernel": (3, 4), "bias": (4,)}
 
 
 def test_only_headers_are_read_for_a_plan(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

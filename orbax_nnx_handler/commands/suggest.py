@@ -201,6 +201,7 @@ def _to_dict(suggestion: Suggestion) -> dict[str, Any]:
         "unmatched_stored": [spelled(path) for path in suggestion.unmatched_stored],
         "problem": suggestion.problem,
         "proof": suggestion.proof,
+        "flattened": [spelled(path) for path in suggestion.flattened],
     }
 
 

@@ -1,7 +1,7 @@
 """Renames: whole path segments of a stored path become segments of a wanted path.
 
 And what a rule behind others is for, once these have given it another name.
-Last, rules for one model of several networks as rules that rename each network.
+Last, rules for one model of several networks, also as rules that rename each network.
 """
 
 import dataclasses
@@ -13,7 +13,8 @@ from typing import Any, cast
 
 from orbax_nnx_handler.planning.core.errors import RuleError, check_kinds
 from orbax_nnx_handler.planning.core.leaves import derived
-from orbax_nnx_handler.planning.core.paths import parse, render
+from orbax_nnx_handler.planning.core.paths import Path, parse, render
+from orbax_nnx_handler.planning.layouts.layout import is_copy_beside, is_copy_level
 from orbax_nnx_handler.planning.rules.entries import NUMBER, PLACE, PLACE_OR_NUMBER, Entries, Entry, Names
 from orbax_nnx_handler.planning.rules.rule import (
     Applied,
@@ -331,6 +332,25 @@ def spelt_as(text: str, names: Names) -> str | None:
 
 def _matching(text: str, names: Names) -> str | None:
     return text if Pattern(text).match(names) is not None else None
+
+
+def keys_as_names(entries: Iterable[Entry]) -> tuple[Rename, ...]:
+    """Returns rules under which several networks, each with params of its own, are parts of one model."""
+    models = dict.fromkeys(entry.prefix for entry in entries if entry.section == "model")
+    if len({prefix[:-1] for prefix in models}) < 2 or any(len(prefix) < 2 for prefix in models):
+        return ()
+    return tuple(Rename("/".join(prefix), "/".join(prefix[:-1])) for prefix in models)
+
+
+def copies_as_roots(entries: Iterable[Entry], wanted: Iterable[Path]) -> tuple[Rename, ...]:
+    """Returns the rule under which the only stored copy of a model is the only wanted one, beside others."""
+    stored = {entry.prefix for entry in entries if entry.section == "model" and entry.prefix}
+    copies = [prefix for prefix in stored if is_copy_beside(prefix[-1], "params")]
+    roots = {str(path[0]) for path in wanted}
+    named = [root for root in roots if is_copy_level(root) or is_copy_beside(root, "params")]
+    if len(copies) != 1 or len(named) != 1 or len(roots) < 2:
+        return ()
+    return (Rename("/".join(copies[0]), named[0]),)
 
 
 def by_network(keys: Sequence[Rename], rules: Sequence[Rule]) -> Iterator[tuple[Rule, ...]]:

@@ -12,13 +12,14 @@ from orbax_nnx_handler.planning.core.recipes import Read, Shapes, reads
 from orbax_nnx_handler.planning.layouts.layout import Stored, is_copy_beside
 from orbax_nnx_handler.planning.likeness.joined_parts import Remade
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, readings_of
+from orbax_nnx_handler.planning.likeness.module_parts import flattened
 from orbax_nnx_handler.planning.likeness.shapes import Way
 from orbax_nnx_handler.planning.likeness.vocabulary import Names
 from orbax_nnx_handler.planning.mapping.networks import layers_in_turns, networks_as_parts
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.rules import Rename, Rule
 from orbax_nnx_handler.planning.rules.entries import Entries, Entry, loose_parts
-from orbax_nnx_handler.planning.rules.rename import by_network
+from orbax_nnx_handler.planning.rules.rename import by_network, copies_as_roots, keys_as_names
 from orbax_nnx_handler.planning.rules.values import steps_in
 from orbax_nnx_handler.planning.suggesting.link_groups import (
     agrees,
@@ -51,11 +52,10 @@ from orbax_nnx_handler.planning.suggesting.suggestion import (
     asking,
     behind,
     changed,
-    copies_as_roots,
     is_turned,
-    keys_as_names,
     mixes,
     one_of,
+    open_ends,
     problem_of,
     proposal_of,
 )
@@ -65,10 +65,6 @@ from orbax_nnx_handler.planning.verdict.judge import Chosen, choose, judge
 from orbax_nnx_handler.planning.verdict.outcomes import Restored, Verdict, counted_otherwise
 
 _QUESTIONS, _TRIES = 24, 6
-
-
-def _open_ends(found: Suggestion) -> tuple[bool, int]:
-    return bool(found.problem), len(found.unmatched_wanted)
 
 
 def propose(
@@ -145,10 +141,10 @@ class _Proposing:
         copies = copies_as_roots(entries, [segments(item.leaf.path) for item in self._model])
         for made in (self._with_copy, self._behind) if copies else ():
             with contextlib.suppress(RestoreError):
-                found = min(found, made(*copies), key=_open_ends)
+                found = min(found, made(*copies), key=open_ends)
         keys, turns = keys_as_names(entries), layers_in_turns(entries)
         with contextlib.suppress(RestoreError):
-            found = min(found, self._behind(*turns, fact="Gemma 2") if turns else found, key=_open_ends)
+            found = min(found, self._behind(*turns, fact="Gemma 2") if turns else found, key=open_ends)
         if not keys:
             return found
         alone: dict[str, Suggestion] = {}
@@ -165,7 +161,7 @@ class _Proposing:
             other = self._behind(*keys) if len(plain) == len(keys) else self._among(plain, *plain)
             others = [each for each in (*self._by_network(keys, other), other) if not each.problem]
             others = [each for each in others if not mixes(each, keys, self._called)]
-            found = min([*others, found if found.proposals else asking(other, found)], key=_open_ends)
+            found = min([*others, found if found.proposals else asking(other, found)], key=open_ends)
         return found if one is None or found.confidence != "open" else one
 
     def _among(self, networks: Sequence[Rename], *rules: Rename) -> Suggestion:
@@ -429,16 +425,21 @@ class _Proposing:
         verdict = tried.verdict or self._base
         weights = [item.leaf.path for item in of_role(self._wanted, *WEIGHTS)]
         doubted = counted_otherwise(verdict) - paths_of(tried.links).keys()
-        open_ends = {*verdict.missing, *verdict.mismatched, *doubted}
+        left = {*verdict.missing, *verdict.mismatched, *doubted}
+        own = {path for item in self._found.values() for path in reads(item.recipe)}
+        entries = self._entries if verdict is not self._base else ()
+        images = flattened(stored_leaves(entries, False), own)
+        made = {path: item.recipe for path, item in verdict.restored.items() if images}
         return Suggestion(
             proposals=tuple(proposal_of(rule, links) for rule, links in tried.rules.items()),
             questions=tuple(questions),
             wanted_count=len(weights),
-            unmatched_wanted=tuple(path for path in weights if path in open_ends),
+            unmatched_wanted=tuple(path for path in weights if path in left),
             unmatched_stored=tuple(
                 path for path in verdict.unexpected if verdict.sides.placements[path].section == "model"
             ),
             problem=tried.problem or problem_of(verdict, weights),
+            flattened=tuple(p for p in weights if p in made and not images.isdisjoint(reads(made[p]))),
         )
 
 

@@ -8,13 +8,11 @@ from typing import Literal
 from orbax_nnx_handler.planning.core.folding import Row, fold, fold_paths, list_paths
 from orbax_nnx_handler.planning.core.lines import WIDTH, aligned, as_html, counted, framed
 from orbax_nnx_handler.planning.core.paths import Path, printable
-from orbax_nnx_handler.planning.layouts.layout import is_copy_beside, is_copy_level
 from orbax_nnx_handler.planning.likeness.joined_parts import Remade
 from orbax_nnx_handler.planning.likeness.links import Link, PairGrounds
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, part_of
 from orbax_nnx_handler.planning.likeness.vocabulary import Names
 from orbax_nnx_handler.planning.rules import Rename, Rule
-from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.verdict.outcomes import Verdict, mismatched_rows
 
 Confidence = Literal["certain", "likely", "open"]
@@ -109,6 +107,7 @@ def _settling(questions: int, *, is_run: bool) -> Iterator[str]:
 
 
 RUN_BOTH = "suggest(..., verify=(linen_apply, nnx_apply, inputs))"
+_FLATTENED = "features may be flattened with channels first or last, which only outputs tell; run both"
 BY_NUMBER = "renames=found.answered(["
 
 Answers = Sequence[int | None]
@@ -137,6 +136,7 @@ class Suggestion:
         is_proved: Whether both programs return the same under the rules.
         is_refuted: Whether both programs were run and return different values.
         is_given: Whether the caller's own rules decide too, of which nothing here says that they are right.
+        flattened: Wanted matrices that may be of an image made one axis, in an order that only outputs tell.
     """
 
     proposals: tuple[Proposal, ...]
@@ -152,6 +152,7 @@ class Suggestion:
     is_proved: bool = False
     is_refuted: bool = False
     is_given: bool = False
+    flattened: tuple[Path, ...] = ()
 
     @property
     def renames(self) -> tuple[Rule, ...]:
@@ -169,12 +170,13 @@ class Suggestion:
 
         `certain`: every wanted leaf is covered, and shapes and names that both sides share allow nothing
         else, or both programs return the same. `likely`: every leaf is covered, and names, order, the
-        convention of a known program or the caller's own rules decide. `open`: something is not, or both
-        programs' values differ.
+        convention of a known program or the caller's own rules decide, or features may be flattened in
+        another order. `open`: something is not, or both programs' values differ.
         """
         if self.unmatched_wanted or self.questions or self.problem or self.is_refuted:
             return "open"
-        is_told = not self.is_given and all(item.grounds == "shapes" for item in self.proposals)
+        is_doubted = self.is_given or bool(self.flattened)
+        is_told = not is_doubted and all(item.grounds == "shapes" for item in self.proposals)
         return "certain" if self.is_proved or is_told else "likely"
 
     def answered(self, answers: Answers, changes: Sequence[Remade] = ()) -> tuple[Rule, ...]:
@@ -201,6 +203,8 @@ class Suggestion:
             lines += [_comment(f"    {at}: {choice}") for at, choice in shown]
             if len(question.choices) > CHOICES:
                 lines.append(f"#     ... and {len(question.choices) - CHOICES} more")
+        if self.flattened and not self.proof:
+            lines.append(_comment(f"{_listed(self.flattened)}: {_FLATTENED}: {RUN_BOTH}."))
         lines += [f"# your rules are not proved; run both: {RUN_BOTH}."] * (self.is_given and not self.proof)
         lines += _settling(len(self.questions), is_run=bool(self.proof)) if self.questions else []
         lines += [_comment(self.proof)] if self.proof else []
@@ -273,6 +277,11 @@ def changed(found: Suggestion, change: Callable[[tuple[Rule, ...]], tuple[Rule, 
     return dataclasses.replace(found, questions=tuple(map(asked, found.questions)), settle=settled)
 
 
+def open_ends(found: Suggestion) -> tuple[bool, int]:
+    """Returns how far a proposal is from a whole one: whether a plan speaks against it, what is open."""
+    return bool(found.problem), len(found.unmatched_wanted)
+
+
 def asking(other: Suggestion, found: Suggestion) -> Suggestion:
     """Returns a proposal with the questions of another one, which says more of the stored names."""
     return dataclasses.replace(found, questions=other.questions, settle=other.settle)
@@ -313,25 +322,6 @@ def _asks_all(found: Suggestion) -> bool:
     """Tells whether a proposal with its questions answered leaves nothing open."""
     asked = {path for question in found.questions for path in question.wanted}
     return not found.problem and asked.issuperset(found.unmatched_wanted)
-
-
-def keys_as_names(entries: Iterable[Entry]) -> tuple[Rename, ...]:
-    """Returns rules under which several networks, each with params of its own, are parts of one model."""
-    models = dict.fromkeys(entry.prefix for entry in entries if entry.section == "model")
-    if len({prefix[:-1] for prefix in models}) < 2 or any(len(prefix) < 2 for prefix in models):
-        return ()
-    return tuple(Rename("/".join(prefix), "/".join(prefix[:-1])) for prefix in models)
-
-
-def copies_as_roots(entries: Iterable[Entry], wanted: Iterable[Path]) -> tuple[Rename, ...]:
-    """Returns the rule under which the only stored copy of a model is the only wanted one, beside others."""
-    stored = {entry.prefix for entry in entries if entry.section == "model" and entry.prefix}
-    copies = [prefix for prefix in stored if is_copy_beside(prefix[-1], "params")]
-    roots = {str(path[0]) for path in wanted}
-    named = [root for root in roots if is_copy_level(root) or is_copy_beside(root, "params")]
-    if len(copies) != 1 or len(named) != 1 or len(roots) < 2:
-        return ()
-    return (Rename("/".join(copies[0]), named[0]),)
 
 
 def mixes(found: Suggestion, keys: Sequence[Rename], called: Mapping[Path, Path]) -> bool:

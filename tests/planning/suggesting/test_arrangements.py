@@ -171,6 +171,39 @@ def test_whether_channels_or_places_come_first_in_a_flattened_image_is_left_open
     assert values == {}
 
 
+IMAGES = {"stem/kernel": (3, 3, 1, 8), "fc/kernel": (32, 24), "head/kernel": (24, 10)}
+CODED = {
+    "encoder/Conv_0/kernel": (3, 3, 1, 8),
+    "encoder/Dense_0/kernel": (32, 6),
+    "decoder/Dense_0/kernel": (6, 32),
+    "decoder/Conv_0/kernel": (3, 3, 8, 1),
+}
+MADE = {"Dense_0/kernel": (5, 64), "ConvTranspose_0/kernel": (3, 3, 16, 8), "Conv_0/kernel": (3, 3, 8, 3)}
+
+
+@pytest.mark.parametrize(
+    ("stored", "called", "doubted"),
+    [
+        (IMAGES, {"stem": "conv", "fc": "hidden", "head": "last"}, ["hidden/kernel"]),
+        (IMAGES, {"stem": "conv"}, ["fc/kernel"]),
+        (IMAGES, {"head": "last"}, []),
+        (IMAGES, {}, []),
+        (CODED, {"encoder": "enc", "decoder": "dec"}, ["enc/Dense_0/kernel", "dec/Dense_0/kernel"]),
+        (MADE, {"Dense_0": "fc", "ConvTranspose_0": "up", "Conv_0": "last"}, ["fc/kernel"]),
+        (IMAGES | {"norm/scale": (32,)}, {"stem": "conv", "fc": "hidden"}, []),
+    ],
+)
+def test_where_an_image_is_flattened_only_one_code_base_is_certain(stored, called, doubted):
+    names = {path: "/".join(called.get(name, name) for name in path.split("/")) for path in stored}
+
+    found, values = proposed(filled(stored), {names[path]: shape for path, shape in stored.items()})
+
+    check(values, {names[path]: value for path, value in filled(stored).items()})
+    assert {"/".join(map(str, path)) for path in found.flattened} == {*doubted}
+    assert found.confidence == ("likely" if doubted else "certain")
+    assert ("channels first or last, which only outputs tell; run both" in str(found)) == bool(doubted)
+
+
 LAYER = {"attn/kernel": (8, 8), "mlp/kernel": (8, 16), "norm/scale": (8,)}
 
 

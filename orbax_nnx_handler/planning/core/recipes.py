@@ -341,7 +341,7 @@ def _described(recipe: OneSource) -> str:
 
 def _inner(sources: tuple[Recipe, ...]) -> str:
     kinds = {describe(source) for source in sources}
-    return kinds.pop() if len(kinds) == 1 else "each part"
+    return kinds.pop() if len(kinds) == 1 else "each part in its own way"
 
 
 def _join(first: str, then: str) -> str:

@@ -46,7 +46,7 @@ _SPELLINGS = {
     "gate": "gate gates gating g wg",
     "down": "down",
     "head": "head heads classifier logits logit score predictions prediction unembed unembedding",
-    "enc": "enc encoder encoders encoderblock",
+    "enc": "enc encoder encoders",
     "enc text added": "added",
     "dec": "dec decoder decoders decoderblock",
     "vision": "vision visual visn image img rgb",

@@ -12,7 +12,6 @@ from orbax_nnx_handler.planning.core.recipes import Read, Shapes, reads
 from orbax_nnx_handler.planning.layouts.layout import Stored, is_copy_beside
 from orbax_nnx_handler.planning.likeness.joined_parts import Remade
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, readings_of
-from orbax_nnx_handler.planning.likeness.module_parts import flattened
 from orbax_nnx_handler.planning.likeness.shapes import Way
 from orbax_nnx_handler.planning.likeness.vocabulary import Names
 from orbax_nnx_handler.planning.mapping.networks import layers_in_turns, networks_as_parts
@@ -42,6 +41,7 @@ from orbax_nnx_handler.planning.suggesting.search import (
     untyped_leaves,
     wanted_leaves,
 )
+from orbax_nnx_handler.planning.suggesting.stacks import flattened
 from orbax_nnx_handler.planning.suggesting.suggestion import (
     Answers,
     Choice,

@@ -439,3 +439,30 @@ def test_blocks_in_a_row_of_one_size_may_be_levels_on_the_way_up_from_either_end
         for rules in question.alternatives
     ]
     assert sorted(right) == [False, True]
+
+
+@pytest.mark.parametrize("wanted", ["decoder/layers/", "encoder/layers/", "blocks/"])
+def test_a_block_that_is_called_encoderblock_is_a_decoders_too(wanted):
+    layer = {"LayerNorm_0/scale": (4,), "Dense_0/kernel": (4, 12), "Dense_1/kernel": (12, 4)}
+    called = {"LayerNorm_0": "norm", "Dense_0": "fc1", "Dense_1": "fc2"}
+    stored, expected = {}, {}
+    for number in range(2):
+        for path, shape in layer.items():
+            name, _, kind = path.partition("/")
+            stored[f"Transformer/encoderblock_{number}/{path}"] = shape
+            expected[f"{wanted}{number}/{called[name]}/{kind}"] = f"Transformer/encoderblock_{number}/{path}"
+    stored = filled(stored)
+
+    _, values = proposed(stored, {path: stored[source].shape for path, source in expected.items()})
+
+    check(values, {path: stored[source] for path, source in expected.items()})
+
+
+def test_encoderblocks_of_an_encoder_and_of_a_decoder_are_not_exchanged():
+    stored = filled(
+        {f"{side}/encoderblock_{i}/fc/kernel": (4, 4) for side in ("encoder", "decoder") for i in (0, 1)}
+    )
+
+    _, values = proposed(stored, {f"{side}/{i}/fc/kernel": (4, 4) for side in ("dec", "enc") for i in (0, 1)})
+
+    check(values, {f"{path[:3]}/{path[21]}/fc/kernel": value for path, value in stored.items()})

@@ -281,6 +281,27 @@ def _share_number(part: Names, module: Names) -> bool:
     return counts_of(names[0]) == counts_of(names[1]) != () and {*meanings(names[1])} <= {*meanings(names[0])}
 
 
+def of_layers_without_place(
+    pairs: Collection[tuple[int, int]], sides: Sequence[Sequence[ModulePart]]
+) -> set[tuple[int, int]]:
+    """Returns pairs of what lies in a layer of a list of which no matrix is one of the other side.
+
+    A norm of a layer that the other side lacks is not the one behind all layers.
+    """
+    found = set[tuple[int, int]]()
+    for side, parts in enumerate(sides):
+        layers: dict[Names, set[int]] = defaultdict(set)
+        for at, part in enumerate(parts):
+            for names, level in zip(around(part.names), part.levels, strict=False):
+                if level.number is not None:
+                    layers[names].add(at)
+        matrices = {at for at, part in enumerate(parts) if not part.is_vector}
+        placed = {pair[side] for pair in pairs} & matrices
+        lacking = [held for held in layers.values() if len(held & matrices) > 1 and not held & placed]
+        found |= {pair for pair in pairs if any(pair[side] in held for held in lacking)}
+    return found
+
+
 Sizes = tuple[int, ...]
 
 

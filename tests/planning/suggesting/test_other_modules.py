@@ -31,6 +31,9 @@ KNOWN = [
     ("maxtext_deepseek", "absent", "params/decoder/moe_layers/DeepSeekMoeBlock_0/shared_experts/wi_1"),
     # A layer of the target network is no layer of the actor beside it.
     ("td3", "absent", "params/actor/Dense_2"),
+    # The norm of a layer that the other side lacks is not the one behind all layers.
+    ("pegasus", "absent", "params/model/decoder/layers/0"),
+    ("pegasus", "twice", "params/model/encoder/layers/0"),
     # The layer that alone holds something beside is not the last one.
     ("relbias_min", "twice", "params/decoder/layers_1/pre_self_attention_layer_norm"),
 ]

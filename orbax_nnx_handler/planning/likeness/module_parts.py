@@ -284,11 +284,11 @@ def _share_number(part: Names, module: Names) -> bool:
 def of_layers_without_place(
     pairs: Collection[tuple[int, int]], sides: Sequence[Sequence[ModulePart]]
 ) -> set[tuple[int, int]]:
-    """Returns pairs of what lies in a layer of a list of which no matrix is one of the other side.
+    """Returns pairs of what is in no list with what is in a layer of which no matrix is one of the other side.
 
     A norm of a layer that the other side lacks is not the one behind all layers.
     """
-    found = set[tuple[int, int]]()
+    within, lacking = list[set[int]](), list[set[int]]()
     for side, parts in enumerate(sides):
         layers: dict[Names, set[int]] = defaultdict(set)
         for at, part in enumerate(parts):
@@ -297,9 +297,14 @@ def of_layers_without_place(
                     layers[names].add(at)
         matrices = {at for at, part in enumerate(parts) if not part.is_vector}
         placed = {pair[side] for pair in pairs} & matrices
-        lacking = [held for held in layers.values() if len(held & matrices) > 1 and not held & placed]
-        found |= {pair for pair in pairs if any(pair[side] in held for held in lacking)}
-    return found
+        within.append(set[int]().union(*layers.values()))
+        without = (held for held in layers.values() if len(held & matrices) > 1 and not held & placed)
+        lacking.append(set[int]().union(*without))
+    return {
+        (at, to)
+        for at, to in pairs
+        if (at in lacking[0] and to not in within[1]) or (to in lacking[1] and at not in within[0])
+    }
 
 
 Sizes = tuple[int, ...]

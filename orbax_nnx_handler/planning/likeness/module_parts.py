@@ -281,10 +281,10 @@ def _share_number(part: Names, module: Names) -> bool:
     return counts_of(names[0]) == counts_of(names[1]) != () and {*meanings(names[1])} <= {*meanings(names[0])}
 
 
-def of_layers_without_place(
+def without_place(
     pairs: Collection[tuple[int, int]], sides: Sequence[Sequence[ModulePart]]
 ) -> set[tuple[int, int]]:
-    """Returns pairs of what is in no list with what is in a layer of which no matrix is one of the other side.
+    """Returns pairs of what is in no list and what is in a layer of which no matrix has a place.
 
     A norm of a layer that the other side lacks is not the one behind all layers.
     """

@@ -32,11 +32,7 @@ from orbax_nnx_handler.planning.likeness.links import (
     exchanged,
     together,
 )
-from orbax_nnx_handler.planning.likeness.module_parts import (
-    ModulePart,
-    are_elsewhere,
-    of_layers_without_place,
-)
+from orbax_nnx_handler.planning.likeness.module_parts import ModulePart, are_elsewhere, without_place
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart, are_counted, in_order, named_parts
 from orbax_nnx_handler.planning.likeness.vocabulary import (
     MARGIN,
@@ -123,8 +119,7 @@ class _Pairs:
                     self._excluded.add((at, to))
         self._exclude([*beside_namesakes(self._fits, wanted, stored)])
         self._exclude(beside_turned(self._fits, wanted, stored))
-        parts = [[role.part for role in side] for side in sides]
-        self._exclude(of_layers_without_place(self._fits, parts))
+        self._exclude(without_place(self._fits, [[role.part for role in side] for side in sides]))
         self._told = modules = self._modules_told()
         for pair, fit in self._fits.items():
             if self._homes.of(*pair) in modules:

@@ -107,15 +107,16 @@ def _flattens_an_image(stored: Shape, wanted: Shape) -> bool:
 
 
 def _straight(stored: Shape, wanted: Shape) -> Steps | None:
-    """Returns the steps that leave the axes in their order."""
+    """Returns the steps that leave the axes in their order; heads are never joined with inputs."""
     if stored == wanted:
         return ()
-    if _regroups(stored, wanted):
+    few, many = sorted((stored, wanted), key=len)
+    is_torn = (len(few), len(many)) == (2, 4) and many[0] != few[0] and many[-1] != few[-1]
+    if _regroups(stored, wanted) and not is_torn:
         return (Step("reshape", stored, wanted),)
     # Image axes last, of as many outputs as inputs: nothing tells which of these two comes first.
-    if len(stored) == 4 and stored[:2] == wanted[2:] and stored[2:] == wanted[:2] == wanted[1::-1]:
-        return (transposed(stored, (2, 3, 0, 1)),)
-    return None
+    is_open = len(stored) == 4 and stored[:2] == wanted[2:] and stored[2:] == wanted[:2] == wanted[1::-1]
+    return (transposed(stored, (2, 3, 0, 1)),) if is_open else None
 
 
 def _turned(stored: Shape, wanted: Shape) -> Steps | None:
@@ -126,9 +127,8 @@ def _turned(stored: Shape, wanted: Shape) -> Steps | None:
             return (transposed(stored, axes),)
     if len(stored) > 2 and len(wanted) == 2 and wanted[0] == wanted[1] and _regroups(stored, wanted):
         return (Step("reshape", stored, wanted), transposed(wanted, (1, 0)))
-    if len(stored) == 2 and _regroups(stored[::-1], wanted):
-        return (transposed(stored, (1, 0)), Step("reshape", stored[::-1], wanted))
-    return None
+    is_split = len(stored) == 2 and _regroups(stored[::-1], wanted)
+    return (transposed(stored, (1, 0)), Step("reshape", stored[::-1], wanted)) if is_split else None
 
 
 def _turns(shape: Shape) -> Sequence[tuple[int, ...]]:

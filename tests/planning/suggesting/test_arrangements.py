@@ -52,6 +52,32 @@ def test_heads_go_into_the_layer_that_leads_out_of_an_attention_also_where_they_
     check(values, expected)
 
 
+@pytest.mark.parametrize("called", ["weight", "kernel"])
+@pytest.mark.parametrize(("heads", "width"), [(2, 4), (3, 4), (2, 6)])
+def test_queries_keys_and_values_in_one_array_of_heads_are_turned_as_their_block_is(called, heads, width):
+    inputs = heads * width
+    stored = filled(
+        {
+            "attn/qkv/kernel": (inputs, 3, heads, width),
+            "attn/out/kernel": (heads, width, inputs),
+            "mlp/up/kernel": (inputs, 40),
+            "mlp/down/kernel": (40, inputs),
+        }
+    )
+    names = {"attn/in_proj": "attn/qkv", "attn/out_proj": "attn/out", "mlp/up_proj": "mlp/up"}
+    expected = {
+        f"{ours}/{called}": stored[f"{name}/kernel"]
+        .reshape(-1 if ours == "attn/out_proj" else inputs, *rest)
+        .T
+        for (ours, name), rest in zip(names.items(), [(3 * inputs,), (inputs,), (40,)], strict=True)
+    }
+
+    _, values = proposed(stored, {path: value.shape for path, value in expected.items()})
+
+    assert values.keys() == expected.keys()
+    check(values, expected)
+
+
 def test_square_kernels_become_heads_as_the_axes_of_the_heads_tell():
     names = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj"}
     stored = filled({f"attention/{name}/kernel": (16, 16) for name in names})

@@ -14,7 +14,14 @@ from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, segments
 from orbax_nnx_handler.planning.core.recipes import Read, reads, shape_of
 from orbax_nnx_handler.planning.likeness.assignment import Fit, fit_of, may_be, sizes_of_few
-from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie, readings_of, settle_turns
+from orbax_nnx_handler.planning.likeness.links import (
+    Findings,
+    Link,
+    Tie,
+    layers_of,
+    readings_of,
+    settle_turns,
+)
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, module_parts, part_of
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart, named_parts
 from orbax_nnx_handler.planning.likeness.shapes import Way, ways
@@ -206,13 +213,19 @@ def match_leftovers(wanted: Sequence[Leaf], stored: Sequence[Leaf], links: Itera
 
     A pair shares a word of its own, no shape and name allows another one on either side, and the
     numbers above do not differ. Wanted parts of one name that only one stored part fits, which
-    nothing else wants, are all made from it.
+    nothing else wants, are all made from it. What lies in a stack of layers is no part by itself.
     """
     every = list(links)
     made = {leaf.part for link in every for leaf in link.wanted}
     used = {leaf.part for link in every for leaf in link.stored}
-    sides = (wanted, made), (stored, used)
-    free = [module_parts(leaf for leaf in leaves if leaf.part not in own) for leaves, own in sides]
+    tops = (
+        [x.wanted for x in layers_of(every, stacks=True)],
+        [x.stored for x in layers_of(every, stacks=False)],
+    )
+    free = [
+        module_parts(x for x in leaves if x.part not in own and not any(leads(top, x.names) for top in above))
+        for leaves, own, above in zip((wanted, stored), (made, used), tops, strict=True)
+    ]
     few = sizes_of_few(Counter(part.main_size for part in parts) for parts in free)
     if not few:
         return []

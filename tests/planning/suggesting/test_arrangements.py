@@ -78,6 +78,41 @@ def test_queries_keys_and_values_in_one_array_of_heads_are_turned_as_their_block
     check(values, expected)
 
 
+@pytest.mark.parametrize("layers", [2, 3])
+def test_layers_of_a_stack_are_not_the_halves_of_a_fused_kernel(layers):
+    stored = filled(
+        {
+            "layers/norm/scale": (layers, 6),
+            "layers/ffn/linear_gate/kernel": (layers, 6, 24),
+            "layers/ffn/linear_up/kernel": (layers, 6, 24),
+            "layers/ffn/linear_down/kernel": (layers, 24, 6),
+        }
+    )
+    wanted = {
+        f"layers/{i}/{name}": shape
+        for i in range(layers)
+        for name, shape in (
+            ("norm/scale", (6,)),
+            ("feed_forward/wi/kernel", (6, 48)),
+            ("feed_forward/wo/kernel", (24, 6)),
+        )
+    }
+
+    found, values = proposed(stored, wanted)
+
+    assert {path for path in wanted if path not in values} == {path for path in wanted if "wi" in path}
+    both = [stored[f"layers/ffn/linear_{x}/kernel"] for x in ("gate", "up")]
+    answers = [
+        restored(stored, wanted, found.answered([at])) for at, _ in enumerate(found.questions[0].choices)
+    ]
+    for order in (both, both[::-1]):
+        right = np.concatenate(order, axis=-1)
+        assert any(
+            all(np.array_equal(x[f"layers/{i}/feed_forward/wi/kernel"], right[i]) for i in range(layers))
+            for x in answers
+        )
+
+
 def test_square_kernels_become_heads_as_the_axes_of_the_heads_tell():
     names = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj"}
     stored = filled({f"attention/{name}/kernel": (16, 16) for name in names})

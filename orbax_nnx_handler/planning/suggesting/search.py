@@ -14,14 +14,7 @@ from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, segments
 from orbax_nnx_handler.planning.core.recipes import Read, reads, shape_of
 from orbax_nnx_handler.planning.likeness.assignment import Fit, fit_of, may_be, sizes_of_few
-from orbax_nnx_handler.planning.likeness.links import (
-    Findings,
-    Link,
-    Tie,
-    layers_of,
-    readings_of,
-    settle_turns,
-)
+from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie, leads, readings_of, settle_turns
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, module_parts, part_of
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart, named_parts
 from orbax_nnx_handler.planning.likeness.shapes import Way, ways
@@ -218,10 +211,8 @@ def match_leftovers(wanted: Sequence[Leaf], stored: Sequence[Leaf], links: Itera
     every = list(links)
     made = {leaf.part for link in every for leaf in link.wanted}
     used = {leaf.part for link in every for leaf in link.stored}
-    tops = (
-        [x.wanted for x in layers_of(every, stacks=True)],
-        [x.stored for x in layers_of(every, stacks=False)],
-    )
+    groups = {link.layers for link in every if link.layers is not None}
+    tops = [x.wanted for x in groups if x.stacks], [x.stored for x in groups if not x.stacks]
     free = [
         module_parts(x for x in leaves if x.part not in own and not any(leads(top, x.names) for top in above))
         for leaves, own, above in zip((wanted, stored), (made, used), tops, strict=True)

@@ -10,8 +10,7 @@ from typing import Any, cast
 import numpy as np
 
 from orbax_nnx_handler.planning.core.leaves import Shape, permuted
-from orbax_nnx_handler.planning.core.paths import levels
-from orbax_nnx_handler.planning.likeness.module_parts import Leaf, part_sizes
+from orbax_nnx_handler.planning.likeness.module_parts import Leaf
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart
 from orbax_nnx_handler.planning.likeness.shapes import (
     Step,
@@ -26,8 +25,6 @@ from orbax_nnx_handler.planning.likeness.vocabulary import (
     PYTORCHS,
     Concepts,
     Names,
-    arm,
-    concepts,
     counts_of,
     directions,
     exclude,
@@ -234,28 +231,73 @@ class Table:
     """The scores of pairs, and which pairs together have the highest sum."""
 
     def __init__(self, scores: Mapping[tuple[int, int], float]) -> None:
-        sides = self._rows, self._columns = [sorted({pair[side] for pair in scores}) for side in (0, 1)]
-        rows, columns = ({part: place for place, part in enumerate(side)} for side in sides)
-        self._places = {(at, to): (rows[at], columns[to]) for at, to in scores}
-        self._scores = np.zeros((len(rows), len(columns)))
-        for pair, score in scores.items():
-            self._scores[self._places[pair]] = score
+        self._scores = scores
+        self._rows, self._columns = (sorted({pair[side] for pair in scores}) for side in (0, 1))
 
     def best(self, without: tuple[int, int] | None = None) -> tuple[frozenset[tuple[int, int]], float]:
         """Returns the pairs that give the highest sum, and the sum; one pair may be forbidden."""
-        scores = self._scores if without is None else self._scores.copy()
-        if without is not None:
-            scores[self._places[without]] = 0.0
-        places = [(0, 0)]
-        if scores.size > 1:
-            # Here, since it takes as long to load as all of this package, and only a proposal needs it.
-            from scipy import optimize
+        left = {pair: score for pair, score in self._scores.items() if pair != without and score > 0}
+        scores = [[float(left.get((at, to), 0.0)) for to in self._columns] for at in self._rows]
+        places = _assigned(scores) if len(self._scores) > 1 else [(0, 0)]
+        pairs = [(self._rows[row], self._columns[column]) for row, column in places]
+        kept = [pair for pair in pairs if pair in left]
+        return frozenset(kept), sum(float(left[pair]) for pair in kept)
 
-            chosen = cast(Any, optimize).linear_sum_assignment(scores, maximize=True)
-            places = [(int(row), int(column)) for row, column in zip(*chosen, strict=True)]
-        kept = [place for place in places if scores[place] > 0]
-        pairs = frozenset((self._rows[row], self._columns[column]) for row, column in kept)
-        return pairs, sum(float(scores[place]) for place in kept)
+
+_FEW = 400
+"""So many scores are looked through before SciPy is loaded, which takes as long as all of this package."""
+
+
+def _assigned(scores: list[list[float]]) -> list[tuple[int, int]]:
+    """Returns the places that give the highest sum; of several choices the one that SciPy makes."""
+    if len(scores) * len(scores[0]) > _FEW:
+        from scipy import optimize
+
+        chosen = cast(Any, optimize).linear_sum_assignment(np.array(scores), maximize=True)
+        return [(int(row), int(column)) for row, column in zip(*chosen, strict=True)]
+    if len(scores) > len(scores[0]):
+        swapped = _assigned([*map(list, zip(*scores, strict=True))])
+        return sorted((row, column) for column, row in swapped)
+    # Shortest augmenting paths: Crouse, On implementing 2D rectangular assignment algorithms, 2016.
+    taken = dict[int, int]()  # Rows by column.
+    ours, theirs = [0.0] * len(scores), [0.0] * len(scores[0])
+    for first in range(len(scores)):
+        columns, lengths, before = _shortest(scores, first, taken, (ours, theirs))
+        low = lengths[columns[-1]]
+        ours[first] += low
+        for column in columns[:-1]:
+            ours[taken[column]] += low - lengths[column]
+        for column in columns:
+            theirs[column] -= low - lengths[column]
+        held, column, row = {row: column for column, row in taken.items()}, columns[-1], -1
+        while row != first:
+            row = taken[column] = before[column]
+            column = held.get(row, -1)
+    return sorted((row, column) for column, row in taken.items())
+
+
+def _shortest(
+    scores: list[list[float]], row: int, taken: Mapping[int, int], duals: tuple[list[float], list[float]]
+) -> tuple[list[int], list[float], list[int]]:
+    """Returns the columns up to the nearest free one, how far each column is, and the row before it."""
+    (ours, theirs), low, columns = duals, 0.0, list[int]()
+    lengths, before = [math.inf] * len(theirs), [row] * len(theirs)
+    left = [*range(len(theirs))][::-1]
+    while True:
+        at, least = -1, math.inf
+        for place, column in enumerate(left):
+            if (length := low - scores[row][column] - ours[row] - theirs[column]) < lengths[column]:
+                lengths[column], before[column] = length, row
+            length = lengths[column]
+            if length < least or (length == least and column not in taken):
+                at, least = place, length
+        column, low = left[at], least
+        left[at] = left[-1]
+        left.pop()
+        columns.append(column)
+        if column not in taken:
+            return columns, lengths, before
+        row = taken[column]
 
 
 def best_pairs(scores: Mapping[tuple[int, int], float]) -> list[tuple[int, int]]:
@@ -302,7 +344,7 @@ def merged(groups: Iterable[frozenset[tuple[int, int]]]) -> list[frozenset[tuple
     return [frozenset(group) for group in found.values()]
 
 
-# Modules in turn, and modules that may hold a stack of them.
+# What is compared.
 
 
 MOST_PAIRS = 10_000
@@ -361,80 +403,3 @@ def _by_template(parts: Sequence[NamedPart]) -> Mapping[Names, Mapping[Names, in
         if len(numbers := counts_of(path)) > 1:
             found[tuple("#" if word.isdecimal() else word for word in words(path))][numbers] = at
     return found
-
-
-Module = tuple[Names, list[Leaf]]
-
-
-Run = dict[tuple[int, str, int], Module]
-"""Modules beside each other, or those in a list, by the number in the list, the name and its number."""
-
-
-def in_turn(wanted: Sequence[Leaf], stored: Sequence[Leaf], above: Sequence[int]) -> list[list[Module]]:
-    """Returns modules that both sides compute one after the other, each as large as the one in its place.
-
-    `input_blocks/{0..11}/{0..2}` are `down_blocks_{0..2}/{resnets,attentions,downsamplers}_{0..1}`: which of
-    several names comes next, sizes tell.
-    """
-    ours, theirs = _runs(wanted, above[0]), _runs(stored, above[1])
-    scores, found = dict[tuple[int, int], float](), dict[tuple[int, int], list[list[Module]]]()
-    alike: dict[tuple[bool, int], list[int]] = defaultdict(list)
-    for to, (_, other) in enumerate(theirs):
-        for length in range(len(other) - 1, len(other) + 2):
-            alike[not _is_counted(other), length].append(to)  # Of one side alone numbers tell the order.
-    for at, to in ((at, to) for at, (_, x) in enumerate(ours) for to in alike[_is_counted(x), len(x)]):
-        (names, run), (others, other) = ours[at], theirs[to]
-        pairs = _one_by_one(run, other) if _is_counted(run) else [x[::-1] for x in _one_by_one(other, run)]
-        are_modules = sum(len({leaf.names[:-1] for leaf in held}) > 1 for (_, held), _ in pairs) > 1
-        is_known = not any(exclude(concepts(one), concepts(two)) for (one, _), (two, _) in pairs)
-        if are_modules and arm(names) * arm(others) >= 0 and is_known:
-            found[at, to], scores[at, to] = pairs, 20 + likeness(concepts(names), concepts(others))
-    return [pair for best in best_pairs(scores) for pair in found[best]]
-
-
-def _runs(leaves: Iterable[Leaf], above: int) -> list[tuple[Names, Run]]:
-    found: dict[tuple[Names, bool], Run] = defaultdict(dict)
-    for leaf in leaves:
-        path, end = levels(leaf.names), 0
-        for level, inner in itertools.pairwise(path):
-            end += level.width
-            if end <= above:
-                continue
-            names, number = (*leaf.names[: end - level.width], level.base), level.number or 0
-            key, deeper = (number, inner.base, inner.number or 0), leaf.names[: end + inner.width]
-            found[names, True].setdefault(key, (deeper, []))[1].append(leaf)
-            if level.number is not None:
-                key = (0, "", number)
-                found[names, False].setdefault(key, (leaf.names[:end], []))[1].append(leaf)
-                break
-    # What holds leaves beside its modules is no run of them.
-    return [
-        (names, run)
-        for (names, _), run in found.items()
-        if all(held[0].names != at for at, held in run.values())
-    ]
-
-
-def _one_by_one(run: Run, other: Run) -> list[list[Module]]:
-    """Returns the pairs of a run of which only numbers tell the order, and of another one."""
-    keys = sorted(run, key=lambda key: (key[0], key[2]))
-    if len(keys) == len(other) + 1 and len({leaf.names[:-1] for leaf in run[keys[0]][1]}) == 1:
-        keys = keys[1:]  # What leads in lies beside the list elsewhere.
-    if len(keys) != len(other):
-        return []
-    left: dict[int, dict[str, list[Module]]] = defaultdict(lambda: defaultdict(list))
-    for key in sorted(other, key=lambda key: key[::2], reverse=True):
-        left[key[0]][key[1]].append(other[key])
-    pairs: list[list[Module]] = []
-    for key in keys:
-        first = next(left[number] for number in sorted(left) if any(left[number].values()))
-        size = sum(part_sizes(run[key][1]))
-        heads = [held for held in first.values() if held and sum(part_sizes(held[-1][1])) == size]
-        if len(heads) != 1:
-            return []
-        pairs.append([run[key], heads[0].pop()])
-    return pairs
-
-
-def _is_counted(run: Run) -> bool:
-    return len({key[:2] for key in run}) == len({key[0] for key in run})

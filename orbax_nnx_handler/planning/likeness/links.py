@@ -181,7 +181,8 @@ def settle_turns(links: Sequence[Link]) -> tuple[list[Link], list[Link]]:
     those of the same model. Where there is none, two `kernel` are arranged alike: both have inputs first.
     """
     evidence: dict[tuple[object, ...], set[bool]] = defaultdict(set)
-    for link in links:
+    is_asked = any(len(possible) > 1 for link in links for possible in link.ways)
+    for link in links if is_asked else ():
         for leaf, possible in link.by_part:
             turns, is_named = [way.turned for way in possible], any(way.named for way in possible[:-1])
             if (len(turns) == 1 or is_named) and _axes(leaf) > 1 and leaf.names[-1] != "embedding":

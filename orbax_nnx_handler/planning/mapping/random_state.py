@@ -50,6 +50,8 @@ def find_random(
     Rules move what they name, as they move weights.
     """
     left = [item for item in wanted if item.leaf.path not in found]
+    if not any(item.section == "aux" for item in placements):
+        left = [item for item in left if item.role == "random"]  # Weights are looked for aside alone.
     if not left:
         return
     moved = {entry.sources[0]: entry for entry in entries if entry.named and isinstance(entry.recipe, Read)}

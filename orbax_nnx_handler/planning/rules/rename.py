@@ -112,10 +112,15 @@ class Rename(Rule):
         if self.regex:
             return self._apply_expression(entries)
         listed = Entries.of(entries)
-        rewritten = {at: self._rewrite(listed[at]) for at in self._left.among(listed)}
-        changed = {at: new for at, new in rewritten.items() if new is not listed[at]}
+        changed = dict(self.changes(listed))
         after = listed.with_changes(changed)
         return Applied(entries=after, matched=len(changed), changed=list(changed.values()))
+
+    def changes(self, entries: Entries) -> Iterator[tuple[int, Entry]]:
+        """Yields the places of what the rule, which is no regular expression, changes, with what comes."""
+        for at in self._left.among(entries):
+            if (new := self._rewrite(entries[at])) is not entries[at]:
+                yield at, new
 
     def _apply_expression(self, entries: Sequence[Entry]) -> Applied:
         expression = re.compile(self.pattern)

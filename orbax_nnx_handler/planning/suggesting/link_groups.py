@@ -4,6 +4,7 @@ First layers whose stacked axis lies elsewhere on the other side; then the links
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections import Counter, defaultdict
@@ -117,17 +118,6 @@ def _is_plain(link: Link) -> bool:
 # Links of one kind in all layers.
 
 
-def whole_parts(used: Set[Names], held: Set[Names], depth: int) -> Iterable[Names]:
-    """Yields the paths within a module, from some depth on, of its largest parts that are used whole."""
-    pending: list[Names] = [()]
-    for below in pending:
-        inside = [names for names in held if names[depth : depth + len(below)] == below]
-        if all(names in used for names in inside):
-            yield below
-        elif any(names in used for names in inside):
-            pending += dict.fromkeys(names[depth : depth + len(below) + 1] for names in sorted(inside))
-
-
 def of_few_layers(
     links: Sequence[Link], entries: Sequence[Entry], whole: Iterable[Link] = ()
 ) -> tuple[Sequence[Link], Sequence[Entry]]:
@@ -239,7 +229,7 @@ def apart_from_copies(links: Sequence[Link], stored: Iterable[Leaf]) -> tuple[li
     """
 
     def is_copied(names: Iterable[object]) -> bool:
-        return any(is_copy_level(str(name)) or "tgt" in meanings(str(name)) for name in names)
+        return any(map(_is_copied, map(str, names)))
 
     links, levels = by_level(links)
     doubled, used = _doubled(links), {leaf.part for link in links for leaf in link.stored}
@@ -266,6 +256,11 @@ def apart_from_copies(links: Sequence[Link], stored: Iterable[Leaf]) -> tuple[li
         kind = "lent" if is_copy or link.target.source in doubled else "taken" if is_taken else ""
         kinds["held" if may_hold_otherwise(names, link.source.names[:-1]) else kind].append(link)
     return kinds.pop("", []), [*map(_tie, levels), *(_tie([some]) for some in kinds.values())]
+
+
+@functools.lru_cache(maxsize=65536)
+def _is_copied(name: str) -> bool:
+    return is_copy_level(name) or "tgt" in meanings(name)
 
 
 def _doubled(links: Iterable[Link]) -> set[Path]:
@@ -318,8 +313,12 @@ def _sizes_by_layer(leaves: Iterable[Leaf]) -> Mapping[Names, list[int]]:
 
 def _layer(names: Names) -> Names:
     """Returns what leads into the outermost layer that a part is in; nothing where it is in none."""
-    inside = zip(itertools.accumulate(level.width for level in levels(names)), levels(names), strict=True)
-    return next((names[:at] for at, level in inside if level.number is not None and at + 1 < len(names)), ())
+    at = 0
+    for level in levels(names):
+        at += level.width
+        if level.number is not None and at + 1 < len(names):
+            return names[:at]
+    return ()
 
 
 def as_one(several: Iterable[Sequence[Sequence[Link]]]) -> list[Sequence[Sequence[Link]]]:

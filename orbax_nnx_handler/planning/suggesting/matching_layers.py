@@ -10,7 +10,6 @@ from typing import Any
 from orbax_nnx_handler.planning.core.folding import around, same_numbers
 from orbax_nnx_handler.planning.core.leaves import with_fields
 from orbax_nnx_handler.planning.core.paths import Tokens, levels, shared_levels
-from orbax_nnx_handler.planning.likeness.assignment import in_turn
 from orbax_nnx_handler.planning.likeness.links import Findings, LayerPair, Layers, Link, Tie, in_all_layers
 from orbax_nnx_handler.planning.likeness.module_parts import (
     Leaf,
@@ -42,6 +41,7 @@ from orbax_nnx_handler.planning.suggesting.series import (
 from orbax_nnx_handler.planning.suggesting.stacks import (
     Share,
     in_stacks,
+    in_turn,
     shared_in,
     shares_of,
     stack_of,

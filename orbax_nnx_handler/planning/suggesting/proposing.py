@@ -62,7 +62,7 @@ from orbax_nnx_handler.planning.suggesting.suggestion import (
 from orbax_nnx_handler.planning.target.roles import WEIGHTS, Order, Wanted, of_role, roles_of
 from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.planning.verdict.judge import Chosen, choose, judge
-from orbax_nnx_handler.planning.verdict.outcomes import Restored, Verdict, counted_otherwise
+from orbax_nnx_handler.planning.verdict.outcomes import Restored, Verdict
 
 _QUESTIONS, _TRIES = 24, 6
 
@@ -109,7 +109,7 @@ class _Proposing:
     def _found(self) -> dict[Path, Restored]:
         """What is restored without a proposal, and no law speaks against."""
         doubted = {path for fault in self._base.faults for path in fault.paths}
-        doubted |= counted_otherwise(self._base)
+        doubted |= self._base.counted_otherwise
         return {path: item for path, item in self._base.restored.items() if path not in doubted}
 
     @cached_property
@@ -393,7 +393,7 @@ class _Proposing:
 
     def _questions(self, links: Sequence[Link], searched: Searched, tried: Tried) -> list[Choice]:
         verdict = tried.verdict or self._base
-        covered = {*paths_of(links), *(verdict.restored.keys() - counted_otherwise(verdict))}
+        covered = {*paths_of(links), *(verdict.restored.keys() - verdict.counted_otherwise)}
         used = {leaf.part for link in links for leaf in link.stored}
         found, several = list[Choice](), list[Sequence[Sequence[Link]]]()
         for tie in searched.found.ties:
@@ -424,7 +424,7 @@ class _Proposing:
     def _suggested(self, tried: Tried, questions: Sequence[Question]) -> Suggestion:
         verdict = tried.verdict or self._base
         weights = [item.leaf.path for item in of_role(self._wanted, *WEIGHTS)]
-        doubted = counted_otherwise(verdict) - paths_of(tried.links).keys()
+        doubted = verdict.counted_otherwise - paths_of(tried.links).keys()
         left = {*verdict.missing, *verdict.mismatched, *doubted}
         own = {path for item in self._found.values() for path in reads(item.recipe)}
         entries = self._entries if verdict is not self._base else ()

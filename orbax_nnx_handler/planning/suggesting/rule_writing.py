@@ -27,7 +27,7 @@ from orbax_nnx_handler.planning.rules.entries import Entries, Entry, PathIndex
 from orbax_nnx_handler.planning.rules.inverse import leads_back
 from orbax_nnx_handler.planning.rules.rename import cuts, matches_only, rename_of
 from orbax_nnx_handler.planning.rules.rule import compiled, with_places
-from orbax_nnx_handler.planning.suggesting.link_groups import whole_parts
+from orbax_nnx_handler.planning.suggesting.stacks import whole_parts
 
 _MOST_NAMES, _MANY_MODULES = 8, 24  # Above the parts of a fuse, for a rule to leave others out; for one rule.
 _WRITES: Mapping[type[Rule], str] = {Rename: "replacement", StackLayers: "pattern", UnstackLayers: "into"}
@@ -411,14 +411,20 @@ class Writer:
                 names = stored[start : len(stored) - stop], wanted[start : len(wanted) - stop]
                 if names in refused or (rule := rename_of(*names)) is None:
                     continue
-                after = Entries.of(rule.apply(self.entries).entries)
-                changed = [(self.entries[at].segments, new.segments) for at, new in after.changed.items()]
-                if any(old not in aims for old, _ in changed):
-                    refused.add(names)  # For good: nothing renames the leaves without an aim.
-                elif move.names in dict(changed) and all(alike(new, aims[old]) for old, new in changed):
-                    if leads_back(rule, self.entries, after):
-                        return rule, after, count > 0
-                    first = first or (rule, after, False)
+                changed, taken = dict[int, Entry](), set[Names]()
+                for at, new in rule.changes(self.entries):
+                    taken.add(old := self.entries[at].segments)
+                    if old not in aims:
+                        refused.add(names)  # For good: nothing renames the leaves without an aim.
+                    if old not in aims or not alike(new.segments, aims[old]):
+                        break
+                    changed[at] = new
+                else:
+                    if move.names in taken:
+                        after = self.entries.with_changes(changed)
+                        if leads_back(rule, self.entries, after):
+                            return rule, after, count > 0
+                        first = first or (rule, after, False)
         return first
 
     def _take(self, rule: Rule, links: Iterable[Link]) -> None:

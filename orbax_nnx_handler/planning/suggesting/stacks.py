@@ -1,7 +1,7 @@
 """Stacks: what of the other side holds the layers of a group along an axis, or every second, third, ….
 
 Then, modules that both sides keep stacked: one layer tells how each array of all of them is made.
-Last, features of several positions that may be one axis, which no name tells.
+Then features of several positions that may be one axis, which no name tells. Last, modules in turn.
 """
 
 import dataclasses
@@ -14,12 +14,13 @@ from orbax_nnx_handler.planning.core.leaves import Shape, order_after, with_fiel
 from orbax_nnx_handler.planning.core.paths import Path, levels
 from orbax_nnx_handler.planning.likeness.assignment import best_pairs
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, settle_turns
-from orbax_nnx_handler.planning.likeness.module_parts import Leaf, Stacks, depth_of, leaves_below
+from orbax_nnx_handler.planning.likeness.module_parts import Leaf, Stacks, depth_of, leaves_below, part_sizes
 from orbax_nnx_handler.planning.likeness.shapes import Step, Steps, Way, transposed, without_axis
 from orbax_nnx_handler.planning.likeness.vocabulary import (
     MARGIN,
     Concepts,
     Names,
+    arm,
     concepts,
     exclude,
     likeness,
@@ -121,6 +122,17 @@ def _likeliest_axis(series: Series, leaves: Sequence[Leaf], axes: Sequence[int])
     first = sorted(leaf.shape for leaf in series.members[series.numbers[0]])
     fitting = [axis for axis in axes if sorted(without_axis(leaf.shape, axis) for leaf in leaves) == first]
     return (fitting or axes)[0] if len(fitting or axes) == 1 else -1
+
+
+def whole_parts(used: Set[Names], held: Set[Names], depth: int) -> Iterable[Names]:
+    """Yields the paths within a module, from some depth on, of its largest parts that are used whole."""
+    pending: list[Names] = [()]
+    for below in pending:
+        inside = [names for names in held if names[depth : depth + len(below)] == below]
+        if all(names in used for names in inside):
+            yield below
+        elif any(names in used for names in inside):
+            pending += dict.fromkeys(names[depth : depth + len(below) + 1] for names in sorted(inside))
 
 
 # Modules that both sides keep stacked.
@@ -306,3 +318,83 @@ def flattened(leaves: Iterable[Leaf], own: Set[Path]) -> set[Path]:
 
 def _explain(sides: Iterable[Concepts], side: Concepts) -> bool:
     return any(not (other and side) or other == side for other in sides)
+
+
+# Modules in turn.
+
+
+Module = tuple[Names, list[Leaf]]
+
+
+Run = dict[tuple[int, str, int], Module]
+"""Modules beside each other, or those in a list, by the number in the list, the name and its number."""
+
+
+def in_turn(wanted: Sequence[Leaf], stored: Sequence[Leaf], above: Sequence[int]) -> list[list[Module]]:
+    """Returns modules that both sides compute one after the other, each as large as the one in its place.
+
+    `input_blocks/{0..11}/{0..2}` are `down_blocks_{0..2}/{resnets,attentions,downsamplers}_{0..1}`: which of
+    several names comes next, sizes tell.
+    """
+    ours, theirs = _runs(wanted, above[0]), _runs(stored, above[1])
+    scores, found = dict[tuple[int, int], float](), dict[tuple[int, int], list[list[Module]]]()
+    alike: dict[tuple[bool, int], list[int]] = defaultdict(list)
+    for to, (_, other) in enumerate(theirs):
+        for length in range(len(other) - 1, len(other) + 2):
+            alike[not _is_counted(other), length].append(to)  # Of one side alone numbers tell the order.
+    for at, to in ((at, to) for at, (_, x) in enumerate(ours) for to in alike[_is_counted(x), len(x)]):
+        (names, run), (others, other) = ours[at], theirs[to]
+        pairs = _one_by_one(run, other) if _is_counted(run) else [x[::-1] for x in _one_by_one(other, run)]
+        are_modules = sum(len({leaf.names[:-1] for leaf in held}) > 1 for (_, held), _ in pairs) > 1
+        is_known = not any(exclude(concepts(one), concepts(two)) for (one, _), (two, _) in pairs)
+        if are_modules and arm(names) * arm(others) >= 0 and is_known:
+            found[at, to], scores[at, to] = pairs, 20 + likeness(concepts(names), concepts(others))
+    return [pair for best in best_pairs(scores) for pair in found[best]]
+
+
+def _runs(leaves: Iterable[Leaf], above: int) -> list[tuple[Names, Run]]:
+    found: dict[tuple[Names, bool], Run] = defaultdict(dict)
+    for leaf in leaves:
+        path, end = levels(leaf.names), 0
+        for level, inner in itertools.pairwise(path):
+            end += level.width
+            if end <= above:
+                continue
+            names, number = (*leaf.names[: end - level.width], level.base), level.number or 0
+            key, deeper = (number, inner.base, inner.number or 0), leaf.names[: end + inner.width]
+            found[names, True].setdefault(key, (deeper, []))[1].append(leaf)
+            if level.number is not None:
+                key = (0, "", number)
+                found[names, False].setdefault(key, (leaf.names[:end], []))[1].append(leaf)
+                break
+    # What holds leaves beside its modules is no run of them.
+    return [
+        (names, run)
+        for (names, _), run in found.items()
+        if all(held[0].names != at for at, held in run.values())
+    ]
+
+
+def _one_by_one(run: Run, other: Run) -> list[list[Module]]:
+    """Returns the pairs of a run of which only numbers tell the order, and of another one."""
+    keys = sorted(run, key=lambda key: (key[0], key[2]))
+    if len(keys) == len(other) + 1 and len({leaf.names[:-1] for leaf in run[keys[0]][1]}) == 1:
+        keys = keys[1:]  # What leads in lies beside the list elsewhere.
+    if len(keys) != len(other):
+        return []
+    left: dict[int, dict[str, list[Module]]] = defaultdict(lambda: defaultdict(list))
+    for key in sorted(other, key=lambda key: key[::2], reverse=True):
+        left[key[0]][key[1]].append(other[key])
+    pairs: list[list[Module]] = []
+    for key in keys:
+        first = next(left[number] for number in sorted(left) if any(left[number].values()))
+        size = sum(part_sizes(run[key][1]))
+        heads = [held for held in first.values() if held and sum(part_sizes(held[-1][1])) == size]
+        if len(heads) != 1:
+            return []
+        pairs.append([run[key], heads[0].pop()])
+    return pairs
+
+
+def _is_counted(run: Run) -> bool:
+    return len({key[:2] for key in run}) == len({key[0] for key in run})

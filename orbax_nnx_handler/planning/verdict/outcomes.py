@@ -5,8 +5,9 @@ The rows in which errors, plans, reports and logs list outcomes are here too, so
 
 import dataclasses
 import functools
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from orbax_nnx_handler.planning.core.dtypes import KEY_IMPLEMENTATIONS, CastKind, is_key, name_of, same_key
 from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.folding import Row, fold_in_order, fold_paths, ranges
-from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf, WantedLeaf
+from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf, WantedLeaf, derived
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, render
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, describe, reads
 from orbax_nnx_handler.planning.layouts.layout import Placement
@@ -182,6 +183,11 @@ class Verdict:
         """How many leaves the target has."""
         return len(self.restored) + len(self.missing) + len(self.mismatched) + len(self.defaulted)
 
+    @derived
+    def counted_otherwise(self) -> Set[Path]:
+        """Restored leaves of lists that the other side counts otherwise."""
+        return _counted_otherwise(self)
+
     def under(self, policy: Policy) -> Self:
         """Returns the same with every missing weight under another policy."""
         changed = {path: dataclasses.replace(item, policy=policy) for path, item in self.missing.items()}
@@ -338,7 +344,7 @@ def _sources(recipe: Recipe) -> str:
     return fold_in_order(reads(recipe))
 
 
-def counted_otherwise(verdict: Verdict) -> set[Path]:
+def _counted_otherwise(verdict: Verdict) -> set[Path]:
     """Returns the restored leaves of lists of which the other side has more, and beside its list less.
 
     `layers_{0..2}` are `proj_in`, `layers/0` and `proj_out`: no number tells which; nor where one list counts
@@ -370,9 +376,12 @@ def counted_otherwise(verdict: Verdict) -> set[Path]:
     return found
 
 
+_DIGITS = re.compile(r"\d")
+
+
 def _place(path: Path) -> tuple[Path, str, Path]:
     """Returns the module around a part, the part's name without numbers, and its parameter."""
-    return path[:-2], "".join(x for x in str(path[-2:-1]) if not x.isdecimal()), path[-1:]
+    return path[:-2], _DIGITS.sub("", str(path[-2:-1])), path[-1:]
 
 
 def _lists_and_modules(

@@ -231,73 +231,28 @@ class Table:
     """The scores of pairs, and which pairs together have the highest sum."""
 
     def __init__(self, scores: Mapping[tuple[int, int], float]) -> None:
-        self._scores = scores
-        self._rows, self._columns = (sorted({pair[side] for pair in scores}) for side in (0, 1))
+        sides = self._rows, self._columns = [sorted({pair[side] for pair in scores}) for side in (0, 1)]
+        rows, columns = ({part: place for place, part in enumerate(side)} for side in sides)
+        self._places = {(at, to): (rows[at], columns[to]) for at, to in scores}
+        self._scores = np.zeros((len(rows), len(columns)))
+        for pair, score in scores.items():
+            self._scores[self._places[pair]] = score
 
     def best(self, without: tuple[int, int] | None = None) -> tuple[frozenset[tuple[int, int]], float]:
         """Returns the pairs that give the highest sum, and the sum; one pair may be forbidden."""
-        left = {pair: score for pair, score in self._scores.items() if pair != without and score > 0}
-        scores = [[float(left.get((at, to), 0.0)) for to in self._columns] for at in self._rows]
-        places = _assigned(scores) if len(self._scores) > 1 else [(0, 0)]
-        pairs = [(self._rows[row], self._columns[column]) for row, column in places]
-        kept = [pair for pair in pairs if pair in left]
-        return frozenset(kept), sum(float(left[pair]) for pair in kept)
+        scores = self._scores if without is None else self._scores.copy()
+        if without is not None:
+            scores[self._places[without]] = 0.0
+        places = [(0, 0)]
+        if scores.size > 1:
+            # Here, since it takes as long to load as all of this package, and only a proposal needs it.
+            from scipy import optimize
 
-
-_FEW = 400
-"""So many scores are looked through before SciPy is loaded, which takes as long as all of this package."""
-
-
-def _assigned(scores: list[list[float]]) -> list[tuple[int, int]]:
-    """Returns the places that give the highest sum; of several choices the one that SciPy makes."""
-    if len(scores) * len(scores[0]) > _FEW:
-        from scipy import optimize
-
-        chosen = cast(Any, optimize).linear_sum_assignment(np.array(scores), maximize=True)
-        return [(int(row), int(column)) for row, column in zip(*chosen, strict=True)]
-    if len(scores) > len(scores[0]):
-        swapped = _assigned([*map(list, zip(*scores, strict=True))])
-        return sorted((row, column) for column, row in swapped)
-    # Shortest augmenting paths: Crouse, On implementing 2D rectangular assignment algorithms, 2016.
-    taken = dict[int, int]()  # Rows by column.
-    ours, theirs = [0.0] * len(scores), [0.0] * len(scores[0])
-    for first in range(len(scores)):
-        columns, lengths, before = _shortest(scores, first, taken, (ours, theirs))
-        low = lengths[columns[-1]]
-        ours[first] += low
-        for column in columns[:-1]:
-            ours[taken[column]] += low - lengths[column]
-        for column in columns:
-            theirs[column] -= low - lengths[column]
-        held, column, row = {row: column for column, row in taken.items()}, columns[-1], -1
-        while row != first:
-            row = taken[column] = before[column]
-            column = held.get(row, -1)
-    return sorted((row, column) for column, row in taken.items())
-
-
-def _shortest(
-    scores: list[list[float]], row: int, taken: Mapping[int, int], duals: tuple[list[float], list[float]]
-) -> tuple[list[int], list[float], list[int]]:
-    """Returns the columns up to the nearest free one, how far each column is, and the row before it."""
-    (ours, theirs), low, columns = duals, 0.0, list[int]()
-    lengths, before = [math.inf] * len(theirs), [row] * len(theirs)
-    left = [*range(len(theirs))][::-1]
-    while True:
-        at, least = -1, math.inf
-        for place, column in enumerate(left):
-            if (length := low - scores[row][column] - ours[row] - theirs[column]) < lengths[column]:
-                lengths[column], before[column] = length, row
-            length = lengths[column]
-            if length < least or (length == least and column not in taken):
-                at, least = place, length
-        column, low = left[at], least
-        left[at] = left[-1]
-        left.pop()
-        columns.append(column)
-        if column not in taken:
-            return columns, lengths, before
-        row = taken[column]
+            chosen = cast(Any, optimize).linear_sum_assignment(scores, maximize=True)
+            places = [(int(row), int(column)) for row, column in zip(*chosen, strict=True)]
+        kept = [place for place in places if scores[place] > 0]
+        pairs = frozenset((self._rows[row], self._columns[column]) for row, column in kept)
+        return pairs, sum(float(scores[place]) for place in kept)
 
 
 def best_pairs(scores: Mapping[tuple[int, int], float]) -> list[tuple[int, int]]:

@@ -297,8 +297,8 @@ class _Context:
 
     def _are_in_turn(self, part: ModulePart, family: Sequence[int]) -> bool:
         """Tells whether two layers may be computed in the order of their numbers, by their shapes."""
-        shapes = [self._shapes[part.family].get(number, ()) for number in family]
-        if len(shapes) != 2:
+        shapes = [self._shapes[part.family].get(number, ()) for number in family[:2]]
+        if len(family) != 2:
             return True
         is_turned = "main" not in part.leaves or part.leaves["main"].names[-1] != "kernel"
         are_next = follow(*shapes) or (is_turned and follow(*(shape[::-1] for shape in shapes)))
@@ -309,8 +309,8 @@ class _Context:
 
     def _may_be_gated(self, part: ModulePart, family: Sequence[int]) -> bool:
         """Tells whether two layers may be a gate and what it gates: `w2` is Qwen's gate, `fc_1` Lit-GPT's."""
-        shapes = [self._shapes[part.family].get(number, ()) for number in family]
-        are_alike = len(shapes) == 2 and shapes[0] == shapes[1] != shapes[0][::-1]
+        shapes = [self._shapes[part.family].get(number, ()) for number in family[:2]]
+        are_alike = len(family) == 2 and shapes[0] == shapes[1] != shapes[0][::-1]
         return are_alike and shapes[0][::-1] in self._matrices[part.module]
 
     def _leads_back(self, part: ModulePart, roles: Sequence[str], family: Sequence[int]) -> bool:

@@ -35,7 +35,7 @@ from orbax_nnx_handler.planning.likeness.vocabulary import (
     words,
 )
 
-READINGS = 24  # All orders of four parts.
+_READINGS = 24  # All orders of four parts.
 _COMPLETE, _LACKING, _UNLIKE, _NUMBER, _LITERAL = 2.0, 1.0, 10.0, 2.0, 1.0
 
 
@@ -268,13 +268,15 @@ def best_pairs(scores: Mapping[tuple[int, int], float]) -> list[tuple[int, int]]
 def pairings(
     ours: Sequence[int], theirs: Sequence[int], possible: Container[tuple[int, int]]
 ) -> Iterator[list[tuple[int, int]]]:
-    """Yields ways in which the parts of the shorter side may each be one of the other side's."""
+    """Yields some ways in which the parts of the shorter side may each be one of the other side's."""
     shorter = min(len(ours), len(theirs))
-    for left in itertools.islice(itertools.combinations(ours, shorter), READINGS):
-        for right in itertools.islice(itertools.permutations(theirs, shorter), 120):
-            pairs = list(zip(left, right, strict=True))
-            if all(pair in possible for pair in pairs):
-                yield pairs
+    several = (
+        list(zip(left, right, strict=True))
+        for left in itertools.islice(itertools.combinations(ours, shorter), _READINGS)
+        for right in itertools.islice(itertools.permutations(theirs, shorter), 120)
+    )
+    fitting = (pairs for pairs in several if all(pair in possible for pair in pairs))
+    yield from itertools.islice(fitting, _READINGS)
 
 
 def components(pairs: Iterable[tuple[int, int]]) -> list[set[tuple[int, int]]]:

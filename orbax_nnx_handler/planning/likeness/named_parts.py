@@ -297,9 +297,9 @@ class _Context:
 
     def _are_in_turn(self, part: ModulePart, family: Sequence[int]) -> bool:
         """Tells whether two layers may be computed in the order of their numbers, by their shapes."""
-        shapes = [self._shapes[part.family].get(number, ()) for number in family[:2]]
         if len(family) != 2:
             return True
+        shapes = [self._shapes[part.family].get(number, ()) for number in family]
         is_turned = "main" not in part.leaves or part.leaves["main"].names[-1] != "kernel"
         are_next = follow(*shapes) or (is_turned and follow(*(shape[::-1] for shape in shapes)))
         # Of two that Linen numbered, one that leads to more and one back, shapes tell which is which.

@@ -9,7 +9,6 @@ from orbax_nnx_handler.planning.core.folding import Homes, lies_within
 from orbax_nnx_handler.planning.core.paths import ascend, ranks_of, same_modules
 from orbax_nnx_handler.planning.likeness.assignment import (
     MOST_PAIRS,
-    READINGS,
     Fit,
     Table,
     across_networks,
@@ -427,7 +426,7 @@ class _Pairs:
         return in_strict_order([min(one.part.levels[-1].number or 0 for one in held) for held in each])
 
     def _tie(self, ours: Sequence[int], theirs: Sequence[int]) -> Tie:
-        some = itertools.islice(pairings(ours, theirs, self._fits), READINGS)
+        some = pairings(ours, theirs, self._fits)
         readings = [tuple(link for x in pairs for link in self.links(*x, "names")) for pairs in some]
         # What names exclude may hide another reading of a few.
         if len(readings) == 1 < min(len(ours), len(theirs)):

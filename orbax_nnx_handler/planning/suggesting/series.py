@@ -342,8 +342,8 @@ def same_layers(one: Series, other: Series) -> list[tuple[int, int]]:
         return list(zip(one.numbers, reversed(other.numbers), strict=True))
     spans = [series.numbers[-1] - series.numbers[0] + 1 - len(series.numbers) for series in (one, other)]
     in_order = list(zip(one.numbers, other.numbers, strict=False))
-    is_many = len(one.members) == len(other.members)
-    if is_many and bool(spans[0]) != bool(spans[1]):
+    are_as_many = len(one.members) == len(other.members)
+    if are_as_many and bool(spans[0]) != bool(spans[1]):
         # What holds nothing leaves a gap in one list, which the other one does not count.
         return in_order if one.sizes == other.sizes or (are_alike(one) and are_alike(other)) else []
     both = sorted(one.members.keys() & other.members.keys())
@@ -357,7 +357,7 @@ def same_layers(one: Series, other: Series) -> list[tuple[int, int]]:
         return _run_within(one, other) or [(number, number) for number in both]
     # The levels of a pyramid count from 2 or 3.
     are_runs = one.sizes == other.sizes and not any(spans)
-    return in_order if is_many and (are_runs or all(map(is_complete, (one, other)))) else []
+    return in_order if are_as_many and (are_runs or all(map(is_complete, (one, other)))) else []
 
 
 def _run_within(one: Series, other: Series) -> list[tuple[int, int]]:

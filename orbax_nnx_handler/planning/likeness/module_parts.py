@@ -256,23 +256,27 @@ def containers(part: ModulePart) -> list[Names]:
     return [*around(part.names)][::-1]
 
 
-def are_elsewhere(parts: tuple[ModulePart, ModulePart], modules: Collection[tuple[Names, Names]]) -> bool:
-    """Tells whether two parts are of modules that are not each other's: `ffw2_norm` of `mlp2` and another.
+def elsewhere(
+    parts: Mapping[tuple[int, int], tuple[ModulePart, ModulePart]], modules: Iterable[tuple[Names, Names]]
+) -> Iterator[tuple[int, int]]:
+    """Yields pairs of parts of modules that are not each other's: `ffw2_norm` of `mlp2` and another.
 
     Args:
-        parts: A wanted part, and a stored one.
+        parts: The wanted and the stored part of each pair.
         modules: The wanted modules with the stored ones that they are.
     """
-    beside = [
-        (one, two) for one, two in modules if (one[:-1], two[:-1]) == (parts[0].module, parts[1].module)
-    ]
-    for side in (0, 1):
-        own = {*words("".join(parts[1 - side].names[-1:]))}
-        counted = {each for each in beside if _share_number(parts[side].names, each[side])}
-        called = {each for each in beside if {*words(each[1 - side][-1])} <= own}
-        if counted and called and not counted & called:
-            return True
-    return False
+    known: dict[tuple[Names, Names], list[tuple[Names, Names]]] = defaultdict(list)
+    for one, other in modules:
+        known[one[:-1], other[:-1]].append((one, other))
+    for pair, both in parts.items():
+        beside = known.get((both[0].module, both[1].module), ())
+        for side in (0, 1) if beside else ():
+            own = {*words("".join(both[1 - side].names[-1:]))}
+            counted = {each for each in beside if _share_number(both[side].names, each[side])}
+            called = {each for each in beside if {*words(each[1 - side][-1])} <= own}
+            if counted and called and not counted & called:
+                yield pair
+                break
 
 
 def _share_number(part: Names, module: Names) -> bool:

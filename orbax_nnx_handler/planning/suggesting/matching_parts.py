@@ -31,7 +31,7 @@ from orbax_nnx_handler.planning.likeness.links import (
     exchanged,
     together,
 )
-from orbax_nnx_handler.planning.likeness.module_parts import ModulePart, are_elsewhere, without_place
+from orbax_nnx_handler.planning.likeness.module_parts import ModulePart, elsewhere, without_place
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart, are_counted, in_order, named_parts
 from orbax_nnx_handler.planning.likeness.vocabulary import (
     MARGIN,
@@ -119,14 +119,15 @@ class _Pairs:
         self._exclude([*beside_namesakes(self._fits, wanted, stored)])
         self._exclude(beside_turned(self._fits, wanted, stored))
         self._exclude(without_place(self._fits, [[role.part for role in side] for side in sides]))
-        self._told = modules = self._modules_told()
+        modules, held = self._modules_told(), self._homes.held  # A module of one part is no whole one.
+        self._told = {pair for pair in modules if min(held[0][pair[0]], held[1][pair[1]]) > 1}
         for pair, fit in self._fits.items():
             if self._homes.of(*pair) in modules:
                 self._fits[pair] = dataclasses.replace(fit, score=fit.score + _TOLD)
         across = across_networks(self._fits, wanted, stored) if is_outermost else ()
         is_counted = any(not names[-1].isalpha() for pair in modules for names in pair)
         parts = {(at, to): (wanted[at].part, stored[to].part) for at, to in self._fits if is_counted}
-        self._exclude([*(pair for pair in parts if are_elsewhere(parts[pair], modules)), *across])
+        self._exclude([*elsewhere(parts, modules), *across])
 
     def _exclude(self, pairs: Collection[tuple[int, int]]) -> None:
         self._excluded.update(pairs)
@@ -249,9 +250,7 @@ class _Pairs:
             self._ours[to], self._theirs[at] = at, to
         doubtful = {frozenset((pair, other)) for pair in best for other in self._rather(pair, best, group)}
         doubtful.update(self._displaced(best, group))
-        held = self._homes.held  # A module of one part is no whole one.
-        told = {(one, other) for one, other in self._told if min(held[0][one], held[1][other]) > 1}
-        doubtful.update(exchanged(best, {pair: self._homes.of(*pair) for pair in group}, told))
+        doubtful.update(exchanged(best, {pair: self._homes.of(*pair) for pair in group}, self._told))
         unstable = {pair for tie in doubtful for pair in tie}  # Names that speak against each other.
         for pair in filter(lambda pair: pair not in unstable, best):
             second, lower = table.best(without=pair)

@@ -1,11 +1,14 @@
 """The right verdict on every broken restore that is measured, in work that grows with the leaves."""
 
+import itertools
 import sys
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from benchmarks import planning, suggesting
 from benchmarks.broken import VERDICTS, WAYS, target_of
@@ -16,6 +19,7 @@ from orbax_nnx_handler.planning.restore_plan import make_plan
 from orbax_nnx_handler.planning.suggesting import propose
 from orbax_nnx_handler.planning.target.target import flatten_target
 
+FLOAT = np.dtype("float32")
 TOY = Model(layers=10, width=4, compressed=True)
 
 
@@ -84,6 +88,21 @@ def test_the_work_of_pairing_gates_grows_no_faster_than_the_leaves() -> None:
     assert bent(*lines_run(suggestion, 2)) < 0.03
 
 
+def test_the_work_of_telling_modules_by_their_shapes_grows_no_faster_than_the_leaves() -> None:
+    def suggestion(modules: int) -> Callable[[], object]:
+        names = ["".join(word) for word in itertools.islice(itertools.product("klmnprst", repeat=4), modules)]
+        parts = [(name, part, at) for at, name in enumerate(names) for part in (0, 1)]
+        stored = {("params", name, "ab"[part], "kernel"): (part + 2, at + 3) for name, part, at in parts}
+        wanted = {("net", f"{name}_x", "cd"[part], "kernel"): (part + 2, at + 3) for name, part, at in parts}
+        target = nnx.from_flat_state(
+            {path: nnx.Param(jax.ShapeDtypeStruct(shape, "float32")) for path, shape in wanted.items()}
+        )
+        leaves = {path: StoredLeaf(path=path, shape=shape, dtype=FLOAT) for path, shape in stored.items()}
+        return lambda: propose(flatten_target(target), leaves, RestoreOptions.of())
+
+    assert bent(*lines_run(suggestion, 50)) < 0.005
+
+
 def problem(way: str, layers: int) -> tuple[Any, dict[Any, StoredLeaf], RestoreOptions]:
     """Returns target, stored leaves and options of a broken restore, in memory."""
     model = Model(layers=layers, width=4)
@@ -93,7 +112,7 @@ def problem(way: str, layers: int) -> tuple[Any, dict[Any, StoredLeaf], RestoreO
         for n in range(layers)
         for name in ("key", "out", "query", "value")
     ]
-    stored = {path: StoredLeaf(path=path, shape=(4, 4), dtype=np.dtype("float32")) for path in paths}
+    stored = {path: StoredLeaf(path=path, shape=(4, 4), dtype=FLOAT) for path in paths}
     stored["step",] = StoredLeaf(path=("step",), shape=(), dtype=np.dtype("int32"))
     options = RestoreOptions.of(unexpected=broken.unexpected)
     return flatten_target(target_of(broken, model)), stored, options

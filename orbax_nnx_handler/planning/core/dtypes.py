@@ -324,3 +324,11 @@ def _is_wider(scale: Any, code: Any) -> bool:
 def _bits(dtype: Any) -> int:
     """Returns the width of a floating-point type; 0 for any other."""
     return int(cast(Any, jnp.finfo(dtype)).bits) if jnp.issubdtype(dtype, jnp.floating) else 0
+
+
+@functools.cache
+def number_of(dtype: Any) -> str:
+    """Returns the kind of number of a dtype; a restore casts within one kind and never between two."""
+    kinds = ("floating", "complexfloating", "integer", "bool_")
+    found = (kind for kind in kinds if dtype is not None and jnp.issubdtype(dtype, getattr(jnp, kind)))
+    return next(found, "other")

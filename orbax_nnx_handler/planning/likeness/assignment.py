@@ -9,7 +9,9 @@ from typing import Any, cast
 
 import numpy as np
 
+from orbax_nnx_handler.planning.core.folding import plain_names
 from orbax_nnx_handler.planning.core.leaves import Shape, permuted
+from orbax_nnx_handler.planning.core.paths import levels
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart
 from orbax_nnx_handler.planning.likeness.shapes import (
@@ -350,6 +352,34 @@ def beside_namesakes(
             same |= pairs
     taken = {to: at for at, to in same.items()}
     yield from ((at, to) for at, to in possible if same.get(at, to) != to or taken.get(to, at) != at)
+
+
+def contradicted(pairs: Sequence[tuple[Names, Names]]) -> set[int]:
+    """Returns the places of pairs in which a stored name means another part than in most blocks of its list.
+
+    What Linen or a list numbered is left out: a block with one module more counts otherwise.
+
+    Args:
+        pairs: The wanted and the stored path of each.
+    """
+    said: dict[object, dict[Names, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for at, (one, other) in enumerate(pairs):
+        (list_, inside), (others, name) = _in_list(one), _in_list(other)
+        is_counted = any(level.is_automatic or level.style in ("/", ".") for level in levels(name))
+        if len(inside) > 1 < len(name) and not is_counted:
+            said[list_, others, name][plain_names(inside)].append(at)
+    counted = ([*meanings.values()] for meanings in said.values() if len(meanings) > 1)
+    return {at for each in counted for some in each if 2 * len(some) <= sum(map(len, each)) for at in some}
+
+
+def _in_list(names: Names) -> tuple[Names, Names]:
+    """Returns the outermost list that a part is in, and its path in a layer; nothing where it is in none."""
+    at = 0
+    for level in levels(names):
+        at += level.width
+        if level.number is not None:
+            return (*names[: at - level.width], level.base), names[at:]
+    return (), ()
 
 
 def _by_template(parts: Sequence[NamedPart]) -> Mapping[Names, Mapping[Names, int]]:

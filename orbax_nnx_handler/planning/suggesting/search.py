@@ -1,19 +1,16 @@
 """The search for a whole conversion: structure, shapes and names on both sides; last, the parts left over."""
 
 import dataclasses
-import functools
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
-from typing import Any
 
-import jax.numpy as jnp
-
+from orbax_nnx_handler.planning.core.dtypes import number_of
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, segments
 from orbax_nnx_handler.planning.core.recipes import Read, reads, shape_of
-from orbax_nnx_handler.planning.likeness.assignment import Fit, fit_of, may_be, sizes_of_few
+from orbax_nnx_handler.planning.likeness.assignment import Fit, contradicted, fit_of, may_be, sizes_of_few
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie, leads, readings_of, settle_turns
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, module_parts, part_of
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart, named_parts
@@ -103,14 +100,6 @@ def _leaf(entry: Entry, names: Names) -> Leaf:
 def untyped_leaves(leaves: Iterable[Leaf]) -> list[Leaf]:
     """Returns leaves without their collections, for a search where the other side tells none."""
     return [dataclasses.replace(leaf, collection=None) for leaf in leaves]
-
-
-@functools.cache
-def number_of(dtype: Any) -> str:
-    """Returns the kind of number of a dtype; a restore casts within one kind and never between two."""
-    kinds = ("floating", "complexfloating", "integer", "bool_")
-    found = (kind for kind in kinds if dtype is not None and jnp.issubdtype(dtype, getattr(jnp, kind)))
-    return next(found, "other")
 
 
 def _arranged(entries: Sequence[Entry]) -> list[Leaf]:
@@ -435,10 +424,26 @@ def _turns(way: Way) -> int:
 
 
 def match_model(context: Context) -> Findings:
-    """Matches a model; blocks of one kind, of which shapes or names tell some, tell the others."""
-    found = match_context(context)
-    count = len(found.ties) + 1
-    while found.ties and len(found.ties) < count:
-        count, known = len(found.ties), Precedents(context.wanted, context.stored, found.links).speak_for
+    """Matches a model; blocks of one kind, of which shapes or names tell some, tell the others.
+
+    What is made of a name in few blocks of a list and not in most is asked about, where those do not tell.
+    """
+    found, count = match_context(context), None
+    while (odd := _odd(found.links)) or found.ties:
+        if count is not None and len(found.ties) + len(odd) >= count:
+            break
+        count, sure = len(found.ties) + len(odd), [x for x in found.links if x.target.source not in odd]
+        known = Precedents(context.wanted, context.stored, sure).speak_for
         found = match_context(dataclasses.replace(context, known=known))
-    return found
+    asked = [
+        Tie(wanted=(part_of(x.target),), stored=(part_of(x.source),), readings=((x,),)) for x in odd.values()
+    ]
+    kept = [link for link in found.links if link.target.source not in odd]
+    return dataclasses.replace(found, links=kept, ties=[*found.ties, *asked])
+
+
+def _odd(links: Iterable[Link]) -> Mapping[Path, Link]:
+    """Returns links of single layers in which a name means what it does not in most layers of the list."""
+    single = [link for link in links if link.layers is None and len(link.wanted) == len(link.stored) == 1]
+    places = contradicted([(link.target.names, link.source.names) for link in single])
+    return {single[at].target.source: single[at] for at in sorted(places)}

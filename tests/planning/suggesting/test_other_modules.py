@@ -34,6 +34,9 @@ KNOWN = [
     # The norm of a layer that the other side lacks is not the one behind all layers.
     ("pegasus", "absent", "params/model/decoder/layers/0"),
     ("pegasus", "twice", "params/model/encoder/layers/0"),
+    # `w1` is in the first layer what it is in the others.
+    ("easylm", "absent", "params/params/transformer/h/0/feed_forward/w3"),
+    ("llama_meta", "unwanted", "layers/0/feed_forward/w3"),
     # The layer that alone holds something beside is not the last one.
     ("relbias_min", "twice", "params/decoder/layers_1/pre_self_attention_layer_norm"),
 ]

@@ -50,8 +50,8 @@ class Case:
 def cases(gb: float, *, toy: bool) -> list[Case]:
     """Returns the comparisons for models of about `gb` · 1e9 bytes."""
     size = int(gb * 1e9)
-    many = 120 if toy else 2169
-    most = 200 if toy else 20005
+    many = 24 if toy else 2169
+    most = 40 if toy else 20005
     few = sized(37, size, dtype="bfloat16")
     middle = sized(many, size)
     # As small as in real models of so many leaves: counts, scales, low-rank factors.

@@ -9,7 +9,7 @@ def main() -> None:
     options = arguments(__doc__ or "")
     size = int(options.gb * 1e9)
     results, tables = {}, {}
-    for leaves in (37, 100 if options.toy else 2169):
+    for leaves in (37, 24 if options.toy else 2169):
         model = sized(leaves, size)
         path = write(model, options.scratch)
         for what, ours, parents in (

@@ -7,6 +7,7 @@ import os
 import pathlib
 import sys
 import tempfile
+from typing import Any
 
 from tests.processes import (
     hasty_flags,
@@ -139,6 +140,9 @@ _SLOWEST = (
     "tests/laws/test_confusing_names.py",
 )
 
+# The files of each run the same programs, operation by operation: what one has compiled the others need not load.
+_TOGETHER = ("tests/verifying/",)
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Has a worker of a run tell how each test ended, not also that it began and was set up well."""
@@ -162,6 +166,20 @@ def pytest_configure(config: pytest.Config) -> None:
     worker.pytest_runtest_logstart = worker.pytest_runtest_logfinish = None
     worker.pytest_runtest_logreport = tell_the_end
     config.pluginmanager.register(worker)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Has `--dist loadfile` also keep the files of one folder on one worker that run the same programs."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class TogetherScheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return next((folder for folder in _TOGETHER if nodeid.startswith(folder)), nodeid.split("::")[0])
+
+    return TogetherScheduling(config, log)
 
 
 def pytest_collection() -> None:

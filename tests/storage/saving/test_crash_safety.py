@@ -1,5 +1,6 @@
 """A save or a conversion that fails or is interrupted leaves the old item, and nothing beside it."""
 
+import contextlib
 import json
 import os
 import resource
@@ -108,50 +109,68 @@ def test_the_handler_refuses_a_directory_that_orbax_would_leave_empty(tmp_path):
 
 
 WRITES = """
-import os, pathlib, signal, sys
+import os, signal, sys
 from etils import epath
 from orbax_nnx_handler.storage.saving.atomic import appearing
-with appearing(epath.Path(sys.argv[1])) as unfinished:
-    unfinished.mkdir()
-    (unfinished / "half").write_text("half")
-    print("writes", flush=True)
-    sys.stdin.read()
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+for line in sys.stdin:
+    if not os.fork():
+        with appearing(epath.Path(line.strip())) as unfinished:
+            unfinished.mkdir()
+            (unfinished / "half").write_text("half")
+            print(os.getpid(), flush=True)
+            signal.pause()
 """
 
 
-def begun(path):
-    """Returns a process that is writing what will have a name."""
-    words = [sys.executable, "-c", WRITES, str(path)]
-    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert process.stdout.readline() == b"writes\n"
-    return process
+@pytest.fixture(scope="module")
+def begun():
+    """Has a process write what will have a name; returns its number. All are forked from one that imports."""
+    words = [sys.executable, "-W", "ignore", "-c", WRITES]
+    importer = subprocess.Popen(
+        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+    def begin(path):
+        print(path, file=importer.stdin, flush=True)
+        return int(importer.stdout.readline())
+
+    yield begin
+    os.killpg(importer.pid, signal.SIGKILL)
+    importer.wait()
 
 
-def test_what_a_killed_process_was_writing_goes_with_the_next_one_of_the_same_name(tmp_path):
+def kill(process):
+    os.kill(process, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        while True:
+            os.kill(process, 0)
+            time.sleep(0.01)
+
+
+def test_what_a_killed_process_was_writing_goes_with_the_next_one_of_the_same_name(tmp_path, begun):
     save(tmp_path / "src", Net(1.0))
     killed, living, another = begun(tmp_path / "3"), begun(tmp_path / "3"), begun(tmp_path / "33")
     for process in (killed, another):
-        process.kill()
-        process.wait()
-    elsewhere = tmp_path / f"3.converting-{killed.pid}0"
+        kill(process)
+    elsewhere = tmp_path / f"3.converting-{killed}0"
     elsewhere.mkdir()
     (elsewhere / ".owner").write_text("another machine")
-    unknown = tmp_path / f"3.converting-{killed.pid}1"
+    unknown = tmp_path / f"3.converting-{killed}1"
     unknown.mkdir()
     (unknown / "somebody's").touch()
     # As where the process died before it had said whose it is, or while that was being removed.
     for at, name in enumerate(("2", "3")):
-        left = tmp_path / f"3.converting-{killed.pid}{name}"
+        left = tmp_path / f"3.converting-{killed}{name}"
         left.mkdir()
         if at:
             (left / ".owner").touch()
 
     assert cli.main(["convert", str(tmp_path / "src"), str(tmp_path / "3")]) == 0
 
-    left = [f"3.converting-{living.pid}", f"33.converting-{another.pid}", elsewhere.name, unknown.name]
+    left = [f"3.converting-{living}", f"33.converting-{another}", elsewhere.name, unknown.name]
     assert names_in(tmp_path) == sorted([*left, "3", "src"])
     assert value_at(tmp_path / "3") == 1.0
-    living.communicate()
 
 
 def test_whose_a_directory_is_is_known_until_all_else_in_it_is_removed(tmp_path, monkeypatch):
@@ -238,13 +257,12 @@ def test_a_save_begins_only_where_threads_may_be_started(tmp_path, monkeypatch, 
     assert names_in(tmp_path) == []
 
 
-def test_an_item_that_was_being_replaced_stays_until_there_is_another(tmp_path, monkeypatch):
+def test_an_item_that_was_being_replaced_stays_until_there_is_another(tmp_path, monkeypatch, begun):
     save(tmp_path / "item", Net(1.0))
     killed = begun(tmp_path / "item")
-    killed.kill()
-    killed.wait()
+    kill(killed)
     # As where names cannot be exchanged, and the process dies between two renames.
-    left = tmp_path / f"item.converting-{killed.pid}"
+    left = tmp_path / f"item.converting-{killed}"
     (tmp_path / "item").rename(left / "item.replaced")
 
     def fail(*_, **__):

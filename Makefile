@@ -19,8 +19,8 @@ LOWEST = $(shell for name in python3.11 python3.12 python3.13 $(PYTHON); do \
 	$$name -c '$(SUPPORTED)' 2>/dev/null && echo $$name && break; done)
 INSTALL := -m pip install --quiet --disable-pip-version-check
 RUN := $(VENV)/bin/python
-# A file's tests stay on one worker, so that what they set up once is set up once; tests/conftest.py puts the
-# slowest files first. One worker more than two processors: many tests wait for a process that they started.
+# A folder's tests stay on one worker, so that what they set up and compile once is done once; tests/conftest.py
+# puts the slowest files first. One worker more than two processors: many tests wait for a process that they started.
 WORKERS ?= 3
 ARGS ?=
 TESTS := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder

@@ -140,8 +140,8 @@ _SLOWEST = (
     "tests/laws/test_confusing_names.py",
 )
 
-# The files of each run the same programs, operation by operation: what one has compiled the others need not load.
-_TOGETHER = ("tests/verifying/",)
+# Of so many tests each folder's stay on one worker: what one file has compiled, the next one need not load.
+_MANY = 5000
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -170,16 +170,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Has `--dist loadfile` also keep the files of one folder on one worker that run the same programs."""
+    """Has `--dist loadfile` keep the tests of a folder on one worker where the whole suite runs."""
     if config.getvalue("dist") != "loadfile":
         return None
     from xdist.scheduler import LoadFileScheduling
 
-    class TogetherScheduling(LoadFileScheduling):
+    class FolderScheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return next((folder for folder in _TOGETHER if nodeid.startswith(folder)), nodeid.split("::")[0])
+            file = nodeid.partition("::")[0]
+            return file.rpartition("/")[0] if len(self.collection) > _MANY else file
 
-    return TogetherScheduling(config, log)
+    return FolderScheduling(config, log)
 
 
 def pytest_collection() -> None:

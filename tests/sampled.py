@@ -1,15 +1,17 @@
-"""Half of a grid of cases for the suite; `python -m tests.sampled` runs the same tests with all of them."""
+"""A part of many cases that are alike, for the suite; `python -m tests.sampled` runs those tests with all."""
 
 import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
 
 from tests.processes import ROOT
 
 _WHOLE = "ORBAX_NNX_WHOLE_GRIDS"
+
+T = TypeVar("T")
 
 
 def sampled(*axes: Iterable[Any]) -> list[tuple[Any, ...]]:
@@ -22,8 +24,18 @@ def sampled(*axes: Iterable[Any]) -> list[tuple[Any, ...]]:
     ]
 
 
+def every(step: int, cases: Iterable[T], first: int = 0) -> Sequence[T]:
+    """Returns every so-many-th of a list of cases, from one of them on."""
+    return [*cases] if _WHOLE in os.environ else [*cases][first::step]
+
+
+def drawn(few: int, many: int) -> int:
+    """Returns how many random cases are drawn: few in the suite."""
+    return many if _WHOLE in os.environ else few
+
+
 def main() -> int:
-    """Runs the files that take half of a grid, with all of it; what follows the command goes to pytest."""
+    """Runs the files that take a part of their cases, with all; what follows the command goes to pytest."""
     files = [
         str(path)
         for path in sorted((ROOT / "tests").rglob("test_*.py"))

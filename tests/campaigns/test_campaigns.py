@@ -10,18 +10,19 @@ import pytest
 
 from orbax_nnx_handler import RestoreError, restore
 from tests.campaigns import corruption, crafted, hostile
+from tests.sampled import drawn
 
 ROOT = pathlib.Path(__file__).parents[2]
 
 
 def test_damaged_checkpoints_are_right_or_one_clear_error(tmp_path):
-    lines, held = corruption.run(tmp_path, seed=5, trials=150, seconds=60, every_stock=3)
+    lines, held = corruption.run(tmp_path, seed=5, trials=drawn(75, 150), seconds=60, every_stock=3)
 
     assert held, "\n".join(lines)
 
 
 def test_hostile_checkpoints_are_refused_in_bounded_time_and_memory(tmp_path):
-    lines, held = hostile.run(tmp_path, seed=5, trials=40, seconds=60)
+    lines, held = hostile.run(tmp_path, seed=5, trials=drawn(20, 40), seconds=60)
 
     assert held, "\n".join(lines)
 

@@ -16,8 +16,9 @@ from tests.laws.fuzz.replaced import try_replaced
 from tests.laws.fuzz.round_trips import try_round_trip
 from tests.laws.fuzz.trial import draw, try_seed
 from tests.laws.worlds import Branch
+from tests.sampled import drawn, every
 
-TREES = 75
+TREES = drawn(45, 75)
 EVERY = 15
 
 
@@ -39,14 +40,14 @@ def test_few_random_trees_with_one_reading_are_refused(outcomes):
 
 
 def test_random_states_come_back_from_their_own_save(tmp_path_factory):
-    found = [try_round_trip(seed, tmp_path_factory.mktemp("saved")) for seed in range(25, 36)]
+    found = [try_round_trip(seed, tmp_path_factory.mktemp("saved")) for seed in every(2, range(25, 36))]
     bad = [outcome for outcome in found if outcome.result not in ("right", "refused")]
     assert not bad, "\n".join(f"seed {outcome.seed}: {outcome.detail}" for outcome in bad)
 
 
 def test_random_programs_of_several_networks_come_back_from_their_own_save(tmp_path_factory):
     # Of these no level, group or owner tells where each part was.
-    seeds = (17, 26, 28, 64, 83, 93, 115, 133, 148, 177)
+    seeds = every(2, (17, 26, 28, 64, 83, 93, 115, 133, 148, 177))
     found = [try_placed(seed, tmp_path_factory.mktemp("placed")) for seed in seeds]
     bad = [outcome for outcome in found if outcome.result != "right"]
     assert not bad, "\n".join(f"seed {outcome.seed}: {outcome.detail}" for outcome in bad)
@@ -97,21 +98,21 @@ def test_optimizer_states_of_the_oracle_lie_where_nnx_has_them():
 
 
 def test_random_programs_come_back_also_where_they_hold_their_networks_otherwise(tmp_path_factory):
-    found = [try_program(seed, tmp_path_factory.mktemp("program")) for seed in range(12)]
+    found = [try_program(seed, tmp_path_factory.mktemp("program")) for seed in range(drawn(8, 12))]
     wrong = [outcome for outcome in found if outcome.result in ("wrong", "crashed")]
     assert not wrong, "\n".join(f"seed {outcome.seed}: {outcome.detail}" for outcome in wrong)
     assert needless(found) <= 0.1, table(found)
 
 
 def test_random_programs_come_back_under_rules_that_say_what_has_changed(tmp_path_factory):
-    found = [try_renamed(seed, tmp_path_factory.mktemp("renamed")) for seed in range(16)]
+    found = [try_renamed(seed, tmp_path_factory.mktemp("renamed")) for seed in range(drawn(8, 16))]
     wrong = [outcome for outcome in found if outcome.result in ("wrong", "crashed")]
     assert not wrong, "\n".join(f"seed {outcome.seed}: {outcome.detail}" for outcome in wrong)
     assert needless(found) <= 0.05, table(found)
 
 
 def test_under_random_rules_for_networks_optimizers_keep_what_has_trained_their_weights(tmp_path_factory):
-    found = [try_replaced(seed, tmp_path_factory.mktemp("replaced")) for seed in range(16)]
+    found = [try_replaced(seed, tmp_path_factory.mktemp("replaced")) for seed in range(drawn(8, 16))]
     wrong = [outcome for outcome in found if outcome.result in ("wrong", "crashed")]
     assert not wrong, "\n".join(f"seed {outcome.seed}: {outcome.detail}" for outcome in wrong)
     assert needless(found) == 0, table(found)

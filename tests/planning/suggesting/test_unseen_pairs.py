@@ -21,6 +21,7 @@ from tests.planning.suggesting.pairs import (
 from tests.planning.suggesting.settled import part_of_its_own, spoilt
 from tests.planning.suggesting.unseen import SAMPLE, faults_of_proposal, faults_of_save, restored_of
 from tests.processes import ROOT
+from tests.sampled import every
 
 
 @pytest.fixture(scope="module", params=SAMPLE)
@@ -41,7 +42,7 @@ def test_the_rules_for_an_unseen_pair_save_back_what_was_stored(restored):
     assert faults_of_save(name, state) == []
 
 
-@pytest.mark.parametrize("name", [*UNSEEN][::8])
+@pytest.mark.parametrize("name", every(8, UNSEEN))
 def test_a_part_of_the_rules_for_an_unseen_pair_is_built_upon_and_nothing_becomes_wrong(name):
     tree, found = proposed(name)
 

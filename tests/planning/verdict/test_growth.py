@@ -18,6 +18,7 @@ from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.restore_plan import make_plan
 from orbax_nnx_handler.planning.suggesting import propose
 from orbax_nnx_handler.planning.target.target import flatten_target
+from tests.sampled import every
 
 FLOAT = np.dtype("float32")
 TOY = Model(layers=10, width=4, compressed=True)
@@ -55,7 +56,7 @@ OTHERWISE_FOR_FEW = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", every(2, WAYS))
 def test_the_work_of_a_verdict_grows_no_faster_than_the_leaves(way: str) -> None:
     def verdict(layers: int) -> Callable[[], object]:
         target, stored, options = problem(way, layers)
@@ -71,7 +72,7 @@ def test_the_work_of_a_verdict_grows_no_faster_than_the_leaves(way: str) -> None
 RULE_BY_RULE = {"all names differ", "all names differ, deep", "all names differ, one level", "another model"}
 
 
-@pytest.mark.parametrize("way", [way for way in WAYS if way not in RULE_BY_RULE])
+@pytest.mark.parametrize("way", every(2, [way for way in WAYS if way not in RULE_BY_RULE], 1))
 def test_the_work_of_a_suggestion_grows_no_faster_than_the_leaves(way: str) -> None:
     def suggestion(layers: int) -> Callable[[], object]:
         target, stored, _ = problem(way, layers)

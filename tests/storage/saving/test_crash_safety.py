@@ -311,7 +311,9 @@ runpy.run_module("orbax_nnx_handler", run_name="__main__", alter_sys=True)
 
 
 # The first one of all, two that others import, and one of the last.
-@pytest.mark.parametrize("module", ["orbax_nnx_handler.cli", "numpy", "flax", "orbax_nnx_handler.planning.diagnosis"])
+@pytest.mark.parametrize(
+    "module", ["orbax_nnx_handler.cli", "numpy", "flax", "orbax_nnx_handler.planning.diagnosis"]
+)
 def test_an_interrupt_while_the_command_line_imports_is_one_line(tmp_path, module):
     words = [sys.executable, "-c", INTERRUPTED, module, "tree", str(tmp_path / "nothing")]
 

@@ -33,7 +33,7 @@ from orbax_nnx_handler.planning.likeness.vocabulary import (
 )
 
 _QKV, _MLP = frozenset("qkv"), frozenset(("up", "down", "gate"))
-_ENDS = frozenset(("pre", "post", "first", "last"))
+_ENDS, _FEW = frozenset(("pre", "post", "first", "last")), 5  # More numbers than any in `NUMBERED`.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -168,7 +168,7 @@ class _Context:
             is_either = self._may_come_first(part, len(numbers[-1][1]) if numbers else 0)
         else:
             fact = self._resolve(part, said, numbers) or fact
-            known = any((part.levels[-1].base, x) in NUMBERED for _, x in numbers[-1:])  # `w3`, `w2`.
+            known = any((part.levels[-1].base, x[:_FEW]) in NUMBERED for _, x in numbers[-1:])  # `w3`, `w2`.
             is_turned = known and said.isdisjoint(("gate", "up", *"qkvo"))
             is_either = is_turned or part.family[1] in self._backwards
             is_either |= not fact and bool(numbers) and self._may_be_gated(part, numbers[-1][1])
@@ -263,7 +263,7 @@ class _Context:
         if own & (STRONG - {"up"}) or said & {"conv", "embed"} or is_image:
             return ""
         family = numbers[-1][1] if last.number is not None else ()
-        known = NUMBERED.get((last.base, family))
+        known = NUMBERED.get((last.base, family[:_FEW]))
         if known is not None and last.number is not None and self._leads_back(part, known[0], family):
             said -= {"up"}
             said.add(known[0][family.index(last.number)])

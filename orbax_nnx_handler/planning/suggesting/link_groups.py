@@ -395,11 +395,12 @@ class Precedents:
 
     def _views(self, wanted: Names, stored: Names) -> Iterator[tuple[object, tuple[object, ...], object]]:
         """Yields two parts as those of the modules around them, of lists, and by their first or last word."""
-        for one, other in itertools.product(around(wanted), around(stored)):
-            if _count(one) != _count(other) and _count(wanted) == _count(stored):
+        is_counted = _count(wanted) == _count(stored)
+        sides = ([(at, is_counted and _count(at)) for at in around(names)] for names in (wanted, stored))
+        for (one, count), (other, against) in itertools.product(*sides):
+            if count != against:
                 continue  # `down/1` and `down_1_block_0`: below them only one side still counts blocks.
-            ours, theirs = self._wanted.get(one, ()), self._stored.get(other, ())
-            for kinds in zip(ours, theirs, strict=False):
+            for kinds in zip(self._wanted.get(one, ()), self._stored.get(other, ()), strict=False):
                 yield kinds, wanted[len(one) :], stored[len(other) :]
         ours, theirs = levels(wanted), levels(stored)
         if not ours or not theirs:

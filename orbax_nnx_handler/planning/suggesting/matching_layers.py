@@ -36,7 +36,6 @@ from orbax_nnx_handler.planning.suggesting.series import (
     series_of,
     sizes_of,
     with_inner,
-    without_rest,
 )
 from orbax_nnx_handler.planning.suggesting.stacks import (
     Share,
@@ -46,6 +45,7 @@ from orbax_nnx_handler.planning.suggesting.stacks import (
     shares_of,
     stack_of,
     stacked_twice,
+    without_rest,
 )
 from orbax_nnx_handler.planning.target.roles import creation_place
 
@@ -234,7 +234,7 @@ class _Matching:
             same = same_layers(*pair)
             sizes = [{at: part_sizes(held) for at, held in one.members.items()} for one in pair]
             unlike = [(sizes[0][at], sizes[1][to]) for at, to in same if sizes[0][at] != sizes[1][to]]
-            for side, numbers in enumerate(zip(*same, strict=True)):
+            for side, numbers in enumerate(map(set[int], zip(*same, strict=True))):
                 more = {held for at, held in sizes[side].items() if at not in numbers}
                 if more & (beside[1 - side] | {each[1 - side] for each in unlike}):
                     return False

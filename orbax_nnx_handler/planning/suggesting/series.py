@@ -20,7 +20,6 @@ from orbax_nnx_handler.planning.likeness.links import Link
 from orbax_nnx_handler.planning.likeness.module_parts import BySize, Leaf, module_parts, of_sizes
 from orbax_nnx_handler.planning.likeness.vocabulary import (
     MARGIN,
-    RESTS,
     SINGLE,
     Names,
     arm,
@@ -65,9 +64,14 @@ class Series:
         return [leaf for held in self.members.values() for leaf in held]
 
     @derived
+    def held(self) -> Mapping[int, list[int]]:
+        """How many elements the leaves of each member hold, the smallest first."""
+        return {at: sorted(math.prod(leaf.shape) for leaf in each) for at, each in self.members.items()}
+
+    @derived
     def sizes(self) -> list[int]:
         """How many elements each member holds, by their numbers."""
-        return [sizes_of(self.members[number]) for number in self.numbers]
+        return [max(1, sum(self.held[number])) for number in self.numbers]
 
     @derived
     def looks(self) -> Mapping[int, tuple[tuple[Names, Shape], ...]]:
@@ -91,6 +95,7 @@ class Series:
 
 
 Pairs = list[tuple[Series, Series]]
+_Waiting = list[tuple[Leaf, list[Any]]]
 _numbered = functools.lru_cache(maxsize=65536)(numbered)  # Asked of each leaf in every context.
 
 
@@ -102,14 +107,12 @@ def series_of(leaves: Sequence[Leaf], above: int, least: int = 2) -> list[Series
     waiting = [(leaf, _numbered(leaf.names, above)) for leaf in leaves]
     found: list[Series] = []
     while waiting:
-        groups: dict[tuple[Names, Names], dict[int, list[tuple[Leaf, list[Any]]]]] = defaultdict(
-            lambda: defaultdict(list)
-        )
+        groups: dict[tuple[Names, Names], dict[int, _Waiting]] = defaultdict(lambda: defaultdict(list))
         for leaf, places in waiting:
             if places:
                 key, number = places[0]
                 groups[key][number].append((leaf, places[1:]))
-        waiting = list[tuple[Leaf, list[Any]]]()
+        waiting = _Waiting()
         for (template, base), members in groups.items():
             held = {number: [leaf for leaf, _ in pairs] for number, pairs in members.items()}
             if _is_series(template, base, held, least):
@@ -131,11 +134,10 @@ def with_inner(groups: Iterable[Series]) -> list[Series]:
 
 
 def _is_series(template: Names, base: Names, members: Mapping[int, Sequence[Leaf]], least: int) -> bool:
-    above, some = len(template), members.values() if least > 1 else ()
+    above, is_list = len(template), len(members) > 1 or base[-1].lower() in SINGLE
+    some = members.values() if least > 1 and is_list else ()
     looks = {tuple((leaf.names[above:], leaf.shape) for leaf in held): held for held in some}
-    if any(len(module_parts(held, above)) < least for held in looks.values()):
-        return False
-    return len(members) > 1 or base[-1].lower() in SINGLE
+    return is_list and all(len(module_parts(held, above)) >= least for held in looks.values())
 
 
 def kinds_of(series: Series) -> list[Series]:
@@ -233,9 +235,10 @@ def in_sequence(groups: Sequence[Series], free: Sequence[Leaf], above: int, arms
 
 
 def _in_sequence(series: Series, found: Mapping[Names, list[Leaf]], arms: int) -> list[Pairs]:
-    found = {at: held for at, held in found.items() if not exclude(said_of(series), concepts(at))}
+    said, says = said_of(series), {at: concepts(at) for at in found if len(found) >= len(series.sizes)}
+    found = {at: found[at] for at in says if not exclude(said, says[at])}
     # A list in `mid` is none that begins on the way down.
-    if len(found) != len(series.sizes) or len({said_of(series) & concepts(names) for names in found}) > 1:
+    if len(found) != len(series.sizes) or len({said & says[names] for names in found}) > 1:
         return []
     shared = len(shared_levels(list(found), own=1))  # `mid` of a decoder is the middle, and no way up.
     shared *= any(arm(names[shared:]) for names in found)
@@ -265,20 +268,6 @@ def _counts(path: str, way: int) -> tuple[int, ...]:
     """Returns what a path counts; images, `16x16`, are smaller down a U-Net's way and larger up again."""
     counted = (re.fullmatch(r"(\d+)(x\1)?", word) for word in words(path))
     return tuple(int(match[1]) * (way if match[2] else 1) for match in counted if match)
-
-
-def without_rest(series: Series, others: Iterable[Series]) -> tuple[Series, Pairs] | None:
-    """Returns a group without its last layers, and these with a group named so: the remainder."""
-    found = [other for other in others if said_of(other) & RESTS and have_equal_layers(series, other)]
-    if len(found) != 1 or len(found[0].members) >= len(series.members) or not is_complete(found[0]):
-        return None
-    other, numbers, first = found[0], series.numbers, len(series.numbers) - len(found[0].numbers)
-    members = {number: series.members[number] for number in numbers[:first]}
-    pairs = [
-        (alone(series.place(at), series.members[at], 0), alone(other.place(to), other.members[to], 1))
-        for at, to in zip(numbers[first:], other.numbers, strict=True)
-    ]
-    return dataclasses.replace(series, members=members), pairs
 
 
 def have_equal_layers(one: Series, other: Series) -> bool:
@@ -315,10 +304,9 @@ def said_of(series: Series) -> frozenset[str]:
 
 def _may_be_one(one: Series, other: Series) -> bool:
     """Tells whether two groups may be the same layers: nearly as large each, and named no opposites."""
-    pairs = [(one.members[left], other.members[right]) for left, right in same_layers(one, other)]
-    if not pairs or exclude(said_of(one), said_of(other)) or arm(one.base) * arm(other.base) < 0:
+    held = [(one.held[left], other.held[right]) for left, right in same_layers(one, other)]
+    if not held or exclude(said_of(one), said_of(other)) or arm(one.base) * arm(other.base) < 0:
         return False
-    held = [[sorted(math.prod(leaf.shape) for leaf in side) for side in pair] for pair in pairs]
     if one.is_kind or other.is_kind:
         # Nothing but what they hold speaks for layers of one kind.
         return all(left == right for left, right in held)

@@ -18,6 +18,7 @@ from orbax_nnx_handler.planning.likeness.module_parts import Leaf, Stacks, depth
 from orbax_nnx_handler.planning.likeness.shapes import Step, Steps, Way, transposed, without_axis
 from orbax_nnx_handler.planning.likeness.vocabulary import (
     MARGIN,
+    RESTS,
     Concepts,
     Names,
     arm,
@@ -27,13 +28,30 @@ from orbax_nnx_handler.planning.likeness.vocabulary import (
     place_of,
 )
 from orbax_nnx_handler.planning.suggesting.series import (
+    Pairs,
     Series,
+    alone,
     are_alike,
+    have_equal_layers,
     is_complete,
     kinds_of,
     said_of,
     sizes_of,
 )
+
+
+def without_rest(series: Series, others: Iterable[Series]) -> tuple[Series, Pairs] | None:
+    """Returns a group without its last layers, and these with a group named so: the remainder."""
+    found = [other for other in others if said_of(other) & RESTS and have_equal_layers(series, other)]
+    if len(found) != 1 or len(found[0].members) >= len(series.members) or not is_complete(found[0]):
+        return None
+    other, numbers, first = found[0], series.numbers, len(series.numbers) - len(found[0].numbers)
+    members = {number: series.members[number] for number in numbers[:first]}
+    pairs = [
+        (alone(series.place(at), series.members[at], 0), alone(other.place(to), other.members[to], 1))
+        for at, to in zip(numbers[first:], other.numbers, strict=True)
+    ]
+    return dataclasses.replace(series, members=members), pairs
 
 
 def shared_in(series: Series) -> Series:

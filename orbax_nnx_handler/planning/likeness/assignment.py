@@ -25,6 +25,7 @@ from orbax_nnx_handler.planning.likeness.vocabulary import (
     MARGIN,
     PLACING,
     PYTORCHS,
+    STRONG,
     Concepts,
     Names,
     counts_of,
@@ -334,6 +335,27 @@ def across_networks(
         own = {to for to, network in networks.items() if network == (name,)}
         if len(own) >= len({at for at, _ in pairs}):
             yield from (pair for pair in pairs if networks[pair[1]] not in ((), (name,)))
+
+
+def beside_turned(
+    fits: Mapping[tuple[int, int], Fit], wanted: Sequence[NamedPart], stored: Sequence[NamedPart]
+) -> list[tuple[int, int]]:
+    """Returns pairs of matrices as they are, where those of one role on both sides only fit transposed.
+
+    Of Praxis' `ffn_layer1` and `ffn_layer2` either has the shape of the other one, transposed.
+    """
+    told: dict[tuple[str, str], set[bool]] = defaultdict(set)
+    as_they_are: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
+    for pair, fit in fits.items():
+        is_known = bool(wanted[pair[0]].said & stored[pair[1]].said & STRONG)
+        for one, other, options in fit.pairs:
+            if min(len(one.shape), len(other.shape)) > 1 == len(options):
+                names, is_turned = (one.names[-1], other.names[-1]), options[0].turned
+                if is_known:
+                    told[names].add(is_turned)
+                elif not is_turned and len(one.shape) == len(other.shape):
+                    as_they_are[names].append(pair)
+    return [pair for names, held in as_they_are.items() if told[names] == {True} for pair in held]
 
 
 def beside_namesakes(

@@ -7,13 +7,10 @@ from typing import Literal
 
 from orbax_nnx_handler.planning.core.leaves import with_fields
 from orbax_nnx_handler.planning.core.paths import canonical, levels
-from orbax_nnx_handler.planning.likeness.assignment import Fit
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, part_of
-from orbax_nnx_handler.planning.likeness.named_parts import NamedPart
 from orbax_nnx_handler.planning.likeness.shapes import Joint, Steps, Way
 from orbax_nnx_handler.planning.likeness.vocabulary import (
     PYTORCHS,
-    STRONG,
     Names,
     concepts,
     parameter_of,
@@ -208,27 +205,6 @@ def _grounds(options: Sequence[Sequence[Way]], made: Sequence[tuple[Way]]) -> Pa
     return "patch" if any(x.flattens for x in found) else "names" if any(x.named for x in found) else "shapes"
 
 
-def beside_turned(
-    fits: Mapping[tuple[int, int], Fit], wanted: Sequence[NamedPart], stored: Sequence[NamedPart]
-) -> list[tuple[int, int]]:
-    """Returns pairs of matrices as they are, where those of one role on both sides only fit transposed.
-
-    Of Praxis' `ffn_layer1` and `ffn_layer2` either has the shape of the other one, transposed.
-    """
-    told: dict[tuple[str, str], set[bool]] = defaultdict(set)
-    as_they_are: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
-    for pair, fit in fits.items():
-        is_known = bool(wanted[pair[0]].said & stored[pair[1]].said & STRONG)
-        for one, other, options in fit.pairs:
-            if min(len(one.shape), len(other.shape)) > 1 == len(options):
-                names, is_turned = (one.names[-1], other.names[-1]), options[0].turned
-                if is_known:
-                    told[names].add(is_turned)
-                elif not is_turned and len(one.shape) == len(other.shape):
-                    as_they_are[names].append(pair)
-    return [pair for names, held in as_they_are.items() if told[names] == {True} for pair in held]
-
-
 def readings_of(link: Link) -> tuple[Link, ...]:
     """Returns a link with its square matrices as they are, and turned."""
     made = [[[w for w in ways if w.turned == t] or ways for ways in link.ways] for t in (False, True)]
@@ -243,12 +219,10 @@ def _chosen(
         return ways[0] if is_told else None
     if (is_first := _are_outputs_first(link)) is not None:
         return next((way for way in ways if way.turned is is_first), None)
-    keys, is_named = [*_keys(link, leaf)], bool(ways[0].named)
-    turned, is_far = _nearest(keys, evidence)
+    is_named = bool(ways[0].named)
+    turned, is_far = _told(link, leaf, evidence, is_named)
     if len(turned) == 1 and is_named and is_far and ways[0].turned not in turned:
         return None  # Against a name, only the matrices of its own block tell.
-    if not turned and not is_named:
-        turned, _ = _nearest([("named", *key) for key in keys], evidence)
     if len(turned) == 1:
         return next((way for way in ways if way.turned in turned), None)
     if is_named:
@@ -262,6 +236,20 @@ def _chosen(
     if _last_name(leaf.names) == _last_name(link.target.names) not in PYTORCHS and not _are_squares(leaf):
         return next((way for way in ways if not way.turned), None)
     return None
+
+
+def _told(
+    link: Link, leaf: Leaf, evidence: Mapping[tuple[object, ...], set[bool]], is_named: bool
+) -> tuple[set[bool], bool]:
+    """Returns what others of its name tell of a matrix, or those that are or are not called kernels."""
+    turned, is_far = _nearest(keys := [*_keys(link, leaf)], evidence)
+    if turned:
+        return turned, is_far
+    if not is_named:
+        return _nearest([("named", *key) for key in keys], evidence)[0], False
+    # What is called a kernel has outputs first where those do that the target calls so too.
+    is_kernel = _last_name(leaf.names) == "kernel" != _last_name(link.target.names)
+    return (_nearest(_keys(link, leaf, "kernel"), evidence)[0] if is_kernel else turned), False
 
 
 def _nearest(
@@ -280,7 +268,11 @@ def _are_outputs_first(link: Link) -> bool | None:
     parts, whole = (link.wanted, link.source) if link.is_split else (link.stored, link.target)
     if link.joint is None or link.joint.is_new or len(whole.shape) != 2:
         return None
-    return link.joint.axis == 0 if all(part.names[-1] == "kernel" for part in parts) else None
+    inputs, is_first = whole.shape[1 - link.joint.axis], link.joint.axis == 0
+    ends = {(len(x.shape), x.shape[0] == inputs, x.shape[-1] == inputs) for x in parts}
+    if ends in ({(3, True, False)}, {(3, False, True)}):
+        return is_first is (ends == {(3, True, False)})  # Heads tell where inputs are.
+    return is_first if all(part.names[-1] == "kernel" for part in parts) else None
 
 
 def _are_squares(leaf: Leaf) -> bool:
@@ -298,14 +290,14 @@ def _axes(leaf: Leaf) -> int:
     return sum(length != 1 for length in leaf.shape)
 
 
-def _keys(link: Link, leaf: Leaf) -> Iterable[tuple[object, ...]]:
-    """Yields what a matrix shares its arrangement with: its module, its block, its model."""
+def _keys(link: Link, leaf: Leaf, wanted: str = "") -> Iterable[tuple[object, ...]]:
+    """Yields what a matrix, or one of another name, shares its arrangement with: module, block, model."""
     # A part of a stack of parts has an axis less; heads that are joined to a matrix are one.
     is_new = link.joint is not None and link.joint.is_new
     ranks = _axes(leaf) - (is_new and link.is_split), _axes(link.target) - (is_new and not link.is_split)
     seat = max(link.levels[-1][0] + 1 if link.levels else 0, len(link.layers.stored) if link.layers else 0)
     bases, block = (tuple(level.base for level in levels(names)) for names in (leaf.names, leaf.names[:seat]))
-    named = tuple(parameter_of(_last_name(names)) for names in (leaf.names, link.target.names))
+    named = tuple(map(parameter_of, (_last_name(leaf.names), wanted or _last_name(link.target.names))))
     for rank in dict.fromkeys((ranks[0], min(ranks))):
         if not _QKV.isdisjoint(concepts(bases[-2:-1])):
             yield "qkv", bases[:-2], named, rank  # What leads out of an attention is no evidence.

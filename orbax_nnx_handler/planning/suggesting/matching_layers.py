@@ -263,7 +263,7 @@ class _Matching:
             every = [*((one, False) for one in left), *((one, True) for one in right)]
             for series, stacks in 2 * every:  # Two may lie in one stack, of which one alone is too little.
                 if not self._is_taken(series):
-                    rest |= self._match_stack(shared_in(series), stacks, least)
+                    rest |= self._match_stack(series, stacks, least)
         self._taken |= rest
         for _, pair in rests:
             if pair is not None and self._is_taken(pair[0]):
@@ -274,7 +274,7 @@ class _Matching:
         if (known := (stacks, len(self._taken))) not in self._possible:
             free = self._free(1 - stacks), self._context.above[1 - stacks]
             self._possible = {known: (stacks_in(*free), functools.cache(functools.partial(series_of, *free)))}
-        stack = stack_of(series, self._possible[known][0], least)
+        stack, series = stack_of(series, self._possible[known][0], least), shared_in(series)
         found = [(series, *stack)] if stack is not None and are_alike(series) else []
         if not (found or stacks or least == 1):
             found = shares_of(series, *self._possible[known])

@@ -13,6 +13,7 @@ from orbax_nnx_handler.planning.likeness.assignment import (
     Table,
     across_networks,
     beside_namesakes,
+    beside_turned,
     components,
     fit_of,
     may_be,
@@ -27,7 +28,6 @@ from orbax_nnx_handler.planning.likeness.links import (
     PairGrounds,
     Tie,
     Undecided,
-    beside_turned,
     exchanged,
     together,
 )

@@ -27,7 +27,7 @@ from orbax_nnx_handler.planning.rules.entries import Entries, Entry, PathIndex
 from orbax_nnx_handler.planning.rules.inverse import leads_back
 from orbax_nnx_handler.planning.rules.rename import cuts, matches_only, rename_of
 from orbax_nnx_handler.planning.rules.rule import compiled, with_places
-from orbax_nnx_handler.planning.suggesting.stacks import whole_parts
+from orbax_nnx_handler.planning.suggesting.stacks import rules_of_parts, whole_parts
 
 _MOST_NAMES, _MANY_MODULES = 8, 24  # Above the parts of a fuse, for a rule to leave others out; for one rule.
 _WRITES: Mapping[type[Rule], str] = {Rename: "replacement", StackLayers: "pattern", UnstackLayers: "into"}
@@ -159,7 +159,7 @@ class Writer:
                 self._take(UnstackLayers("/".join(stored), "/".join(into), layers.axis), some)
 
     def _stack(self, links: Iterable[Link]) -> None:
-        written: dict[Rule, list[Link]] = defaultdict(list)
+        written: dict[StackLayers, list[Link]] = defaultdict(list)
         for layers, some in layers_of(links, stacks=True).items():
             into, shift = self._below(layers.wanted), len(self.below) - self.root
             seats = ((at, to + shift) for at, to in some[0].levels if at < layers.seat)
@@ -170,12 +170,14 @@ class Writer:
             if right:  # What lies beside the model's other parts has no name in common.
                 written[StackLayers("/".join(left), "/".join(right), layers.axis)] += some
         for rule, some in written.items():
-            self._take(rule, some)
+            if not self._take(rule, some):
+                made = {self._aim(link, leaf.names): link for link in some for leaf in link.wanted}
+                for part, inside in rules_of_parts(rule, made, self.entries):
+                    self._take(part, inside)
 
     def _copy(self, links: Sequence[Link]) -> None:
         for link in [link for link in links if link.copied]:
-            into = self._below(link.target.names)
-            self._take(Copy("/".join(link.source.names), "/".join(into)), [link])
+            self._take(Copy("/".join(link.source.names), "/".join(self._below(link.target.names))), [link])
 
     def _reshape(self, moves: Sequence[Move]) -> None:
         waiting = [move for move in moves if move.steps]
@@ -233,11 +235,16 @@ class Writer:
                 written[self._joining(link, kept, twice)[0]].append(link)
             fused = list[Link]()
             for rule, some in written.items():
-                if kept + 1 < _MOST_NAMES and not self._fits(rule, some):
-                    fused += some
-                    continue
+                each = {rule: some}
+                if not self._fits(rule, some):
+                    if kept + 1 < _MOST_NAMES:
+                        fused += some
+                        continue
+                    single = {self._joining(link, kept, twice, is_one=True)[0]: [link] for link in some}
+                    each = single if all(map(self._fits, single, single.values())) else each
                 alone += [move for link in some for move in self._joining(link, kept, twice)[1]]
-                self._take(rule, some)
+                for item in each.items():
+                    self._take(*item)
         return [move for move in alone if move.names not in parts]
 
     def _fits(self, rule: Rule, links: Iterable[Link]) -> bool:
@@ -251,7 +258,9 @@ class Writer:
             return False  # A save would fuse other leaves too.
         return all(matches_only(compiled(text), self.entries, good) for text in patterns)
 
-    def _joining(self, link: Link, kept: int, twice: Collection[Names]) -> tuple[Rule, list[Move]]:
+    def _joining(
+        self, link: Link, kept: int, twice: Collection[Names], *, is_one: bool = False
+    ) -> tuple[Rule, list[Move]]:
         """Returns the rule of a fuse or split, and what comes out of it: one name is not given to two."""
         seats = link.seats(self.root - len(self.below))
         sources = [self._now(link, leaf.names) for leaf in link.stored]
@@ -261,14 +270,12 @@ class Writer:
         if any(into in twice for into in intos):
             called = [(*aim[:-2], "_".join((*sources[0][-2:-1], *aim[-2:-1])), aim[-1]) for aim in aims]
             _, intos = joining_rule(link, sources, called)
-        named = [with_places(names, [now for now, _ in seats]) for names in sources]
+        named = [with_places(names, [now for now, _ in seats if not is_one]) for names in sources]
         rule, _ = joining_rule(link, named, called, kept)
         steps = [ways[0].steps for ways in link.ways] if link.is_split else [link.after]
         return rule, [
             Move(into, aim, [*seats], link, some) for into, aim, some in zip(intos, aims, steps, strict=True)
         ]
-
-    # Names.
 
     def _renumbered(self, links: Iterable[Link]) -> Iterator[tuple[Names, Names]]:
         """Yields where layers lie that are taken out of a stack, and where the target has them."""
@@ -427,13 +434,14 @@ class Writer:
                         first = first or (rule, after, False)
         return first
 
-    def _take(self, rule: Rule, links: Iterable[Link]) -> None:
+    def _take(self, rule: Rule, links: Iterable[Link]) -> bool:
         try:
             applied = rule.apply(self.entries)
         except RuleError:
-            return  # The plan with the other rules shows what is lost.
+            return False  # The plan with the other rules shows what is lost.
         if applied.matched:
             self._apply(rule, Entries.of(applied.entries), links)
+        return True
 
     def _apply(self, rule: Rule, after: Entries, links: Iterable[Link]) -> None:
         self.entries = after

@@ -7,13 +7,13 @@ Then features of several positions that may be one axis, which no name tells. La
 import dataclasses
 import itertools
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 
 from orbax_nnx_handler.planning.core.leaves import Shape, order_after, with_fields
-from orbax_nnx_handler.planning.core.paths import Path, levels
+from orbax_nnx_handler.planning.core.paths import Path, levels, parse
 from orbax_nnx_handler.planning.likeness.assignment import best_pairs
-from orbax_nnx_handler.planning.likeness.links import Findings, Link, settle_turns
+from orbax_nnx_handler.planning.likeness.links import Findings, Link, leads, settle_turns
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, Stacks, depth_of, leaves_below, part_sizes
 from orbax_nnx_handler.planning.likeness.shapes import Step, Steps, Way, transposed, without_axis
 from orbax_nnx_handler.planning.likeness.vocabulary import (
@@ -27,6 +27,8 @@ from orbax_nnx_handler.planning.likeness.vocabulary import (
     likeness,
     place_of,
 )
+from orbax_nnx_handler.planning.rules import Rule, StackLayers
+from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.suggesting.series import (
     Pairs,
     Series,
@@ -57,10 +59,13 @@ def without_rest(series: Series, others: Iterable[Series]) -> tuple[Series, Pair
 def shared_in(series: Series) -> Series:
     """Returns a group with what all of its layers hold, where that is nearly all.
 
-    The first one often holds something beside it: the table of relative positions.
+    The first one often holds something beside it: the table of relative positions. Of layers that
+    only lack something, or hold something beside the rest, half is enough.
     """
     looks = [{*held} for held in series.looks.values()]
     shared = set[tuple[Names, Shape]].intersection(*looks)
+    usual, count = Counter(map(frozenset, looks)).most_common(1)[0]
+    is_one_kind = 2 * count > len(looks) and all(held <= usual or held >= usual for held in looks)
     if all(held == shared for held in looks) or not shared:
         return series
     members = {
@@ -68,7 +73,7 @@ def shared_in(series: Series) -> Series:
         for number, held in series.members.items()
     }
     shared_part = dataclasses.replace(series, members=members)
-    return shared_part if shared_part.size * 10 > series.size * 9 else series
+    return shared_part if shared_part.size > (0.5 if is_one_kind else 0.9) * series.size else series
 
 
 def stack_of(series: Series, possible: Stacks, least: int) -> tuple[Names, int, list[Leaf]] | None:
@@ -151,6 +156,17 @@ def whole_parts(used: Set[Names], held: Set[Names], depth: int) -> Iterable[Name
             yield below
         elif any(names in used for names in inside):
             pending += dict.fromkeys(names[depth : depth + len(below) + 1] for names in sorted(inside))
+
+
+def rules_of_parts(
+    rule: StackLayers, made: Mapping[Names, Link], entries: Iterable[Entry]
+) -> Iterator[tuple[Rule, list[Link]]]:
+    """Yields the rules that stack what all layers hold, where one lacks something, each with its links."""
+    left, right = parse(rule.pattern), parse(rule.into)
+    held = {entry.segments for entry in entries if leads(left, entry.segments)}
+    for below in whole_parts(made.keys(), held, len(left)):
+        part = StackLayers("/".join((*left, *below)), "/".join((*right, *below)), rule.axis)
+        yield part, [link for names, link in made.items() if names[len(left) :][: len(below)] == below]
 
 
 # Modules that both sides keep stacked.

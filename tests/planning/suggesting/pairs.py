@@ -68,7 +68,7 @@ OPEN = {
     "pegasus_x": 8,
     "gemma3n": 9,
     "dbrx": 6,
-    "openelm": 20,
+    "openelm": 8,
     "vits": 8,
     "palm_fused": 21,
     "perch_conformer": 32,
@@ -104,13 +104,13 @@ a message of nodes and what one of edges (protein_mpnn), how queries, keys and v
 (eva02), which of two norms is that of the experts (gemma4_experts), and where a list of square layers ends
 (mipnerf360), what `fs4` and `bs4` are (bigs), whether a square array is turned (ttt, gemma3n), which of
 two numbered norms is the global one (pegasus_x), which of `w1`, `v1` and `w2` is which
-(dbrx), which layer masks (soundstream_unet), which of two heads that Linen numbered is the deviation's (serl)
-and which of the layers that Haiku counts is which (structure_module), only outputs tell. Not found yet:
-the mask's layer in a list of its own (conv_tasnet), the bias of queries and of values in one for all three
-(qformer), a lone vector (ncsnpp), two levels of a U-Net that are as large (ddpm), queries, keys and values of
-another size in each layer (openelm), heads that hold queries and a part of the network (palm_fused),
-positions of tokens (spectrogram_diffusion), norms in lists (vits), `fflayer_start` and convolutions of dense
-layers (perch_conformer), a layer below `concat_mlp` beside one of that name (tome), keys and values per head
+(dbrx), which half of an array is the gate (openelm), which layer masks (soundstream_unet), which of two heads
+that Linen numbered is the deviation's (serl) and which of the layers that Haiku counts is which
+(structure_module), only outputs tell. Not found yet: the mask's layer in a list of its own (conv_tasnet), the
+bias of queries and of values in one for all three (qformer), a lone vector (ncsnpp), two levels of a U-Net
+that are as large (ddpm), heads that hold queries and a part of the network (palm_fused), positions of tokens
+(spectrogram_diffusion), norms in lists (vits), `fflayer_start` and convolutions of dense layers
+(perch_conformer), a layer below `concat_mlp` beside one of that name (tome), keys and values per head
 in one array, and a bias beside `proj_kernel` (nest), two lists of blocks in the arms of a U-Net (xunet), the
 numbers of a layer and of a view in one name (mtv), stacks beside the layers that hold them (jet), and norms
 and convolutions of which the ones beside tell the number (fvlm).

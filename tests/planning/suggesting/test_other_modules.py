@@ -42,6 +42,17 @@ KNOWN = [
 ]
 
 
+LACKING = [
+    # One layer lacks a module, or holds one that nothing wants: the others are found all the same.
+    ("opt", "absent", "params/model/decoder/layers/1/self_attn/k_proj", 2),
+    ("gpt_jax", "absent", "params/0/mlp/c_fc", 2),
+    ("lra", "absent", "params/encoderblock_1/SelfAttention_0/query", 1),
+    ("roformer", "twice", "params/roformer/encoder/layer/2/attention/output/dense", 0),
+    ("modernbert", "unwanted", "blocks/1/attn", 0),
+    ("modernbert", "twice", "params/layers_1/attn", 3),
+]
+
+
 def values(tree, wanted, rules):
     state = from_linen(tree, target_of(wanted), renames=rules, policy="warn", unexpected="ignore")
     return {"/".join(map(str, path)): np.asarray(leaf.get_value()) for path, leaf in nnx.to_flat_state(state)}
@@ -52,6 +63,12 @@ def wrong_with(name: str, change: str, module: str) -> list[str] | None:
 
     None where the planner takes neither pair.
     """
+    found = changed(name, change, module)
+    return None if found is None else found[0]
+
+
+def changed(name: str, change: str, module: str) -> tuple[list[str], int] | None:
+    """Returns the wrong leaves, and how many more are left open than without the change."""
     (tree, first), wanted = proposed(name), UNSEEN[name]["wanted"]
     try:
         right = values(tree, wanted, first.renames)
@@ -71,12 +88,18 @@ def wrong_with(name: str, change: str, module: str) -> list[str] | None:
     again = suggest(tree, target_of(wanted))
     found = values(tree, wanted, again.renames)
     left = {"/".join(map(str, path)) for path in (*first.unmatched_wanted, *again.unmatched_wanted)}
-    return [path for path in found.keys() - left if not np.array_equal(found[path], right[path])]
+    wrong = [path for path in found.keys() - left if not np.array_equal(found[path], right[path])]
+    return wrong, len(again.unmatched_wanted) - len(first.unmatched_wanted)
 
 
 @pytest.mark.parametrize(("name", "change", "module"), KNOWN)
 def test_nothing_takes_the_place_of_another_module(name, change, module):
     assert wrong_with(name, change, module) == []
+
+
+@pytest.mark.parametrize(("name", "change", "module", "count"), LACKING)
+def test_what_one_layer_lacks_or_holds_beside_keeps_the_others_from_nothing(name, change, module, count):
+    assert changed(name, change, module) == ([], count)
 
 
 def main() -> int:

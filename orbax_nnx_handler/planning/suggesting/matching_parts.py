@@ -419,7 +419,10 @@ class _Pairs:
         for at, to, _ in found:
             pair = self._wanted[at], self._stored[to]
             beside[pair[side].part.module].append(pair[1 - side])
-        each = [beside[(self._wanted, self._stored)[side][at].part.module] for at in parts]
+        modules = [(self._wanted, self._stored)[side][at].part.module for at in parts]
+        each = [beside[module] for module in modules]
+        if any(len(a) < len(b) and a == b[: len(a)] for a in modules for b in modules):
+            return None
         if not all(map(are_counted, each)) or len({one.part.family for held in each for one in held}) > 1:
             return None
         return in_strict_order([min(one.part.levels[-1].number or 0 for one in held) for held in each])

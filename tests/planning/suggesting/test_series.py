@@ -93,7 +93,7 @@ def test_the_arms_of_a_u_net_are_told_by_their_names_where_sizes_mirror_each_oth
     ]
 
 
-@pytest.mark.parametrize(("rows", "is_left_out"), [(4, True), (400, False)])
+@pytest.mark.parametrize(("rows", "is_left_out"), [(4, True), (400, True), (40_000, False)])
 def test_what_only_the_first_layer_holds_is_left_out_where_it_is_little(rows, is_left_out):
     series = layers({**LAYER, "attn/relative/embedding": (rows, 2)}, LAYER, LAYER)
 

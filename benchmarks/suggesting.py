@@ -304,7 +304,7 @@ def main() -> None:
     rows: list[Row] = []
     for name in CASES:
         if options.only in name:
-            trials = [suggested(name, 96 if options.toy else 20_000) for _ in range(options.rounds)]
+            trials = [suggested(name, 48 if options.toy else 20_000) for _ in range(options.rounds)]
             median = statistics.median(row["cpu_seconds"] for row in trials)
             rows.append(trials[0] | {"cpu_seconds": median})
     report("suggesting", options, rows, {"**suggest**": table(rows)})

@@ -23,6 +23,7 @@ from orbax_nnx_handler import (
     save,
     to_linen,
 )
+from tests.sampled import sampled
 
 
 def _model() -> nnx.Linear:
@@ -128,9 +129,7 @@ def _as_states(item: Any) -> Any:
     return jax.tree.map(lambda part: nnx.state(part) if is_module(part) else part, item, is_leaf=is_module)
 
 
-def _wholes() -> dict[str, Any]:
-    model, optimizer = _trained()
-    other, its_own = _trained()
+def _wholes(model: Any, optimizer: Any, other: Any, its_own: Any) -> dict[str, Any]:
     both = {"model": model, "optimizer": optimizer}
     return {
         "a step beside a model": {"model": model, "step": 3},
@@ -157,12 +156,15 @@ def _wholes() -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("name", list(_wholes()))
+@pytest.mark.parametrize("name", _wholes(*[None] * 4))
 @pytest.mark.parametrize("form", [_as_states, lambda item: item], ids=["states", "modules"])
 def test_an_item_with_numbers_of_its_own_comes_back_as_it_was_saved(tmp_path, name: str, form: Any) -> None:
-    item = _wholes()[name]
-    zeros = jax.tree.map(lambda leaf: 0 * leaf, _as_states(_wholes()[name]))
-    target = zeros if form is _as_states else _with_state(_wholes()[name], zeros)
+    def build() -> Any:
+        return _wholes(*_trained(), *_trained())[name]
+
+    item = build()
+    zeros = jax.tree.map(lambda leaf: 0 * leaf, _as_states(item))
+    target = zeros if form is _as_states else _with_state(build(), zeros)
 
     save(tmp_path / "item", form(item))
     restored = restore(tmp_path / "item", target)
@@ -215,12 +217,11 @@ OWN = {
 FORMS = {"state": nnx.state, "module": lambda part: part}
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-@pytest.mark.parametrize("name", ["opt_state", "grads"])
-@pytest.mark.parametrize("beside", OWN.values(), ids=OWN)
+@pytest.mark.parametrize(("kind", "name", "own"), sampled(FORMS, ["opt_state", "grads"], OWN))
 def test_a_programs_own_arrays_beside_a_model_come_back_whatever_they_are_called(
-    tmp_path, form: Any, name: str, beside: Any
+    tmp_path, kind: str, name: str, own: str
 ) -> None:
+    form, beside = FORMS[kind], OWN[own]
     item = {"model": form(_model()), name: beside}
     zeros = jax.tree.map(lambda leaf: 0 * leaf, beside)
 
@@ -234,13 +235,13 @@ def test_a_programs_own_arrays_beside_a_model_come_back_whatever_they_are_called
     )
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-@pytest.mark.parametrize("model", ["params", "model"])
-@pytest.mark.parametrize("above", [None, "nnx_aux"])
-@pytest.mark.parametrize("beside", OWN.values(), ids=OWN)
+@pytest.mark.parametrize(
+    ("kind", "model", "above", "own"), sampled(FORMS, ["params", "model"], [None, "nnx_aux"], OWN)
+)
 def test_what_other_programs_store_beside_a_model_comes_back(
-    tmp_path, form: Any, model: str, above: str | None, beside: Any
+    tmp_path, kind: str, model: str, above: str | None, own: str
 ) -> None:
+    form, beside = FORMS[kind], OWN[own]
     # Below `nnx_aux` lies what an earlier release saved of a module with a dict beside it.
     own: dict[str, Any] = {"opt_state": beside}
     if above is not None and (model == "model" or not isinstance(beside, dict)):

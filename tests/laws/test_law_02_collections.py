@@ -30,10 +30,10 @@ from tests.laws.worlds import (
     training_target,
     write,
 )
-from tests.sampled import sampled
+from tests.sampled import every, sampled
 
 # Names that sort before `params` and behind it.
-COPIES = ("ema_params", "grads", "old_params", "slow_params", "target_params", "teacher_params")
+COPIES = every(2, ("ema_params", "grads", "old_params", "slow_params", "target_params", "teacher_params"))
 
 
 def _lstm(numbers, features=2, inputs=3):

@@ -24,6 +24,7 @@ from orbax_nnx_handler import (
 from tests.laws import worlds
 from tests.laws.worlds import Numbers, check, stacked, training_target, write
 from tests.planning.plans import plan_of
+from tests.sampled import sampled
 
 
 def _schedule(count):
@@ -74,9 +75,7 @@ def _states(state):
     return [state] if jax.tree.leaves(state) else []
 
 
-@pytest.mark.parametrize("grown", GROWN)
-@pytest.mark.parametrize("chain", CHAINS)
-@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize(("chain", "grown", "backwards"), sampled(CHAINS, GROWN, [False, True]))
 def test_states_of_a_chain_keep_their_numbers_when_it_grows_or_shrinks(tmp_path, chain, grown, backwards):
     numbers = Numbers()
     params = {"dense": numbers.dense()}

@@ -22,6 +22,7 @@ from tests.laws.worlds import (
     training_target,
     write,
 )
+from tests.sampled import sampled
 
 ADAM = optax.adam(1e-3)
 
@@ -321,10 +322,10 @@ def _numbers(tree):
     return {path: tuple(leaf.ravel()) for path, leaf in worlds.flat(tree).items()}
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("leaf", [True, False])
-@pytest.mark.parametrize("wanted", range(len(NESTED)))
-@pytest.mark.parametrize("stored", range(len(NESTED)))
+@pytest.mark.parametrize(
+    ("stored", "wanted", "leaf", "form"),
+    sampled(range(len(NESTED)), range(len(NESTED)), [True, False], FORMS),
+)
 def test_modules_called_params_within_one_another_are_their_own_or_a_question(
     tmp_path, stored, wanted, leaf, form
 ):

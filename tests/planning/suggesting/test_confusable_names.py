@@ -14,6 +14,7 @@ from orbax_nnx_handler.planning.suggesting import propose
 from orbax_nnx_handler.planning.target.target import flatten_target
 from tests.planning.plans import leaves_of, params, stored_of
 from tests.planning.suggesting.proposals import check, filled, proposed
+from tests.sampled import sampled
 
 NORM = {"scale": (8,), "bias": (8,)}
 DENSE = {"kernel": (8, 8), "bias": (8,)}
@@ -208,11 +209,12 @@ def blocks(above, attention, network, width):
     return {f"{above}{at}/{name}/kernel": shape for at in range(2) for name, shape in layers}
 
 
-@pytest.mark.parametrize("width", [8, 16])
-@pytest.mark.parametrize("stored", ["w1 w2 foo", "w1 foo w3", "foo w2 w3", "w1 w2 w3"])
+GATED = [*itertools.product(["w1", "gate", "nib"], ["w2", "down_proj"], ["up", "ors"]), ("nib", "ors", "up")]
+
+
 @pytest.mark.parametrize(
-    "wanted",
-    [*itertools.product(["w1", "gate", "nib"], ["w2", "down_proj"], ["up", "ors"]), ("nib", "ors", "up")],
+    ("stored", "wanted", "width"),
+    sampled(["w1 w2 foo", "w1 foo w3", "foo w2 w3", "w1 w2 w3"], GATED, [8, 16]),
 )
 def test_two_numbered_layers_of_a_gated_network_are_not_the_two_of_a_plain_one(stored, wanted, width):
     theirs = [f"mlp/{name}" for name in stored.split()]

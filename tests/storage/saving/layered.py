@@ -34,7 +34,8 @@ def numbered(item: Any) -> Any:
     start = 3
     for at, leaf in enumerate(flat):
         if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            flat[at] = (start + jnp.arange(leaf.size)).reshape(leaf.shape).astype(leaf.dtype)
+            values = np.arange(start, start + leaf.size).reshape(leaf.shape)
+            flat[at] = jnp.asarray(values.astype(leaf.dtype))
             start += leaf.size
     return nnx.merge(graph, jax.tree.unflatten(tree, flat))
 
@@ -43,13 +44,17 @@ def stacked(state: Any) -> dict[str, np.ndarray]:
     """Returns all leaves of the layers, stacked, by path below a layer."""
     layers = state["layers"]
     if 0 in layers:
-        layers = jax.tree.map(lambda *parts: jnp.stack(parts), *(layers[at] for at in range(LAYERS)))
+        parts = [jax.tree.map(_on_host, layers[at]) for at in range(LAYERS)]
+        layers = jax.tree.map(lambda *parts: np.stack(parts), *parts)
     return {
-        jax.tree_util.keystr(path): np.asarray(
-            jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
-        )
+        jax.tree_util.keystr(path): _on_host(leaf)
         for path, leaf in jax.tree_util.tree_flatten_with_path(layers)[0]
     }
+
+
+def _on_host(leaf: Any) -> np.ndarray:
+    is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
 
 
 def assert_alike(left: Any, right: Any) -> None:

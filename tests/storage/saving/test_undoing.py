@@ -32,6 +32,7 @@ from orbax_nnx_handler import (
     save,
     to_linen,
 )
+from tests.sampled import sampled
 from tests.storage.saving.trees import described_leaves, flat, leaves, numbered, written
 
 ADAM = optax.adam(0.1)
@@ -398,10 +399,16 @@ BESIDE_MODEL = {
 }
 
 
-@pytest.mark.parametrize("rules", BESIDE_MODEL.values(), ids=BESIDE_MODEL.keys())
-@pytest.mark.parametrize("beside", ["ema", "teacher", "ema_params"])
-@pytest.mark.parametrize("make", [_with_a_copy, _training_with_a_copy, _with_variables])
-def test_rules_are_undone_for_what_lies_beside_the_model(make: Any, beside: str, rules: Any) -> None:
+@pytest.mark.parametrize(
+    ("make", "beside", "name"),
+    sampled(
+        [_with_a_copy, _training_with_a_copy, _with_variables],
+        ["ema", "teacher", "ema_params"],
+        BESIDE_MODEL,
+    ),
+)
+def test_rules_are_undone_for_what_lies_beside_the_model(make: Any, beside: str, name: str) -> None:
+    rules = BESIDE_MODEL[name]
     item = make(beside)
 
     back = from_linen(to_linen(item, renames=rules), nnx.eval_shape(lambda: make(beside)), renames=rules)

@@ -1,9 +1,10 @@
 """How well a stored part fits a wanted one, and which pairs of two sides together fit best."""
 
 import dataclasses
+import functools
 import itertools
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -11,8 +12,8 @@ import numpy as np
 
 from orbax_nnx_handler.planning.core.folding import plain_names
 from orbax_nnx_handler.planning.core.leaves import Shape, permuted
-from orbax_nnx_handler.planning.core.paths import levels
-from orbax_nnx_handler.planning.likeness.module_parts import Leaf
+from orbax_nnx_handler.planning.core.paths import Level, levels
+from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart
 from orbax_nnx_handler.planning.likeness.shapes import (
     Step,
@@ -22,16 +23,21 @@ from orbax_nnx_handler.planning.likeness.shapes import (
     ways,
 )
 from orbax_nnx_handler.planning.likeness.vocabulary import (
+    FUSED,
     MARGIN,
+    NUMBERED,
     PLACING,
     PYTORCHS,
     STRONG,
+    UNTOLD,
     Concepts,
     Names,
+    concepts,
     counts_of,
     directions,
     exclude,
     likeness,
+    meanings,
     same_name,
     same_number,
     same_place,
@@ -319,6 +325,36 @@ def sizes_of_few(counts: Iterable[Mapping[int, int]]) -> set[int]:
     # One for each part is no choice.
     total = itertools.accumulate(pairs[size] - min(ours[size], theirs[size]) for size in order)
     return {size for size, several in zip(order, total, strict=True) if several <= MOST_PAIRS}
+
+
+def are_unlike(
+    wanted: Sequence[ModulePart],
+    stored: Sequence[ModulePart],
+    used: Sequence[ModulePart],
+    above: Iterable[Iterable[str]],
+) -> bool:
+    """Tells whether no parts of two sides are compared, by sizes, nor as several in one array, by names."""
+    few = sizes_of_few(Counter(part.main_size for part in side) for side in (wanted, stored))
+    return not few and not _may_be_joined((*wanted, *stored, *used), itertools.chain(*above))
+
+
+_COUNTED = frozenset(base for base, _ in NUMBERED)
+
+
+def _may_be_joined(parts: Iterable[ModulePart], above: Iterable[str]) -> bool:
+    """Tells whether names below some others allow that one of some parts holds several, or is gated."""
+    return "gate" in concepts(above) or any(
+        "gate" in x.said or _may_hold_several(x.names[-1], x.levels[-1], "attn" in x.said)
+        for x in parts
+        if x.names
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _may_hold_several(name: str, last: Level, is_in_attention: bool) -> bool:
+    is_named = name in FUSED or UNTOLD.search(last.base.lower()) is not None or last.base in _COUNTED
+    is_counted = is_in_attention and last.number is not None and last.base[:1].isupper()
+    return is_named or is_counted or len({*"qkv"}.intersection(meanings(last.base))) > 1
 
 
 def across_networks(

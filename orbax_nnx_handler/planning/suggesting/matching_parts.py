@@ -12,6 +12,7 @@ from orbax_nnx_handler.planning.likeness.assignment import (
     Fit,
     Table,
     across_networks,
+    are_unlike,
     beside_namesakes,
     beside_turned,
     components,
@@ -77,6 +78,8 @@ def match_parts(
         used: Further stored parts that have a wanted one already: the context of names only.
         partial: Modules of either side that hold more than these parts.
     """
+    if are_unlike(wanted, stored, used, above):
+        return Findings()  # As of another model.
     ours, theirs = named_parts(wanted, above[0]), named_parts([*stored, *used], above[1])[: len(stored)]
     links, ties, left, right = joined_parts(ours, theirs)
     ties += [*gated(left, right, split=False), *gated(right, left, split=True)]
@@ -146,8 +149,7 @@ class _Pairs:
         """Returns the pairs that stand, and the choices that are left; none strays but attention outputs."""
         while True:
             self._ours, self._theirs = dict[int, int](), dict[int, int]()  # Of the best pairs.
-            self._unlikely = list[tuple[int, int]]()
-            self._closed = list[tuple[Names, Names]]()  # Modules that hold all of some that are each other's.
+            self._unlikely, self._closed = list[tuple[int, int]](), list[tuple[Names, Names]]()
             self._beside = defaultdict[tuple[int, int], _Choice](list)
             for pair, side in itertools.product((*self._fits, *self._excluded), (0, 1)):
                 self._beside[side, pair[side]].append(pair)
@@ -159,14 +161,13 @@ class _Pairs:
             self._exclude(strays)
 
     def _settled(self, created: Created) -> tuple[_Found, list[Tie]]:
-        found: _Found = []
-        ties: list[Tie] = []
+        found, ties, undecided = _Found(), list[Tie](), list[Undecided]()
         waiting = [group for group in components(self._fits) if len(group) <= MOST_PAIRS]
-        undecided: list[Undecided] = []
-        self._closed += filter(all, map(self._homes.shared, waiting))
+        self._closed += filter(all, map(self._homes.shared, waiting))  # Modules that hold all of a group.
         for group in waiting:
             undecided += [(tie, group) for tie in self._settle(group, found)]
-        while undecided:
+        before = -1
+        while undecided and len(found) > before:
             before = len(found)
             undecided = self._within_modules(undecided, found)
             undecided = [self._without_last(*item, created, found) for item in undecided]
@@ -174,8 +175,6 @@ class _Pairs:
             for tie, group in together(undecided):
                 if self._are_siblings(tie) and self._settle_in_order(tie, group, created, found):
                     undecided = [item for item in undecided if item[1] is not group]
-            if len(found) == before:
-                break
         for tie, group in undecided:
             ours, theirs, rivals, lone = self._sides(tie, group, found)
             ties.append(self._tie(sorted({*ours, *lone}), sorted({*theirs, *rivals})))

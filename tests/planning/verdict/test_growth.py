@@ -2,7 +2,7 @@
 
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,9 +14,10 @@ from benchmarks import planning, suggesting
 from benchmarks.broken import VERDICTS, WAYS, target_of
 from benchmarks.models import Model, placement, write
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
+from orbax_nnx_handler.planning.likeness.named_parts import named_parts
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.restore_plan import make_plan
-from orbax_nnx_handler.planning.suggesting import propose
+from orbax_nnx_handler.planning.suggesting import matching_parts, propose
 from orbax_nnx_handler.planning.target.target import flatten_target
 from tests.sampled import every
 
@@ -102,6 +103,25 @@ def test_the_work_of_telling_modules_by_their_shapes_grows_no_faster_than_the_le
         return lambda: propose(flatten_target(target), leaves, RestoreOptions.of())
 
     assert bent(*lines_run(suggestion, 50)) < 0.005
+
+
+@pytest.mark.parametrize("case", suggesting.NOTHING_TELLS)
+def test_where_no_part_can_be_compared_with_another_no_name_is_looked_at(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, stored, _ = suggesting.problem(suggesting.CASES[case], 1000)
+    looked = list[int]()
+
+    def named(parts: Sequence[Any], *args: Any) -> Any:
+        looked.append(len(parts))
+        return named_parts(parts, *args)
+
+    monkeypatch.setattr(matching_parts, "named_parts", named)
+
+    found = propose(target, stored, RestoreOptions.of())
+
+    assert len(found.unmatched_wanted) == len(target.leaves)
+    assert max(looked, default=0) < 20
 
 
 def problem(way: str, layers: int) -> tuple[Any, dict[Any, StoredLeaf], RestoreOptions]:

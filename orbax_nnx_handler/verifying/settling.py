@@ -136,7 +136,7 @@ class Settling:
         return (*self.options.renames, *self.suggestion.answered(first, changes))
 
     def _decided(self, rules: tuple[Rule, ...], *, check: bool = True) -> tuple[RestorePlan, Target]:
-        options = dataclasses.replace(self.options, renames=rules)
+        options = dataclasses.replace(self.options, renames=rules, init=self.init)
         return decide(self.checkpoint, self.target, on_one_device(self.target), options, check=check)
 
     def _answer(

@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import Add, Fuse, Suggestion, UnstackLayers, VerificationError, restore, suggest
+from orbax_nnx_handler import Add, Fuse, Suggestion, UnstackLayers, VerificationError, restore, suggest, verify
 from tests.verifying.twins import BERT, GEMMA, TRANSLATOR, TWINS, Twin
 
 Save = Callable[[Twin], pathlib.Path]
@@ -471,3 +471,46 @@ def test_what_outputs_prove_is_proposed_beside_whatever_rules_are_settled(saved:
 
     assert found.confidence == "certain", found
     assert sum(isinstance(rule, Add) and rule.constant == 1 for rule in found.renames) == 2
+
+
+class _Scaled(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(6, name="up")(x) * jnp.arange(1.0, 7.0)
+
+
+class _ScaledByTable(nnx.Module):
+    def __init__(self, rngs):
+        self.dense = nnx.Linear(4, 6, rngs=rngs)
+        self.table = nnx.Cache(jnp.arange(1.0, 7.0))
+
+    def __call__(self, x):
+        return self.dense(x) * self.table[...]
+
+
+def _of_table(tmp_path):
+    linen, inputs = _Scaled(), jnp.ones((2, 4))
+    path = tmp_path / "run"
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, linen.init(jax.random.key(0), inputs))
+    programs = (linen.apply, lambda model, *args: model(*args), (inputs,))
+    return path, lambda: _ScaledByTable(nnx.Rngs(1)), programs
+
+
+def test_what_a_program_computes_as_it_is_built_is_there_where_questions_are_settled(tmp_path):
+    path, make, programs = _of_table(tmp_path)
+
+    found = suggest(path, nnx.eval_shape(make), init=make, verify=programs)
+
+    assert found.confidence == "certain"
+    assert "proved by outputs" in str(found)
+
+
+def test_zeros_in_the_place_of_a_table_are_named_with_the_way_out(tmp_path):
+    path, make, programs = _of_table(tmp_path)
+
+    found = verify(path, nnx.eval_shape(make), *programs, renames=[("up", "dense")])
+
+    assert not found.equal
+    assert "table: not stored, and filled with zeros" in " ".join(str(found).split())
+    assert verify(path, nnx.eval_shape(make), *programs, renames=[("up", "dense")], init=make).equal

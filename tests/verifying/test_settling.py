@@ -489,7 +489,7 @@ class _ScaledByTable(nnx.Module):
 
 
 def _of_table(tmp_path):
-    linen, inputs = _Scaled(), jnp.ones((2, 4))
+    linen, inputs = _Scaled(), jax.random.normal(jax.random.key(2), (2, 4))
     path = tmp_path / "run"
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path, linen.init(jax.random.key(0), inputs))

@@ -12,7 +12,16 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import Add, Fuse, Suggestion, UnstackLayers, VerificationError, restore, suggest, verify
+from orbax_nnx_handler import (
+    Add,
+    Fuse,
+    Suggestion,
+    UnstackLayers,
+    VerificationError,
+    restore,
+    suggest,
+    verify,
+)
 from tests.verifying.twins import BERT, GEMMA, TRANSLATOR, TWINS, Twin
 
 Save = Callable[[Twin], pathlib.Path]

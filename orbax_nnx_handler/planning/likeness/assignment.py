@@ -86,7 +86,8 @@ def fit_of(one: NamedPart, other: NamedPart) -> Fit | None:
     # A norm with statistics is one without only where there is none like it.
     score = _COMPLETE - _LACKING * lacking - cost - _UNLIKE * bool({"mean", "var"} & (ours ^ theirs))
     if one.place is not None and other.place is not None:
-        score += likeness(one.said - PLACING, other.said - PLACING) + 2 * (one.place == other.place)
+        is_there = one.place == other.place or "cross" in one.part.own & other.part.own
+        score += likeness(one.said - PLACING, other.said - PLACING) + 2 * is_there
     else:
         score += likeness(one.said, other.said) + 0.5 * likeness(one.part.own, other.part.own)
     equal, differs = _compare_numbers(one, other)

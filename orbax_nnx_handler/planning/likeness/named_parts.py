@@ -369,10 +369,10 @@ class _Context:
         """Returns where a norm behind an attention stands: it may be the one before the network, too."""
         norms = [x for name in self._bases[part.module] if "norm" in (x := concepts([name])) != part.own]
         behind = [words for words in norms if words >= {"post", "attn"}]
-        if any("self" in words for words in behind) and not part.own & {"self", "cross"}:
+        is_third = set[str]().union(*norms) & {"cross", "mlp"} == {"cross"}
+        if (is_third or any("self" in words for words in behind)) and not part.own & {"self", "cross"}:
             return BEFORE_NETWORK  # GLM-4's `post_attention_layernorm` beside `post_self_attn_layernorm`.
-        is_told = behind or any("mlp" in words and "post" not in words for words in norms)
-        return place + (1 if is_told else 2)
+        return place + (1 if behind or any("mlp" in x and "post" not in x for x in norms) else 2)
 
     def _holds_both(self, module: Names) -> bool:
         """Tells whether a module holds an attention and a network."""

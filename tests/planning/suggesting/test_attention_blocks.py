@@ -155,3 +155,34 @@ def test_the_norm_beside_an_attention_is_not_that_of_self_attention_where_there_
 
     check(values, {path: stored[expected[path][0]] for path in values})
     assert {path for path in expected if "norm" in path} <= values.keys()
+
+
+@pytest.mark.parametrize("cross", ["pre_cross_attention_layernorm", "cross_layernorm"])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("LayerNorm_0", "LayerNorm_1", "LayerNorm_2"),
+        ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"),
+    ],
+)
+def test_a_norm_behind_an_attention_is_none_of_the_cross_attention_that_is_created_after_it(names, cross):
+    attentions = ("self_attn", "encoder_attn", "attn", "cross_attn")
+    stored, values = {}, {}
+    for at in range(2):
+        for one, other in zip(attentions[:2], attentions[2:], strict=True):
+            for part in ("q", "k", "v", "o"):
+                stored[f"layers_{at}/{one}/{part}_proj/kernel"] = (8, 8)
+                values[f"layers/{at}/{other}/{part}_proj/kernel"] = f"layers_{at}/{one}/{part}_proj/kernel"
+        for one, other, shape in (("fc1", "mlp/up", (8, 32)), ("fc2", "mlp/down", (32, 8))):
+            stored[f"layers_{at}/{one}/kernel"] = shape
+            values[f"layers/{at}/{other}/kernel"] = f"layers_{at}/{one}/kernel"
+        norms = dict(zip(("input_layernorm", cross, "post_attention_layernorm"), names, strict=True))
+        for other in ("input_layernorm", "post_attention_layernorm", cross):
+            stored[f"layers_{at}/{norms[other]}/scale"] = (8,)
+            values[f"layers/{at}/{other}/scale"] = f"layers_{at}/{norms[other]}/scale"
+    stored = filled(stored)
+
+    found, made = proposed(stored, {path: stored[name].shape for path, name in values.items()})
+
+    check(made, {path: stored[name] for path, name in values.items()})
+    assert found.confidence == "likely"

@@ -12,8 +12,9 @@ import numpy as np
 
 from orbax_nnx_handler.planning.core.folding import plain_names
 from orbax_nnx_handler.planning.core.leaves import Shape, permuted
-from orbax_nnx_handler.planning.core.paths import Level, levels
-from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart
+from orbax_nnx_handler.planning.core.paths import Level, Path, levels
+from orbax_nnx_handler.planning.likeness.links import Link
+from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, part_of
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart
 from orbax_nnx_handler.planning.likeness.shapes import (
     Step,
@@ -413,22 +414,38 @@ def beside_namesakes(
     yield from ((at, to) for at, to in possible if same.get(at, to) != to or taken.get(to, at) != at)
 
 
-def contradicted(pairs: Sequence[tuple[Names, Names]]) -> set[int]:
-    """Returns the places of pairs in which a stored name means another part than in most blocks of its list.
+def contradicted(links: Iterable[Link]) -> Mapping[Path, Link]:
+    """Returns links in which a stored name means another part than in most blocks of its list.
 
     What Linen or a list numbered is left out: a block with one module more counts otherwise.
-
-    Args:
-        pairs: The wanted and the stored path of each.
     """
-    said: dict[object, dict[Names, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for at, (one, other) in enumerate(pairs):
-        (list_, inside), (others, name) = _in_list(one), _in_list(other)
+    said: dict[object, dict[Names, list[Link]]] = defaultdict(lambda: defaultdict(list))
+    for link in (x for x in links if x.layers is None and len(x.wanted) == len(x.stored) == 1):
+        (list_, inside), (others, name) = _in_list(link.target.names), _in_list(link.source.names)
         is_counted = any(level.is_automatic or level.style in ("/", ".") for level in levels(name))
         if len(inside) > 1 < len(name) and not is_counted:
-            said[list_, others, name][plain_names(inside)].append(at)
+            said[list_, others, name][plain_names(inside)].append(link)
     counted = ([*meanings.values()] for meanings in said.values() if len(meanings) > 1)
-    return {at for each in counted for some in each if 2 * len(some) <= sum(map(len, each)) for at in some}
+    few = (some for each in counted for some in each if 2 * len(some) <= sum(map(len, each)))
+    return {link.target.source: link for some in few for link in some}
+
+
+def torn(links: Iterable[Link], left: Iterable[Names]) -> Mapping[Path, Link]:
+    """Returns links that nothing but shapes tell, of parts of a head of which nothing else is wanted.
+
+    Args:
+        links: What is found.
+        left: The stored parts that nothing is made from.
+    """
+
+    def head(name: Names) -> object:
+        # `vocab_transform` beside `vocab_layer_norm`, in a model that has no module for its head.
+        return name[:-1] or words(*name)[:1] if name else name
+
+    told = [x for x in links if x.grounds == "shapes" and x.joint is None and x.layers is None]
+    known = {head(name) for name in left if name} if told else set[object]()
+    apart = (x for x in told if all(level.number is None for level in levels(part_of(x.source))))
+    return {link.target.source: link for link in apart if head(part_of(link.source)) in known}
 
 
 def _in_list(names: Names) -> tuple[Names, Names]:

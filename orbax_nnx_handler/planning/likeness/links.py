@@ -211,6 +211,12 @@ def readings_of(link: Link) -> tuple[Link, ...]:
     return tuple(dataclasses.replace(link, ways=tuple((ways[0],) for ways in each)) for each in made)
 
 
+def simplest(links: Sequence[Link]) -> list[Link]:
+    """Returns links with the simplest way of each where nothing decides."""
+    settled, left = settle_turns(links)
+    return [*settled, *(readings_of(link)[0] for link in left)]
+
+
 def _chosen(
     link: Link, leaf: Leaf, ways: tuple[Way, ...], evidence: dict[tuple[object, ...], set[bool]]
 ) -> Way | None:

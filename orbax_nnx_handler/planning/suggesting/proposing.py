@@ -11,7 +11,7 @@ from orbax_nnx_handler.planning.core.paths import Path, segments
 from orbax_nnx_handler.planning.core.recipes import Read, Shapes, reads
 from orbax_nnx_handler.planning.layouts.layout import Stored, is_copy_beside
 from orbax_nnx_handler.planning.likeness.joined_parts import Remade
-from orbax_nnx_handler.planning.likeness.links import Findings, Link, readings_of
+from orbax_nnx_handler.planning.likeness.links import Findings, Link, readings_of, simplest
 from orbax_nnx_handler.planning.likeness.shapes import Way
 from orbax_nnx_handler.planning.likeness.vocabulary import Names
 from orbax_nnx_handler.planning.mapping.networks import layers_in_turns, networks_as_parts
@@ -35,7 +35,6 @@ from orbax_nnx_handler.planning.suggesting.search import (
     Settled,
     paths_of,
     search,
-    simplest,
     steps_by_leaf,
     stored_leaves,
     untyped_leaves,

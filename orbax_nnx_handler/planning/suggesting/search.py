@@ -10,8 +10,15 @@ from orbax_nnx_handler.planning.core.dtypes import number_of
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, segments
 from orbax_nnx_handler.planning.core.recipes import Read, reads, shape_of
-from orbax_nnx_handler.planning.likeness.assignment import Fit, contradicted, fit_of, may_be, sizes_of_few
-from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie, leads, readings_of, settle_turns
+from orbax_nnx_handler.planning.likeness.assignment import (
+    Fit,
+    contradicted,
+    fit_of,
+    may_be,
+    sizes_of_few,
+    torn,
+)
+from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie, leads, settle_turns
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, module_parts, part_of
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart, named_parts
 from orbax_nnx_handler.planning.likeness.shapes import Way, ways
@@ -47,16 +54,13 @@ def search(wanted: Sequence[Leaf], stored: Sequence[Leaf], order: Mapping[Tokens
     found = match_model(Context(wanted=wanted, stored=stored, order=order))
     found.add(_tied(wanted, stored, found))
     found.links.extend(match_leftovers(wanted, stored, found.links))
+    asked = [link for tie in found.ties for reading in tie.readings for link in reading]
+    used = {part_of(leaf) for link in (*found.links, *asked) for leaf in link.stored}
+    found = _asking(found, torn(found.links, {part_of(leaf) for leaf in stored} - used))
     plain, copies = apart_from_copies((found := with_moved_axes(found)).links, stored)
     found.ties.extend(copies)
     settled, turns = settle_turns(plain)
     return Searched(links=tuple(settled), turns=tuple(turns), found=found)
-
-
-def simplest(links: Sequence[Link]) -> list[Link]:
-    """Returns links with the simplest way of each where nothing decides."""
-    settled, left = settle_turns(links)
-    return [*settled, *(readings_of(link)[0] for link in left)]
 
 
 def wanted_leaves(items: Iterable[Wanted]) -> list[Leaf]:
@@ -269,12 +273,8 @@ def _is_of_tokens(link: Link) -> bool:
 
 
 def _is_meant(one: NamedPart, other: NamedPart) -> bool:
-    left, right = _numbers(one), _numbers(other)
+    left, right = ([x.number for x in role.part.levels if x.number is not None] for role in (one, other))
     return (not left or not right or left == right) and bool(one.part.own & other.part.own - _GENERAL)
-
-
-def _numbers(role: NamedPart) -> list[int]:
-    return [level.number for level in role.part.levels if level.number is not None]
 
 
 def _links(fits: Iterable[Fit]) -> Iterator[Link]:
@@ -429,21 +429,20 @@ def match_model(context: Context) -> Findings:
     What is made of a name in few blocks of a list and not in most is asked about, where those do not tell.
     """
     found, count = match_context(context), None
-    while (odd := _odd(found.links)) or found.ties:
+    while (odd := contradicted(found.links)) or found.ties:
         if count is not None and len(found.ties) + len(odd) >= count:
             break
         count, sure = len(found.ties) + len(odd), [x for x in found.links if x.target.source not in odd]
         known = Precedents(context.wanted, context.stored, sure).speak_for
         found = match_context(dataclasses.replace(context, known=known))
-    asked = [
-        Tie(wanted=(part_of(x.target),), stored=(part_of(x.source),), readings=((x,),)) for x in odd.values()
-    ]
+    return _asking(found, odd)
+
+
+def _asking(found: Findings, odd: Mapping[Path, Link]) -> Findings:
+    """Returns what is known with some links as questions, those of one part as one."""
     kept = [link for link in found.links if link.target.source not in odd]
-    return dataclasses.replace(found, links=kept, ties=[*found.ties, *asked])
-
-
-def _odd(links: Iterable[Link]) -> Mapping[Path, Link]:
-    """Returns links of single layers in which a name means what it does not in most layers of the list."""
-    single = [link for link in links if link.layers is None and len(link.wanted) == len(link.stored) == 1]
-    places = contradicted([(link.target.names, link.source.names) for link in single])
-    return {single[at].target.source: single[at] for at in sorted(places)}
+    asked: dict[tuple[Names, Names], list[Link]] = defaultdict(list)
+    for link in odd.values():
+        asked[part_of(link.target), part_of(link.source)].append(link)
+    ties = [Tie(wanted=key[:1], stored=key[1:], readings=(tuple(some),)) for key, some in asked.items()]
+    return dataclasses.replace(found, links=kept, ties=[*found.ties, *ties])

@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import numpy as np
 
-from orbax_nnx_handler.planning.core.folding import plain_names
 from orbax_nnx_handler.planning.core.leaves import Shape, permuted
 from orbax_nnx_handler.planning.core.paths import Level, Path, levels
 from orbax_nnx_handler.planning.likeness.links import Link
@@ -414,22 +413,6 @@ def beside_namesakes(
     yield from ((at, to) for at, to in possible if same.get(at, to) != to or taken.get(to, at) != at)
 
 
-def contradicted(links: Iterable[Link]) -> Mapping[Path, Link]:
-    """Returns links in which a stored name means another part than in most blocks of its list.
-
-    What Linen or a list numbered is left out: a block with one module more counts otherwise.
-    """
-    said: dict[object, dict[Names, list[Link]]] = defaultdict(lambda: defaultdict(list))
-    for link in (x for x in links if x.layers is None and len(x.wanted) == len(x.stored) == 1):
-        (list_, inside), (others, name) = _in_list(link.target.names), _in_list(link.source.names)
-        is_counted = any(level.is_automatic or level.style in ("/", ".") for level in levels(name))
-        if len(inside) > 1 < len(name) and not is_counted:
-            said[list_, others, name][plain_names(inside)].append(link)
-    counted = ([*meanings.values()] for meanings in said.values() if len(meanings) > 1)
-    few = (some for each in counted for some in each if 2 * len(some) <= sum(map(len, each)))
-    return {link.target.source: link for some in few for link in some}
-
-
 def torn(links: Iterable[Link], left: Iterable[Names]) -> Mapping[Path, Link]:
     """Returns links that nothing but shapes tell, of parts of a head of which nothing else is wanted.
 
@@ -452,16 +435,6 @@ def torn(links: Iterable[Link], left: Iterable[Names]) -> Mapping[Path, Link]:
     known = {head(name) for name in left if name} if told else set[object]()
     apart = (x for x in told if all(level.number is None for level in levels(part_of(x.source))))
     return {link.target.source: link for link in apart if head(part_of(link.source)) in known}
-
-
-def _in_list(names: Names) -> tuple[Names, Names]:
-    """Returns the outermost list that a part is in, and its path in a layer; nothing where it is in none."""
-    at = 0
-    for level in levels(names):
-        at += level.width
-        if level.number is not None:
-            return (*names[: at - level.width], level.base), names[at:]
-    return (), ()
 
 
 def _by_template(parts: Sequence[NamedPart]) -> Mapping[Names, Mapping[Names, int]]:

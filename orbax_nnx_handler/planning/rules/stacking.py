@@ -2,12 +2,12 @@
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
 
 from orbax_nnx_handler.planning.core import recipes
 from orbax_nnx_handler.planning.core.errors import RuleError, check_kinds
-from orbax_nnx_handler.planning.core.paths import canonical, is_index, parse
+from orbax_nnx_handler.planning.core.paths import Tokens, canonical, is_index, parse
 from orbax_nnx_handler.planning.core.recipes import RecipeError
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.rules.rule import (
@@ -275,3 +275,30 @@ class Copy(_Named):
     def inverse(self) -> Rule:
         """Returns the rule that leaves the copy behind; a save compares it with its leaf first."""
         return Drop(self.into, f"a copy of {self.pattern}")
+
+
+def whole_parts(used: Set[Tokens], held: Iterable[Tokens], depth: int) -> Iterable[Tokens]:
+    """Yields the paths within a module, from some depth on, of its largest parts that are used whole."""
+    pending: list[Tokens] = [()]
+    for below in pending:
+        inside = [names for names in held if names[depth : depth + len(below)] == below]
+        if all(names in used for names in inside):
+            yield below
+        elif any(names in used for names in inside):
+            pending += dict.fromkeys(names[depth : depth + len(below) + 1] for names in sorted(inside))
+
+
+def stacked_in_parts(
+    rule: StackLayers, used: Set[Tokens], held: Iterable[Tokens]
+) -> Iterator[tuple[StackLayers, Tokens]]:
+    """Yields the rules that stack the parts which all layers hold, where one of them lacks another.
+
+    Args:
+        rule: The rule for whole layers, which does not fit.
+        used: The paths that it is about.
+        held: All paths within the layers.
+    """
+    depth = len(parse(rule.pattern))
+    for below in whole_parts(used, held, depth):
+        pattern, into = ("/".join((*parse(path), *below)) for path in (rule.pattern, rule.into))
+        yield StackLayers(pattern, into, rule.axis), below

@@ -29,22 +29,22 @@ from orbax_nnx_handler.planning.suggesting.series import (
     are_alike,
     have_equal_layers,
     in_sequence,
-    kinds_of,
     lists_within,
     paired_series,
     same_layers,
     series_of,
     sizes_of,
-    with_inner,
 )
 from orbax_nnx_handler.planning.suggesting.stacks import (
     Share,
     in_stacks,
     in_turn,
+    kinds_of,
     shared_in,
     shares_of,
     stack_of,
     stacked_twice,
+    with_inner,
     without_rest,
 )
 from orbax_nnx_handler.planning.target.roles import creation_place

@@ -27,7 +27,7 @@ from orbax_nnx_handler.planning.rules.entries import Entries, Entry, PathIndex
 from orbax_nnx_handler.planning.rules.inverse import leads_back
 from orbax_nnx_handler.planning.rules.rename import cuts, matches_only, rename_of
 from orbax_nnx_handler.planning.rules.rule import compiled, with_places
-from orbax_nnx_handler.planning.suggesting.stacks import rules_of_parts, whole_parts
+from orbax_nnx_handler.planning.rules.stacking import stacked_in_parts, whole_parts
 
 _MOST_NAMES, _MANY_MODULES = 8, 24  # Above the parts of a fuse, for a rule to leave others out; for one rule.
 _WRITES: Mapping[type[Rule], str] = {Rename: "replacement", StackLayers: "pattern", UnstackLayers: "into"}
@@ -172,8 +172,10 @@ class Writer:
         for rule, some in written.items():
             if not self._take(rule, some):
                 made = {self._aim(link, leaf.names): link for link in some for leaf in link.wanted}
-                for part, inside in rules_of_parts(rule, made, self.entries):
-                    self._take(part, inside)
+                left = parse(rule.pattern)
+                held = {entry.segments for entry in self.entries if leads(left, entry.segments)}
+                for part, below in stacked_in_parts(rule, made.keys(), held):
+                    self._take(part, [x for at, x in made.items() if at[len(left) :][: len(below)] == below])
 
     def _copy(self, links: Sequence[Link]) -> None:
         for link in [link for link in links if link.copied]:

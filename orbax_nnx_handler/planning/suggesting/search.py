@@ -12,7 +12,6 @@ from orbax_nnx_handler.planning.core.paths import Path, Tokens, segments
 from orbax_nnx_handler.planning.core.recipes import Read, reads, shape_of
 from orbax_nnx_handler.planning.likeness.assignment import (
     Fit,
-    contradicted,
     fit_of,
     may_be,
     sizes_of_few,
@@ -31,6 +30,7 @@ from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.rules.values import steps_in
 from orbax_nnx_handler.planning.suggesting.link_groups import Precedents, apart_from_copies, with_moved_axes
 from orbax_nnx_handler.planning.suggesting.matching_layers import Context, match_context
+from orbax_nnx_handler.planning.suggesting.series import contradicted
 from orbax_nnx_handler.planning.target.roles import Wanted
 
 

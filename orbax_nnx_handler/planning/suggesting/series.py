@@ -12,9 +12,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from orbax_nnx_handler.planning.core.folding import PLACE, numbered
+from orbax_nnx_handler.planning.core.folding import PLACE, numbered, plain_names
 from orbax_nnx_handler.planning.core.leaves import Shape, derived
-from orbax_nnx_handler.planning.core.paths import is_count, levels, shared_levels
+from orbax_nnx_handler.planning.core.paths import Path, is_count, levels, shared_levels
 from orbax_nnx_handler.planning.likeness.assignment import best_pairs
 from orbax_nnx_handler.planning.likeness.links import Link
 from orbax_nnx_handler.planning.likeness.module_parts import BySize, Leaf, module_parts, of_sizes
@@ -122,35 +122,11 @@ def series_of(leaves: Sequence[Leaf], above: int, least: int = 2) -> list[Series
     return found
 
 
-def with_inner(groups: Iterable[Series]) -> list[Series]:
-    """Returns groups of layers with those within their layers: experts in a list of a block's parts."""
-    found = list(groups)
-    for one in found:  # It grows.
-        kinds = {one.looks[number]: held for number, held in one.members.items()}
-        holding = {looks for looks, held in kinds.items() if series_of(held, one.depth)}
-        inner = (held for number, held in one.members.items() if one.looks[number] in holding)
-        found += [each for held in inner for each in series_of(held, one.depth)]
-    return found
-
-
 def _is_series(template: Names, base: Names, members: Mapping[int, Sequence[Leaf]], least: int) -> bool:
     above, is_list = len(template), len(members) > 1 or base[-1].lower() in SINGLE
     some = members.values() if least > 1 and is_list else ()
     looks = {tuple((leaf.names[above:], leaf.shape) for leaf in held): held for held in some}
     return is_list and all(len(module_parts(held, above)) >= least for held in looks.values())
-
-
-def kinds_of(series: Series) -> list[Series]:
-    """Returns a group as its layers of each kind: those that hold parts of the same names."""
-    kinds: dict[frozenset[Names], dict[int, list[Leaf]]] = defaultdict(dict)
-    names: dict[object, frozenset[Names]] = {}
-    for number, leaves in series.members.items():
-        if (looks := series.looks[number]) not in names:
-            names[looks] = frozenset(tuple(level.base for level in levels(path)) for path, _ in looks)
-        kinds[names[looks]][number] = leaves
-    if len(kinds) == 1:
-        return [series]
-    return [dataclasses.replace(series, members=members, is_kind=True) for members in kinds.values()]
 
 
 def paired_series(ours: Sequence[Series], theirs: Sequence[Series]) -> Pairs:
@@ -436,3 +412,32 @@ def _read(group: Sequence[_Level], step: int) -> list[Link]:
             return []
         found.append(link if leaf is link.source else dataclasses.replace(link, stored=(leaf,), levels=()))
     return found
+
+
+# One name, one meaning.
+
+
+def contradicted(links: Iterable[Link]) -> Mapping[Path, Link]:
+    """Returns links in which a stored name means another part than in most blocks of its list.
+
+    What Linen or a list numbered is left out: a block with one module more counts otherwise.
+    """
+    said: dict[object, dict[Names, list[Link]]] = defaultdict(lambda: defaultdict(list))
+    for link in (x for x in links if x.layers is None and len(x.wanted) == len(x.stored) == 1):
+        (list_, inside), (others, name) = _in_list(link.target.names), _in_list(link.source.names)
+        is_counted = any(level.is_automatic or level.style in ("/", ".") for level in levels(name))
+        if len(inside) > 1 < len(name) and not is_counted:
+            said[list_, others, name][plain_names(inside)].append(link)
+    counted = ([*meanings.values()] for meanings in said.values() if len(meanings) > 1)
+    few = (some for each in counted for some in each if 2 * len(some) <= sum(map(len, each)))
+    return {link.target.source: link for some in few for link in some}
+
+
+def _in_list(names: Names) -> tuple[Names, Names]:
+    """Returns the outermost list that a part is in, and its path in a layer; nothing where it is in none."""
+    at = 0
+    for level in levels(names):
+        at += level.width
+        if level.number is not None:
+            return (*names[: at - level.width], level.base), names[at:]
+    return (), ()

@@ -8,12 +8,12 @@ import dataclasses
 import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 
 from orbax_nnx_handler.planning.core.leaves import Shape, order_after, with_fields
-from orbax_nnx_handler.planning.core.paths import Path, levels, parse
+from orbax_nnx_handler.planning.core.paths import Path, levels
 from orbax_nnx_handler.planning.likeness.assignment import best_pairs
-from orbax_nnx_handler.planning.likeness.links import Findings, Link, leads, settle_turns
+from orbax_nnx_handler.planning.likeness.links import Findings, Link, settle_turns
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, Stacks, depth_of, leaves_below, part_sizes
 from orbax_nnx_handler.planning.likeness.shapes import Step, Steps, Way, transposed, without_axis
 from orbax_nnx_handler.planning.likeness.vocabulary import (
@@ -27,8 +27,6 @@ from orbax_nnx_handler.planning.likeness.vocabulary import (
     likeness,
     place_of,
 )
-from orbax_nnx_handler.planning.rules import Rule, StackLayers
-from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.suggesting.series import (
     Pairs,
     Series,
@@ -36,8 +34,8 @@ from orbax_nnx_handler.planning.suggesting.series import (
     are_alike,
     have_equal_layers,
     is_complete,
-    kinds_of,
     said_of,
+    series_of,
     sizes_of,
 )
 
@@ -54,6 +52,30 @@ def without_rest(series: Series, others: Iterable[Series]) -> tuple[Series, Pair
         for at, to in zip(numbers[first:], other.numbers, strict=True)
     ]
     return dataclasses.replace(series, members=members), pairs
+
+
+def with_inner(groups: Iterable[Series]) -> list[Series]:
+    """Returns groups of layers with those within their layers: experts in a list of a block's parts."""
+    found = list(groups)
+    for one in found:  # It grows.
+        kinds = {one.looks[number]: held for number, held in one.members.items()}
+        holding = {looks for looks, held in kinds.items() if series_of(held, one.depth)}
+        inner = (held for number, held in one.members.items() if one.looks[number] in holding)
+        found += [each for held in inner for each in series_of(held, one.depth)]
+    return found
+
+
+def kinds_of(series: Series) -> list[Series]:
+    """Returns a group as its layers of each kind: those that hold parts of the same names."""
+    kinds: dict[frozenset[Names], dict[int, list[Leaf]]] = defaultdict(dict)
+    names: dict[object, frozenset[Names]] = {}
+    for number, leaves in series.members.items():
+        if (looks := series.looks[number]) not in names:
+            names[looks] = frozenset(tuple(level.base for level in levels(path)) for path, _ in looks)
+        kinds[names[looks]][number] = leaves
+    if len(kinds) == 1:
+        return [series]
+    return [dataclasses.replace(series, members=members, is_kind=True) for members in kinds.values()]
 
 
 def shared_in(series: Series) -> Series:
@@ -145,28 +167,6 @@ def _likeliest_axis(series: Series, leaves: Sequence[Leaf], axes: Sequence[int])
     first = sorted(leaf.shape for leaf in series.members[series.numbers[0]])
     fitting = [axis for axis in axes if sorted(without_axis(leaf.shape, axis) for leaf in leaves) == first]
     return (fitting or axes)[0] if len(fitting or axes) == 1 else -1
-
-
-def whole_parts(used: Set[Names], held: Set[Names], depth: int) -> Iterable[Names]:
-    """Yields the paths within a module, from some depth on, of its largest parts that are used whole."""
-    pending: list[Names] = [()]
-    for below in pending:
-        inside = [names for names in held if names[depth : depth + len(below)] == below]
-        if all(names in used for names in inside):
-            yield below
-        elif any(names in used for names in inside):
-            pending += dict.fromkeys(names[depth : depth + len(below) + 1] for names in sorted(inside))
-
-
-def rules_of_parts(
-    rule: StackLayers, made: Mapping[Names, Link], entries: Iterable[Entry]
-) -> Iterator[tuple[Rule, list[Link]]]:
-    """Yields the rules that stack what all layers hold, where one lacks something, each with its links."""
-    left, right = parse(rule.pattern), parse(rule.into)
-    held = {entry.segments for entry in entries if leads(left, entry.segments)}
-    for below in whole_parts(made.keys(), held, len(left)):
-        part = StackLayers("/".join((*left, *below)), "/".join((*right, *below)), rule.axis)
-        yield part, [link for names, link in made.items() if names[len(left) :][: len(below)] == below]
 
 
 # Modules that both sides keep stacked.

@@ -356,21 +356,23 @@ class Precedents:
     """Which parts of two modules are each other's, as far as all that is known of such modules agrees.
 
     Modules are of one kind if only numbers tell their paths apart, or if they are called alike and hold
-    parts of the same names: the layers of an encoder tell nothing of those of a decoder that hold more.
+    parts of the same names: an encoder's layers tell nothing of a decoder's that hold more.
     """
 
     def __init__(self, wanted: Iterable[Leaf], stored: Iterable[Leaf], links: Iterable[Link]) -> None:
-        self._wanted, self._stored = (
-            kinds_of_modules({part_of(leaf) for leaf in leaves}) for leaves in (wanted, stored)
-        )
-        self._counted = [_lists({part_of(leaf) for leaf in leaves}) for leaves in (wanted, stored)]
+        parts = [{part_of(leaf) for leaf in leaves} for leaves in (wanted, stored)]
+        self._wanted, self._stored = map(kinds_of_modules, parts)
+        self._counted = [*map(_lists, parts)]
         self._alike: dict[object, bool] = {}
         self._forth: dict[object, set[object]] = defaultdict(set)
         self._back: dict[object, set[object]] = defaultdict(set)
         self._takers: dict[object, set[object]] = defaultdict(set)
         self._numbers: dict[object, set[tuple[int | None, ...]]] = defaultdict(set)
-        told = [link for link in links if link.grounds != "order"]
-        for one, other in {(part_of(link.target), part_of(link.source)) for link in told}:
+        told = {(part_of(x.target), part_of(x.source)) for x in links if x.grounds != "order"}
+        several = {plain_names(part) for part in parts[1] if part and levels(part)[-1].number}
+        # The only norm of a block may be the second one of blocks that have two.
+        alone = {x for _, x in told if plain_names(x) in several and is_alone(x, self._stored)}
+        for one, other in (pair for pair in told if pair[1] not in alone):
             for kinds, left, right in self._views(one, other):
                 self._forth[kinds, left].add(right)
                 self._back[kinds, right].add(left)
@@ -419,10 +421,7 @@ class Precedents:
                 yield modules, (at, left[at]), right[at]
 
     def _place_in_list(self, one: Names, other: Names) -> tuple[tuple[object, ...], object] | None:
-        """Returns the lists that two parts are in, where one counts as the other, from another number on.
-
-        That they count as far tells that no other part stands between those of one of them.
-        """
+        """Returns the lists that two parts are in, where one counts as the other, and as far."""
         here, there = levels(one)[-1:], levels(other)[-1:]
         if not here or not there or (at := here[0].number) is None or (to := there[0].number) is None:
             return None

@@ -432,3 +432,52 @@ def test_a_list_of_weights_and_one_of_biases_are_layers(lists, is_turned):
 
     assert not found.questions
     check(values, {path: stored[name] for path, (name, _) in expected.items()})
+
+
+@pytest.mark.parametrize("lacking", [0, 2])
+def test_the_only_norm_of_one_block_does_not_tell_which_of_two_the_first_one_of_the_others_is(lacking):
+    stored, values = {}, {}
+    for at in range(3):
+        for number, name in enumerate(("token_norm", "channel_norm")[at == lacking :]):
+            stored[f"Block_{at}/LayerNorm_{number}/scale"] = (16,)
+            values[f"blocks/{at}/{name}/scale"] = f"Block_{at}/LayerNorm_{number}/scale"
+        for number, shape in enumerate(((16, 40), (40, 16))):
+            stored[f"Block_{at}/Dense_{number}/kernel"] = shape
+            values[f"blocks/{at}/fc{number + 1}/kernel"] = f"Block_{at}/Dense_{number}/kernel"
+    stored = filled(stored)
+
+    _, made = proposed(stored, {path: stored[name].shape for path, name in values.items()})
+
+    check(made, {path: stored[name] for path, name in values.items() if path in made})
+
+
+@pytest.mark.parametrize("first", ["embed", "in_norm"])
+def test_numbers_of_one_class_are_no_places_of_another(first):
+    stored = filled(
+        {f"LayerNorm_{at}/scale": (16,) for at in range(3)}
+        | {"Dense_0/kernel": (5, 16), "Dense_3/kernel": (16, 3)}
+        | {f"Dense_{at}/kernel": (16, 16) for at in (1, 2)}
+    )
+    values = {"stem/kernel": "Dense_0/kernel", "head/kernel": "Dense_3/kernel"}
+    shift, lone = (0, "final_norm") if first == "embed" else (1, "in_norm")
+    values[f"{lone}/scale"] = f"LayerNorm_{0 if shift else 2}/scale"
+    for at in range(2):
+        values[f"layers/{at}/norm/scale"] = f"LayerNorm_{at + shift}/scale"
+        values[f"layers/{at}/fc/kernel"] = f"Dense_{at + 1}/kernel"
+
+    _, made = proposed(stored, {path: stored[name].shape for path, name in values.items()})
+
+    check(made, {path: stored[name] for path, name in values.items() if path in made})
+
+
+@pytest.mark.parametrize("names", [("pooler",), ("classifier", "dense")])
+def test_a_new_head_is_not_filled_with_what_remains_of_another_one(names):
+    path = "/".join(names)
+    stored = filled(
+        {"bert/embed/embedding": (9, 8), "lm_head/dense/kernel": (8, 8), "lm_head/norm/scale": (8,)}
+    )
+
+    found, made = proposed(stored, {"embed/embedding": (9, 8), f"{path}/kernel": (8, 8)})
+
+    assert made.keys() == {"embed/embedding"}
+    assert len(found.questions) == 1

@@ -239,7 +239,10 @@ def _chosen(
         # Where image axes come last, outputs come first: that is PyTorch's convention for both.
         return next((way for way in ways if way.turned), None)
     # A matrix keeps its own name on both sides; `weight` and `w` may be PyTorch's.
-    if _last_name(leaf.names) == _last_name(link.target.names) not in PYTORCHS and not _are_squares(leaf):
+    is_kept = _last_name(leaf.names) == _last_name(link.target.names) not in PYTORCHS
+    # Nor one, or a stack of them, where the model's stacks, or those that lie apart, are turned.
+    others = [(*key[:2], 5 - _axes(leaf)) for key in _keys(link, leaf) if key[0] == "model"]
+    if is_kept and not _are_squares(leaf) and not any(True in evidence.get(key, ()) for key in others):
         return next((way for way in ways if not way.turned), None)
     return None
 

@@ -30,7 +30,7 @@ from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.rules.values import steps_in
 from orbax_nnx_handler.planning.suggesting.link_groups import Precedents, apart_from_copies, with_moved_axes
 from orbax_nnx_handler.planning.suggesting.matching_layers import Context, match_context
-from orbax_nnx_handler.planning.suggesting.series import contradicted
+from orbax_nnx_handler.planning.suggesting.series import contradicted, from_elsewhere
 from orbax_nnx_handler.planning.target.roles import Wanted
 
 
@@ -56,7 +56,8 @@ def search(wanted: Sequence[Leaf], stored: Sequence[Leaf], order: Mapping[Tokens
     found.links.extend(match_leftovers(wanted, stored, found.links))
     asked = [link for tie in found.ties for reading in tie.readings for link in reading]
     used = {part_of(leaf) for link in (*found.links, *asked) for leaf in link.stored}
-    found = _asking(found, torn(found.links, {part_of(leaf) for leaf in stored} - used))
+    left = {part_of(leaf) for leaf in stored} - used
+    found = _asking(found, {**torn(found.links, left), **from_elsewhere(found.links, left)})
     plain, copies = apart_from_copies((found := with_moved_axes(found)).links, stored)
     found.ties.extend(copies)
     settled, turns = settle_turns(plain)

@@ -17,7 +17,7 @@ from orbax_nnx_handler.planning.core.leaves import Shape, derived
 from orbax_nnx_handler.planning.core.paths import Path, is_count, levels, shared_levels
 from orbax_nnx_handler.planning.likeness.assignment import best_pairs
 from orbax_nnx_handler.planning.likeness.links import Link
-from orbax_nnx_handler.planning.likeness.module_parts import BySize, Leaf, module_parts, of_sizes
+from orbax_nnx_handler.planning.likeness.module_parts import BySize, Leaf, module_parts, of_sizes, part_of
 from orbax_nnx_handler.planning.likeness.vocabulary import (
     MARGIN,
     SINGLE,
@@ -414,9 +414,6 @@ def _read(group: Sequence[_Level], step: int) -> list[Link]:
     return found
 
 
-# One name, one meaning.
-
-
 def contradicted(links: Iterable[Link]) -> Mapping[Path, Link]:
     """Returns links in which a stored name means another part than in most blocks of its list.
 
@@ -431,6 +428,14 @@ def contradicted(links: Iterable[Link]) -> Mapping[Path, Link]:
     counted = ([*meanings.values()] for meanings in said.values() if len(meanings) > 1)
     few = (some for each in counted for some in each if 2 * len(some) <= sum(map(len, each)))
     return {link.target.source: link for some in few for link in some}
+
+
+def from_elsewhere(links: Sequence[Link], left: Iterable[Names]) -> Mapping[Path, Link]:
+    """Returns links of the only part that is used of a list: a decoder's, where its encoder is wanted."""
+    used = Counter(_in_list(names)[0] for names in {part_of(leaf) for x in links for leaf in x.stored})
+    lone = {list_ for list_ in {_in_list(names)[0] for names in left} if list_ and used[list_] == 1}
+    found = (link for link in links if lone and not _in_list(link.target.names)[0])
+    return {link.target.source: link for link in found if _in_list(part_of(link.source))[0] in lone}
 
 
 def _in_list(names: Names) -> tuple[Names, Names]:

@@ -178,3 +178,24 @@ def test_which_of_two_numbered_layers_is_the_gate_is_a_question(names):
     ours = stored["mlp/w1/kernel"], stored["mlp/w2/kernel"]
     for order in (ours, ours[::-1]):
         assert any(all(np.array_equal(x[at], y) for at, y in zip(gates, order, strict=True)) for x in orders)
+
+
+@pytest.mark.parametrize("is_stack", [True, False])
+def test_a_stack_of_squares_is_asked_about_beside_a_turned_matrix_that_lies_apart_and_the_other_way_around(
+    is_stack,
+):
+    turned, square = ("head", "blocks/q") if is_stack else ("blocks/up", "head")
+    shapes = {
+        f"{turned}/kernel": (16, 8) if is_stack else (3, 16, 8),
+        f"{square}/kernel": (3, 8, 8) if is_stack else (8, 8),
+    }
+    stored = filled(shapes)
+    names = {"head": "lm_head", "blocks/q": "h/q_proj", "blocks/up": "h/fc"}
+    names = {f"{one}/kernel": f"{other}/kernel" for one, other in names.items()}
+    expected = {names[path]: np.swapaxes(value, -1, -2) for path, value in stored.items()}
+
+    found, values = proposed(stored, {path: value.shape for path, value in expected.items()})
+
+    assert values.keys() == {names[f"{turned}/kernel"]}
+    check(values, {path: expected[path] for path in values})
+    assert [question.about for question in found.questions] == ["transposed"]

@@ -34,6 +34,8 @@ from orbax_nnx_handler.planning.likeness.vocabulary import (
 
 _QKV, _MLP = frozenset("qkv"), frozenset(("up", "down", "gate"))
 _ENDS, _FEW = frozenset(("pre", "post", "first", "last")), 5  # More numbers than any in `NUMBERED`.
+_EITHER = {"qkv": ("proj_out",), "qkv_proj": ("wo", "fc_in", "linear")}
+"""What stands beside arrays by head: guided diffusion's, InternLM2's, CodeGen's, the UvA tutorials'."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -234,9 +236,8 @@ class _Context:
         gated = tuple(word for word in meanings(last) if word in ("gate", "up"))
         if len(gated) > 1 and bias is not None and len(bias.shape) > 1:
             return gated  # Experts with biases: in GPT-OSS both take turns, else they do not.
-        # Guided diffusion's, but under `use_new_attention_order`; InternLM2's and CodeGen's.
-        is_either = {"qkv": "proj_out", "qkv_proj": "wo"}.get(last) in self._bases[part.module]
-        is_either |= last == "qkv_proj" and "fc_in" in itertools.chain(*self._bases.values())
+        near = itertools.chain(*self._bases.values()) if last == "qkv_proj" else self._bases[part.module]
+        is_either = not {*_EITHER.get(last, ())}.isdisjoint(near)
         is_either |= last not in FUSED and UNTOLD.search(last.lower()) is not None
         return tuple(word for word in meanings(last) if word in _QKV) if is_either else ()
 
@@ -435,8 +436,8 @@ def _number_keys(roles: Sequence[NamedPart]) -> list[tuple[int, ...] | None]:
     shapes = {tuple(level.base for level in path) for path in paths}
     # Of a list without its first ones, `w2` and `w3`, those may be called otherwise.
     are_first = all(held[0] < 2 for role in roles for _, held in role.numbers[-1:])
-    pairs = itertools.combinations(paths, 2)
-    if not are_first or (len(shapes) > 1 and not all(itertools.starmap(counted_apart, pairs))):
+    are_apart = itertools.starmap(counted_apart, itertools.combinations(paths, 2))
+    if not are_first or (len(shapes) > 1 and not all(are_apart)):
         return [None] * len(roles)
     return [tuple(x.number for x in role.part.levels if x.number is not None) or None for role in roles]
 
@@ -444,7 +445,6 @@ def _number_keys(roles: Sequence[NamedPart]) -> list[tuple[int, ...] | None]:
 def are_counted(roles: Sequence[NamedPart]) -> bool:
     """Tells whether a program counts these parts: a list, or one name with a number of its own."""
     names = {tuple(level.base for level in role.part.levels) for role in roles}
-    return len(names) == 1 and all(
-        role.part.levels and role.part.levels[-1].number is not None and role.part.levels[-1].style
-        for role in roles
-    )
+    last = [level for role in roles for level in role.part.levels[-1:]]
+    is_each = len(last) == len(roles) and all(x.number is not None and x.style for x in last)
+    return len(names) == 1 and is_each

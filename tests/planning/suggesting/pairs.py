@@ -82,6 +82,14 @@ OPEN = {
     "jet": 8,
     "fvlm": 27,
     "pct": 32,
+    "bert_mlm_to_cls": 4,
+    "bert_pretraining_to_cls2": 2,
+    "electra_pre_to_cls": 4,
+    "distilbert_mlm_to_cls": 4,
+    "t5_encoder_only": 2,
+    "crossq": 48,
+    "ft_transformer": 6,
+    "simba_flat": 6,
 }
 """Leaves that stay open.
 
@@ -106,7 +114,9 @@ a message of nodes and what one of edges (protein_mpnn), how queries, keys and v
 two numbered norms is the global one (pegasus_x), which of `w1`, `v1` and `w2` is which
 (dbrx), which half of an array is the gate (openelm), which layer masks (soundstream_unet), which of two heads
 that Linen numbered is the deviation's (serl) and which of the layers that Haiku counts is which
-(structure_module), only outputs tell. Not found yet: the mask's layer in a list of its own (conv_tasnet), the
+(structure_module), whether what remains of a head is meant by a new one (bert_mlm_to_cls and its like,
+electra_pre_to_cls, distilbert_mlm_to_cls), or what remains of a decoder (t5_encoder_only), and which of the
+norms of a list and a lone one Linen numbered first (crossq, ft_transformer, simba_flat), only outputs tell. Not found yet: the mask's layer in a list of its own (conv_tasnet), the
 bias of queries and of values in one for all three (qformer), a lone vector (ncsnpp), two levels of a U-Net
 that are as large (ddpm), heads that hold queries and a part of the network (palm_fused), positions of tokens
 (spectrogram_diffusion), norms in lists (vits), `fflayer_start` and convolutions of dense layers

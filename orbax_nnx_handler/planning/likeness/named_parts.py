@@ -34,8 +34,8 @@ from orbax_nnx_handler.planning.likeness.vocabulary import (
 
 _QKV, _MLP = frozenset("qkv"), frozenset(("up", "down", "gate"))
 _ENDS, _FEW = frozenset(("pre", "post", "first", "last")), 5  # More numbers than any in `NUMBERED`.
-_EITHER = {"qkv": ("proj_out",), "qkv_proj": ("wo", "fc_in", "linear")}
-"""What stands beside arrays by head: guided diffusion's, InternLM2's, CodeGen's, the UvA tutorials'."""
+_EITHER = {"qkv": "proj_out", "qkv_proj": "wo"}
+"""What stands beside arrays by head: guided diffusion's, InternLM2's; CodeGen has `fc_in`, UvA `linear`."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -236,8 +236,11 @@ class _Context:
         gated = tuple(word for word in meanings(last) if word in ("gate", "up"))
         if len(gated) > 1 and bias is not None and len(bias.shape) > 1:
             return gated  # Experts with biases: in GPT-OSS both take turns, else they do not.
-        near = itertools.chain(*self._bases.values()) if last == "qkv_proj" else self._bases[part.module]
-        is_either = not {*_EITHER.get(last, ())}.isdisjoint(near)
+        is_either, every = (
+            _EITHER.get(last) in self._bases[part.module],
+            itertools.chain(*self._bases.values()),
+        )
+        is_either |= last == "qkv_proj" and not {"fc_in", "linear"}.isdisjoint(every)
         is_either |= last not in FUSED and UNTOLD.search(last.lower()) is not None
         return tuple(word for word in meanings(last) if word in _QKV) if is_either else ()
 
@@ -446,5 +449,5 @@ def are_counted(roles: Sequence[NamedPart]) -> bool:
     """Tells whether a program counts these parts: a list, or one name with a number of its own."""
     names = {tuple(level.base for level in role.part.levels) for role in roles}
     last = [level for role in roles for level in role.part.levels[-1:]]
-    is_each = len(last) == len(roles) and all(x.number is not None and x.style for x in last)
-    return len(names) == 1 and is_each
+    is_each = all(x.style and x.number is not None for x in last)
+    return len(names) == 1 and len(last) == len(roles) and is_each

@@ -94,11 +94,10 @@ OPEN = {
 """Leaves that stay open.
 
 An array that holds queries, keys and values may hold them head by head or in groups (bloom, codegen,
-internlm2); a logarithm of a variance
-is not that of a deviation (vae_flax); networks and parts of one shape that Linen numbered (sac, drq, simba,
-graphnet, nerf, savi, genie, rt1) are in no order that names tell.
-Whether shift or scale comes first (flux, mmdit), how keys and values lie in an array of a layer
-that Linen numbered (segformer), which half of an array or which of two layers is the gate (recurrentgemma,
+internlm2); a logarithm of a variance is not that of a deviation (vae_flax); networks and parts of one shape
+that Linen numbered (sac, drq, simba, graphnet, nerf, savi, genie, rt1) are in no order that names tell.
+Whether shift or scale comes first (flux, mmdit), how keys and values lie in an array of a layer that Linen
+numbered (segformer), which half of an array or which of two layers is the gate (recurrentgemma,
 dinov2_giant, qwen2, litgpt), whether gates and what they gate lie in turns (gpt_oss), which of square
 layers that stand beside each other is which (transformer_xl_ppo), whether a square matrix is transposed
 (recurrentgemma), and what `v` and `w` are (hypernerf), which of `out` and `out2` is the gate (s4, lru_glu),
@@ -108,22 +107,23 @@ attention that Linen numbered is which (perceiver, set_transformer, pct), which 
 coca), which of two last norms is the text's (coca), which of a block's convolutions of one shape is which
 branch (inception, nafnet), which comes first (rrdb), which of three norms is of which part (xcit), what is
 a message of nodes and what one of edges (protein_mpnn), how queries, keys and values lie in one array
-(guided_diffusion), which of two networks of a block is which (painn), which of three square layers leads back
-(eva02), which of two norms is that of the experts (gemma4_experts), and where a list of square layers ends
-(mipnerf360), what `fs4` and `bs4` are (bigs), whether a square array is turned (ttt, gemma3n), which of
-two numbered norms is the global one (pegasus_x), which of `w1`, `v1` and `w2` is which
-(dbrx), which half of an array is the gate (openelm), which layer masks (soundstream_unet), which of two heads
-that Linen numbered is the deviation's (serl) and which of the layers that Haiku counts is which
-(structure_module), whether what remains of a head is meant by a new one (bert_mlm_to_cls and its like,
-electra_pre_to_cls, distilbert_mlm_to_cls), or what remains of a decoder (t5_encoder_only), and which of the
-norms of a list and a lone one Linen numbered first (crossq, ft_transformer, simba_flat), only outputs tell. Not found yet: the mask's layer in a list of its own (conv_tasnet), the
-bias of queries and of values in one for all three (qformer), a lone vector (ncsnpp), two levels of a U-Net
-that are as large (ddpm), heads that hold queries and a part of the network (palm_fused), positions of tokens
-(spectrogram_diffusion), norms in lists (vits), `fflayer_start` and convolutions of dense layers
-(perch_conformer), a layer below `concat_mlp` beside one of that name (tome), keys and values per head
-in one array, and a bias beside `proj_kernel` (nest), two lists of blocks in the arms of a U-Net (xunet), the
-numbers of a layer and of a view in one name (mtv), stacks beside the layers that hold them (jet), and norms
-and convolutions of which the ones beside tell the number (fvlm).
+(guided_diffusion), which of two networks of a block is which (painn), which of three square layers leads
+back (eva02), which of two norms is that of the experts (gemma4_experts), and where a list of square layers
+ends (mipnerf360), what `fs4` and `bs4` are (bigs), whether a square array is turned (ttt, gemma3n), which
+of two numbered norms is the global one (pegasus_x), which of `w1`, `v1` and `w2` is which (dbrx), which
+half of an array is the gate (openelm), which layer masks (soundstream_unet), which of two heads that Linen
+numbered is the deviation's (serl) and which of the layers that Haiku counts is which (structure_module),
+whether what remains of a head is meant by a new one (bert_mlm_to_cls and its like, electra_pre_to_cls,
+distilbert_mlm_to_cls), or what remains of a decoder (t5_encoder_only), and which of the norms of a list and
+a lone one Linen numbered first (crossq, ft_transformer, simba_flat), only outputs tell. Not found yet: the
+mask's layer in a list of its own (conv_tasnet), the bias of queries and of values in one for all three
+(qformer), a lone vector (ncsnpp), two levels of a U-Net that are as large (ddpm), heads that hold queries
+and a part of the network (palm_fused), positions of tokens (spectrogram_diffusion), norms in lists (vits),
+`fflayer_start` and convolutions of dense layers (perch_conformer), a layer below `concat_mlp` beside one of
+that name (tome), keys and values per head in one array, and a bias beside `proj_kernel` (nest), two lists
+of blocks in the arms of a U-Net (xunet), the numbers of a layer and of a view in one name (mtv), stacks
+beside the layers that hold them (jet), and norms and convolutions of which the ones beside tell the number
+(fvlm).
 """
 
 KINDS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}

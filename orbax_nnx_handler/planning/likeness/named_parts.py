@@ -236,11 +236,8 @@ class _Context:
         gated = tuple(word for word in meanings(last) if word in ("gate", "up"))
         if len(gated) > 1 and bias is not None and len(bias.shape) > 1:
             return gated  # Experts with biases: in GPT-OSS both take turns, else they do not.
-        is_either, every = (
-            _EITHER.get(last) in self._bases[part.module],
-            itertools.chain(*self._bases.values()),
-        )
-        is_either |= last == "qkv_proj" and not {"fc_in", "linear"}.isdisjoint(every)
+        every = {*itertools.chain(*self._bases.values())} if last == "qkv_proj" else set[str]()
+        is_either = _EITHER.get(last) in self._bases[part.module] or bool(every & {"fc_in", "linear"})
         is_either |= last not in FUSED and UNTOLD.search(last.lower()) is not None
         return tuple(word for word in meanings(last) if word in _QKV) if is_either else ()
 
@@ -448,6 +445,5 @@ def _number_keys(roles: Sequence[NamedPart]) -> list[tuple[int, ...] | None]:
 def are_counted(roles: Sequence[NamedPart]) -> bool:
     """Tells whether a program counts these parts: a list, or one name with a number of its own."""
     names = {tuple(level.base for level in role.part.levels) for role in roles}
-    last = [level for role in roles for level in role.part.levels[-1:]]
-    is_each = all(x.style and x.number is not None for x in last)
-    return len(names) == 1 and len(last) == len(roles) and is_each
+    last = [level for role in roles for level in role.part.levels[-1:] if level.style]
+    return len(names) == 1 and len([x for x in last if x.number is not None]) == len(roles)

@@ -184,9 +184,9 @@ class NNXLinenHandler(ocp.PyTreeCheckpointHandler):
             older = dict(zip(("item", "save_args"), args, strict=False)) | kwargs
             given = NNXLinenSave(older.get("item"), older.get("save_args"))
         own = isinstance(given, NNXLinenSave)
-        undone = given.renames if own else ()
-        if is_nnx(given.item) or (own and _are_arrays(given.item)):
-            undone = undone or self._options.renames
+        undone = given.renames if own else None
+        if undone is None:
+            undone = self._options.renames if is_nnx(given.item) or (own and _are_arrays(given.item)) else ()
         if not is_nnx(given.item) and not undone:
             return given
         check_writable(epath.Path(directory))
@@ -300,15 +300,15 @@ class NNXLinenSave(ocp.args.PyTreeSave):
             refuses a list of another length. Modules carry theirs.
         renames: The rules of the restore; they are undone, so that the same rules
             restore what is saved. A rule that cannot be undone is a `RuleError`. Or the
-            report of the restore (`handler.report`), which is undone leaf by leaf. The rules
-            that the handler itself was given, where none are named here.
+            report of the restore (`handler.report`), which is undone leaf by leaf. None for
+            the rules that the handler itself was given; `()` for none.
     """
 
     item: Any = None
     _: dataclasses.KW_ONLY
     layout: Flavour = "linen"
     tx: Transformation | None = None
-    renames: RulesOrRestore = ()
+    renames: RulesOrRestore | None = None
 
     def __post_init__(self) -> None:
         self.item = as_save_item(self.item)

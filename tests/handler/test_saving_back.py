@@ -32,6 +32,18 @@ def test_a_manager_s_save_undoes_the_rules_of_its_handler(tmp_path):
     np.testing.assert_array_equal(stored["params"]["old"]["kernel"], tree["new"]["kernel"].T)
 
 
+def test_a_save_that_names_no_rules_undoes_none_of_its_handler(tmp_path):
+    made, tree = model(Numbers())
+    with ocp.CheckpointManager(tmp_path, item_handlers=NNXLinenHandler(renames=RULES)) as manager:
+        manager.save(1, args=NNXLinenSave(made, renames=()))
+        manager.wait_until_finished()
+        check(manager.restore(1, args=NNXLinenRestore(model_target(tree), renames=())), tree)
+
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        stored = checkpointer.restore(tmp_path / "1" / "default")
+    np.testing.assert_array_equal(stored["params"]["new"]["kernel"], tree["new"]["kernel"])
+
+
 def test_v1_undoes_the_rules_of_its_context(tmp_path):
     made, tree = model(Numbers())
     with v1.context(renames=RULES):

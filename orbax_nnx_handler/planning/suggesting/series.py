@@ -433,7 +433,9 @@ def contradicted(links: Iterable[Link]) -> Mapping[Path, Link]:
 def from_elsewhere(links: Sequence[Link], left: Iterable[Names]) -> Mapping[Path, Link]:
     """Returns links of the only part that is used of a list: a decoder's, where its encoder is wanted."""
     used = Counter(_in_list(names)[0] for names in {part_of(leaf) for x in links for leaf in x.stored})
-    lone = {list_ for list_ in {_in_list(names)[0] for names in left} if list_ and used[list_] == 1}
+    # By what leads into each layer: one layer alone is no list.
+    layers = {(held[0], names[: len(names) - len(held[1])]) for names in left if (held := _in_list(names))[0]}
+    lone = {list_ for list_, count in Counter(x for x, _ in layers).items() if count > 1 == used[list_]}
     found = (link for link in links if lone and not _in_list(link.target.names)[0])
     return {link.target.source: link for link in found if _in_list(part_of(link.source))[0] in lone}
 

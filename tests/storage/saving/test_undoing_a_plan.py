@@ -274,7 +274,7 @@ def test_a_dict_of_arrays_is_written_before_the_rules_too(by: str, tmp_path: Pat
         target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
         state = checkpointer.restore(path, args=NNXLinenRestore(target))
         np.testing.assert_array_equal(state["params"]["a"]["w"], tree["params"]["a"]["w"] + 1)
-        undone: Any = {"report": handler.report, "rules": rules, "the handler's rules": ()}[by]
+        undone: Any = {"report": handler.report, "rules": rules, "the handler's rules": None}[by]
         checkpointer.save(tmp_path / "back", args=NNXLinenSave(state, renames=undone))
 
     for key, value in flat(path).items():

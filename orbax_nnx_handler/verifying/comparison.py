@@ -418,12 +418,13 @@ def _remarks(is_near: bool, first: FirstDifference | None, runs: Runs, plan: Res
             f"{fold_paths(unread)}: it returns arrays of one size in another structure than Linen's module, "
             "and which is which is not told: let it return the same."
         )
-    yield from () if is_near or (first is not None and first.proved) else called_otherwise(runs)
+    is_told = is_near or (first is not None and bool(first.proved))
+    yield from () if is_told else called_otherwise(runs)
     if plan.missing:
         yield f"{counted(len(plan.missing), 'weight')} of the target not stored: a policy fills them."
-    zeros = [path for path, item in plan.defaulted.items() if item.source == "zeros"]
+    zeros = () if is_told else (path for path, item in plan.defaulted.items() if item.source == "zeros")
     inside = [path for path in zeros if first is None or path[: len(first.place)] == first.place]
-    if not is_near and inside and not (first is not None and first.proved):
+    if inside:
         yield (
             f"{fold_paths(inside)}: not stored, and filled with zeros; if the program computes it as it is "
             "built (a table, a mask), pass init=make_model, the function that builds the target."

@@ -29,7 +29,7 @@ from orbax_nnx_handler.planning.likeness.shapes import Way, transposed
 from orbax_nnx_handler.planning.likeness.vocabulary import Names, may_hold_otherwise, meanings, words
 from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS, Roots
 from orbax_nnx_handler.planning.rules.entries import Entry, from_entries
-from orbax_nnx_handler.planning.suggesting.series import by_level
+from orbax_nnx_handler.planning.suggesting.series import by_level, in_list
 
 
 def with_moved_axes(found: Findings) -> Findings:
@@ -313,12 +313,8 @@ def _sizes_by_layer(leaves: Iterable[Leaf]) -> Mapping[Names, list[int]]:
 
 def _layer(names: Names) -> Names:
     """Returns what leads into the outermost layer that a part is in; nothing where it is in none."""
-    at = 0
-    for level in levels(names):
-        at += level.width
-        if level.number is not None and at + 1 < len(names):
-            return names[:at]
-    return ()
+    inside = in_list(names)[1]
+    return names[: len(names) - len(inside)] if len(inside) > 1 else ()
 
 
 def as_one(several: Iterable[Sequence[Sequence[Link]]]) -> list[Sequence[Sequence[Link]]]:

@@ -421,7 +421,7 @@ def contradicted(links: Iterable[Link]) -> Mapping[Path, Link]:
     """
     said: dict[object, dict[Names, list[Link]]] = defaultdict(lambda: defaultdict(list))
     for link in (x for x in links if x.layers is None and len(x.wanted) == len(x.stored) == 1):
-        (list_, inside), (others, name) = _in_list(link.target.names), _in_list(link.source.names)
+        (list_, inside), (others, name) = in_list(link.target.names), in_list(link.source.names)
         is_counted = any(level.is_automatic or level.style in ("/", ".") for level in levels(name))
         if len(inside) > 1 < len(name) and not is_counted:
             said[list_, others, name][plain_names(inside)].append(link)
@@ -432,15 +432,15 @@ def contradicted(links: Iterable[Link]) -> Mapping[Path, Link]:
 
 def from_elsewhere(links: Sequence[Link], left: Iterable[Names]) -> Mapping[Path, Link]:
     """Returns links of the only part that is used of a list: a decoder's, where its encoder is wanted."""
-    used = Counter(_in_list(names)[0] for names in {part_of(leaf) for x in links for leaf in x.stored})
+    used = Counter(in_list(names)[0] for names in {part_of(leaf) for x in links for leaf in x.stored})
     # By what leads into each layer: one layer alone is no list.
-    layers = {(held[0], names[: len(names) - len(held[1])]) for names in left if (held := _in_list(names))[0]}
+    layers = {(held[0], names[: len(names) - len(held[1])]) for names in left if (held := in_list(names))[0]}
     lone = {list_ for list_, count in Counter(x for x, _ in layers).items() if count > 1 == used[list_]}
-    found = (link for link in links if lone and not _in_list(link.target.names)[0])
-    return {link.target.source: link for link in found if _in_list(part_of(link.source))[0] in lone}
+    found = (link for link in links if lone and not in_list(link.target.names)[0])
+    return {link.target.source: link for link in found if in_list(part_of(link.source))[0] in lone}
 
 
-def _in_list(names: Names) -> tuple[Names, Names]:
+def in_list(names: Names) -> tuple[Names, Names]:
     """Returns the outermost list that a part is in, and its path in a layer; nothing where it is in none."""
     at = 0
     for level in levels(names):

@@ -86,14 +86,14 @@ def shared_in(series: Series) -> Series:
     """
     looks = [{*held} for held in series.looks.values()]
     shared = set[tuple[Names, Shape]].intersection(*looks)
-    usual, count = Counter(map(frozenset, looks)).most_common(1)[0]
-    is_one_kind = 2 * count > len(looks) and all(held <= usual or held >= usual for held in looks)
     if all(held == shared for held in looks) or not shared:
         return series
     members = {
         number: [leaf for leaf in held if (leaf.names[series.depth :], leaf.shape) in shared]
         for number, held in series.members.items()
     }
+    usual, count = Counter(map(frozenset, looks)).most_common(1)[0]
+    is_one_kind = 2 * count > len(looks) and all(held <= usual or held >= usual for held in looks)
     shared_part = dataclasses.replace(series, members=members)
     return shared_part if shared_part.size > (0.5 if is_one_kind else 0.9) * series.size else series
 

@@ -24,8 +24,8 @@ from orbax_nnx_handler.planning.suggesting.search import (
     paths_of,
     search,
     stored_leaves,
-    untyped_leaves,
     wanted_leaves,
+    without_repeats,
 )
 from orbax_nnx_handler.planning.target.roles import Role, Wanted
 from orbax_nnx_handler.planning.verdict.judge import choose
@@ -288,9 +288,8 @@ class Evidence:
         # Of which of several networks a leaf is, its path within them does not tell.
         held = Counter((item.collection, item.tokens) for item in placed)
         known = [item for item in placed if held[item.collection, item.tokens] == 1]
-        theirs = stored_leaves(model_entries(known), any("dense_i" in leaf.names[-2:-1] for leaf in ours))
-        if any(leaf.collection is None for leaf in (*ours, *theirs)):
-            ours, theirs = untyped_leaves(ours), untyped_leaves(theirs)
+        entries = without_repeats(ours, model_entries(known))
+        theirs = stored_leaves(entries, any("dense_i" in leaf.names[-2:-1] for leaf in ours))
         try:
             found = search(ours, theirs, {})
         except RecursionError:

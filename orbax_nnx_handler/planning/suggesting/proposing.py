@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 
@@ -37,8 +38,8 @@ from orbax_nnx_handler.planning.suggesting.search import (
     search,
     steps_by_leaf,
     stored_leaves,
-    untyped_leaves,
     wanted_leaves,
+    without_repeats,
 )
 from orbax_nnx_handler.planning.suggesting.stacks import flattened
 from orbax_nnx_handler.planning.suggesting.suggestion import (
@@ -232,10 +233,8 @@ class _Proposing:
         """Returns that by names nothing needs a rule; outputs may prove that a leaf is made otherwise."""
 
         def answered(_: Answers, changes: Sequence[Remade]) -> tuple[Rule, ...]:
-            if not changes:
-                return ()
             none = Searched(links=(), turns=(), found=Findings())
-            return self._rules(self._best(self._reconciled(()), none), none, (), changes)
+            return self._rules(self._best(self._reconciled(()), none), none, (), changes) if changes else ()
 
         return dataclasses.replace(self._suggested(Tried(verdict=self._base), ()), settle=answered)
 
@@ -272,13 +271,17 @@ class _Proposing:
     def _search(self, entries: Sequence[Entry]) -> Searched:
         ours = wanted_leaves(self._model)
         arranged = any("dense_i" in leaf.names[-2:-1] for leaf in ours)
-        theirs = stored_leaves(entries, arranged)
-        if any(leaf.collection is None for leaf in (*ours, *theirs)):
-            ours, theirs = map(untyped_leaves, (ours, theirs))
+        model = [entry for entry in entries if entry.section == "model"]
+        theirs = stored_leaves(without_repeats(ours, model), arranged)
+        sizes = [sum(math.prod(x.shape) for x in some) for some in (ours, theirs, model)]
         try:
-            return search(ours, theirs, self.order)
+            found = search(ours, theirs, self.order)
         except RecursionError as error:
             raise RestoreError("target or checkpoint is nested deeper than Python can follow.") from error
+        # A target with room for what repeats `params` too has a network of its own for it, no copy.
+        has_room = sizes[2] > sizes[1] and 2 * sizes[0] > sizes[1] + sizes[2]
+        links = tuple(link for link in found.links if not (has_room and link.copied))
+        return dataclasses.replace(found, links=links)
 
     def _reconciled(self, links: Sequence[Link]) -> list[Link]:
         """Returns the links without those that speak against what a plan without rules finds by name."""
@@ -388,7 +391,8 @@ class _Proposing:
 
     @cached_property
     def _entries(self) -> Sequence[Entry]:
-        return [entry for entry in self._applied if entry.section == "model"]
+        model = [entry for entry in self._applied if entry.section == "model"]
+        return without_repeats(wanted_leaves(self._model), model)
 
     def _questions(self, links: Sequence[Link], searched: Searched, tried: Tried) -> list[Choice]:
         verdict = tried.verdict or self._base
@@ -404,8 +408,7 @@ class _Proposing:
             ]
             if len(readings) == len(tie.readings) or len(readings) > 1:
                 several.append(list(filter(None, readings)))
-        several = list(filter(None, several))  # Too many orders are told by none of them.
-        for readings in as_one(several):
+        for readings in as_one(filter(None, several)):  # Too many orders are told by none of them.
             is_joined = len(readings) > 1 and all(link.joint or link.told for link in readings[0])
             found.append(Choice("how" if is_joined else "which", tuple(map(tuple, readings))))
         turns = [link for link in searched.turns if covered.isdisjoint(leaf.source for leaf in link.wanted)]

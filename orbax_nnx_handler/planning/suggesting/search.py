@@ -10,21 +10,12 @@ from orbax_nnx_handler.planning.core.dtypes import number_of
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, segments
 from orbax_nnx_handler.planning.core.recipes import Read, reads, shape_of
-from orbax_nnx_handler.planning.likeness.assignment import (
-    Fit,
-    fit_of,
-    may_be,
-    sizes_of_few,
-    torn,
-)
+from orbax_nnx_handler.planning.likeness.assignment import Fit, fit_of, may_be, sizes_of_few, torn
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie, leads, settle_turns
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, module_parts, part_of
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart, named_parts
 from orbax_nnx_handler.planning.likeness.shapes import Way, ways
-from orbax_nnx_handler.planning.likeness.vocabulary import (
-    Names,
-    concepts,
-)
+from orbax_nnx_handler.planning.likeness.vocabulary import Names, concepts
 from orbax_nnx_handler.planning.mapping.cells_and_wrappers import derive
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.rules.values import steps_in
@@ -51,6 +42,10 @@ class Searched:
 
 def search(wanted: Sequence[Leaf], stored: Sequence[Leaf], order: Mapping[Tokens, Sequence[str]]) -> Searched:
     """Searches what each wanted leaf is made from; `order` is that of creation, by module."""
+    if any(leaf.collection is None for leaf in (*wanted, *stored)):
+        wanted, stored = (
+            [dataclasses.replace(x, collection=None) for x in some] for some in (wanted, stored)
+        )
     found = match_model(Context(wanted=wanted, stored=stored, order=order))
     found.add(_tied(wanted, stored, found))
     found.links.extend(match_leftovers(wanted, stored, found.links))
@@ -90,6 +85,19 @@ def stored_leaves(entries: Iterable[Entry], arranged: bool) -> list[Leaf]:
     return _arranged(model) if arranged else [_leaf(entry, entry.segments) for entry in model]
 
 
+def without_repeats(wanted: Iterable[Leaf], entries: Sequence[Entry]) -> Sequence[Entry]:
+    """Returns the entries without those of a collection that repeats one that is wanted.
+
+    No path tells a running average from the `params` beside it, or a target network; a Variable's
+    type says from which collection it is read.
+    """
+    typed = {leaf.collection or "params" for leaf in wanted}
+    if all(entry.collection in (None, *typed) for entry in entries):
+        return entries
+    first = {(entry.segments, entry.shape) for entry in entries if entry.collection in typed}
+    return [x for x in entries if x.collection in (None, *typed) or (x.segments, x.shape) not in first]
+
+
 def _leaf(entry: Entry, names: Names) -> Leaf:
     boxed = len(names) > 1 and names[-1] == "value"
     return Leaf(
@@ -100,11 +108,6 @@ def _leaf(entry: Entry, names: Names) -> Leaf:
         source=entry.sources[0],
         done=steps_in(entry.recipe),
     )
-
-
-def untyped_leaves(leaves: Iterable[Leaf]) -> list[Leaf]:
-    """Returns leaves without their collections, for a search where the other side tells none."""
-    return [dataclasses.replace(leaf, collection=None) for leaf in leaves]
 
 
 def _arranged(entries: Sequence[Entry]) -> list[Leaf]:
@@ -234,14 +237,13 @@ def match_leftovers(wanted: Sequence[Leaf], stored: Sequence[Leaf], links: Itera
         takers = [ours[at] for at in options]
         if any(counts[at] > 1 for at in options) or not _are_one(takers, theirs[to], free[1]):
             continue
-        if all(fit.is_exact and len(fit.pairs) > 1 for fit in options.values()) and _are_alone(
+        is_alone = all(len(fit.pairs) > 1 for fit in options.values()) and _are_alone(
             takers, theirs[to], shapes
-        ):
-            found += _links(options.values())
-            continue
+        )
         # A vector with an element for each token is a bias of the logits.
         is_bias = theirs[to].part.is_vector and theirs[to].part.main_size in tokens
-        if all(fit.is_exact and (is_bias or _is_meant(ours[at], theirs[to])) for at, fit in options.items()):
+        is_told = is_alone or is_bias or all(_is_meant(one, theirs[to]) for one in takers)
+        if is_told and all(fit.is_exact for fit in options.values()):
             found += _links(options.values())
     return found
 
@@ -282,9 +284,6 @@ def _links(fits: Iterable[Fit]) -> Iterator[Link]:
     for number, fit in enumerate(fits):
         for one, other, how in fit.pairs:
             yield Link(wanted=(one,), stored=(other,), grounds="names", ways=(how,), copied=number > 0)
-
-
-# With rules that are settled.
 
 
 @dataclasses.dataclass(frozen=True)

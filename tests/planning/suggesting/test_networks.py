@@ -303,3 +303,49 @@ def test_the_only_copy_of_a_network_is_that_beside_a_network_of_any_name(key, na
     for name, collection in zip(names, tree.values(), strict=True):
         for stored, ours in OURS.items():
             np.testing.assert_array_equal(state[name][ours]["kernel"][...], collection[stored]["kernel"])
+
+
+@pytest.mark.parametrize("names", [("policy", "target_policy"), ("online", "target")], ids="/".join)
+def test_a_target_network_is_never_copied_from_the_network_beside_it(names):
+    def drawn(first):
+        norm = {"scale": first + np.ones(6, "f"), "bias": first + 2 * np.ones(6, "f")}
+        up, down = (first + np.zeros(shape, "f") for shape in ((4, 6), (6, 4)))
+        return {"layers_0": {"query": {"kernel": up}, "ln_q": norm, "key": {"kernel": down}}}
+
+    tree = {"params": drawn(0.0), "target_params": drawn(100.0)}
+    block = {"q_proj": {"kernel": (4, 6)}, "q_norm": {"scale": (6,), "bias": (6,)}, "k_proj": {"kernel": (6, 4)}}
+    target = nnx.eval_shape(lambda: {name: Model({"blocks": {0: block}}) for name in names})
+
+    found = suggest(tree, target)
+    state = from_linen(tree, target, renames=found.renames)
+
+    assert not any(isinstance(rule, Copy) for rule in found.renames)
+    assert found.confidence == "likely"
+    for collection, name in zip(tree.values(), names, strict=True):
+        stored, wanted = collection["layers_0"], state[name].blocks[0]
+        np.testing.assert_array_equal(wanted.q_proj.kernel, stored["query"]["kernel"])
+        np.testing.assert_array_equal(wanted.q_norm.scale, stored["ln_q"]["scale"])
+        np.testing.assert_array_equal(wanted.q_norm.bias, stored["ln_q"]["bias"])
+        np.testing.assert_array_equal(wanted.k_proj.kernel, stored["key"]["kernel"])
+
+
+@pytest.mark.parametrize("key", ["ema_params", "target_params", "params_ema"])
+def test_an_average_beside_params_hides_none_of_them(key):
+    def drawn(first):
+        sizes = {"Dense_0": (4, 24), "Dense_1": (24, 20), "Dense_2": (20, 2)}
+        return {
+            name: {"kernel": first + at + np.zeros(shape, "f"), "bias": first - at + np.zeros(shape[1], "f")}
+            for at, (name, shape) in enumerate(sizes.items())
+        }
+
+    tree = {"params": drawn(10.0), key: drawn(1000.0)}
+    layers = {"fc1": (4, 24), "fc2": (24, 20), "q": (20, 2)}
+    target = nnx.eval_shape(lambda: Model({k: {"kernel": v, "bias": v[1:]} for k, v in layers.items()}))
+
+    found = suggest(tree, target)
+    state = from_linen(tree, target, renames=found.renames, unexpected="ignore")
+
+    assert not found.unmatched_wanted
+    for stored, ours in zip(tree["params"].values(), layers, strict=True):
+        np.testing.assert_array_equal(getattr(state, ours).kernel, stored["kernel"])
+        np.testing.assert_array_equal(getattr(state, ours).bias, stored["bias"])

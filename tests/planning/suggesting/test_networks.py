@@ -313,7 +313,11 @@ def test_a_target_network_is_never_copied_from_the_network_beside_it(names):
         return {"layers_0": {"query": {"kernel": up}, "ln_q": norm, "key": {"kernel": down}}}
 
     tree = {"params": drawn(0.0), "target_params": drawn(100.0)}
-    block = {"q_proj": {"kernel": (4, 6)}, "q_norm": {"scale": (6,), "bias": (6,)}, "k_proj": {"kernel": (6, 4)}}
+    block = {
+        "q_proj": {"kernel": (4, 6)},
+        "q_norm": {"scale": (6,), "bias": (6,)},
+        "k_proj": {"kernel": (6, 4)},
+    }
     target = nnx.eval_shape(lambda: {name: Model({"blocks": {0: block}}) for name in names})
 
     found = suggest(tree, target)

@@ -22,7 +22,13 @@ from orbax_nnx_handler.planning.core.paths import Path, render, tree_of
 from orbax_nnx_handler.planning.core.recipes import Read
 from orbax_nnx_handler.planning.layouts.language import MAXTEXT
 from orbax_nnx_handler.planning.layouts.linen import AUX
-from orbax_nnx_handler.planning.mapping.cells_and_wrappers import layers_inside
+from orbax_nnx_handler.planning.mapping.cells_and_wrappers import (
+    cells_of,
+    layers_inside,
+    with_empty_gates,
+    with_gates,
+    without_aside,
+)
 from orbax_nnx_handler.planning.mapping.matches import SavedAs
 from orbax_nnx_handler.planning.options import check_choice
 from orbax_nnx_handler.planning.restore_plan import RestorePlan, RestoreReport
@@ -40,7 +46,6 @@ from orbax_nnx_handler.storage.saving.arrange import (
     is_nnx,
     is_stream,
 )
-from orbax_nnx_handler.storage.saving.cells import cells_of, with_empty_gates, with_gates, without_aside
 from orbax_nnx_handler.storage.saving.item import ItemLeaf, ItemLeaves
 from orbax_nnx_handler.storage.saving.saved import (
     SavedLeaf,

@@ -14,6 +14,7 @@ from orbax_nnx_handler.planning.likeness.assignment import Fit, fit_of, may_be, 
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie, leads, settle_turns
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, module_parts, part_of
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart, named_parts
+from orbax_nnx_handler.planning.likeness.norms_of_layers import with_norms_of_layers
 from orbax_nnx_handler.planning.likeness.shapes import Way, ways
 from orbax_nnx_handler.planning.likeness.vocabulary import Names, concepts
 from orbax_nnx_handler.planning.mapping.cells_and_wrappers import derive
@@ -322,13 +323,10 @@ class Settled:
         kept += [] if self.differs else [moved for link in lost for moved in self._moved(link)]
         covered.update(leaf.source for link in kept for leaf in link.wanted)
         ties = [] if self.differs else [*found.found.ties, *self._again(found.found.ties)]
-        return Searched(
-            links=tuple(kept),
-            turns=tuple(link for link in found.turns if link.target.source not in covered),
-            found=Findings(
-                links=found.found.links, ties=ties, groups=[*found.found.groups, *self.before.found.groups]
-            ),
-        )
+        turns = tuple(link for link in found.turns if link.target.source not in covered)
+        groups = [*found.found.groups, *self.before.found.groups]
+        whole = Findings(links=found.found.links, ties=ties, groups=groups)
+        return Searched(links=tuple(kept), turns=turns, found=whole)
 
     @cached_property
     def _unanswered(self) -> list[Tie]:
@@ -362,8 +360,8 @@ class Settled:
         return found
 
     def _entry(self, leaf: Leaf) -> Entry | None:
-        entries = () if leaf.made else self._made_of[leaf.source]
-        return next((entry for entry in entries if entry.segments == leaf.names), None)
+        made = () if leaf.made else self._made_of[leaf.source]
+        return next((entry for entry in made if entry.segments == leaf.names), None)
 
     def _sources(self, link: Link) -> list[Path]:
         entries = [(leaf, self._entry(leaf)) for leaf in link.stored]
@@ -428,13 +426,17 @@ def match_model(context: Context) -> Findings:
 
     What is made of a name in few blocks of a list and not in most is asked about, where those do not tell.
     """
-    found, count = match_context(context), None
+
+    def matched(given: Context) -> Findings:
+        return with_norms_of_layers(match_context(given), given.wanted, given.stored)
+
+    found, count = matched(context), None
     while (odd := contradicted(found.links)) or found.ties:
         if count is not None and len(found.ties) + len(odd) >= count:
             break
         count, sure = len(found.ties) + len(odd), [x for x in found.links if x.target.source not in odd]
         known = Precedents(context.wanted, context.stored, sure).speak_for
-        found = match_context(dataclasses.replace(context, known=known))
+        found = matched(dataclasses.replace(context, known=known))
     return _asking(found, odd)
 
 

@@ -55,11 +55,14 @@ class WithoutVariable:
         leaf: The leaf.
         reason: Why NNX has no variable for it.
         shape: The shape that it has in such a module; None where nothing tells.
+        fused: The stored leaves beside it that such a module fuses; where no wanted leaf holds them all, the
+            target has a module of another kind.
     """
 
     leaf: StoredLeaf
     reason: str
     shape: Shape | None = None
+    fused: frozenset[Path] = frozenset()
 
 
 def derive(model: Model) -> tuple[list[Derived], list[WithoutVariable]]:
@@ -136,7 +139,10 @@ def _gru_bias(cells: Mapping[Tokens, _Gates]) -> Iterator[WithoutVariable]:
             beside = gates.get(("in", "bias"))
             shape = None if beside is None else beside.shape
             yield WithoutVariable(
-                leaf=bias, reason="nnx.GRUCell has no bias in its recurrent layer", shape=shape
+                leaf=bias,
+                reason="nnx.GRUCell has no bias in its recurrent layer",
+                shape=shape,
+                fused=frozenset(gates[f"h{gate}", "kernel"].path for gate in GRU_GATES),
             )
 
 

@@ -185,7 +185,7 @@ class Matcher:
             found=found,
             rivals=(*rivals, *clashes),
             unclear=tuple(map(self._with_paths, unclear)),
-            without_variable=tuple(without_variable),
+            without_variable=tuple(_in_fused(without_variable, found)),
             groups=frozenset(groups),
         )
 
@@ -268,7 +268,11 @@ class Matcher:
         derived, without_variable = derive(leaves)
         entries = {item.path: _entry_of(item.path, item.recipe, item.reason, sources) for item in derived}
         return entries, [
-            item for item in without_variable if isinstance(sources[item.leaf.path].recipe, Read)
+            dataclasses.replace(
+                item, fused=frozenset(path for at in item.fused for path in reads(sources[at].recipe))
+            )
+            for item in without_variable
+            if isinstance(sources[item.leaf.path].recipe, Read)
         ]
 
     def _restacked(
@@ -389,6 +393,15 @@ def _as_leaf(entry: Entry, number: int) -> StoredLeaf:
     """Returns an entry as a stored leaf; its path is made up where a rule acted on its value."""
     path: Path = entry.recipe.path if isinstance(entry.recipe, Read) else ("(by rule)", number)
     return StoredLeaf(path=path, shape=entry.shape, dtype=entry.dtype)
+
+
+def _in_fused(items: Sequence[WithoutVariable], found: Mapping[Path, Found]) -> list[WithoutVariable]:
+    """Returns the values of modules that the target has as NNX's: a cell of the caller's may hold them."""
+    if not items:
+        return []
+    made = [each.recipe for each in found.values() if not isinstance(each.recipe, Read)]
+    fused = {path for recipe in made for path in reads(recipe)}
+    return [item for item in items if item.fused <= fused]
 
 
 def _entry_of(tokens: Tokens, recipe: Recipe, reason: str, sources: Mapping[Path, Entry]) -> Entry:

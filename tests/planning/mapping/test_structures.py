@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from flax import nnx
+from flax import nnx, traverse_util
 
 from orbax_nnx_handler import Drop, ShapeMismatchError, from_linen
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
@@ -75,6 +75,23 @@ def test_a_bias_that_nnx_lacks_in_another_shape_than_the_cell_s_is_an_error() ->
         "checkpoint: a tree in memory (layout: Linen variables, 10 stored leaves)"
     )
     np.testing.assert_array_equal(left.dense_h.kernel[...], np.ones((4, 12)))
+
+
+def test_a_bias_that_nnx_lacks_is_left_over_like_any_other_where_the_target_has_a_cell_of_its_own() -> None:
+    cell = nn.unbox(nn.GRUCell(4).init(jax.random.key(0), CARRY, X))["params"]
+    cell["hn"]["bias"] = np.ones(4, np.float32)
+    head = {"kernel": np.ones((4, 2), np.float32)}
+    wanted = {"head": head, "recurrent": {f"gate_{name}": leaves for name, leaves in cell.items()}}
+    target = nnx.from_flat_state(
+        [(path, nnx.Param(leaf)) for path, leaf in traverse_util.flatten_dict(wanted).items()]
+    )
+    stored = {"params": {"GRUCell_0": cell, "head": head}}
+
+    without = from_linen(stored, target, policy="warn", unexpected="ignore")
+    found = from_linen(stored, target, renames=[("GRUCell_0/{gate}", "recurrent/gate_{gate}")])
+
+    np.testing.assert_array_equal(without["head"]["kernel"][...], head["kernel"])
+    np.testing.assert_array_equal(found["recurrent"]["gate_hn"]["bias"][...], np.ones(4))
 
 
 @pytest.mark.parametrize("gate", ["if", "hg"])

@@ -29,8 +29,7 @@ from orbax_nnx_handler.planning.target.target import (
     flatten_like,
 )
 from orbax_nnx_handler.storage import agree, agree_on, naming_shortage, paused_collection
-from orbax_nnx_handler.storage.checkpoint.find import find_item
-from orbax_nnx_handler.storage.checkpoint.in_memory import hold
+from orbax_nnx_handler.storage.checkpoint.find import find_item, hold
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
 from orbax_nnx_handler.storage.reading.memory import Memory
 from orbax_nnx_handler.storage.reading.single_replica import single_replica_leaves

@@ -26,8 +26,7 @@ from orbax_nnx_handler.planning.target.target import (
 )
 from orbax_nnx_handler.planning.verdict.leaf_verdicts import Unreadable, check_readable
 from orbax_nnx_handler.storage import paused_collection
-from orbax_nnx_handler.storage.checkpoint.find import find_item
-from orbax_nnx_handler.storage.checkpoint.in_memory import hold
+from orbax_nnx_handler.storage.checkpoint.find import find_item, hold
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
 from orbax_nnx_handler.storage.checkpoint.stored_random import with_keys
 from orbax_nnx_handler.storage.stores.kvstore import files_at

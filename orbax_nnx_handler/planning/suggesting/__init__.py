@@ -2,14 +2,13 @@
 
 from orbax_nnx_handler.planning.likeness.joined_parts import Remade
 from orbax_nnx_handler.planning.suggesting.proposing import propose
+from orbax_nnx_handler.planning.suggesting.questions import CHOICES, Question
 from orbax_nnx_handler.planning.suggesting.suggestion import (
     BY_NUMBER,
-    CHOICES,
     RUN_BOTH,
     Answers,
     Confidence,
     Proposal,
-    Question,
     Suggestion,
 )
 from orbax_nnx_handler.planning.target.roles import Order, creation_order, order_of

@@ -30,6 +30,7 @@ from orbax_nnx_handler.planning.suggesting.link_groups import (
     remade_behind,
     without_strays,
 )
+from orbax_nnx_handler.planning.suggesting.questions import Choice, Question, is_turned, sizes_of
 from orbax_nnx_handler.planning.suggesting.rule_writing import Writer
 from orbax_nnx_handler.planning.suggesting.search import (
     Searched,
@@ -44,15 +45,12 @@ from orbax_nnx_handler.planning.suggesting.search import (
 from orbax_nnx_handler.planning.suggesting.stacks import flattened
 from orbax_nnx_handler.planning.suggesting.suggestion import (
     Answers,
-    Choice,
     Proposal,
-    Question,
     Suggestion,
     Tried,
     asking,
     behind,
     changed,
-    is_turned,
     mixes,
     one_of,
     open_ends,
@@ -226,7 +224,8 @@ class _Proposing:
             return self._rules(tried, searched, [link for reading in chosen for link in reading], changes)
 
         rules = partial(self._rules, tried, searched)
-        found = self._suggested(tried, [item.question(rules) for item in questions])
+        sizes = sizes_of(stored_leaves(self._entries, False), wanted_leaves(self._model))
+        found = self._suggested(tried, [item.question(rules, sizes) for item in questions])
         return dataclasses.replace(found, settle=answered)
 
     def _as_it_is(self) -> Suggestion:

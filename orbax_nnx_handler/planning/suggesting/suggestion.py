@@ -1,24 +1,25 @@
 """What is proposed, as text that a user reads and pastes."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Literal
 
-from orbax_nnx_handler.planning.core.folding import Row, fold, fold_paths, list_paths
+from orbax_nnx_handler.planning.core.folding import Row, fold
 from orbax_nnx_handler.planning.core.lines import WIDTH, aligned, as_html, counted, framed
 from orbax_nnx_handler.planning.core.paths import Path, printable
 from orbax_nnx_handler.planning.likeness.joined_parts import Remade
 from orbax_nnx_handler.planning.likeness.links import Link, PairGrounds
-from orbax_nnx_handler.planning.likeness.module_parts import Leaf, part_of
-from orbax_nnx_handler.planning.likeness.vocabulary import Names
+from orbax_nnx_handler.planning.likeness.vocabulary import Names, meanings, words
 from orbax_nnx_handler.planning.rules import Rename, Rule
+from orbax_nnx_handler.planning.suggesting.questions import Question, parts_in_words
 from orbax_nnx_handler.planning.verdict.outcomes import Verdict, mismatched_rows
 
 Confidence = Literal["certain", "likely", "open"]
 
 _WORDS: Mapping[str, str] = {
-    "shapes": "",
+    "shapes": "by shapes",
     "names": "by names",
     "order": "by the order in which both programs number or compute them",
     "siblings": "a square matrix, arranged as its siblings are",
@@ -44,8 +45,17 @@ class Proposal:
 
     @property
     def why(self) -> str:
-        """What it rests on, in a few words; empty where shapes allow nothing else."""
+        """What it rests on, in a few words; empty where shapes allow nothing else and names say the same."""
+        if self.grounds == "shapes" and not (isinstance(self.rule, Rename) and _is_untold(self.rule)):
+            return ""
         return f"as in {self.fact}" if self.fact else _WORDS[self.grounds]
+
+
+def _is_untold(rule: Rename) -> bool:
+    """Tells whether both sides of a rename have names, and no word or meaning in common."""
+    sides = (re.sub(r"\{\w*\}", "", side) for side in (rule.pattern, rule.replacement))
+    said = [{*meanings(side), *(word.removesuffix("s") for word in words(side))} for side in sides]
+    return all(said) and said[0].isdisjoint(said[1])
 
 
 _RANKING: tuple[PairGrounds, ...] = ("shapes", "names", "patch", "siblings", "order", "fact")
@@ -59,51 +69,16 @@ def proposal_of(rule: Rule, links: Sequence[Link]) -> Proposal:
     return Proposal(rule=rule, grounds=grounds, fact=fact if grounds == "fact" else "")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Question:
-    """Leaves that names, order and shapes leave open.
-
-    Attributes:
-        wanted: The wanted leaves that the answer is about.
-        stored: The stored leaves that they could be made from.
-        parts: The stored and the wanted modules that it is about.
-        about: What is open: which part is which, how one array holds several, or whether a square matrix is
-            transposed.
-        choices: Each possible answer in words.
-        settle: Returns the rules with this one question answered, by the number of the choice.
-    """
-
-    wanted: tuple[Path, ...]
-    stored: tuple[Path, ...]
-    parts: tuple[tuple[Path, ...], tuple[Path, ...]]
-    about: Literal["which", "how", "transposed"]
-    choices: tuple[str, ...]
-    settle: Callable[[int], tuple[Rule, ...]] = dataclasses.field(repr=False, compare=False)
-
-    @cached_property
-    def alternatives(self) -> tuple[tuple[Rule, ...], ...]:
-        """For each answer the complete list of rules, this one question settled; written when asked for."""
-        return tuple(map(self.settle, range(len(self.choices))))
-
-    def __str__(self) -> str:
-        stored, wanted = map(_listed, self.parts)
-        if self.about == "transposed":
-            return f"is {stored} transposed for {wanted}? Shapes allow both."
-        if len(self.choices) == 1:
-            return f"is {stored} meant by {wanted}? Shapes allow it, and no name tells."
-        if self.about == "how":
-            return f"how is {stored} made into {wanted}? Shapes allow several ways."
-        if len(self.parts[0]) > len(self.parts[1]):
-            return f"which of {stored} is {wanted}? The shapes allow each."
-        return f"which of {stored} is which of {wanted}? The shapes allow every order."
-
-
-def _settling(questions: int, *, is_run: bool) -> Iterator[str]:
+def _settling(questions: Sequence[Question], *, is_run: bool) -> Iterator[str]:
     """Yields how questions are settled: by both programs, or by their reader."""
     if not is_run:
         yield f"# to settle a question, run both: {RUN_BOTH}."
-    answers = ", ".join(["0", "None", "1"][:questions]) + (", ..." if questions > 3 else "")
-    yield f"# {BY_NUMBER}{answers}]) answers {'it' if questions == 1 else 'them'} by number."
+    last = [str(min(at // 2, len(question.choices) - 1)) for at, question in enumerate(questions[:3])]
+    shown = ", ".join(
+        [*last[:1], *["None"][: len(last) - 1], *last[2:], *["..."][: max(len(questions) - 3, 0)]]
+    )
+    what = "it by number" if len(questions) == 1 else "them by number; None leaves one open"
+    yield f"# {BY_NUMBER}{shown}]) answers {what}."
 
 
 RUN_BOTH = "suggest(..., verify=(linen_apply, nnx_apply, inputs))"
@@ -159,10 +134,15 @@ class Suggestion:
         """The proposed rules, as `restore` takes them."""
         return tuple(proposal.rule for proposal in self.proposals)
 
+    @cached_property
+    def _asked(self) -> frozenset[Path]:
+        """The wanted leaves that the questions are about."""
+        return frozenset(path for question in self.questions for path in question.wanted)
+
     @property
     def covered(self) -> int:
-        """How many wanted leaves are found under the rules, those that need none included."""
-        return self.wanted_count - len(self.unmatched_wanted)
+        """How many wanted leaves are settled under the rules, those that need none included."""
+        return self.wanted_count - len(self._asked.union(self.unmatched_wanted))
 
     @property
     def confidence(self) -> Confidence:
@@ -187,26 +167,27 @@ class Suggestion:
             changes: Leaves that are made otherwise than the rules without them say.
 
         Raises:
-            ValueError: There are more or fewer answers than questions.
+            ValueError: There are more or fewer answers than questions, or an answer is none of the choices.
         """
         if len(answers) != len(self.questions):
-            raise ValueError(f"{len(self.questions)} questions take as many answers, not {len(answers)}")
+            raise ValueError(
+                f"{counted(len(self.questions), 'question')}, {counted(len(answers), 'answer')}: each takes "
+                "one, None to leave it open"
+            )
+        for at, (answer, question) in enumerate(zip(answers, self.questions, strict=True), 1):
+            if answer is not None and not 0 <= answer < len(question.choices):
+                raise ValueError(f"question {at} has answers 0 to {len(question.choices) - 1}, not {answer}")
         return self.settle(answers, changes) if self.settle is not None else self.renames
 
     def __str__(self) -> str:
         lines = [f"# {self.coverage}", f"# confidence: {self.confidence}"]
         rules = [f"    {item.rule}," + (f"  # {item.why}" if item.why else "") for item in self.proposals]
         lines += ["renames=[", *rules, "]"] if rules else ["# no rule is proposed."]
-        for question in self.questions:
-            lines.append(_comment(f"question: {question}"))
-            shown = enumerate(question.choices[:CHOICES])
-            lines += [_comment(f"    {at}: {choice}") for at, choice in shown]
-            if len(question.choices) > CHOICES:
-                lines.append(f"#     ... and {len(question.choices) - CHOICES} more")
+        lines += [_comment(line) for question in self.questions for line in question.lines]
         if self.flattened and not self.proof:
-            lines.append(_comment(f"{_listed(self.flattened)}: {_FLATTENED}: {RUN_BOTH}."))
+            lines.append(_comment(f"{parts_in_words(self.flattened)}: {_FLATTENED}: {RUN_BOTH}."))
         lines += [f"# your rules are not proved; run both: {RUN_BOTH}."] * (self.is_given and not self.proof)
-        lines += _settling(len(self.questions), is_run=bool(self.proof)) if self.questions else []
+        lines += _settling(self.questions, is_run=bool(self.proof)) if self.questions else []
         lines += [_comment(self.proof)] if self.proof else []
         lines += _rest("wanted, and nothing stored was found", self.unmatched_wanted)
         lines += _rest("stored, and nothing wants it", self.unmatched_stored)
@@ -219,9 +200,10 @@ class Suggestion:
     @property
     def coverage(self) -> str:
         """How much of the target is covered, in a line."""
-        left = len(self.unmatched_wanted)
+        left, asked = self.wanted_count - self.covered, len(self._asked)
         said = f"covers {self.covered} of {counted(self.wanted_count, 'leaf', 'leaves')}"
-        return f"{said}; {left} open" if left else said
+        among = "all asked about" if asked == left else f"{asked} of them asked about"
+        return f"{said}; {left} open" + (f", {among}" if asked else "") if left else said
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -352,81 +334,6 @@ def problem_of(verdict: Verdict, weights: Iterable[Path]) -> str:
     return f"{head} in another shape:\n{rows}\n{way}"
 
 
-_SHOWN, CHOICES = 4, 6
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """A choice that nothing has made, with the possible readings."""
-
-    about: Literal["which", "how", "transposed"]
-    readings: tuple[tuple[Link, ...], ...]
-
-    def question(self, settle: Callable[[Sequence[Link]], tuple[Rule, ...]]) -> Question:
-        """Returns the question which reading is right; `settle` writes the rules with the links of one."""
-        links = [link for reading in self.readings for link in reading]
-        wanted = [leaf for link in links for leaf in link.wanted]
-        stored = [leaf for link in links for leaf in link.stored]
-        return Question(
-            wanted=tuple(dict.fromkeys(leaf.source for leaf in wanted)),
-            stored=tuple(dict.fromkeys(leaf.source for leaf in stored)),
-            parts=(self._parts(stored), self._parts(wanted)),
-            about=self.about,
-            choices=self._in_words(),
-            settle=lambda answer: settle(self.readings[answer]),
-        )
-
-    def _parts(self, leaves: Iterable[Leaf]) -> tuple[Path, ...]:
-        """Returns the modules that the question is about; of a square matrix the matrix itself."""
-        whole = self.about == "transposed"
-        return tuple(dict.fromkeys(leaf.names if whole else part_of(leaf) or leaf.names for leaf in leaves))
-
-    def _in_words(self) -> tuple[str, ...]:
-        """Returns each reading in words: its rules are for the machine."""
-        if self.about == "which":
-            return _pairs_in_words(self.readings)
-        if self.about == "transposed":
-            return tuple("transposed" if is_turned(reading) else "as it is" for reading in self.readings)
-        orders = {each[0].parts for each in self.readings}
-        return tuple(_way_in_words(reading[0], with_order=len(orders) > 1) for reading in self.readings)
-
-
-def is_turned(reading: Sequence[Link]) -> bool:
-    """Tells whether some links transpose a matrix, or may."""
-    return any(way.turned for link in reading for ways in link.ways for way in ways)
-
-
-def _way_in_words(link: Link, *, with_order: bool) -> str:
-    said = link.told or ", ".join(map(str, link.ways[0][0].steps)) or "one after the other"
-    return f"{said}: {', '.join(link.parts)}" if with_order else said
-
-
-def _pairs_in_words(readings: Sequence[Sequence[Link]]) -> tuple[str, ...]:
-    """Returns a few pairs of parts of each reading: the first ones by which most readings differ."""
-    pairs = [{_part(link.target): _part(link.source) for link in reading} for reading in readings]
-    shown = list[str]()
-    while len(shown) < _SHOWN or len({_of(shown, each) for each in pairs}) < len(pairs):
-        left = [part for part in dict.fromkeys(part for each in pairs for part in each) if part not in shown]
-        if not left:
-            break
-        shown.append(max(left, key=lambda part: len({_of([*shown, part], each) for each in pairs})))
-    named = ([part for part in each if part in shown] or list(each)[:1] for each in pairs)
-    said = ((each, [f"{each[at]} -> {at}" for at in parts]) for each, parts in zip(pairs, named, strict=True))
-    return tuple(", ".join([*parts, *["..."][: len(each) > len(parts)]]) for each, parts in said)
-
-
-def _of(parts: Iterable[str], pairs: Mapping[str, str]) -> tuple[str | None, ...]:
-    return tuple(pairs.get(part) for part in parts)
-
-
-def _part(leaf: Leaf) -> str:
-    return "/".join(part_of(leaf) or leaf.names)
-
-
-def _listed(paths: Sequence[Path]) -> str:
-    return list_paths(paths) if len(paths) < 5 else fold_paths(paths)
-
-
 def _comment(text: str) -> str:
     """Returns a line that stays a comment when it is pasted: a key may hold a line break."""
     return f"# {printable(text)}"
@@ -434,7 +341,7 @@ def _comment(text: str) -> str:
 
 def _rest(what: str, paths: tuple[Path, ...]) -> list[str]:
     """Returns paths in a line, or where that is wider than a line, each in a line of its own."""
-    line = f"{what}: {_listed(paths)}"
+    line = f"{what}: {parts_in_words(paths)}"
     if len(line) <= WIDTH:
         return [_comment(line)] if paths else []
     return [_comment(f"{what}:"), *(_comment(f"    {row.text}") for row in fold(map(Row, paths)))]

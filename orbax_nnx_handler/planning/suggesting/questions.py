@@ -1,0 +1,220 @@
+"""What a proposal leaves open, as questions: which part is which, how an array is made, what is turned."""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Literal
+
+from orbax_nnx_handler.planning.core.folding import Row, fold, fold_names, fold_paths, list_paths
+from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.likeness.links import Link
+from orbax_nnx_handler.planning.likeness.module_parts import Leaf, part_of
+from orbax_nnx_handler.planning.likeness.vocabulary import Names
+from orbax_nnx_handler.planning.rules import Rule
+
+About = Literal["which", "how", "transposed"]
+
+CHOICES = 6
+"""How many answers to a question are printed."""
+_MOST_READINGS = 24  # All orders of four parts; of more parts, not every order can be chosen.
+_SHOWN, _FEW = 4, 5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Question:
+    """Leaves that names, order and shapes leave open.
+
+    Attributes:
+        wanted: The wanted leaves that the answer is about.
+        stored: The stored leaves that they could be made from.
+        parts: The stored and the wanted modules that it is about; the leaf itself where it is about one of
+            several that a module has.
+        about: What is open: which part is which, how one array holds several, or whether a square matrix is
+            transposed.
+        choices: Each possible answer in words.
+        orders: How many orders the shapes allow where they allow every one; 0 where they do not.
+        settle: Returns the rules with this one question answered, by the number of the choice.
+    """
+
+    wanted: tuple[Path, ...]
+    stored: tuple[Path, ...]
+    parts: tuple[tuple[Path, ...], tuple[Path, ...]]
+    about: About
+    choices: tuple[str, ...]
+    orders: int = 0
+    settle: Callable[[int], tuple[Rule, ...]] = dataclasses.field(repr=False, compare=False)
+
+    @cached_property
+    def alternatives(self) -> tuple[tuple[Rule, ...], ...]:
+        """For each answer the complete list of rules, this one question settled; written when asked for."""
+        return tuple(map(self.settle, range(len(self.choices))))
+
+    @property
+    def lines(self) -> Iterator[str]:
+        """The question, and its first answers by number."""
+        yield f"question: {self}"
+        yield from (f"    {at}: {choice}" for at, choice in enumerate(self.choices[:CHOICES]))
+        more = max(len(self.choices), self.orders) - CHOICES
+        if more > 0:
+            cut = f", {len(self.choices)} of all by number" if self.orders > len(self.choices) else ""
+            yield f"    ... and {more} more{cut}"
+
+    def __str__(self) -> str:
+        stored, wanted = map(parts_in_words, self.parts)
+        verb = "is" if len(self.parts[0]) == 1 else "are"
+        if self.about == "transposed":
+            into = f" for {wanted}" if wanted != stored else ""
+            return f"{verb} {stored} transposed{into}? Shapes allow both."
+        if len(self.choices) == 1:
+            return f"{verb} {stored} meant by {wanted}? Shapes allow it, and no name tells."
+        if self.about == "how":
+            return f"how {verb} {stored} made into {wanted}? Shapes allow several ways."
+        if len(self.parts[1]) == 1 and len(self.parts[0]) > 1:
+            return f"which of {stored} is {wanted}? The shapes allow each."
+        allowed = "every order" if self.orders else "both" if len(self.choices) == 2 else "several orders"
+        return f"which of {stored} is which of {wanted}? The shapes allow {allowed}."
+
+
+def parts_in_words(paths: Sequence[Path]) -> str:
+    """Returns paths in full where they are few, folded where they are many."""
+    return list_paths(paths) if len(paths) < _FEW else fold_paths(paths)
+
+
+Sizes = tuple[Mapping[Names, int], Mapping[Names, int]]
+"""How many leaves the stored and the wanted modules have."""
+
+
+def sizes_of(stored: Iterable[Leaf], wanted: Iterable[Leaf]) -> Sizes:
+    """Returns how many leaves the modules of both sides have, by which a question names a leaf or all."""
+    return Counter(map(part_of, stored)), Counter(map(part_of, wanted))
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A choice that nothing has made, with the possible readings."""
+
+    about: About
+    readings: tuple[tuple[Link, ...], ...]
+
+    def question(self, settle: Callable[[Sequence[Link]], tuple[Rule, ...]], sizes: Sizes) -> Question:
+        """Returns the question which reading is right.
+
+        Args:
+            settle: Writes the rules with the links of one reading.
+            sizes: How many leaves the modules have.
+        """
+        links = [link for reading in self.readings for link in reading]
+        wanted = {leaf.part: leaf for link in links for leaf in link.wanted}
+        stored = {leaf.part: leaf for link in links for leaf in link.stored}
+        is_whole = self.about != "transposed"
+        names = [
+            _called(leaves.values(), held if is_whole else {})
+            for leaves, held in zip((stored, wanted), sizes, strict=True)
+        ]
+        parts = tuple(dict.fromkeys(names[0].values())), tuple(dict.fromkeys(names[1].values()))
+        return Question(
+            wanted=tuple(dict.fromkeys(leaf.source for leaf in wanted.values())),
+            stored=tuple(dict.fromkeys(leaf.source for leaf in stored.values())),
+            parts=parts,
+            about=self.about,
+            choices=self._in_words({**names[0], **names[1]}),
+            orders=self._orders(parts, wanted.values(), stored.values()),
+            settle=lambda answer: settle(self.readings[answer]),
+        )
+
+    def _orders(
+        self, parts: tuple[Sequence[Path], Sequence[Path]], wanted: Iterable[Leaf], stored: Iterable[Leaf]
+    ) -> int:
+        """Returns the number of orders of the parts where every one is possible; 0 where not."""
+        count = math.factorial(min(len(parts[0]), 20))
+        if self.about != "which" or len(parts[0]) != len(parts[1]) or len(self.readings) < 2:
+            return 0
+        if len(self.readings) == count:
+            return count
+        is_cut = len(self.readings) == _MOST_READINGS < count
+        return count if is_cut and _are_alike(wanted) and _are_alike(stored) else 0
+
+    def _in_words(self, names: "_Called") -> tuple[str, ...]:
+        """Returns each reading in words: its rules are for the machine."""
+        if self.about == "which":
+            return _pairs_in_words(self.readings, names)
+        if self.about == "transposed":
+            return tuple("transposed" if is_turned(reading) else "as it is" for reading in self.readings)
+        orders = {each[0].parts for each in self.readings}
+        return tuple(_way_in_words(reading[0], with_order=len(orders) > 1) for reading in self.readings)
+
+
+_Called = Mapping[tuple[Path, Names], Names]
+"""What a question calls each leaf, or the module that it is of."""
+
+
+def _called(leaves: Iterable[Leaf], held: Mapping[Names, int]) -> _Called:
+    """Returns what a question calls its leaves: their module where it is about all of its leaves.
+
+    Where two collections hold a leaf of one path, the collection stands before it.
+    """
+    every = list(leaves)
+    asked = Counter(map(part_of, every))
+    sources: dict[Names, set[Path]] = {}
+    for leaf in every:
+        sources.setdefault(leaf.names, set()).add(leaf.source)
+    twice = {part_of(leaf) for leaf in every if len(sources[leaf.names]) > 1}
+
+    def called(leaf: Leaf) -> Names:
+        part = part_of(leaf)
+        is_module = bool(part) and leaf.names[: len(part)] == part and asked[part] >= held.get(part, 1)
+        names = part if is_module and held else leaf.names
+        return (leaf.collection, *names) if part in twice and leaf.collection else names
+
+    return {leaf.part: called(leaf) for leaf in every}
+
+
+def _are_alike(leaves: Iterable[Leaf]) -> bool:
+    """Tells whether the modules of some leaves have leaves of the same names and shapes."""
+    found: dict[Names, set[object]] = {}
+    for leaf in leaves:
+        found.setdefault(part_of(leaf), set()).add((leaf.names[-1], leaf.shape))
+    return len({frozenset(each) for each in found.values()}) == 1
+
+
+def is_turned(reading: Sequence[Link]) -> bool:
+    """Tells whether some links transpose a matrix, or may."""
+    return any(way.turned for link in reading for ways in link.ways for way in ways)
+
+
+def _way_in_words(link: Link, *, with_order: bool) -> str:
+    said = link.told or ", ".join(map(str, link.ways[0][0].steps)) or "one after the other"
+    return f"{said}: {', '.join(link.parts)}" if with_order else said
+
+
+def _pairs_in_words(readings: Sequence[Sequence[Link]], names: _Called) -> tuple[str, ...]:
+    """Returns a few pairs of parts of each reading: the first ones by which most readings differ."""
+
+    def said(leaves: Sequence[Leaf]) -> str:
+        rows = [Row(path=path) for path in dict.fromkeys(names[leaf.part] for leaf in leaves)]
+        return " + ".join(line.text for line in fold_names(fold(rows)))
+
+    def told(reading: Sequence[Link]) -> Mapping[str, str]:
+        sources: dict[str, list[Leaf]] = {}
+        for link in reading:  # One for each layer of a stack.
+            sources.setdefault(said(link.wanted), []).extend(link.stored)
+        return {wanted: said(stored) for wanted, stored in sources.items()}
+
+    pairs = [told(reading) for reading in readings]
+    shown = list[str]()
+    while len(shown) < _SHOWN or len({_of(shown, each) for each in pairs}) < len(pairs):
+        left = [part for part in dict.fromkeys(part for each in pairs for part in each) if part not in shown]
+        if not left:
+            break
+        shown.append(max(left, key=lambda part: len({_of([*shown, part], each) for each in pairs})))
+    named = ([part for part in each if part in shown] or list(each)[:1] for each in pairs)
+    texts = (
+        (each, [f"{each[at]} -> {at}" for at in parts]) for each, parts in zip(pairs, named, strict=True)
+    )
+    return tuple(", ".join([*parts, *["..."][: len(each) > len(parts)]]) for each, parts in texts)
+
+
+def _of(parts: Iterable[str], pairs: Mapping[str, str]) -> tuple[str | None, ...]:
+    return tuple(pairs.get(part) for part in parts)

@@ -245,7 +245,9 @@ class _Proposing:
         links = remade_behind([*kept, *more], changes, self._entries, self._shapes)
         writer = Writer(Entries(self._entries), tried.root, tried.below)
         rules = writer.write(links, searched.found.groups)
-        keeps = not tried.rules or any(map(_changes_nothing, tried.rules))
+        keeps = any(map(_changes_nothing, tried.rules or rules))
+        if keeps and not tried.rules:  # Nothing was tried yet: what keeps a name may keep it from a rename.
+            keeps = self._judged(links, rules, tried.root, tried.below).is_clean
         return tuple(rule for rule in rules if keeps or not _changes_nothing(rule))
 
     def _searched(self) -> Searched:

@@ -1,0 +1,171 @@
+"""What a proposal says of what it leaves open: which leaves, how many orders, how many answers."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from orbax_nnx_handler import from_linen, suggest
+from orbax_nnx_handler.planning.likeness.links import Link
+from orbax_nnx_handler.planning.likeness.module_parts import Leaf
+from orbax_nnx_handler.planning.likeness.shapes import Way
+from orbax_nnx_handler.planning.suggesting.questions import Choice, sizes_of
+from tests.planning.plans import params
+from tests.planning.suggesting.test_suggest import DENSE, OTHER, arrays, proposal
+
+NORM = {"scale": (8,), "bias": (8,)}
+
+
+def said(found):
+    """Returns the lines of a proposal from its first question to how it is settled."""
+    lines = str(found).splitlines()
+    first = next(at for at, line in enumerate(lines) if line.startswith("# question"))
+    last = next(at for at, line in enumerate(lines) if line.startswith("# to settle"))
+    return lines[first:last]
+
+
+def test_coverage_counts_what_is_settled_and_says_how_much_is_asked():
+    twins = {"zeta": DENSE, "alpha": DENSE}
+    stored = {"Dense_0": DENSE, "Dense_1": DENSE}
+
+    asked = proposal({**twins, "head": OTHER}, {**stored, "Dense_2": OTHER})
+    open_too = proposal({**twins, "head": OTHER, "new": {"kernel": (5, 7)}}, {**stored, "Dense_2": OTHER})
+
+    assert asked.coverage == "covers 2 of 6 leaves; 4 open, all asked about"
+    assert open_too.coverage == "covers 2 of 7 leaves; 5 open, 4 of them asked about"
+
+
+def test_a_leaf_that_is_found_by_its_name_and_asked_about_is_not_covered():
+    block = {"c_attn": {"kernel": (24, 8)}, "c_proj": {"kernel": (8, 8)}}
+    turned = {"c_attn": {"kernel": (8, 24)}, "c_proj": {"kernel": (8, 8)}}
+
+    found = proposal({"h": {0: turned, 1: turned}}, {"h": {"0": block, "1": block}})
+
+    assert (found.unmatched_wanted, found.covered, found.wanted_count) == ((), 2, 4)
+    assert (
+        said(found)[0]
+        == "# question: are h/0/c_proj/kernel, h/1/c_proj/kernel transposed? Shapes allow both."
+    )
+
+
+def test_a_question_about_one_of_a_modules_leaves_names_the_leaf():
+    found = proposal(
+        {"log_temperature": (), "net": {"out_bias": (3,), "kernel": (2, 4)}},
+        {"logit_scale": (), "net": {"kernel": (2, 4)}},
+    )
+
+    assert said(found)[0] == (
+        "# question: is logit_scale meant by log_temperature? Shapes allow it, and no name tells."
+    )
+
+
+def leaf(path, collection="params", shape=(8,)):
+    names = (*path.split("/"),)
+    return Leaf(
+        names=names, collection=collection, shape=shape, number="floating", source=(collection, *names)
+    )
+
+
+def link(stored, wanted):
+    return Link(wanted=(wanted,), stored=(stored,), grounds="names", ways=((Way(()),),))
+
+
+def test_leaves_of_one_path_in_two_collections_are_told_apart():
+    own, average = (leaf("norm/scale", name) for name in ("params", "ema_params"))
+    wanted = leaf("final/scale")
+    choice = Choice("which", ((link(own, wanted),), (link(average, wanted),)))
+
+    question = choice.question(lambda _: (), sizes_of([own, average], [wanted]))
+
+    assert str(question) == "which of params/norm, ema_params/norm is final? The shapes allow each."
+    assert question.choices == ("params/norm -> final", "ema_params/norm -> final")
+
+
+def test_statistics_and_parameters_of_one_module_are_not():
+    stored = [leaf("bn/scale"), leaf("bn/mean", "batch_stats")]
+    wanted = [leaf("norm/scale"), leaf("norm/mean", "batch_stats")]
+    choice = Choice("which", (tuple(map(link, stored, wanted)),))
+
+    question = choice.question(lambda _: (), sizes_of(stored, wanted))
+
+    assert str(question) == "is bn meant by norm? Shapes allow it, and no name tells."
+
+
+def test_every_order_is_said_only_where_every_order_is_possible():
+    four = [leaf(f"Embed_{at}/embedding") for at in range(4)]
+    wanted = [leaf(f"{name}/embedding") for name in ("src", "tgt", "src_pos", "tgt_pos")]
+    straight, crossed = (
+        tuple(link(four[at], wanted[to]) for to, at in enumerate(order))
+        for order in ((0, 1, 2, 3), (1, 0, 3, 2))
+    )
+    sizes = sizes_of(four, wanted)
+
+    both = Choice("which", (straight, crossed)).question(lambda _: (), sizes)
+    cut = Choice("which", (straight, crossed) * 12)
+    five = (*straight, link(leaf("Embed_4/embedding"), leaf("type/embedding")))
+    many = Choice("which", (five,) * 24).question(lambda _: (), sizes)
+
+    assert str(both).endswith("The shapes allow both.")
+    assert str(cut.question(lambda _: (), sizes)).endswith("The shapes allow every order.")
+    assert str(many).endswith("The shapes allow every order.")
+    assert [*many.lines][-1] == "    ... and 114 more, 24 of all by number"
+
+
+def test_what_is_one_in_a_stack_is_named_in_all_layers():
+    block = {"LayerNorm_0": NORM, "LayerNorm_1": NORM, "wide": {"kernel": (8, 3)}}
+    stacked = {name: {"scale": (3, 8), "bias": (3, 8)} for name in ("token_norm", "channel_norm")}
+
+    found = proposal(
+        {"blocks": {**stacked, "wide": {"kernel": (3, 8, 3)}}}, {f"MixerBlock_{at}": block for at in range(3)}
+    )
+
+    assert said(found)[1].startswith("#     0: MixerBlock_{0..2}/LayerNorm_0 -> blocks/")
+
+
+def test_a_rename_that_only_shapes_tell_says_so():
+    found = proposal(
+        {"up": DENSE, "down": OTHER, "norm_out": {"scale": (9,)}},
+        {"Dense_0": OTHER, "Dense_1": DENSE, "norm_outs": {"scale": (9,)}},
+    )
+
+    assert {str(each.rule): each.why for each in found.proposals} == {
+        "('Dense_0', 'down')": "by shapes",
+        "('Dense_1', 'up')": "by shapes",
+        "('norm_outs', 'norm_out')": "",
+    }
+
+
+def test_answers_that_are_shown_are_answers():
+    found = proposal({"zeta": DENSE, "alpha": DENSE}, {"Dense_0": DENSE, "Dense_1": DENSE})
+    several = proposal(
+        {"log_temperature": (), "zeta": DENSE, "alpha": DENSE, "eta": OTHER, "beta": OTHER},
+        {"logit_scale": (), **{f"Dense_{at}": DENSE for at in range(2)}, "One": OTHER, "Two": OTHER},
+    )
+
+    assert "# renames=found.answered([0]) answers it by number." in str(found)
+    assert "# renames=found.answered([0, None, 0]) answers them by number; None leaves one open." in str(
+        several
+    )
+    assert several.answered([0, None, 0])
+    with pytest.raises(ValueError, match="1 question, 0 answers: each takes one, None to leave it open"):
+        found.answered([])
+    with pytest.raises(ValueError, match="question 1 has answers 0 to 1, not 2"):
+        found.answered([2])
+
+
+def test_every_answer_alone_is_one_that_the_planner_takes():
+    layer = {"self": {"query": {"kernel": (8, 8)}}, "up": {"dense": {"kernel": (8, 16)}}}
+    block = {"attn": {"query": {"kernel": (8, 2, 4)}}, "fc1": {"kernel": (8, 16)}}
+    tree = {f"{name}_encoder": {"layer": {"0": layer, "1": layer}} for name in ("ctx", "question")}
+    target = nnx.State(
+        params({f"{name}_tower": {"layers": {0: block, 1: block}} for name in ("query", "passage")})
+    )
+    stored = jax.tree.map(np.asarray, {"params": arrays(tree)})
+
+    found = suggest(stored, target)
+
+    assert len(found.questions) > 1
+    for at, question in enumerate(found.questions):
+        for choice in range(len(question.choices)):
+            answers = [choice if at == place else None for place in range(len(found.questions))]
+            from_linen(stored, target, renames=found.answered(answers), policy="warn", unexpected="ignore")

@@ -31,7 +31,7 @@ from orbax_nnx_handler.verifying.pairing import MASK, TOLERANCE, Distance, excee
 from orbax_nnx_handler.verifying.recording import Array
 from orbax_nnx_handler.verifying.runs import Compared, Programs, Runs, called_otherwise, run_both
 from orbax_nnx_handler.verifying.verification import FirstDifference, Verification, is_dataclass
-from orbax_nnx_handler.verifying.weights import flat_state, is_weight, on_one_device
+from orbax_nnx_handler.verifying.weights import flat_state, has_near_zero, is_weight, on_one_device
 
 _PATIENCE = 5
 """The time that a search for the reason may take, in times of both programs (and of a second)."""
@@ -181,6 +181,12 @@ def _untold(runs: Runs, plan: RestorePlan, first: FirstDifference | None) -> Ite
     strange = next((size for size in sizes if size and not _LEAST < size < _MOST), None)
     if strange is not None:
         yield f"an input's numbers are about {strange:.0e}, where weights hardly count: choose some of 1."
+    large = ((one.path, _size(array)) for one in runs.compared for array in _floats_in([*one.nnx.outputs]))
+    if strange is None and (beyond := next((each for each in large if each[1] > _MOST), None)):
+        yield (
+            f"{fold_paths(beyond[:1])}: it returns numbers of about {beyond[1]:.0e}, beside which small "
+            "weights, such as a bias, do not show: this run does not tell that they are right."
+        )
     calls: dict[Path, list[Compared]] = defaultdict(list)
     for one in runs.compared:
         calls[one.path].append(one)
@@ -214,12 +220,19 @@ def _without_effect(runs: Runs, plan: RestorePlan) -> Iterator[str]:
     # Slopes take several times what the programs do. Many tokens hardly leave a weight untold, unless what
     # comes of it is multiplied by nothing.
     # But those that no module shows may lie behind an argmax, each by itself.
-    thorough = _are_few(runs.inputs) or _are_near_zero(runs)
+    thorough = _are_few(runs.inputs) or has_near_zero(runs.runner.model)
     slopes = _slopes(runs) if has_floats and (thorough or len(runs.hidden) > _MOST_RUNS) else None
     wholes, parts, steps = _idle(runs, slopes, plan, thorough=thorough)
-    if wholes:
-        more = f" {_MORE}" if not {*wholes} <= {*runs.hidden} else ""
-        yield f"the outputs tell nothing of weights that they do not depend on: {fold_paths(wholes)}.{more}"
+    used = {path[:-1] for path in plan.restored if _is_statistic(path, plan) and path not in wholes}
+    statistics = [path for path in wholes if _is_statistic(path, plan) and path[:-1] not in used]
+    if others := [path for path in wholes if path not in statistics]:
+        more = f" {_MORE}" if not {*others} <= {*runs.hidden} else ""
+        yield f"the outputs tell nothing of weights that they do not depend on: {fold_paths(others)}.{more}"
+    if statistics:
+        yield (
+            f"the outputs tell nothing of {fold_paths(statistics)}, which no module in training uses: "
+            "run both in evaluation mode (use_running_average=True, model.eval())."
+        )
     if steps:
         yield (
             f"the outputs do not tell a small difference in {fold_paths(steps)}: they depend on it by steps "
@@ -243,23 +256,6 @@ def _are_few(inputs: Sequence[Any]) -> bool:
         or (array.ndim > 1 + (array.dtype.kind == "f") and _positions(array[:1]) < 2)
         for array in arrays
     )
-
-
-def _are_near_zero(runs: Runs) -> bool:
-    """Tells whether some weight, or a layer of it, is so small that what comes before it has no effect."""
-    flat = [(path, leaf.get_value()) for path, leaf in flat_state(runs.runner.model) if is_weight(leaf)]
-    factors = [value for path, value in flat if value.size and "bias" not in concepts(segments(path))]
-    return any(_size_of_smallest(value) < _HARDLY for value in factors)
-
-
-def _size_of_smallest(value: Any) -> float:
-    """Returns the largest magnitude in a weight; the smallest of those in its slices along the first axis."""
-    axes, array = tuple(range(1, value.ndim)) if value.ndim > 1 else None, np.asarray(value)
-    # By NumPy: JAX would compile it for each shape.
-    return float(np.maximum(array.max(axis=axes), -array.min(axis=axes)).min())
-
-
-_HARDLY = 1e-3
 
 
 def _positions(array: Array) -> int:
@@ -294,7 +290,7 @@ def _idle(
         idle = [group for group in quiet if group not in steps]
         return [*itertools.chain(*idle)], [], [*itertools.chain(*steps)]
     least = _ROUNDED * max((float(np.abs(slope).max(initial=0)) for slope in slopes.values()), default=0.0)
-    without = {path: np.abs(slope) <= least for path, slope in slopes.items() if path in plan.restored}
+    without = {path: np.abs(slope) <= least for path, slope in slopes.items() if _is_models(path, plan)}
     masks = {path: mask for path, zero in without.items() if (mask := _slices(path, zero)) is not None}
     if not thorough:
         unseen = {*runs.hidden, *runs.states}
@@ -317,6 +313,15 @@ def _idle(
     return [path for path in wholes if path not in steps], parts, steps
 
 
+def _is_models(path: Path, plan: RestorePlan) -> bool:
+    """Tells whether a leaf is a restored one of the model: moments are their parameters'."""
+    return path in plan.restored and plan.sides.wanted[path].role == "model"
+
+
+def _is_statistic(path: Path, plan: RestorePlan) -> bool:
+    return plan.sides.wanted[path].collection == "batch_stats"
+
+
 def _changes(runs: Runs, weights: Iterable[Path], size: float) -> dict[Path, Array]:
     """Returns random numbers to be added to weights: the same one throughout is what a norm takes away."""
     random, values = np.random.default_rng(0), dict(flat_state(runs.runner.model))
@@ -332,7 +337,7 @@ def _unseen(runs: Runs, plan: RestorePlan) -> list[list[Path]]:
     groups: dict[Path, list[Path]] = defaultdict(list)
     for path in runs.hidden:
         groups[path[:-1]].append(path)
-    states = [path for path in runs.states if path in plan.restored and path not in runs.hidden]
+    states = [path for path in runs.states if _is_models(path, plan) and path not in runs.hidden]
     found = [*groups.values()] if len(groups) <= _MOST_RUNS else [[*runs.hidden]]
     if len(runs.hidden) <= _MOST_RUNS:
         found = [[path] for path in runs.hidden]

@@ -34,6 +34,7 @@ from orbax_nnx_handler.planning.core.recipes import (
     simplify,
 )
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement
+from orbax_nnx_handler.planning.likeness.vocabulary import concepts
 from orbax_nnx_handler.planning.restore_plan import RestorePlan
 from orbax_nnx_handler.planning.target.target import flatten_target
 from orbax_nnx_handler.planning.verdict.outcomes import Restored
@@ -328,3 +329,20 @@ def with_features_in_order(
     divided = (*shape[:axis], *lengths, *shape[axis + 1 :])
     turned = [*range(axis), *(axis + at for at in order), *range(axis + len(order), len(divided))]
     return simplify(Reshape(Transpose(Reshape(recipe, divided), tuple(turned)), shape), shapes)
+
+
+_HARDLY = 1e-3
+
+
+def has_near_zero(model: Any) -> bool:
+    """Tells whether some weight, or a layer of it, is so small that what comes before it has no effect."""
+    flat = [(path, leaf.get_value()) for path, leaf in flat_state(model) if is_weight(leaf)]
+    factors = [value for path, value in flat if value.size and "bias" not in concepts(segments(path))]
+    return any(_size_of_smallest(value) < _HARDLY for value in factors)
+
+
+def _size_of_smallest(value: Any) -> float:
+    """Returns the largest magnitude in a weight; the smallest of those in its slices along the first axis."""
+    axes, array = tuple(range(1, value.ndim)) if value.ndim > 1 else None, np.asarray(value)
+    # By NumPy: JAX would compile it for each shape.
+    return float(np.maximum(array.max(axis=axes), -array.min(axis=axes)).min())

@@ -18,6 +18,7 @@ from orbax_nnx_handler import (
     NNXLinenHandler,
     NNXLinenRestore,
     RestoreError,
+    RestorePlan,
     ShapeMismatchError,
     UnexpectedParamError,
     UnusedRuleError,
@@ -308,6 +309,22 @@ def test_caches_and_intermediates_may_be_absent(tmp_path) -> None:
     for model, cache, seen in ((abstract, 0, 0), (from_init, 5, 6), (from_target, 5, 6)):
         np.testing.assert_array_equal(model.cache.get_value(), np.full(2, cache))
         np.testing.assert_array_equal(model.seen.get_value(), np.full(2, seen))
+
+
+def test_a_plan_says_how_zeros_in_the_place_of_a_cache_become_what_the_program_computes(tmp_path) -> None:
+    item = save_stock(tmp_path / "item", {"params": {"weight": jnp.arange(3.0)}})
+    target = nnx.eval_shape(Transient)
+
+    def said(plan: RestorePlan) -> list[str]:
+        lines = str(plan).splitlines()
+        return [" ".join(line.split()) for line in lines[lines.index("  defaulted") + 1 :]][:1]
+
+    assert said(plan_restore(item, target)) == [
+        "cache zeros never in a Linen checkpoint, and computed by init=... if that is passed"
+    ]
+    assert said(plan_restore(item, target, init=Transient)) == [
+        "cache computed by init never in a Linen checkpoint"
+    ]
 
 
 class Custom(nnx.Variable[Any]):

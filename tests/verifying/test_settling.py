@@ -8,9 +8,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from flax.training.train_state import TrainState
 
 from orbax_nnx_handler import (
     Add,
@@ -523,3 +525,27 @@ def test_zeros_in_the_place_of_a_table_are_named_with_the_way_out(tmp_path):
     assert not found.equal
     assert "table: not stored, and filled with zeros" in " ".join(str(found).split())
     assert verify(path, nnx.eval_shape(make), *programs, renames=[("up", "dense")], init=make).equal
+
+
+class _State(nnx.Module):
+    def __init__(self, make):
+        self.model = make()
+        self.optimizer = nnx.Optimizer(self.model, optax.adam(1e-3), wrt=nnx.Param)
+
+
+def test_moments_are_proved_with_the_parameters_that_they_belong_to(tmp_path):
+    linen, inputs = nn.Dense(6), jax.random.normal(jax.random.key(2), (2, 4))
+    variables = jax.tree.map(lambda leaf: leaf + 0.3, linen.init(jax.random.key(0), inputs))
+    state = TrainState.create(apply_fn=linen.apply, params=variables["params"], tx=optax.adam(1e-3))
+    path = tmp_path / "run"
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, {"params": state.params, "opt_state": state.opt_state, "step": state.step})
+    programs = (linen.apply, lambda held, x: held.model(x), (inputs,))
+
+    def make():
+        return _State(lambda: nnx.Linear(4, 6, rngs=nnx.Rngs(1)))
+
+    found = suggest(path, nnx.eval_shape(make), init=make, verify=programs)
+
+    assert (found.confidence, found.unmatched_wanted) == ("certain", ())
+    assert found.proof.startswith("proved by outputs")

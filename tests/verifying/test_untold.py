@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import Fuse, Verification, from_linen, suggest, verify
+from orbax_nnx_handler import Add, Fuse, Verification, from_linen, suggest, verify
 
 EXCHANGED = [("a", "b"), ("b", "a")]
 INPUT = jax.random.normal(jax.random.key(1), (3, 10, 8))
@@ -178,6 +178,23 @@ def test_statistics_that_training_does_not_use_are_named(tmp_path: pathlib.Path,
     assert found.equal
     named = [remark for remark in found.remarks if "one/mean" in remark and "two/var" in remark]
     assert bool(named) == train
+    assert all("run both in evaluation mode" in remark and "Choose" not in remark for remark in named)
+
+
+def test_numbers_beside_which_a_bias_does_not_show_are_named(tmp_path: pathlib.Path):
+    def found(size: float) -> Verification:
+        variables = jax.tree.map(lambda leaf: size * leaf, LinenPair().init(jax.random.key(0), INPUT))
+        checkpoint = save(tmp_path / f"{size}", variables)
+        target = nnx.eval_shape(lambda: Pair(nnx.Rngs(0)))
+        added = [Add("b/bias", 0.1)]
+        return verify(
+            checkpoint, target, LinenPair().apply, lambda model, x: model(x), (INPUT,), renames=added
+        )
+
+    assert not found(1.0).equal
+    large = found(1e4)
+    assert large.equal
+    assert [remark.partition("numbers of about")[0] for remark in large.remarks][:1] == ["b: it returns "]
 
 
 class LinenBranch(nn.Module):

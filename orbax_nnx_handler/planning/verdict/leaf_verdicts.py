@@ -109,10 +109,12 @@ class LeafVerdicts:
         return "init" if self.options.init is not None else None
 
     def _default(self, item: Wanted, reason: str = "random state that is not stored") -> Defaulted:
-        last: DefaultSource = "seed" if item.role == "random" else "zeros"
+        source = self._initial(item) or ("seed" if item.role == "random" else "zeros")
         if item.role != "random":
-            reason = "recomputed by the program, never in a Linen checkpoint"
-        return Defaulted(wanted=item.leaf, source=self._initial(item) or last, reason=reason)
+            reason = "never in a Linen checkpoint"
+        if source == "zeros":
+            reason += ", and computed by init=... if that is passed"
+        return Defaulted(wanted=item.leaf, source=source, reason=reason)
 
     def _as_it_is(self, item: Wanted, found: Found) -> Restored | None:
         """Returns what becomes of a leaf that comes out as it is wanted: nearly every one."""

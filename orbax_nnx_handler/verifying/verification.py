@@ -204,6 +204,8 @@ class FirstDifference:
         said = list[Line]()
         if self.after is not None or self.before is not None:
             said.append(Sentence("note", self._place()))
+        if not self.place:
+            said.append(Sentence("note", _BETWEEN))
         if self.settings:
             pairs = [f"{name} is {a!r} in Linen and {b!r} in NNX" for name, (a, b) in self.settings.items()]
             said.append(Sentence("cause", f"the modules are set up differently: {', '.join(pairs)}."))
@@ -229,6 +231,10 @@ CALLED_IN_ANOTHER_ORDER = "is called with the same numbers as Linen's in another
 _CODE = (
     "if all its weights are right, the code differs: look for another epsilon, activation (gelu exact or by "
     "tanh), mask, scale, residual, dtype, dropout or base of rotary positions."
+)
+_BETWEEN = (
+    "it is none of the modules in it, but what is computed between them: in the model's own __call__, where "
+    "a head tied to an embedding is one, or in linen_apply or nnx_apply."
 )
 _WEIGHTS = "the module does not run by itself, so its weights were not tried: check how the plan makes them."
 

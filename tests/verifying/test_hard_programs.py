@@ -145,6 +145,34 @@ def test_a_difference_between_two_calls_of_one_module_is_not_in_it(saved: pathli
     assert found.first.path == "(root)", found
 
 
+def test_a_difference_in_a_head_tied_to_an_embedding_is_said_to_be_in_no_module(tmp_path: pathlib.Path):
+    class Tied(nn.Module):
+        @nn.compact
+        def __call__(self, tokens):
+            embed = nn.Embed(7, 4, name="embed")
+            return embed.attend(nn.Dense(4, name="dense")(embed(tokens)))
+
+    class Port(nnx.Module):
+        def __init__(self, rngs):
+            self.embed, self.dense = nnx.Embed(7, 4, rngs=rngs), nnx.Linear(4, 4, rngs=rngs)
+
+        def __call__(self, tokens):
+            return 0.5 * self.dense(self.embed(tokens)) @ self.embed.embedding[...].T
+
+    tokens = np.arange(6).reshape(2, 3)
+    path = tmp_path / "tied"
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, Tied().init(jax.random.key(0), tokens))
+    target = nnx.eval_shape(lambda: Port(nnx.Rngs(0)))
+    found = verify(path, target, Tied().apply, lambda model, x: model(x), (tokens,))
+
+    assert found.first is not None
+    assert found.first.path == "(root)"
+    assert "in the model's own __call__, where a head tied to an embedding is one" in " ".join(
+        str(found).split()
+    )
+
+
 def test_programs_may_differentiate_themselves(saved: pathlib.Path):
     linen = lambda v, x: jax.grad(lambda x: Linen().apply(v, x).sum())(x)  # noqa: E731
     port = lambda model, x: jax.grad(lambda x: model(x).sum())(x)  # noqa: E731

@@ -82,7 +82,9 @@ def _settling(questions: Sequence[Question], *, is_run: bool) -> Iterator[str]:
 
 
 RUN_BOTH = "suggest(..., verify=(linen_apply, nnx_apply, inputs))"
-_FLATTENED = "features may be flattened with channels first or last, which only outputs tell; run both"
+_FLATTENED = (
+    "where an image is flattened, its channels may come first or last, as only outputs tell; run both"
+)
 BY_NUMBER = "renames=found.answered(["
 
 Answers = Sequence[int | None]

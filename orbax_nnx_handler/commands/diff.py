@@ -32,7 +32,7 @@ from orbax_nnx_handler.storage.converting.source import reading_of
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Two checkpoints side by side; leaves are matched by the segments of their paths."""
+    """Two checkpoints side by side; leaves are matched by their paths, a last level `value` left out."""
 
     left: Checkpoint
     right: Checkpoint
@@ -122,9 +122,8 @@ def compare(left: Checkpoint, right: Checkpoint, rules: Sequence[Rule] = ()) -> 
 
 
 def _by_segments(checkpoint: Checkpoint, rules: Sequence[Rule] = ()) -> dict[Path, StoredLeaf]:
-    # A list's index is an int for one writer and a string for another.
     return {
-        segments(leaf.path): leaf
+        _key(leaf.path): leaf
         for leaf in (
             *_untouched(checkpoint, rules).values(),
             *(
@@ -133,6 +132,15 @@ def _by_segments(checkpoint: Checkpoint, rules: Sequence[Rule] = ()) -> dict[Pat
             ),
         )
     }
+
+
+def _key(path: Path) -> Path:
+    """Returns what a leaf is matched by: its path without the last level of a box or of an NNX Variable.
+
+    A list's index is an int for one writer and a string for another.
+    """
+    names = segments(path)
+    return names[:-1] if len(names) > 1 and names[-1] == "value" else names
 
 
 def _entries(checkpoint: Checkpoint, rules: Sequence[Rule]) -> Sequence[Entry]:
@@ -163,7 +171,7 @@ def _written(checkpoint: Checkpoint, rules: Sequence[Rule]) -> dict[Path, Writte
             found[entry.whole] = dataclasses.replace(stored[recipe.path], path=entry.whole)
         elif dtype is not None:
             found[entry.whole] = Written(path=entry.whole, recipe=recipe, shape=entry.shape, dtype=dtype)
-    return {segments(path): item for path, item in found.items()}
+    return {_key(path): item for path, item in found.items()}
 
 
 def _values(
@@ -171,7 +179,7 @@ def _values(
 ) -> Mapping[Path, Difference]:
     """Compares the values of all leaves that have one shape, in the wider of their dtypes."""
     ours = _written(left, rules)
-    theirs: dict[Path, Written] = {segments(path): item for path, item in as_stored(right).items()}
+    theirs: dict[Path, Written] = {_key(path): item for path, item in as_stored(right).items()}
     keys = [key for key in ours if key in theirs and ours[key].shape == theirs[key].shape]
     dtypes = [common_dtype(ours[key].dtype, theirs[key].dtype) for key in keys]
     sides = [

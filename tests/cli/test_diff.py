@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from flax import serialization
+from flax import nnx, serialization
 
 
 @pytest.fixture
@@ -162,3 +162,19 @@ def test_values_that_a_narrower_type_would_round_to_one_differ(cli, tmp_path, on
 
     assert said.status == 1
     assert [leaf["unequal"] for leaf in said.json["values"]] == [1]
+
+
+def test_a_hugging_face_directory_is_compared_with_an_nnx_state(cli, tmp_path) -> None:
+    kernel, bias = np.arange(6, dtype=np.float32).reshape(2, 3), np.zeros(3, np.float32)
+    (tmp_path / "hf").mkdir()
+    params = {"Dense_0": {"kernel": kernel, "bias": bias}}
+    (tmp_path / "hf" / "flax_model.msgpack").write_bytes(serialization.to_bytes(params))
+    state = nnx.State(
+        {"up": {"kernel": nnx.Param(jnp.asarray(kernel)), "bias": nnx.Param(jnp.asarray(bias))}}
+    )
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "nnx", state)
+
+    said = cli("diff", tmp_path / "hf", tmp_path / "nnx", "--rename", "Dense_0=up", "--values")
+
+    assert (said.status, said.out.splitlines()[-1]) == (0, "Nothing differs in values: 2 leaves.")

@@ -74,7 +74,7 @@ def find_item(path: epath.PathLike, item: str | None = None, files: Files | None
         if item not in (None, "", root.name):
             raise NotACheckpointError(
                 f"{root} is an item already, and item={item!r} is another.",
-                hints=[f"pass the step {root.parent} for its item {item!r}, or leave the item's name out."],
+                hints=[_instead(root, item or "", files)],
             )
         return root
     if absent_indices(root, files):
@@ -85,6 +85,14 @@ def find_item(path: epath.PathLike, item: str | None = None, files: Files | None
     elif _is_no_step(newest, files):
         raise no_checkpoint(root, files)
     return _item_of_step(newest or root, item, files)
+
+
+def _instead(root: epath.Path, item: str, files: Files) -> str:
+    """Returns what to pass for another item than the one that a path already is."""
+    beside = root.parent / item
+    if files.is_folder(beside) and is_item(beside, files):
+        return f"pass the step {root.parent} for its item {item!r}, or leave the item's name out."
+    return f"leave the item's name out; another checkpoint's item is named in its path, STEP/{item}."
 
 
 def _only_archive(root: epath.Path, files: Files) -> epath.Path | None:

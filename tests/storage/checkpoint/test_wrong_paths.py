@@ -57,6 +57,20 @@ def test_an_item_that_the_step_has_not_leads_to_the_one_it_has(run):
     )
 
 
+def test_another_item_than_the_one_that_a_path_is_is_named_by_the_step_that_holds_it_or_not_at_all(run):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(run / "200" / "teacher", {"params": np.ones(3)})
+
+    assert said(run / "200" / "default", run, item="teacher") == (
+        "RUN/200/default is an item already, and item='teacher' is another.\n"
+        "hint: pass the step RUN/200 for its item 'teacher', or leave the item's name out."
+    )
+    assert said(run / "200" / "default", run, item="student") == (
+        "RUN/200/default is an item already, and item='student' is another.\n"
+        "hint: leave the item's name out; another checkpoint's item is named in its path, STEP/student."
+    )
+
+
 def test_a_path_below_an_item_leads_to_the_item(run):
     assert said(run / "200" / "default" / "params" / "scale", run) == (
         "there is nothing at RUN/200/default/params/scale.\n"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Literal
 
-from orbax_nnx_handler.planning.core.folding import Row, fold, fold_names, fold_paths, list_paths
+from orbax_nnx_handler.planning.core.folding import Row, fold, fold_names, list_paths
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.likeness.links import Link
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, part_of
@@ -78,8 +78,13 @@ class Question:
 
 
 def parts_in_words(paths: Sequence[Path]) -> str:
-    """Returns paths in full where they are few, folded where they are many."""
-    return list_paths(paths) if len(paths) < _FEW else fold_paths(paths)
+    """Returns paths in full where they are few; where they are many, numbers and names folded."""
+    return list_paths(paths) if len(paths) < _FEW else ", ".join(_folded(paths))
+
+
+def _folded(paths: Iterable[Path]) -> list[str]:
+    rows = [Row(path=path) for path in dict.fromkeys(paths)]
+    return [line.text for line in fold_names(fold(rows))]
 
 
 Sizes = tuple[Mapping[Names, int], Mapping[Names, int]]
@@ -193,8 +198,7 @@ def _pairs_in_words(readings: Sequence[Sequence[Link]], names: _Called) -> tuple
     """Returns a few pairs of parts of each reading: the first ones by which most readings differ."""
 
     def said(leaves: Sequence[Leaf]) -> str:
-        rows = [Row(path=path) for path in dict.fromkeys(names[leaf.part] for leaf in leaves)]
-        return " + ".join(line.text for line in fold_names(fold(rows)))
+        return " + ".join(_folded(names[leaf.part] for leaf in leaves))
 
     def told(reading: Sequence[Link]) -> Mapping[str, str]:
         sources: dict[str, list[Leaf]] = {}

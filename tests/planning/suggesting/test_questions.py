@@ -122,6 +122,18 @@ def test_what_is_one_in_a_stack_is_named_in_all_layers():
     assert said(found)[1].startswith("#     0: MixerBlock_{0..2}/LayerNorm_0 -> blocks/")
 
 
+def test_many_parts_of_a_question_are_folded_by_number_and_name():
+    stored = [leaf(f"net/{at}/{name}/kernel") for at in range(3) for name in ("key", "value")]
+    wanted = [leaf(f"{name}s/{at}/kernel") for at in range(3) for name in ("k", "v")]
+    choice = Choice("which", (tuple(map(link, stored, wanted)), tuple(map(link, stored[::-1], wanted))))
+
+    question = choice.question(lambda _: (), sizes_of(stored, wanted))
+
+    assert str(question) == (
+        "which of net/{0..2}/{key,value} is which of {ks,vs}/{0..2}? The shapes allow both."
+    )
+
+
 def test_a_rename_that_only_shapes_tell_says_so():
     found = proposal(
         {"up": DENSE, "down": OTHER, "norm_out": {"scale": (9,)}},

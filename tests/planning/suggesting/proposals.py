@@ -5,6 +5,26 @@ import numpy as np
 from flax import nnx, traverse_util
 
 from orbax_nnx_handler import from_linen, suggest
+from orbax_nnx_handler.planning.options import RestoreOptions
+from orbax_nnx_handler.planning.suggesting import propose
+from orbax_nnx_handler.planning.target.target import flatten_target
+from tests.planning.plans import leaves_of, params, stored_of
+
+DENSE = {"kernel": (2, 3), "bias": (3,)}
+OTHER = {"kernel": (3, 2), "bias": (2,)}
+
+
+def arrays(tree):
+    """Returns a nested tree of shapes as one of zeros."""
+    if isinstance(tree, dict):
+        return {key: arrays(part) for key, part in tree.items()}
+    return np.zeros(tree, "float32")
+
+
+def proposal(wanted, stored, order=None):
+    """Returns what is proposed for two nested trees of shapes."""
+    target = flatten_target(nnx.State(params(wanted)))
+    return propose(target, stored_of(leaves_of({"params": arrays(stored)})), RestoreOptions.of(), order)
 
 
 class Model(nnx.Module):

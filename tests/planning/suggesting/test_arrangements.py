@@ -262,7 +262,7 @@ def test_where_an_image_is_flattened_only_one_code_base_is_certain(stored, calle
     check(values, {names[path]: value for path, value in filled(stored).items()})
     assert {"/".join(map(str, path)) for path in found.flattened} == {*doubted}
     assert found.confidence == ("likely" if doubted else "certain")
-    assert ("channels first or last, which only outputs tell; run both" in str(found)) == bool(doubted)
+    assert ("channels may come first or last, as only outputs tell" in str(found)) == bool(doubted)
 
 
 LAYER = {"attn/kernel": (8, 8), "mlp/kernel": (8, 16), "norm/scale": (8,)}

@@ -11,7 +11,7 @@ from orbax_nnx_handler.planning.likeness.module_parts import Leaf
 from orbax_nnx_handler.planning.likeness.shapes import Way
 from orbax_nnx_handler.planning.suggesting.questions import Choice, sizes_of
 from tests.planning.plans import params
-from tests.planning.suggesting.test_suggest import DENSE, OTHER, arrays, proposal
+from tests.planning.suggesting.proposals import DENSE, OTHER, arrays, proposal
 
 NORM = {"scale": (8,), "bias": (8,)}
 

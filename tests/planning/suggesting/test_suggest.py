@@ -14,20 +14,7 @@ from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.suggesting import creation_order, propose
 from orbax_nnx_handler.planning.target.target import flatten_target
 from tests.planning.plans import leaves_of, params, stored_of
-
-DENSE = {"kernel": (2, 3), "bias": (3,)}
-OTHER = {"kernel": (3, 2), "bias": (2,)}
-
-
-def arrays(tree):
-    if isinstance(tree, dict):
-        return {key: arrays(part) for key, part in tree.items()}
-    return np.zeros(tree, "float32")
-
-
-def proposal(wanted, stored, order=None):
-    target = flatten_target(nnx.State(params(wanted)))
-    return propose(target, stored_of(leaves_of({"params": arrays(stored)})), RestoreOptions.of(), order)
+from tests.planning.suggesting.proposals import DENSE, OTHER, proposal
 
 
 def renames(found):

@@ -1,11 +1,14 @@
-"""Has NumPy make and move elements where a small array is asked for outside a program.
+"""Has NumPy make, move and combine elements where a small array is asked for outside a program.
 
-For each shape JAX compiles such an operation as a program of its own: 12 ms, also for zeros or for
-`jnp.asarray`. Values are the same bit by bit. What computes is JAX's as ever, and so is all that is large,
-lies on several devices, is traced or has a weak type.
+For each shape JAX compiles such an operation as a program of its own: 12 ms, also for zeros, for
+`jnp.asarray` or a sum of two arrays. Values are the same bit by bit, but for the sign of a largest zero: of
+what computes NumPy has only what IEEE 754 determines, element by element, and the largest of all. Sums,
+products of matrices and functions such as `exp` are JAX's as ever, and so is all that is large, lies on
+several devices, is traced or has a weak type.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,10 +17,26 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 _SMALL = 1 << 14
+# By JAX's name. Comparisons among them: they say the same of any two numbers.
+_EXACT: dict[str, Callable[..., Any]] = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "neg": np.negative,
+    "abs": np.abs,
+    "square": np.square,
+    "max": np.maximum,
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+}
 
 
-def move_by_numpy() -> None:
-    """Has JAX's primitives that make or move elements carried out by NumPy."""
+def move_and_combine_by_numpy() -> None:
+    """Has JAX's primitives that make, move or combine elements carried out by NumPy."""
     # Nothing public: where a version has it elsewhere, the suite only takes longer.
     with contextlib.suppress(ImportError, AttributeError):
         from jax._src.core import stage_p
@@ -31,7 +50,15 @@ def move_by_numpy() -> None:
         _carry_out(lax.transpose_p, lambda x, permutation: x.transpose(permutation))
         _carry_out(lax.squeeze_p, lambda x, dimensions: x.squeeze(dimensions))
         _carry_out(lax.concatenate_p, lambda *xs, dimension: np.concatenate(xs, dimension))
+        _carry_out(lax.rev_p, lambda x, dimensions: np.flip(x, dimensions))
         _carry_out(slicing.slice_p, _sliced)
+        _carry_out(slicing.dynamic_slice_p, _sliced_from)
+        _carry_out(lax.select_n_p, _selected)
+        for name, combine in _EXACT.items():
+            _carry_out(getattr(lax, f"{name}_p"), functools.partial(_exactly, combine))
+        _carry_out(lax.div_p, lambda x, y: _combined(np.divide, x, y) if x.dtype == np.float32 else None)
+        _carry_out(lax.integer_pow_p, lambda x, y: _combined(np.square, x) if y == 2 else None)
+        _carry_out(lax.reduce_max_p, _largest)
 
 
 def _carry_out(primitive: Any, move: Callable[..., Any]) -> None:
@@ -61,6 +88,32 @@ def _elements(operand: Any) -> np.ndarray[Any, Any] | None:
     return getattr(operand, "val", None)  # A constant of JAX's own.
 
 
+def _combined(combine: Callable[..., Any], x: Any, *others: Any, **how: Any) -> Any:
+    """Returns what NumPy makes of float32 or int32, but of numbers so small that XLA takes them for zero."""
+    kinds = {x.dtype, *(each.dtype for each in others)}
+    alike = len(kinds) == 1 and all(each.ndim == x.ndim for each in others)
+    if not alike or x.dtype not in (np.float32, np.int32) or not x.size:
+        return None
+    with np.errstate(all="ignore"):
+        found = combine(x, *others, **how)
+    tiny = np.finfo(np.float32).tiny if x.dtype == np.float32 else 0
+    return None if any(((each != 0) & (abs(each) < tiny)).any() for each in (x, *others, found)) else found
+
+
+def _exactly(combine: Callable[..., Any], *operands: Any, **how: Any) -> Any:
+    return _combined(combine, *operands) if all(value is None for value in how.values()) else None
+
+
+def _largest(x: Any, *, axes: Any, **_: Any) -> Any:
+    return _combined(np.max, x, axis=tuple(axes)) if x.ndim > max(axes, default=0) else None
+
+
+def _selected(which: Any, *cases: Any) -> Any:
+    if which.dtype != bool or which.shape not in ((), cases[0].shape):
+        return None
+    return np.where(which, *cases[::-1])
+
+
 def _broadcast(x: Any, *lengths: Any, shape: Any, broadcast_dimensions: Any, **_: Any) -> Any:
     if lengths or np.prod(shape) > _SMALL:
         return None
@@ -82,3 +135,12 @@ def _reshaped(x: Any, *, new_sizes: Any, dimensions: Any, **_: Any) -> Any:
 
 def _sliced(x: Any, *, start_indices: Any, limit_indices: Any, strides: Any) -> Any:
     return x[tuple(map(slice, start_indices, limit_indices, strides or (None,) * x.ndim))]
+
+
+def _sliced_from(x: Any, *starts: Any, slice_sizes: Any) -> Any:
+    if len(starts) != x.ndim:
+        return None
+    first = [
+        min(max(int(at), 0), all_ - few) for at, all_, few in zip(starts, x.shape, slice_sizes, strict=True)
+    ]
+    return x[tuple(slice(at, at + few) for at, few in zip(first, slice_sizes, strict=True))]

@@ -47,13 +47,13 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from tests.by_numpy import move_by_numpy
+from tests.by_numpy import move_and_combine_by_numpy
 
 share_lowering_context()
 leave_origins_unsaid()
 remember_initial_shapes()
 remember_kinds_of_values()
-move_by_numpy()
+move_and_combine_by_numpy()
 spare_garbage_collector()
 
 # Both were looked up before.

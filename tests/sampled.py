@@ -15,11 +15,29 @@ T = TypeVar("T")
 
 
 def sampled(*axes: Iterable[Any]) -> list[tuple[Any, ...]]:
-    """Returns every other combination of three axes or more: each two values of two axes still meet."""
+    """Returns so many combinations of three axes or more that each two values of two axes still meet."""
     combined = [*itertools.product(*map(enumerate, axes))]
+    meeting = [
+        {*itertools.combinations([(axis, at) for axis, (at, _) in enumerate(case)], 2)} for case in combined
+    ]
+    unmet, taken = set[Any]().union(*meeting), set[int]()
+    while unmet:
+        # Of those in which most meet for the first time, the first one.
+        best = max(range(len(combined)), key=lambda number: len(meeting[number] & unmet))
+        taken.add(best)
+        unmet -= meeting[best]
     return [
         tuple(value for _, value in case)
-        for case in combined
+        for number, case in enumerate(combined)
+        if _WHOLE in os.environ or number in taken
+    ]
+
+
+def checkered(*axes: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """Returns every other combination of axes, as the squares of one colour of a board."""
+    return [
+        tuple(value for _, value in case)
+        for case in itertools.product(*map(enumerate, axes))
         if _WHOLE in os.environ or sum(at for at, _ in case) % 2 == 0
     ]
 

@@ -45,7 +45,7 @@ ZARR3 = {
     "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
 }
 FILES = ["_METADATA", "checkpoint", "a.npz", "manifest.ocdbt"]
-FUZZED = settings(max_examples=drawn(50, 150), deadline=None, suppress_health_check=list(HealthCheck))
+FUZZED = settings(max_examples=drawn(30, 150), deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def places(value, path=()):
@@ -118,7 +118,7 @@ def test_database_files_of_any_bytes(content):
         decode_manifest(content, "manifest.ocdbt")
 
 
-@settings(max_examples=drawn(30, 60), deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=drawn(20, 60), deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     content=st.binary(max_size=200),
     name=st.sampled_from(["_METADATA", "checkpoint", "a.npz", "manifest.ocdbt"]),
@@ -131,7 +131,7 @@ def test_a_directory_with_one_file_of_any_bytes(tmp_path_factory, content, name)
 
 
 W = np.arange(24, dtype=np.float32).reshape(6, 4)
-IN_FILES = settings(max_examples=drawn(40, 80), deadline=None, suppress_health_check=list(HealthCheck))
+IN_FILES = settings(max_examples=drawn(25, 80), deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from flax.training.train_state import TrainState
 
 from orbax_nnx_handler import save
 from tests.cli.conftest import stock
+from tests.sampled import checkered
 from tests.zoo.modules import PAIRS
 from tests.zoo.pairs import path_of, restored_module, saved, stored_variables
 
@@ -60,7 +61,7 @@ def save_state(path: Path, module: nnx.Module, *, pure: bool) -> None:
         checkpointer.save(path, tree)
 
 
-@pytest.fixture(scope="module", params=SHOWN_PAIRS, ids=str)
+@pytest.fixture(scope="module")
 def restored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A pair, its Linen variables, what a Linen program makes of them, and its NNX module that holds them."""
     pair = request.param
@@ -74,7 +75,9 @@ def restored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     )
 
 
-@pytest.mark.parametrize("pure", [False, True], ids=["state", "pure dict"])
+@pytest.mark.parametrize(
+    ("restored", "pure"), checkered(SHOWN_PAIRS, [False, True]), indirect=["restored"], ids=str
+)
 def test_linen_reads_what_nnx_saved(cli, tmp_path: Path, restored: Any, pure: bool) -> None:
     pair, expected, linen, module = restored
     save_state(tmp_path / "nnx", module, pure=pure)

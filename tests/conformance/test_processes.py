@@ -6,11 +6,12 @@ import pytest
 
 from tests.conformance.worker import PROGRAMS
 from tests.processes import run_processes
+from tests.sampled import every
 
 FAILING = {"another target on the others", "nothing there on the others", "a save that the others refuse"}
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=["2 processes", "4 processes"])
+@pytest.fixture(scope="module", params=every(2, [4, 2]), ids="{} processes".format)
 def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each process saw of every program, with either handler."""
     count, directory = request.param, tmp_path_factory.mktemp("processes")

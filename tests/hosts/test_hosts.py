@@ -6,11 +6,12 @@ import pytest
 
 from tests.hosts.bits import bits_in, write_bits
 from tests.processes import run_processes
+from tests.sampled import every
 
 Seen = list[dict[str, Any]]
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=["2 processes", "4 processes"])
+@pytest.fixture(scope="module", params=every(2, [4, 2]), ids="{} processes".format)
 def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Seen:
     """What each process saw of every scene."""
     count, directory = request.param, tmp_path_factory.mktemp("hosts")

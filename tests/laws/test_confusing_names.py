@@ -9,6 +9,7 @@ import pytest
 
 from orbax_nnx_handler import RestoreError, from_linen
 from tests.laws.worlds import Numbers, check, model_target
+from tests.sampled import every
 
 NAMES = (
     *("params", "params_ema", "batch_stats", "state", "model", "net", "head", "value", "kernel", "dense"),
@@ -47,7 +48,9 @@ def _world(seed):
     return tree, wanted, change
 
 
-@pytest.mark.parametrize("seeds", [range(first, first + 100) for first in range(0, 400, 100)], ids=str)
+@pytest.mark.parametrize(
+    "seeds", every(2, [range(first, first + 100) for first in range(0, 400, 100)]), ids=str
+)
 def test_a_leaf_has_the_path_that_its_name_says_or_there_is_a_question(seeds):
     restored = 0
     for seed in seeds:

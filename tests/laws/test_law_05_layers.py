@@ -18,6 +18,7 @@ from tests.laws.worlds import (
     training_target,
     write,
 )
+from tests.sampled import sampled
 
 # What once opened the door to joining by order: any name with the word in it, stored or wanted.
 BAITS = (None, "scan_aux", "x_remainder", "scanned_extra")
@@ -31,9 +32,10 @@ def _with_bait(stored, bait, numbers):
     return stored | ({bait: {"kernel": numbers(2)}} if bait else {})
 
 
-@pytest.mark.parametrize("form", ["module", "pure"])
-@pytest.mark.parametrize("bait", BAITS)
-@pytest.mark.parametrize("which", [(1, 2, 3), (0, 1, 3), (2, 3, 4), (0, 2, 4)])
+@pytest.mark.parametrize(
+    ("which", "bait", "form"),
+    sampled([(1, 2, 3), (0, 1, 3), (2, 3, 4), (0, 2, 4)], BAITS, ["module", "pure"]),
+)
 def test_layers_are_not_renumbered(tmp_path, which, bait, form):
     numbers = Numbers()
     stored = _with_bait(_layers(numbers, "layers", which), bait, numbers)
@@ -62,10 +64,13 @@ def test_numbers_in_names_are_not_shifted(tmp_path, name, form):
     refused(write(tmp_path, {"params": stored}), target_of(form, wanted), unexpected="error")
 
 
-@pytest.mark.parametrize("form", ["module", "pure"])
-@pytest.mark.parametrize("bait", BAITS)
 @pytest.mark.parametrize(
-    "names", [("encoder_layers", "decoder_layers"), ("scanned_teacher_layers", "student_layers")]
+    ("names", "bait", "form"),
+    sampled(
+        [("encoder_layers", "decoder_layers"), ("scanned_teacher_layers", "student_layers")],
+        BAITS,
+        ["module", "pure"],
+    ),
 )
 def test_layers_of_one_name_do_not_become_those_of_another(tmp_path, names, bait, form):
     numbers = Numbers()
@@ -129,11 +134,12 @@ def _own_and_numbered(numbers, layers, width, submodules):
     return [layer() for _ in range(layers)]
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
-    "submodules", [("dense_0",), ("dense_0", "dense_1"), ("Dense_0",), ("mlp_0", "attn_0")]
+    ("group", "submodules", "form"),
+    sampled(
+        ["blocks", "layers"], [("dense_0",), ("dense_0", "dense_1"), ("Dense_0",), ("mlp_0", "attn_0")], FORMS
+    ),
 )
-@pytest.mark.parametrize("group", ["blocks", "layers"])
 def test_a_layers_own_bias_is_not_that_of_a_numbered_submodule(tmp_path, group, submodules, form):
     numbers = Numbers()
     layers = _own_and_numbered(numbers, 3, 4, submodules)

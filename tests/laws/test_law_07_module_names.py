@@ -19,6 +19,7 @@ from tests.laws.worlds import (
     training_target,
     write,
 )
+from tests.sampled import sampled
 
 WRAPPERS = (("critic", "actor"), ("vit", "encoder"), ("teacher", "student"), ("ema", "online"))
 
@@ -27,9 +28,7 @@ def _trunk(numbers):
     return {"hidden": numbers.dense(), "out": numbers.dense(4, 2)}
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("beside", [False, True])
-@pytest.mark.parametrize("names", WRAPPERS)
+@pytest.mark.parametrize(("names", "beside", "form"), sampled(WRAPPERS, [False, True], FORMS))
 def test_a_wrapper_of_another_name_is_not_taken(tmp_path, names, beside, form):
     numbers = Numbers()
     head = {"head": numbers.dense()} if beside else {}

@@ -24,7 +24,7 @@ from orbax_nnx_handler import (
 from tests.laws import worlds
 from tests.laws.worlds import Numbers, check, stacked, training_target, write
 from tests.planning.plans import plan_of
-from tests.sampled import sampled
+from tests.sampled import checkered, sampled
 
 
 def _schedule(count):
@@ -373,9 +373,9 @@ if hasattr(optax.contrib, "madgrad"):  # The floors' Optax is older.
     COPYING["madgrad"] = optax.contrib.madgrad(0.1)
 
 
-@pytest.mark.parametrize("tx", COPYING.values(), ids=COPYING)
-@pytest.mark.parametrize("layout", ["linen", "maxtext"])
-def test_a_constant_is_added_to_the_copies_of_a_parameter_that_an_optimizer_keeps(tmp_path, tx, layout):
+@pytest.mark.parametrize(("copying", "layout"), checkered(COPYING, ["linen", "maxtext"]))
+def test_a_constant_is_added_to_the_copies_of_a_parameter_that_an_optimizer_keeps(tmp_path, copying, layout):
+    tx = COPYING[copying]
     numbers = Numbers()
     params = {"norm": {"scale": numbers(3)}}
     # Which fields are copies, optax says: they are the parameters while the state is new or just moved.

@@ -34,9 +34,9 @@ class Count(nnx.Variable):
 KINDS = {"count": Count, "statistic": nnx.BatchStat, "param": nnx.Param}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("place", ["average", "ema", "quantised"])
-@pytest.mark.parametrize("optimizer", [False, True])
+@pytest.mark.parametrize(
+    ("optimizer", "place", "kind"), sampled([False, True], ["average", "ema", "quantised"], KINDS)
+)
 def test_a_models_own_step_is_not_the_train_states(tmp_path, place, kind, optimizer):
     numbers = Numbers()
     params = {place: {"dense": numbers.dense()}}
@@ -155,9 +155,10 @@ def _boxed(tree):
     return {k: _boxed(v) if isinstance(v, dict) else {"value": v} for k, v in tree.items()}
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("owner", [(), ("agent",)])
-@pytest.mark.parametrize("name", ["opt_state", "params", "batch_stats", "step"])
+@pytest.mark.parametrize(
+    ("name", "owner", "form"),
+    sampled(["opt_state", "params", "batch_stats", "step"], [(), ("agent",)], FORMS),
+)
 def test_a_module_called_like_a_field_is_found_beside_copies_and_collections(tmp_path, name, owner, form):
     numbers = Numbers()
     params = {"block": {name: {"kernel": numbers(2, 3)}, "head": {"kernel": numbers(3, 2)}}}

@@ -7,6 +7,7 @@ from flax import nnx
 
 from orbax_nnx_handler import restore, save
 from tests.laws.worlds import FORMS, Numbers, check, refused, target_of, write
+from tests.sampled import sampled
 
 FLOATS = {jnp.float8_e4m3fn: 448, jnp.float8_e5m2: 57344, jnp.float4_e2m1fn: 6}
 INTEGERS = {jnp.int8: 127, jnp.int4: 7}
@@ -47,9 +48,7 @@ WRAPPED = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("wrapped", WRAPPED)
-@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn], ids=lambda dtype: jnp.dtype(dtype).name)
+@pytest.mark.parametrize(("dtype", "wrapped", "form"), sampled([jnp.int8, jnp.float8_e4m3fn], WRAPPED, FORMS))
 def test_a_tree_per_kernel_is_said_to_be_quantised(tmp_path, dtype, wrapped, form):
     model = _model(Numbers())
     stored = _quantised(model, dtype, lambda codes, scale: {"kernel": WRAPPED[wrapped](codes, scale)})
@@ -91,10 +90,15 @@ def test_one_quantised_layer_of_a_stack_is_seen(tmp_path, which, form):
     refused(write(tmp_path, {"params": stored}), target_of(form, wanted), unexpected="ignore")
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
-@pytest.mark.parametrize("name", ["kernel_scale", "kernel_scale_inv", "scale"])
-@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn], ids=lambda dtype: jnp.dtype(dtype).name)
+@pytest.mark.parametrize(
+    ("dtype", "name", "shape", "form"),
+    sampled(
+        [jnp.int8, jnp.float8_e4m3fn],
+        ["kernel_scale", "kernel_scale_inv", "scale"],
+        [(), (1,), (1, 1)],
+        FORMS,
+    ),
+)
 def test_a_single_code_with_a_scale_beside_it_is_quantised_too(tmp_path, dtype, name, shape, form):
     numbers = Numbers()
     model = {"one": {"kernel": numbers(1, 1), "bias": numbers(1)}, "out": numbers.dense(1, 3)}
@@ -114,9 +118,9 @@ def test_a_single_narrow_weight_without_a_scale_is_restored(tmp_path, form):
     check(restore(path, target_of(form, model)), model)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", ["kernel_scale", "kernel_scale_inv", "scale"])
-@pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: jnp.dtype(dtype).name)
+@pytest.mark.parametrize(
+    ("dtype", "name", "form"), sampled(FLOATS, ["kernel_scale", "kernel_scale_inv", "scale"], FORMS)
+)
 def test_codes_are_no_weights_where_the_target_wants_their_scale_too(tmp_path, dtype, name, form):
     model = _model(Numbers())
     stored, wanted = {}, {}
@@ -128,9 +132,10 @@ def test_codes_are_no_weights_where_the_target_wants_their_scale_too(tmp_path, d
     assert "quantis" in str(error)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", ["absmax", "amax_history", "d", "step_size"])
-@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn], ids=lambda dtype: jnp.dtype(dtype).name)
+@pytest.mark.parametrize(
+    ("dtype", "name", "form"),
+    sampled([jnp.int8, jnp.float8_e4m3fn], ["absmax", "amax_history", "d", "step_size"], FORMS),
+)
 def test_what_nothing_reads_beside_codes_is_their_scale_whatever_its_name(tmp_path, dtype, name, form):
     model = _model(Numbers())
     stored = _quantised(model, dtype, lambda codes, scale: {"kernel": codes, name: scale})
@@ -149,9 +154,10 @@ def test_narrow_weights_beside_what_is_read_and_a_bias_left_unread_are_restored(
     check(restore(path, target_of(form, wanted), unexpected="ignore"), expected)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("where", ["beside", "apart", "variables", "called in full"])
-@pytest.mark.parametrize("name", ["scale", "amax_history", "meta"])
+@pytest.mark.parametrize(
+    ("name", "where", "form"),
+    sampled(["scale", "amax_history", "meta"], ["beside", "apart", "variables", "called in full"], FORMS),
+)
 def test_what_nothing_reads_and_is_called_after_the_codes_is_their_scale(tmp_path, where, name, form):
     numbers = Numbers()
     model = _model(numbers)

@@ -10,6 +10,7 @@ import pytest
 from orbax_nnx_handler.planning.core.errors import DtypeMismatchError
 from orbax_nnx_handler.planning.core.recipes import Add, Arithmetic, Read, Recipe, Scale, Stack
 from orbax_nnx_handler.storage.arithmetic import LostValueError, evaluate, put
+from tests.sampled import sampled
 
 FLOATS = [
     "float64",
@@ -199,11 +200,14 @@ def test_places_need_not_be_contiguous() -> None:
 
 
 @pytest.mark.parametrize(
-    "recipe", [Scale(Add(Read(("a",)), 2.0), 0.5), Stack((Scale(Read(("a",)), 3.0),), 0)]
+    ("array", "stored", "wanted", "recipe"),
+    sampled(
+        [np.asarray, jnp.asarray],
+        ["float32", "bfloat16", "float16"],
+        ["float32", "float16", "bfloat16"],
+        [Scale(Add(Read(("a",)), 2.0), 0.5), Stack((Scale(Read(("a",)), 3.0),), 0)],
+    ),
 )
-@pytest.mark.parametrize("wanted", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("array", [np.asarray, jnp.asarray])
 def test_whole_arrays_are_computed_alike(recipe: Recipe, stored: str, wanted: str, array: Any) -> None:
     values = np.random.default_rng(2).uniform(-4, 4, (5, 6)).astype(dtype_of(stored))
     wide = values.astype(np.float32)

@@ -24,6 +24,7 @@ from orbax_nnx_handler import (
     suggest,
     verify,
 )
+from tests.sampled import every
 from tests.verifying.twins import BERT, GEMMA, TRANSLATOR, TWINS, Twin
 
 Save = Callable[[Twin], pathlib.Path]
@@ -33,7 +34,9 @@ def settled(twin: Twin, path: pathlib.Path) -> Suggestion:
     return suggest(path, nnx.eval_shape(twin.make), verify=(twin.linen.apply, twin.run, twin.inputs))
 
 
-@pytest.mark.parametrize("twin", [twin for twin in TWINS if not twin.options], ids=lambda twin: twin.name)
+@pytest.mark.parametrize(
+    "twin", every(2, [twin for twin in TWINS if not twin.options]), ids=lambda twin: twin.name
+)
 def test_a_whole_conversion_is_proposed_and_proved(twin: Twin, saved: Save):
     found = settled(twin, saved(twin))
 

@@ -8,6 +8,7 @@ import pytest
 
 from orbax_nnx_handler.planning.core.dtypes import scales_of
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
+from tests.sampled import sampled
 
 
 def leaf(path: str, shape: tuple[int, ...], dtype: Any = "float32") -> StoredLeaf:
@@ -22,33 +23,37 @@ def found(*leaves: StoredLeaf) -> dict[str, list[str]]:
 CODES = ["float8_e4m3fn", "float8_e5m2", "float4_e2m1fn", "int8", "uint8", "int4", "uint4", "int32"]
 
 
-@pytest.mark.parametrize("dtype", CODES)
 @pytest.mark.parametrize(
-    ("code", "scale"),
-    [
-        ("params/up/kernel", "params/up/kernel_scale"),
-        ("params/up/kernel", "params/up/kernel_scale_inv"),
-        ("params/up/kernel", "params/up/weight_scale_inv"),
-        ("params/up/kernel", "params/up/scale"),
-        ("params/up/kernel", "params/up/kernel_absmax"),
-        ("params/up/kernel/qvalue", "params/up/kernel/scale"),
-        ("params/up/kernel/array/qvalue", "params/up/kernel/array/scale"),
-        ("params/up/kernel/codes", "params/up/kernel/step"),
-        ("params/up/kernel/value", "params/up/kernel/scale"),
-        ("params/up/kernel/value", "params/up/kernel/scale/value"),
-        ("up/kernel/value", "up/kernel_scale/value"),
-        ("params/up/kernel", "scales/up/kernel"),
-        ("params/up/kernel", "quant/up/kernel"),
-        ("params/up/kernel", "quant_params/params/up/kernel_scale"),
-        ("params/params/up/kernel", "params/scales/up/kernel"),
-        ("up/kernel", "scales/up/kernel"),
-        ("opt_state/0/mu/up/kernel/q", "opt_state/0/mu/up/kernel/absmax"),
-    ],
+    ("names", "shape", "dtype"),
+    sampled(
+        [
+            ("params/up/kernel", "params/up/kernel_scale"),
+            ("params/up/kernel", "params/up/kernel_scale_inv"),
+            ("params/up/kernel", "params/up/weight_scale_inv"),
+            ("params/up/kernel", "params/up/scale"),
+            ("params/up/kernel", "params/up/kernel_absmax"),
+            ("params/up/kernel/qvalue", "params/up/kernel/scale"),
+            ("params/up/kernel/array/qvalue", "params/up/kernel/array/scale"),
+            ("params/up/kernel/codes", "params/up/kernel/step"),
+            ("params/up/kernel/value", "params/up/kernel/scale"),
+            ("params/up/kernel/value", "params/up/kernel/scale/value"),
+            ("up/kernel/value", "up/kernel_scale/value"),
+            ("params/up/kernel", "scales/up/kernel"),
+            ("params/up/kernel", "quant/up/kernel"),
+            ("params/up/kernel", "quant_params/params/up/kernel_scale"),
+            ("params/params/up/kernel", "params/scales/up/kernel"),
+            ("up/kernel", "scales/up/kernel"),
+            ("opt_state/0/mu/up/kernel/q", "opt_state/0/mu/up/kernel/absmax"),
+        ],
+        [(), (6,), (1, 6), (4, 1)],
+        CODES,
+    ),
 )
-@pytest.mark.parametrize("shape", [(), (6,), (1, 6), (4, 1)])
 def test_a_smaller_leaf_of_wider_floats_beside_a_code_is_its_scale(
-    code: str, scale: str, dtype: str, shape: tuple[int, ...]
+    names: tuple[str, str], dtype: str, shape: tuple[int, ...]
 ) -> None:
+    code, scale = names
+
     assert found(leaf(code, (4, 6), dtype), leaf(scale, shape)) == {code: [scale]}
 
 

@@ -1,7 +1,8 @@
 """A proposal that builds on rules that are settled: for a pair and a part of the rules proposed for it.
 
-The suite takes one part of a pair's rules, another kind of part from pair to pair, of every eighth unseen
-one. `python -m tests.planning.suggesting.settled` takes all, and exits 1 where something became wrong.
+The suite takes one part of a pair's rules, another kind of part from pair to pair, of every third unseen
+one that it takes. `python -m tests.planning.suggesting.settled` takes all, and exits 1 where something became
+wrong.
 """
 
 import os

@@ -7,6 +7,7 @@ from flax import nnx
 
 from orbax_nnx_handler import Copy, from_linen, plan_restore, suggest
 from tests.planning.suggesting.proposals import Model
+from tests.sampled import sampled
 
 SHAPES = {"Dense_0": (4, 8), "Dense_1": (8, 8), "Dense_2": (8, None)}
 OURS = {"Dense_0": "fc1", "Dense_1": "fc2", "Dense_2": "out"}
@@ -34,10 +35,13 @@ def target_of(names, widths):
     )
 
 
-@pytest.mark.parametrize("widths", [(3, 1), (1, 1)])
-@pytest.mark.parametrize("wanted", [("actor", "critic"), ("policy_net", "value_net")])
 @pytest.mark.parametrize(
-    "stored", [("actor", "critic"), ("policy", "value"), ("actor_params", "critic_params")]
+    ("stored", "wanted", "widths"),
+    sampled(
+        [("actor", "critic"), ("policy", "value"), ("actor_params", "critic_params")],
+        [("actor", "critic"), ("policy_net", "value_net")],
+        [(3, 1), (1, 1)],
+    ),
 )
 def test_each_network_is_found_by_its_key(stored, wanted, widths):
     tree = {

@@ -16,6 +16,7 @@ from orbax_nnx_handler.planning.suggesting.series import are_alike, series_of
 from orbax_nnx_handler.planning.suggesting.stacks import shared_in
 from tests.planning.suggesting.pairs import nested, target_of
 from tests.planning.suggesting.proposals import abstract, check, filled, proposed, restored
+from tests.sampled import sampled
 
 LAYER = {"attn/q/kernel": (8, 8), "attn/o/kernel": (8, 8), "mlp/up/kernel": (8, 32)}
 
@@ -390,9 +391,10 @@ def test_parameters_called_and_counted_as_their_modules_are_those_of_a_list_call
     check(values, {path: stored[name] for path, name in expected.items()})
 
 
-@pytest.mark.parametrize("above", ["", "decoder/"])
-@pytest.mark.parametrize("blocks", [1, 2, 3])
-@pytest.mark.parametrize("widths", [(16, 8, 8), (8, 8, 4), (16, 16, 8, 8), (8, 8, 8)], ids=str)
+@pytest.mark.parametrize(
+    ("widths", "blocks", "above"),
+    sampled([(16, 8, 8), (8, 8, 4), (16, 16, 8, 8), (8, 8, 8)], [1, 2, 3], ["", "decoder/"]),
+)
 def test_blocks_in_a_row_are_levels_counted_from_the_end_that_sizes_tell_or_asked_about(
     widths, blocks, above
 ):

@@ -27,6 +27,7 @@ from orbax_nnx_handler.planning.rules import (
 )
 from orbax_nnx_handler.planning.target.target import flatten_target
 from tests.planning.plans import leaves_of
+from tests.sampled import drawn
 
 ODD_NAMES = (
     *(
@@ -180,13 +181,13 @@ def accounts(target: Any, stored: Any, made: list[Any]) -> None:
         assert shape_of(item.recipe, shapes) == item.wanted.shape
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=drawn(100, 200), deadline=None)
 @given(TREES, TREES, st.data())
 def test_no_leaf_of_two_unrelated_trees_gets_lost(stored: Any, wanted: Any, drawn: st.DataObject) -> None:
     accounts(drawn.draw(targets(wanted)), stored_of(stored), drawn.draw(rules()))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=drawn(100, 200), deadline=None)
 @given(TREES, st.data())
 def test_no_leaf_of_a_tree_and_the_model_that_it_holds_gets_lost(tree: Any, drawn: st.DataObject) -> None:
     inner = tree.get("params", tree)

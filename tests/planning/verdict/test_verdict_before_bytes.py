@@ -198,10 +198,8 @@ def _word(value: Any) -> str:
     return value if isinstance(value, str) else value.__name__.strip("_")
 
 
-# What is stored is written once for both that are wanted.
-@pytest.mark.parametrize("wanted", FORMS)
 @pytest.mark.parametrize(
-    ("break_it", "model", "stored"), sampled(BREAKS, ("gemma3", "llama2"), FORMS), ids=_word
+    ("break_it", "model", "stored", "wanted"), sampled(BREAKS, ("gemma3", "llama2"), FORMS, FORMS), ids=_word
 )
 def test_a_broken_case_raises_one_error_that_names_every_path_and_reads_no_array(
     break_it: Callable[[Case, Tree], Broken],

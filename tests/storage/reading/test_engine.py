@@ -15,6 +15,7 @@ from orbax_nnx_handler.storage.reading.base_store import LocalData
 from orbax_nnx_handler.storage.reading.byte_plan import DISK
 from orbax_nnx_handler.storage.reading.engine import Task, read_pieces
 from orbax_nnx_handler.storage.reading.memory import Workers
+from tests.sampled import sampled
 from tests.storage.checkpoints import FORMATS, DiskFormat, as_remote, save
 from tests.storage.jobs import plain_jobs
 from tests.storage.reading.networks import behind_a_network
@@ -168,9 +169,10 @@ def test_no_more_bytes_are_under_way_than_the_window_holds(tmp_path, monkeypatch
         np.testing.assert_array_equal(found[(name,)], value)
 
 
-@pytest.mark.parametrize("disk_format", FORMATS, ids=str)
-@pytest.mark.parametrize("listed", [True, False])
-@pytest.mark.parametrize("answer", ["nothing", "less", "empty", "other bytes"])
+@pytest.mark.parametrize(
+    ("answer", "listed", "disk_format"),
+    sampled(["nothing", "less", "empty", "other bytes"], [True, False], FORMATS),
+)
 def test_a_wrong_answer_is_an_error_that_names_leaf_and_object_and_never_a_value(
     tmp_path, monkeypatch, disk_format, listed, answer
 ):

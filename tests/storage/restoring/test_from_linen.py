@@ -37,6 +37,7 @@ from orbax_nnx_handler import (
     to_linen,
 )
 from orbax_nnx_handler.planner import look_at
+from tests.sampled import sampled
 
 X = np.random.default_rng(0).normal(size=(2, 8)).astype(np.float32)
 
@@ -338,9 +339,14 @@ def test_under_jit_the_targets_shardings_hold_and_what_is_missing_is_filled(mesh
     assert float(abs(traced.layers[2].bias.get_value()).sum()) == 0
 
 
-@pytest.mark.parametrize("in_force", [False, True], ids=["", "mesh in force"])
-@pytest.mark.parametrize("axes", [(AxisType.Explicit,) * 2, (AxisType.Explicit, AxisType.Auto)], ids=str)
-@pytest.mark.parametrize("source", [("x", "y"), ("y", "x"), (), None], ids=str)
+@pytest.mark.parametrize(
+    ("source", "axes", "in_force"),
+    sampled(
+        [("x", "y"), ("y", "x"), (), None],
+        [(AxisType.Explicit,) * 2, (AxisType.Explicit, AxisType.Auto)],
+        [False, True],
+    ),
+)
 def test_under_jit_the_targets_shardings_hold_on_a_mesh_of_explicit_axes_too(
     source: tuple[str, ...] | None, axes: tuple[AxisType, ...], in_force: bool
 ) -> None:

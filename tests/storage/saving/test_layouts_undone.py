@@ -13,6 +13,7 @@ from flax import nnx
 
 from orbax_nnx_handler import RuleError, from_linen, plan_restore, to_linen
 from orbax_nnx_handler.planning.core.recipes import reads
+from tests.sampled import checkered
 from tests.storage.saving.trees import leaves, numbered
 
 ADAM = optax.adam(0.1)
@@ -178,8 +179,7 @@ def without(tree: Any, is_absent: Callable[[Any], bool], above: tuple[Any, ...] 
     return {key: part for key, part in left.items() if not isinstance(part, dict) or part}
 
 
-@pytest.mark.parametrize("absent", ABSENT)
-@pytest.mark.parametrize("layout", TREES)
+@pytest.mark.parametrize(("layout", "absent"), checkered(TREES, ABSENT))
 def test_what_a_checkpoint_did_not_hold_is_found_again_in_its_layout(layout: str, absent: str) -> None:
     stored = numbered(without(TREES[layout], ABSENT[absent]))
     state = from_linen(stored, with_values(), policy="init")

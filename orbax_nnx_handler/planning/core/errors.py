@@ -307,18 +307,27 @@ def check_kinds(rule: Any) -> None:
     Raises:
         RuleError: Names the field, and what it takes.
     """
-    for field in dataclasses.fields(rule):
-        value = getattr(rule, field.name)
-        kinds = get_args(field.type) if isinstance(field.type, UnionType) else (field.type,)
-        kind = next(kind for kind in kinds if kind is not NoneType)
-        if value is None and NoneType in kinds:
+    for name, kind, is_optional in _fields_of(rule.__class__):
+        value = getattr(rule, name)
+        if type(value) is kind or (value is None and is_optional):
             continue
         words, made = _KINDS[kind]
         try:
-            object.__setattr__(rule, field.name, made(value))
+            object.__setattr__(rule, name, made(value))
         except (TypeError, ValueError) as error:
-            told = f"takes {words} as {field.name}, not {reprlib.repr(value)}"
+            told = f"takes {words} as {name}, not {reprlib.repr(value)}"
             raise RuleError(f"{type(rule).__name__} {told}.") from error
+
+
+@functools.cache
+def _fields_of(made: type[Any]) -> Sequence[tuple[str, Any, bool]]:
+    """Returns the fields of a rule, each with its kind and whether it may be None."""
+    found: list[tuple[str, Any, bool]] = []
+    for field in dataclasses.fields(made):
+        kinds = get_args(field.type) if isinstance(field.type, UnionType) else (field.type,)
+        kind = next(kind for kind in kinds if kind is not NoneType)
+        found.append((field.name, kind, NoneType in kinds))
+    return found
 
 
 def _only(kind: type) -> Callable[[Any], Any]:

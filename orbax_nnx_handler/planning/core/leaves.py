@@ -7,7 +7,7 @@ import math
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, Generic, Self, TypeVar, dataclass_transform, overload
+from typing import Any, Generic, NamedTuple, Self, TypeVar, dataclass_transform, overload
 
 import jax
 import numpy as np
@@ -355,8 +355,7 @@ Move = tuple[int, int]
 """From which axis to which other one."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     """A wanted leaf with the stored one that it is made from.
 
     Attributes:

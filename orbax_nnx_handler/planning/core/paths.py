@@ -352,7 +352,7 @@ _WITHIN = re.compile(rf"(.*[A-Za-z])_(\d{{1,{MAX_DIGITS}}})_([A-Za-z]+)")
 _BEFORE = re.compile(rf"(\d{{1,{MAX_DIGITS}}})\.([A-Za-z_]+)")
 
 
-@functools.lru_cache(maxsize=65536)
+@functools.lru_cache(maxsize=1 << 18)  # Each leaf of two models, its module and the modules around that.
 def levels(names: Tokens) -> tuple[Level, ...]:
     """Returns the levels of a path; a number by itself belongs to the name before it."""
     found: list[Level] = []

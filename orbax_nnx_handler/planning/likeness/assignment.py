@@ -430,9 +430,9 @@ def torn(links: Iterable[Link], left: Iterable[Names]) -> Mapping[Path, Link]:
         one, other = (concepts(part_of(leaf)[-2:]) for leaf in (link.target, link.source))
         return one & other - {"head"}
 
-    plain = (x for x in links if x.joint is None and x.layers is None)
+    known = {head(name) for name in left if name}
+    plain = (x for x in links if known and x.joint is None and x.layers is None)
     told = [x for x in plain if x.grounds == "shapes" and not shared(x)]
-    known = {head(name) for name in left if name} if told else set[object]()
     apart = (x for x in told if all(level.number is None for level in levels(part_of(x.source))))
     return {link.target.source: link for link in apart if head(part_of(link.source)) in known}
 

@@ -318,10 +318,12 @@ def kept_by_head(link: Link) -> tuple[Link, Link] | None:
 
     Head by head, as its elements lie, or side by side, as most programs keep flat ones.
     """
+    short, long = sorted((link.source.shape, link.target.shape), key=len)
+    if len(long) < 3:
+        return None  # Nearly every array.
     names = [part_of(leaf)[-1:] for leaf in (link.source, link.target)]
     roles = [concepts(last) & {"q", "k", "v"} for last in names]
     count = len(roles[0]) if roles[0] == roles[1] else 0
-    short, long = sorted((link.source.shape, link.target.shape), key=len)
     for at in range(len(long) - 2) if count > 1 else ():
         heads, parts, width = long[at : at + 3]
         if parts != count or heads == 1 or (*long[:at], heads * parts * width, *long[at + 3 :]) != short:

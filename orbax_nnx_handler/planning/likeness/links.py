@@ -187,13 +187,14 @@ def settle_turns(links: Sequence[Link]) -> tuple[list[Link], list[Link]]:
                     evidence[("named", *key) if is_named else key].add(turns[0])
     settled, left = list[Link](), list[Link]()
     for link in links:
-        chosen = tuple(_chosen(link, leaf, possible, evidence) for leaf, possible in link.by_part)
-        if any(ways is None for ways in chosen):
+        chosen = [_chosen(link, leaf, possible, evidence) for leaf, possible in link.by_part]
+        made = tuple((way,) for way in chosen if way is not None)
+        if len(made) < len(chosen):
             left.append(link)
-        else:
-            made = tuple((way,) for way in chosen if way is not None)
-            grounds = _grounds(link.ways, made) if link.grounds == "shapes" else link.grounds
-            settled.append(with_fields(link, ways=made, grounds=grounds))
+            continue
+        grounds = _grounds(link.ways, made) if link.grounds == "shapes" else link.grounds
+        is_told = (made, grounds) == (link.ways, link.grounds)  # Nearly every one.
+        settled.append(link if is_told else with_fields(link, ways=made, grounds=grounds))
     return settled, left
 
 
@@ -402,16 +403,11 @@ class Move:
     link: Link
     steps: Steps = ()
 
-    @property
-    def templates(self) -> list[tuple[Names, Names]]:
-        """Both paths with places for the numbers of layers: for all, for all but the innermost, and so on."""
-        return [
-            (
-                with_places(self.names, [now for now, _ in seats]),
-                with_places(self.aim, [to for _, to in seats]),
-            )
-            for seats in (self.seats[:count] for count in range(len(self.seats), -1, -1))
-        ]
+    def templates(self) -> Iterator[tuple[Names, Names]]:
+        """Yields both paths with places for the numbers of layers: all, all but the innermost, and so on."""
+        for count in range(len(self.seats), -1, -1):
+            now, to = ([seat[side] for seat in self.seats[:count]] for side in (0, 1))
+            yield with_places(self.names, now), with_places(self.aim, to)
 
 
 def with_first(names: Names) -> Names:
@@ -433,7 +429,7 @@ def led_into(template: Names, moves: Sequence[Move], index: PathIndex) -> list[i
 
 def alike(one: Names, other: Names) -> bool:
     """Tells whether two paths are one, however they spell the numbers of layers."""
-    return canonical(one) == canonical(other)
+    return one == other or canonical(one) == canonical(other)
 
 
 def as_within(move: Move, head: int, led: int) -> Move:
@@ -445,6 +441,6 @@ def as_within(move: Move, head: int, led: int) -> Move:
 
 def differing(move: Move) -> tuple[Names, Names]:
     """Returns what both paths do not share at either end, with places for numbers."""
-    left, right = move.templates[0]
+    left, right = next(move.templates())
     after, before = shared_ends(left[::-1], right[::-1], 1)
     return left[before : len(left) - after], right[before : len(right) - after]

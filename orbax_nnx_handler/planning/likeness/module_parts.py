@@ -21,6 +21,7 @@ from orbax_nnx_handler.planning.core.paths import Level, Path, levels
 from orbax_nnx_handler.planning.likeness.shapes import is_vector, ways
 from orbax_nnx_handler.planning.likeness.vocabulary import (
     PARAMETER,
+    SAID_BY,
     Concepts,
     Names,
     concepts,
@@ -96,7 +97,7 @@ class ModulePart:
         leaf = self.leaves.get("main")
         if leaf is None or leaf.names[-len(self.names) :] == self.names:
             return frozenset()
-        return concepts([{"scale": "norm", "gamma": "norm", "embedding": "embed"}.get(leaf.names[-1], "")])
+        return SAID_BY.get(leaf.names[-1], frozenset())
 
     @derived
     def main_size(self) -> int:

@@ -8,8 +8,6 @@ import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
-import numpy as np
-
 from orbax_nnx_handler.planning.core import recipes
 from orbax_nnx_handler.planning.core.leaves import Shape, permuted
 from orbax_nnx_handler.planning.core.paths import Path
@@ -237,9 +235,8 @@ def _regroups(one: Shape, other: Shape) -> bool:
 
 
 def _edges(shape: Shape) -> set[int]:
-    return {int(size) for size in np.cumprod([length for length in shape if length != 1], dtype=np.int64)} - {
-        math.prod(shape)
-    }
+    lengths = (length for length in shape if length != 1)
+    return {*itertools.accumulate(lengths, operator.mul)} - {math.prod(shape)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -205,6 +205,10 @@ def concepts(names: Iterable[str]) -> Concepts:
     return frozenset[str]().union(*map(meanings, names))
 
 
+SAID_BY = {"scale": concepts(["norm"]), "gamma": concepts(["norm"]), "embedding": concepts(["embed"])}
+"""What the parameters of some parts say of them."""
+
+
 @functools.lru_cache(maxsize=65536)
 def exclude(one: Concepts, other: Concepts) -> bool:
     """Tells whether two names mean parts of which one is never the other: `pre` and `post`, `q` and `k`."""
@@ -363,10 +367,10 @@ COMPUTED: Mapping[tuple[float, ...], tuple[tuple[str, ...], ...]] = {
 
 def place_of(names: Names) -> tuple[Names, str]:
     """Returns the part that a leaf belongs to and what it is there."""
-    *above, last = names
+    above, last = names[:-1], names[-1]
     kind = PARAMETER.get(last)
     if kind is not None:
-        return tuple(above), kind
+        return above, kind
     ending = None if "layerscale" in meanings(last) else ENDING.fullmatch(last)
     if ending is not None and PARAMETER.get(ending[2]):
         return (*above, ending[1]), PARAMETER[ending[2]]

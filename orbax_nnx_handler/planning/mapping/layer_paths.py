@@ -134,8 +134,7 @@ Key = tuple[Group, Tokens]
 """A group and the path below one layer: what both sides must agree on."""
 
 
-@dataclasses.dataclass(frozen=True)
-class LayerPiece:
+class LayerPiece(NamedTuple):
     """A leaf of either side in one reading."""
 
     place: LayerPath

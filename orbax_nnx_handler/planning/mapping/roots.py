@@ -16,6 +16,7 @@ import itertools
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 
+from orbax_nnx_handler.planning.core.leaves import with_fields
 from orbax_nnx_handler.planning.core.paths import Tokens, canonical, is_number, shared_levels
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, is_copy_beside, is_copy_level
 from orbax_nnx_handler.planning.rules.entries import Entry
@@ -167,9 +168,7 @@ def below_model(entries: Sequence[Entry], wanted: Iterable[Tokens]) -> Sequence[
         for owner in {entry.owner for entry in entries if id(entry) in moved}
     }
     return [
-        dataclasses.replace(entry, segments=entry.segments[depths[entry.owner] :])
-        if id(entry) in moved
-        else entry
+        with_fields(entry, segments=entry.segments[depths[entry.owner] :]) if id(entry) in moved else entry
         for entry in entries
     ]
 
@@ -187,7 +186,7 @@ def of_root(entries: Sequence[Entry]) -> Sequence[Entry]:
     plain = {entry.owner for entry in own} - {owner[:at] for owner in others for at in range(len(owner) + 1)}
     if () not in left or not plain:
         return entries  # Nearly every plan.
-    return [dataclasses.replace(entry, owner=()) if entry.owner in plain else entry for entry in entries]
+    return [with_fields(entry, owner=()) if entry.owner in plain else entry for entry in entries]
 
 
 def _is_of_root(entry: Entry) -> bool:

@@ -224,7 +224,7 @@ class Entries(Sequence[Entry]):
     def __getitem__(self, at: Any) -> Any:
         if self._since and not (isinstance(at, int) and at >= 0):
             return [*self][at]
-        return self._since[at] if at in self._since else self._all[at]
+        return self._since.get(at) or self._all[at] if self._since else self._all[at]
 
     def __iter__(self) -> Iterator[Entry]:
         if self._since:

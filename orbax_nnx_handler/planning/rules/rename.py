@@ -119,7 +119,7 @@ class Rename(Rule):
     def changes(self, entries: Entries) -> Iterator[tuple[int, Entry]]:
         """Yields the places of what the rule, which is no regular expression, changes, with what comes."""
         for at in self._left.among(entries):
-            if (new := self._rewrite(entries[at])) is not entries[at]:
+            if (new := self._rewrite(old := entries[at])) is not old:
                 yield at, new
 
     def _apply_expression(self, entries: Sequence[Entry]) -> Applied:

@@ -39,8 +39,7 @@ def with_moved_axes(found: Findings) -> Findings:
     """
     made: dict[int, Link | None] = dict(enumerate(found.links))
     plain = [at for at, link in enumerate(found.links) if _is_plain(link)]
-    leaves = [(found.links[at].source, found.links[at].target) for at in plain]
-    pairs = [Pair(wanted.names, stored.shape, wanted.shape) for stored, wanted in leaves]
+    pairs = [Pair((x := found.links[at]).target.names, x.source.shape, x.target.shape) for at in plain]
     ties: list[Tie] = []
     for group in moved_groups(pairs):
         places = [plain[at] for at in group.members]
@@ -369,11 +368,13 @@ class Precedents:
         # The only norm of a block may be the second one of blocks that have two.
         alone = {x for _, x in told if plain_names(x) in several and is_alone(x, self._stored)}
         for one, other in (pair for pair in told if pair[1] not in alone):
+            numbers = tuple(level.number for level in levels(one))
             for kinds, left, right in self._views(one, other):
-                self._forth[kinds, left].add(right)
+                self._forth[key := (kinds, left)].add(right)
                 self._back[kinds, right].add(left)
-                self._takers[kinds, right[:2] if isinstance(right, tuple) else ()].add(left)
-                self._numbers[kinds, left].add(tuple(level.number for level in levels(one)))
+                self._numbers[key].add(numbers)
+                if kinds == "list" and isinstance(right, tuple):
+                    self._takers[right[:2]].add(left)
 
     def speak_for(self, wanted: Names, stored: Names) -> int:
         """Returns how much tells that a part is made from another one: lists, modules of each kind."""
@@ -388,33 +389,28 @@ class Precedents:
         return len(told)
 
     def _is_unsure(self, kinds: object, other: object) -> bool:
-        is_list = kinds == "list" and isinstance(other, tuple) and len(self._takers[kinds, other[:2]]) > 1
+        is_list = kinds == "list" and isinstance(other, tuple) and len(self._takers[other[:2]]) > 1
         return is_list or kinds == "modules"
 
     def _views(self, wanted: Names, stored: Names) -> Iterator[tuple[object, tuple[object, ...], object]]:
         """Yields two parts as those of the modules around them, of lists, and by their first or last word."""
-        is_counted = _count(wanted) == _count(stored)
-        sides = ([(at, is_counted and _count(at)) for at in around(names)] for names in (wanted, stored))
-        for (one, count), (other, against) in itertools.product(*sides):
-            if count != against:
-                continue  # `down/1` and `down_1_block_0`: below them only one side still counts blocks.
-            for kinds in zip(self._wanted.get(one, ()), self._stored.get(other, ()), strict=False):
-                yield kinds, wanted[len(one) :], stored[len(other) :]
         ours, theirs = levels(wanted), levels(stored)
         if not ours or not theirs:
             return
+        sides = [[(at, _count(at)) for at in around(names)] for names in (wanted, stored)]
+        is_counted = _count(wanted) == _count(stored)
+        for (one, count), (other, against) in itertools.product(*sides):
+            if is_counted and count != against:
+                continue  # `down/1` and `down_1_block_0`: below them only one side still counts blocks.
+            for kinds in zip(self._wanted.get(one, ()), self._stored.get(other, ()), strict=False):
+                yield kinds, wanted[len(one) :], stored[len(other) :]
         modules = wanted[: -ours[-1].width], stored[: -theirs[-1].width]
         are_alone = is_alone(wanted, self._wanted) and is_alone(stored, self._stored)
         for kind, one, other in (("list", wanted, stored), ("modules", *modules))[: 1 + are_alone]:
             if told := self._place_in_list(one, other):
                 yield kind, *told
-        left, right = (words("".join(names[-1:])) for names in (wanted, stored))
-        for at in (0, -1):
-            rest = [
-                frozenset(meanings("_".join(each[1:] if at == 0 else each[:-1]))) for each in (left, right)
-            ]
-            if rest[0] == rest[1] and rest[0] and not left[at].isdecimal():
-                yield modules, (at, left[at]), right[at]
+        for word, against in _one_word_apart(wanted[-1], stored[-1]):
+            yield modules, word, against
 
     def _place_in_list(self, one: Names, other: Names) -> tuple[tuple[object, ...], object] | None:
         """Returns the lists that two parts are in, where one counts as the other, and as far."""
@@ -440,6 +436,15 @@ def _lists(parts: Iterable[Names]) -> Mapping[tuple[Names, str], set[int]]:
     return found
 
 
+@functools.lru_cache(maxsize=16384)
+def _one_word_apart(one: str, other: str) -> Sequence[tuple[tuple[int, str], str]]:
+    """Returns the first and the last word of two names, each where the others mean the same."""
+    both = words(one), words(other)
+    rests = ((at, [{*meanings("_".join(x[1:] if at == 0 else x[:-1]))} for x in both]) for at in (0, -1))
+    told = (at for at, (left, right) in rests if left == right and left and not both[0][at].isdecimal())
+    return [((at, both[0][at]), both[1][at]) for at in told]
+
+
 def _count(names: Names) -> int:
     """Returns how many numbers a path has."""
-    return sum(map(str.isdecimal, words("/".join(names))))
+    return sum(map(str.isdecimal, itertools.chain(*map(words, names))))

@@ -201,7 +201,7 @@ class Writer:
         for move in moves:
             if any(move.names in held for held in found.values()):
                 continue
-            pattern = self._pattern(move.templates[0][0], good) or self._pattern(move.names, good)
+            pattern = self._pattern(next(move.templates())[0], good) or self._pattern(move.names, good)
             pattern = pattern or "/".join(self._whole(move.names))
             held = {names for names in good if next(compiled(pattern).spans(names), None)} | {move.names}
             found = {text: others for text, others in found.items() if not others <= held}
@@ -340,7 +340,7 @@ class Writer:
         """Writes that leaves which have their names already keep them under a rename for layers."""
         pattern, good = compiled(rule.pattern), {x.names for x in moves if alike(x.names, x.aim)}
         for move in moves if good else ():
-            left, spans = move.templates[0][0], [*pattern.spans(move.names)]
+            left, spans = next(move.templates())[0], [*pattern.spans(move.names)]
             is_layer = not spans[0].start and all(map(is_index, spans[0].bindings.values()))
             head = pattern.width if is_layer else 0
             for span in spans[is_layer:]:
@@ -414,7 +414,7 @@ class Writer:
         whole = self._whole(move.names)
         above = whole[: len(whole) - len(move.names)]
         first: tuple[Rename, Entries, bool] | None = None
-        for count, (left, right) in enumerate(move.templates):
+        for count, (left, right) in enumerate(move.templates()):
             stored, wanted = (*above, *left), (*above, *right)
             for start, stop in cuts(stored, wanted):
                 names = stored[start : len(stored) - stop], wanted[start : len(wanted) - stop]

@@ -271,9 +271,9 @@ def _shapes(part: ModulePart) -> tuple[object, ...]:
 
 
 def _is_of_tokens(link: Link) -> bool:
-    said = concepts(link.target.names) | concepts(link.source.names)
-    is_table = link.target.names[-1] == "embedding" and len(link.target.shape) > 1
-    return is_table and not said & {"pos", "type", "patch", "cls"}
+    if link.target.names[-1] != "embedding" or len(link.target.shape) < 2:
+        return False
+    return not concepts((*link.target.names, *link.source.names)) & {"pos", "type", "patch", "cls"}
 
 
 def _is_meant(one: NamedPart, other: NamedPart) -> bool:

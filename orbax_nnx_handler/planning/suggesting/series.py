@@ -48,7 +48,7 @@ class Series:
     members: Mapping[int, list[Leaf]]
     is_kind: bool = False
 
-    @property
+    @derived
     def depth(self) -> int:
         """How many segments lead into a member."""
         return len(self.template)
@@ -203,8 +203,7 @@ def in_sequence(groups: Sequence[Series], free: Sequence[Leaf], above: int, arms
     Two readings where levels on the way up may count from either end.
     """
     complete = [series for series in groups if is_complete(series)]
-    below = _modules_by_size(free if complete else (), above)
-    held = functools.cache(functools.partial(of_sizes, below))
+    held = functools.cache(functools.partial(of_sizes, _modules_by_size(free if complete else (), above)))
     found = [_in_sequence(series, held(frozenset(series.sizes)), arms) for series in complete]
     claims = Counter(other.template for each in found for pairs in each[:1] for _, other in pairs)
     return [each for each in found if each and all(claims[other.template] == 1 for _, other in each[0])]
@@ -422,8 +421,8 @@ def contradicted(links: Iterable[Link]) -> Mapping[Path, Link]:
     said: dict[object, dict[Names, list[Link]]] = defaultdict(lambda: defaultdict(list))
     for link in (x for x in links if x.layers is None and len(x.wanted) == len(x.stored) == 1):
         (list_, inside), (others, name) = in_list(link.target.names), in_list(link.source.names)
-        is_counted = any(level.is_automatic or level.style in ("/", ".") for level in levels(name))
-        if len(inside) > 1 < len(name) and not is_counted:
+        path = levels(name) if len(inside) > 1 < len(name) else ()
+        if path and not any(level.is_automatic or level.style in ("/", ".") for level in path):
             said[list_, others, name][plain_names(inside)].append(link)
     counted = ([*meanings.values()] for meanings in said.values() if len(meanings) > 1)
     few = (some for each in counted for some in each if 2 * len(some) <= sum(map(len, each)))
@@ -440,6 +439,7 @@ def from_elsewhere(links: Sequence[Link], left: Iterable[Names]) -> Mapping[Path
     return {link.target.source: link for link in found if in_list(part_of(link.source))[0] in lone}
 
 
+@functools.lru_cache(maxsize=1 << 18)  # Asked several times of each leaf.
 def in_list(names: Names) -> tuple[Names, Names]:
     """Returns the outermost list that a part is in, and its path in a layer; nothing where it is in none."""
     at = 0

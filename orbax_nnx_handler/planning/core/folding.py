@@ -5,10 +5,11 @@ Last: the levels that count, and the modules around parts.
 
 import dataclasses
 import functools
+import itertools
 import operator
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from orbax_nnx_handler.planning.core.paths import (
@@ -317,12 +318,10 @@ Numbered = tuple[tuple[str, ...], tuple[str, ...]]
 """The names that lead into a layer, with a place for its number; the names without numbers."""
 
 
-def around(names: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    """Yields the modules around a part."""
-    at = 0
-    for level in levels(names)[:-1]:
-        at += level.width
-        yield names[:at]
+@functools.lru_cache(maxsize=1 << 18)  # Asked several times of each part.
+def around(names: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+    """Returns the modules around a part."""
+    return tuple(names[:at] for at in itertools.accumulate(level.width for level in levels(names)[:-1]))
 
 
 def numbered(names: tuple[str, ...], above: int) -> list[tuple[Numbered, int]]:
@@ -445,6 +444,6 @@ def _lies_in(names: Tokens, module: Tokens) -> bool:
 
 def _counterpart(module: Tokens, side: int, pairs: Sequence[tuple[Tokens, Tokens]]) -> Tokens:
     """Returns the other side's module that all parts of one belong to, not by one of them alone."""
-    below = Counter(home[side][len(module) : len(module) + 1] for home in pairs)
+    below = Counter(home[side][len(module) : len(module) + 1] for home in pairs if len(pairs) > 1)
     is_whole = len(pairs) > 1 and all(len(x) > 1 or () in x for x in (below - Counter([n]) for n in below))
     return shared_levels([home[1 - side] for home in pairs]) if is_whole else ()

@@ -241,6 +241,7 @@ class Table:
     """The scores of pairs, and which pairs together have the highest sum."""
 
     def __init__(self, scores: Mapping[tuple[int, int], float]) -> None:
+        self._every = scores
         sides = self._rows, self._columns = [sorted({pair[side] for pair in scores}) for side in (0, 1)]
         rows, columns = ({part: place for place, part in enumerate(side)} for side in sides)
         self._places = {(at, to): (rows[at], columns[to]) for at, to in scores}
@@ -250,16 +251,17 @@ class Table:
 
     def best(self, without: tuple[int, int] | None = None) -> tuple[frozenset[tuple[int, int]], float]:
         """Returns the pairs that give the highest sum, and the sum; one pair may be forbidden."""
+        if len(self._every) == 1:  # Nearly every one of a model whose parts differ in their shapes.
+            alone = {pair: score for pair, score in self._every.items() if pair != without and score > 0}
+            return frozenset(alone), sum(alone.values())
         scores = self._scores if without is None else self._scores.copy()
         if without is not None:
             scores[self._places[without]] = 0.0
-        places = [(0, 0)]
-        if scores.size > 1:
-            # Here, since it takes as long to load as all of this package, and only a proposal needs it.
-            from scipy import optimize
+        # Here, since it takes as long to load as all of this package, and only a proposal needs it.
+        from scipy import optimize
 
-            chosen = cast(Any, optimize).linear_sum_assignment(scores, maximize=True)
-            places = [(int(row), int(column)) for row, column in zip(*chosen, strict=True)]
+        chosen = cast(Any, optimize).linear_sum_assignment(scores, maximize=True)
+        places = [(int(row), int(column)) for row, column in zip(*chosen, strict=True)]
         kept = [place for place in places if scores[place] > 0]
         pairs = frozenset((self._rows[row], self._columns[column]) for row, column in kept)
         return pairs, sum(float(scores[place]) for place in kept)

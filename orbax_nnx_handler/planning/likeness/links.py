@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Literal
 
-from orbax_nnx_handler.planning.core.leaves import with_fields
+from orbax_nnx_handler.planning.core.leaves import record, with_fields
 from orbax_nnx_handler.planning.core.paths import canonical, levels
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, part_of
 from orbax_nnx_handler.planning.likeness.shapes import Joint, Steps, Way
@@ -47,7 +47,7 @@ class Layers:
         return max(at for at, name in enumerate(self.stored) if "{i}" in name)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@record
 class Link:
     """Leaves that belong together: one stored and one wanted, or one and several.
 

@@ -104,12 +104,12 @@ class ModulePart:
         """How many elements its main leaf holds."""
         return math.prod((self.leaves.get("main") or next(iter(self.leaves.values()))).shape)
 
-    @property
+    @derived
     def is_norm(self) -> bool:
         """Whether it scales or shifts: each of its leaves is a vector, or its name says so."""
         return "norm" in self.own
 
-    @property
+    @derived
     def is_vector(self) -> bool:
         """Whether no leaf of it is a matrix."""
         return all(is_vector(leaf.shape) for leaf in self.leaves.values())
@@ -120,12 +120,12 @@ class ModulePart:
         is_kernel = "bias" in self.leaves and any(len(leaf.shape) > 1 for leaf in self.leaves.values())
         return is_kernel or not self.is_vector
 
-    @property
+    @derived
     def module(self) -> Names:
         """The path of the module around it."""
         return self.names[: len(self.names) - (self.levels[-1].width if self.levels else 0)]
 
-    @property
+    @derived
     def family(self) -> tuple[Names, str]:
         """What it shares with the others of its list: the module around them, the name before the number."""
         return self.module, self.levels[-1].base if self.levels else ""
@@ -249,12 +249,12 @@ def part_of(leaf: Leaf) -> Names:
 
 def prefixes(part: ModulePart) -> list[tuple[Names, Level]]:
     """Returns the levels of a part, each with what leads to it."""
-    return list(zip([(), *around(part.names)], part.levels, strict=False))
+    return list(zip(((), *around(part.names)), part.levels, strict=False))
 
 
-def containers(part: ModulePart) -> list[Names]:
+def containers(part: ModulePart) -> Sequence[Names]:
     """Returns the modules around a part, the innermost first, the context itself left out."""
-    return [*around(part.names)][::-1]
+    return around(part.names)[::-1]
 
 
 def elsewhere(

@@ -154,15 +154,16 @@ class _Context:
         if not (part.is_norm and self._is_one_of_several(part)):
             said |= self._surroundings(part)  # One of several norms is not about what lies around it.
         said -= {"attn"} if self._is_beside_attention(part) else set()
-        said -= self._empty - concepts(name for name in part.names if name not in self._empty)
+        said -= self._empty and self._empty - concepts(x for x in part.names if x not in self._empty)
         said |= set() if said & {"self", "cross"} else self._other_attention(part)
         counted = [(at, level) for at, level in prefixes(part) if level.number is not None]
         numbers = tuple((level, self._families[at, level.base, level.style]) for at, level in counted)
-        fused, fact = self._fused(part)
+        untold = self._untold(part)
+        fused, fact = self._fused(part, is_untold=bool(untold))
         said -= {"in"} & part.own if fused else set()  # The `in_proj` of a block on the way out.
         computed = () if fused else self._computed(part)
         said.update(computed)
-        untold = self._untold(part) or (computed if len(computed) > 1 else ())
+        untold = untold or (computed if len(computed) > 1 else ())
         if self._has_actor and not self._has_attention and "v" in said:
             said = (said - {"v"}) | {"critic"}  # The value of a state.
         if part.is_norm:
@@ -216,7 +217,7 @@ class _Context:
         beside = (self._holding[names] > sum(at[: len(names)] == names for at in own) for names in blocks)
         return bool(blocks) and not part.said & {*_QKV, "o", "out"} and all(beside)
 
-    def _fused(self, part: ModulePart) -> tuple[tuple[str, ...], str]:
+    def _fused(self, part: ModulePart, *, is_untold: bool) -> tuple[tuple[str, ...], str]:
         last = part.levels[-1].base if part.levels else ""
         known = FUSED.get("".join(part.names[-1:]))
         # The `in_proj` of a quantizer or of a state space model is none of an attention.
@@ -225,7 +226,7 @@ class _Context:
             # GPT-2's cross attention has its queries beside `c_attn`.
             return tuple(role for role in known[0] if role not in self._single[part.module]), known[1]
         # A norm of keys and values is one of what both are made of.
-        if self._untold(part) or (part.is_norm and part.own >= {"k", "v"}):
+        if is_untold or (part.is_norm and part.own >= {"k", "v"}):
             return (), ""
         named = [tuple(x for x in meanings(last) if x in group) for group in (_QKV, ("gate", "up"))]
         # ERNIE's `up_gate_proj` has the gate first.

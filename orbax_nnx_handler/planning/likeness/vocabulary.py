@@ -341,7 +341,7 @@ _OWN_ORDER: Sequence[Names] = (("dense_i",), ("dense_h",), ("norm_out", "linear"
 
 def may_hold_otherwise(one: Names, other: Names) -> bool:
     """Tells whether one of two arrays, whose shapes agree, may hold its parts in another order."""
-    ends = [{end for end in _OWN_ORDER if names[-len(end) :] == end} for names in (one, other)]
+    ends = [[names[-len(end) :] == end for end in _OWN_ORDER] for names in (one, other)]
     return ends[0] != ends[1]
 
 

@@ -392,9 +392,10 @@ def pieces_of(
 ) -> list[LayerPiece]:
     """Returns a leaf in every reading; names that the layout knows take the place of blocks by number."""
     known: dict[tuple[object, ...], LayerPath] = {}
-    for place in scan_paths(tokens, scans):
+    for place in scan_paths(tokens, scans) if scans else ():
         known.setdefault(place[:5], place)  # Several scans may leave over layers under one name.
-    places = [*known.values(), *(p for p in layer_paths(tokens) if not (known and p.inner))]
+    places = layer_paths(tokens)
+    places = [*known.values(), *(place for place in places if not place.inner)] if known else places
     return [LayerPiece(place, shape, tokens, entry) for place in places]
 
 

@@ -156,8 +156,8 @@ class Rename(Rule):
         made: dict[int, tuple[Sequence[str], Sequence[bool], Sequence[bool]]] = {}
 
         def accepts(span: Span) -> bool:
-            made[span.start] = self._written(before, marks, span)
-            return not any(made[span.start][2])  # What a rename has written stays.
+            made[span.start] = found = self._written(before, marks, span)
+            return True not in found[2]  # What a rename has written stays.
 
         spans = list(self._left.spans(before, accepts))
         if not spans:

@@ -1,11 +1,11 @@
 """Which stored part is which wanted one, within one block or one remainder of a model."""
 
-import dataclasses
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.folding import Homes, lies_within
+from orbax_nnx_handler.planning.core.leaves import with_fields
 from orbax_nnx_handler.planning.core.paths import ascend, ranks_of, same_modules
 from orbax_nnx_handler.planning.likeness.assignment import (
     MOST_PAIRS,
@@ -115,7 +115,7 @@ class _Pairs:
                 if fit is not None and may_be(fit, one, stored[to]):
                     self._fits[at, to] = fit
                     if told := known(one.part.names, stored[to].part.names):
-                        self._fits[at, to] = dataclasses.replace(fit, score=fit.score + _PRECEDENT * told)
+                        self._fits[at, to] = with_fields(fit, score=fit.score + _PRECEDENT * told)
                         self._known.add((at, to))
                 elif fit is not None:
                     self._excluded.add((at, to))
@@ -126,7 +126,7 @@ class _Pairs:
         self._told = {pair for pair in modules if min(held[0][pair[0]], held[1][pair[1]]) > 1}
         for pair, fit in self._fits.items():
             if self._homes.of(*pair) in modules:
-                self._fits[pair] = dataclasses.replace(fit, score=fit.score + _TOLD)
+                self._fits[pair] = with_fields(fit, score=fit.score + _TOLD)
         across = across_networks(self._fits, wanted, stored) if is_outermost else ()
         is_counted = any(not names[-1].isalpha() for pair in modules for names in pair)
         parts = {(at, to): (wanted[at].part, stored[to].part) for at, to in self._fits if is_counted}

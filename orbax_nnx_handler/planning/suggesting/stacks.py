@@ -216,7 +216,9 @@ def _shapes(stacked: StackedModule) -> list[Shape]:
 def _stacked(leaves: Iterable[Leaf]) -> list[StackedModule]:
     """Returns the outermost modules that may be stacks, by each axis: of vectors, and of matrices."""
     found: dict[Names, list[StackedModule]] = {}
-    for names, held in sorted(leaves_below(leaves).items(), key=lambda item: len(item[0])):
+    listed = [*leaves]
+    may_be = any(len(leaf.shape) > 2 for leaf in listed)  # In many a model there is none.
+    for names, held in sorted(leaves_below(listed if may_be else ()).items(), key=lambda item: len(item[0])):
         ranks, first = {len(leaf.shape) for leaf in held}, held[0].shape
         if min(ranks) != 2 or max(ranks) < 3 or any(names[:depth] in found for depth in range(len(names))):
             continue

@@ -367,6 +367,7 @@ def same_numbers(
     return tuple(found)
 
 
+@functools.lru_cache(maxsize=65536)
 def plain_names(names: tuple[str, ...]) -> tuple[str, ...]:
     """Returns the names that lead to a part, but for the numbers of layers."""
     return tuple(x for at in levels(names) if (x := f"{at.base}{at.number}" if at.style == "" else at.base))

@@ -167,6 +167,10 @@ class Rename(Rule):
             # MaxText's `params/params` is one collection.
             spans[:2] = [spans[0]._replace(stop=2 * end)]
             made[0] = self._written(before, marks, spans[0])
+        if len(spans) == 1:  # Nearly every path.
+            (start, stop, _), (written, its_marks, _) = spans[0], made[spans[0].start]
+            whole = (*before[:start], *written, *before[stop:])
+            return self._named(entry, whole, (*marks[:start], *its_marks, *marks[stop:]))
         names, fixed = list[str](), list[bool]()
         at = 0
         for span in spans:

@@ -108,10 +108,8 @@ def series_of(leaves: Sequence[Leaf], above: int, least: int = 2) -> list[Series
     found: list[Series] = []
     while waiting:
         groups: dict[tuple[Names, Names], dict[int, _Waiting]] = defaultdict(lambda: defaultdict(list))
-        for leaf, places in waiting:
-            if places:
-                key, number = places[0]
-                groups[key][number].append((leaf, places[1:]))
+        for leaf, ((key, number), *rest) in (pair for pair in waiting if pair[1]):
+            groups[key][number].append((leaf, rest))
         waiting = _Waiting()
         for (template, base), members in groups.items():
             held = {number: [leaf for leaf, _ in pairs] for number, pairs in members.items()}
@@ -158,7 +156,8 @@ def lists_within(series: Series, others: Sequence[Series]) -> tuple[list[Pairs],
     `layers_{i}` and `gated_{i}` are `blocks/{i}/self` and `blocks/{i}/gated`. One alone where names tell it;
     whether names do, and not sizes, is returned too.
     """
-    parts, others = parts_of(series), [other for other in others if other.numbers == series.numbers]
+    others = [other for other in others if other.numbers == series.numbers]
+    parts = parts_of(series) if others else []
     held, holds = ([*map(_said_within, side)] for side in (parts, others))
     like = [
         [at for at, y in enumerate(others) if y.sizes == x.sizes and not exclude(said, holds[at])]
@@ -261,7 +260,8 @@ def _modules_by_size(free: Sequence[Leaf], above: int) -> BySize:
     found: dict[int, list[tuple[int, Names, list[Leaf]]]] = defaultdict(list)
     for leaf in free:
         for (template, _), number in _numbered(leaf.names, above):
-            below[(*template[:-1], template[-1].replace(PLACE, str(number)))].append(leaf)
+            is_alone = template[-1] == PLACE  # Else the name is as it was.
+            below[(*template[:-1], str(number)) if is_alone else leaf.names[: len(template)]].append(leaf)
     for at, names in enumerate(sorted(below, key=len)):
         found[sizes_of(below[names])].append((at, names, below[names]))
     return found

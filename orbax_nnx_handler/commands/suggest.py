@@ -123,7 +123,7 @@ def written(suggestion: Suggestion, settled: Sequence[Rule], words: str, file: s
     lines = [*_docstring(head), ""]
     lines += [f"from orbax_nnx_handler import {', '.join(names)}", ""] if names else []
     lines += ["RULES = [", *(f"    {_as_code(rule)}," for rule in settled)]
-    lines += [*_with_answers(suggestion.renames, open_), "]"]
+    lines += [*_with_answers(suggestion, open_), "]"]
     notes = [line for line in _at_a_prompt(suggestion).splitlines() if line.startswith("#")]
     return "\n".join([*lines, *(["", *notes] if notes else []), ""])
 
@@ -140,11 +140,12 @@ def _answers(suggestion: Suggestion) -> list[_Answer]:
     ]
 
 
-def _with_answers(rules: Sequence[Rule], answers: Sequence[_Answer]) -> Iterator[str]:
-    """Yields the lines of rules, and in their places, as comments, those that an answer adds.
+def _with_answers(suggestion: Suggestion, answers: Sequence[_Answer]) -> Iterator[str]:
+    """Yields the lines of rules, what each rests on, and in their places, as comments, those of answers.
 
     An answer that changes other rules too stands behind them, with all its rules.
     """
+    rules = suggestion.renames
     added: list[list[str]] = [[] for _ in range(len(rules) + 1)]
     for words, every in answers:
         rest, new = list(rules), list[tuple[int, Rule]]()
@@ -162,7 +163,8 @@ def _with_answers(rules: Sequence[Rule], answers: Sequence[_Answer]) -> Iterator
             added[place] += [f"    # {printable(said)}", *(f"    # {code}," for code in codes)]
     for place, lines in enumerate(added):
         yield from lines
-        yield from (f"    {_as_code(rule)}," for rule in rules[place : place + 1])
+        for item in suggestion.proposals[place : place + 1]:
+            yield f"    {_as_code(item.rule)}," + (f"  # {printable(item.why)}" if item.why else "")
 
 
 def _at_a_prompt(suggestion: Suggestion) -> str:

@@ -195,10 +195,10 @@ def test_answers_stand_where_their_rules_apply_and_those_that_change_others_behi
     text = written(found, (), "c m.py:make", "file.py")
 
     assert text.partition("RULES = [\n")[2].partition("]\n")[0].splitlines() == [
-        "    ('a', 'b'),",
+        "    ('a', 'b'),  # by names",
         "    # question 1, 0: this",
         "    # ('x', 'y'),",
-        "    ('c', 'd'),",
+        "    ('c', 'd'),  # by names",
         "    # question 1, 0 too",
         "    # ('z', 'w'),",
         "    # question 1, 1: that (with all rules, instead of those above)",

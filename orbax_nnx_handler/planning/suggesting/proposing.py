@@ -56,6 +56,7 @@ from orbax_nnx_handler.planning.suggesting.suggestion import (
     open_ends,
     problem_of,
     proposal_of,
+    resized_in,
 )
 from orbax_nnx_handler.planning.target.roles import WEIGHTS, Order, Wanted, of_role, roles_of
 from orbax_nnx_handler.planning.target.target import Target
@@ -225,8 +226,8 @@ class _Proposing:
 
         rules = partial(self._rules, tried, searched)
         sizes = sizes_of(stored_leaves(self._entries, False), wanted_leaves(self._model))
-        found = self._suggested(tried, [item.question(rules, sizes) for item in questions])
-        return dataclasses.replace(found, settle=answered)
+        asked = [item.question(rules, sizes) for item in questions]
+        return dataclasses.replace(self._suggested(tried, asked), settle=answered)
 
     def _as_it_is(self) -> Suggestion:
         """Returns that by names nothing needs a rule; outputs may prove that a leaf is made otherwise."""
@@ -243,8 +244,7 @@ class _Proposing:
         answered = {(link.target.source, link.source.source) for link in more}
         kept = [one for one in tried.links if (one.target.source, one.source.source) not in answered]
         links = remade_behind([*kept, *more], changes, self._entries, self._shapes)
-        writer = Writer(Entries(self._entries), tried.root, tried.below)
-        rules = writer.write(links, searched.found.groups)
+        rules = Writer(Entries(self._entries), tried.root, tried.below).write(links, searched.found.groups)
         keeps = any(map(_changes_nothing, tried.rules or rules))
         if keeps and not tried.rules:  # Nothing was tried yet: what keeps a name may keep it from a rename.
             keeps = self._judged(links, rules, tried.root, tried.below).is_clean
@@ -425,12 +425,12 @@ class _Proposing:
         return sorted(found, key=lambda item: len(item.readings) == 1)[:_QUESTIONS]
 
     def _suggested(self, tried: Tried, questions: Sequence[Question]) -> Suggestion:
-        verdict = tried.verdict or self._base
-        weights = [item.leaf.path for item in of_role(self._wanted, *WEIGHTS)]
+        verdict, weights = tried.verdict or self._base, [x.leaf.path for x in of_role(self._wanted, *WEIGHTS)]
         doubted = verdict.counted_otherwise - paths_of(tried.links).keys()
         left = {*verdict.missing, *verdict.mismatched, *doubted}
         own = {path for item in self._found.values() for path in reads(item.recipe)}
         entries = self._entries if verdict is not self._base else ()
+        placed = verdict.sides.placements
         images = flattened(stored_leaves(entries, False), own)
         made = {path: item.recipe for path, item in verdict.restored.items() if images}
         return Suggestion(
@@ -438,10 +438,9 @@ class _Proposing:
             questions=tuple(questions),
             wanted_count=len(weights),
             unmatched_wanted=tuple(path for path in weights if path in left),
-            unmatched_stored=tuple(
-                path for path in verdict.unexpected if verdict.sides.placements[path].section == "model"
-            ),
+            unmatched_stored=tuple(path for path in verdict.unexpected if placed[path].section == "model"),
             problem=tried.problem or problem_of(verdict, weights),
+            resized=resized_in(verdict, questions),
             flattened=tuple(p for p in weights if p in made and not images.isdisjoint(reads(made[p]))),
         )
 

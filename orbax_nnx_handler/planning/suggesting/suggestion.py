@@ -1,17 +1,19 @@
 """What is proposed, as text that a user reads and pastes."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Literal
 
 from orbax_nnx_handler.planning.core.folding import Row, fold
+from orbax_nnx_handler.planning.core.leaves import StoredLeaf, WantedLeaf
 from orbax_nnx_handler.planning.core.lines import WIDTH, aligned, as_html, counted, framed
-from orbax_nnx_handler.planning.core.paths import Path, printable
+from orbax_nnx_handler.planning.core.paths import Path, printable, segments, spelled
 from orbax_nnx_handler.planning.likeness.joined_parts import Remade
 from orbax_nnx_handler.planning.likeness.links import Link, PairGrounds
-from orbax_nnx_handler.planning.likeness.vocabulary import Names, meanings, words
+from orbax_nnx_handler.planning.likeness.vocabulary import Names, concepts, likeness, meanings, words
 from orbax_nnx_handler.planning.rules import Rename, Rule
 from orbax_nnx_handler.planning.suggesting.questions import Question, parts_in_words
 from orbax_nnx_handler.planning.verdict.outcomes import Verdict, mismatched_rows
@@ -114,6 +116,7 @@ class Suggestion:
         is_refuted: Whether both programs were run and return different values.
         is_given: Whether the caller's own rules decide too, of which nothing here says that they are right.
         flattened: Wanted matrices that may be of an image made one axis, in an order that only outputs tell.
+        resized: Of which wanted leaves another size is stored, in words.
     """
 
     proposals: tuple[Proposal, ...]
@@ -130,6 +133,7 @@ class Suggestion:
     is_refuted: bool = False
     is_given: bool = False
     flattened: tuple[Path, ...] = ()
+    resized: tuple[str, ...] = ()
 
     @property
     def renames(self) -> tuple[Rule, ...]:
@@ -193,7 +197,7 @@ class Suggestion:
         lines += [_comment(self.proof)] if self.proof else []
         lines += _rest("wanted, and nothing stored was found", self.unmatched_wanted)
         lines += _rest("stored, and nothing wants it", self.unmatched_stored)
-        lines += [_comment(line) for line in self.problem.splitlines()]
+        lines += [_comment(line) for line in (*self.resized, *self.problem.splitlines())]
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -334,6 +338,38 @@ def problem_of(verdict: Verdict, weights: Iterable[Path]) -> str:
     if all(sorted(item.stored_shape) == sorted(item.wanted.shape) for item in shapes):
         way = "their axes lie in another order, which shapes do not tell: pass a Transpose for each."
     return f"{head} in another shape:\n{rows}\n{way}"
+
+
+def resized_in(verdict: Verdict, questions: Iterable[Question]) -> tuple[str, ...]:
+    """Returns in words which wanted tables of positions or words another size is stored of."""
+    placed, asked = verdict.sides.placements, {path for each in questions for path in each.wanted}
+    stored = [leaf for path, leaf in verdict.unexpected.items() if placed[path].section == "model"]
+    return tuple(
+        text
+        for path, item in verdict.missing.items()
+        if path not in asked and (text := _resized(item.wanted, stored))
+    )
+
+
+_TABLES = frozenset(("pos", "token", "embed"))
+
+
+def _resized(wanted: WantedLeaf, stored: Iterable[StoredLeaf]) -> str:
+    said = concepts(segments(wanted.path))
+    found = [
+        (likeness(said, concepts(segments(leaf.path))), leaf)
+        for leaf in (stored if said & _TABLES else ())
+        if len(leaf.shape) == len(wanted.shape) > 1
+        and sum(one != other for one, other in zip(leaf.shape, wanted.shape, strict=True)) == 1
+    ]
+    best = [leaf for score, leaf in found if score == max(each for each, _ in found) and score > 0]
+    if len(best) != 1:
+        return ""
+    (leaf,) = best
+    one, other = f"{spelled(wanted.path)} {wanted.shape}", f"{spelled(leaf.path)} {leaf.shape}"
+    if math.prod(leaf.shape) > math.prod(wanted.shape):
+        return f"{one} may be a part of {other}: if you know which, a Split takes it out."
+    return f"{one} is larger than what may be meant, {other}: no rule pads a weight."
 
 
 def _comment(text: str) -> str:

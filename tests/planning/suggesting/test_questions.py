@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import from_linen, suggest
+from orbax_nnx_handler import Drop, Split, from_linen, suggest
 from orbax_nnx_handler.planning.likeness.links import Link
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf
 from orbax_nnx_handler.planning.likeness.shapes import Way
@@ -181,3 +181,34 @@ def test_every_answer_alone_is_one_that_the_planner_takes():
         for choice in range(len(question.choices)):
             answers = [choice if at == place else None for place in range(len(found.questions))]
             from_linen(stored, target, renames=found.answered(answers), policy="warn", unexpected="ignore")
+
+
+def test_a_table_of_another_size_is_told_and_may_be_cut_as_is_said():
+    stored = {"embed_positions": {"embedding": (14, 8)}, "wte": {"embedding": (20, 8)}, "up": DENSE}
+    wanted = {"pos_embed": {"embedding": (12, 8)}, "tok_embed": {"embedding": (32, 8)}, "up": DENSE}
+    tree, target = {"params": filled_tree(stored)}, nnx.State(params(wanted))
+
+    found = suggest(tree, target)
+    cut = Split("embed_positions", ("unused", "pos_embed"), axis=0, sizes=(2, 12))
+    rules = [*found.renames, cut, Drop("unused", "an offset")]
+    state = from_linen(tree, target, renames=rules, policy="warn", unexpected="ignore")
+
+    part, larger = found.resized
+    assert part == (
+        "pos_embed/embedding (12, 8) may be a part of params/embed_positions/embedding (14, 8): "
+        "if you know which, a Split takes it out."
+    )
+    assert larger == (
+        "tok_embed/embedding (32, 8) is larger than what may be meant, params/wte/embedding (20, 8): "
+        "no rule pads a weight."
+    )
+    assert all(f"# {text}" in str(found).splitlines() for text in found.resized)
+    np.testing.assert_array_equal(
+        state["pos_embed"]["embedding"][...], tree["params"]["embed_positions"]["embedding"][2:]
+    )
+
+
+def filled_tree(tree):
+    if isinstance(tree, dict):
+        return {key: filled_tree(part) for key, part in tree.items()}
+    return np.arange(np.prod(tree), dtype="float32").reshape(tree)

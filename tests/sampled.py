@@ -1,7 +1,7 @@
 """A part of many cases that are alike, for the suite; `python -m tests.sampled` runs those tests with all.
 
-So it takes whole grids, every pair of `suggest` and of hints, every twin that is proposed and proved, groups
-of two processes as well as of four, and more random cases.
+So it takes whole grids, every pair of `suggest` and of hints, every model under rules, every twin that is
+proposed and proved, groups of two processes as well as of four, and more random cases.
 """
 
 import itertools

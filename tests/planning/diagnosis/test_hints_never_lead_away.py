@@ -38,7 +38,7 @@ def test_a_hint_that_fills_what_is_stored_is_found_out(monkeypatch: pytest.Monke
     assert any("fits, and" in said for said in complaints(given, []))
 
 
-@pytest.mark.parametrize("case", every(2, GALLERY), ids=lambda case: case.provoke.__name__)
+@pytest.mark.parametrize("case", every(3, GALLERY), ids=lambda case: case.provoke.__name__)
 def test_no_hint_of_the_gallery_leads_to_a_fit_beside_unused_weights_of_those_shapes(
     case: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

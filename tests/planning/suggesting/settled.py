@@ -1,6 +1,6 @@
 """A proposal that builds on rules that are settled: for a pair and a part of the rules proposed for it.
 
-The suite takes one part of a pair's rules, another kind of part from pair to pair, of every third unseen
+The suite takes one part of a pair's rules, another kind of part from pair to pair, of every fifth unseen
 one that it takes. `python -m tests.planning.suggesting.settled` takes all, and exits 1 where something became
 wrong.
 """

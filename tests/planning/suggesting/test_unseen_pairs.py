@@ -42,7 +42,7 @@ def test_the_rules_for_an_unseen_pair_save_back_what_was_stored(restored):
     assert faults_of_save(name, state) == []
 
 
-@pytest.mark.parametrize("name", every(3, SAMPLE))
+@pytest.mark.parametrize("name", every(5, SAMPLE))
 def test_a_part_of_the_rules_for_an_unseen_pair_is_built_upon_and_nothing_becomes_wrong(name):
     tree, found = proposed(name)
 

@@ -57,7 +57,7 @@ OTHERWISE_FOR_FEW = {
 }
 
 
-@pytest.mark.parametrize("way", every(2, WAYS))
+@pytest.mark.parametrize("way", every(3, WAYS))
 def test_the_work_of_a_verdict_grows_no_faster_than_the_leaves(way: str) -> None:
     def verdict(layers: int) -> Callable[[], object]:
         target, stored, options = problem(way, layers)

@@ -1,18 +1,22 @@
-"""What a proposal leaves open, as questions: which part is which, how an array is made, what is turned."""
+"""What a proposal leaves open, as questions: which part is which, how an array is made, what is turned.
+
+Last, links that are rather asked about, since others of their lists say otherwise.
+"""
 
 import dataclasses
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Literal
 
-from orbax_nnx_handler.planning.core.folding import Row, fold, fold_names, list_paths
-from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.core.folding import Row, fold, fold_names, list_paths, plain_names
+from orbax_nnx_handler.planning.core.paths import Path, levels
 from orbax_nnx_handler.planning.likeness.links import Link
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, part_of
 from orbax_nnx_handler.planning.likeness.vocabulary import Names
 from orbax_nnx_handler.planning.rules import Rule
+from orbax_nnx_handler.planning.suggesting.series import in_list
 
 About = Literal["which", "how", "transposed"]
 
@@ -222,3 +226,29 @@ def _pairs_in_words(readings: Sequence[Sequence[Link]], names: _Called) -> tuple
 
 def _of(parts: Iterable[str], pairs: Mapping[str, str]) -> tuple[str | None, ...]:
     return tuple(pairs.get(part) for part in parts)
+
+
+def contradicted(links: Iterable[Link]) -> Mapping[Path, Link]:
+    """Returns links in which a stored name means another part than in most blocks of its list.
+
+    What Linen or a list numbered is left out: a block with one module more counts otherwise.
+    """
+    said: dict[object, dict[Names, list[Link]]] = defaultdict(lambda: defaultdict(list))
+    for link in (x for x in links if x.layers is None and len(x.wanted) == len(x.stored) == 1):
+        (list_, inside), (others, name) = in_list(link.target.names), in_list(link.source.names)
+        path = levels(name) if len(inside) > 1 < len(name) else ()
+        if path and not any(level.is_automatic or level.style in ("/", ".") for level in path):
+            said[list_, others, name][plain_names(inside)].append(link)
+    counted = ([*meanings.values()] for meanings in said.values() if len(meanings) > 1)
+    few = (some for each in counted for some in each if 2 * len(some) <= sum(map(len, each)))
+    return {link.target.source: link for some in few for link in some}
+
+
+def from_elsewhere(links: Sequence[Link], left: Iterable[Names]) -> Mapping[Path, Link]:
+    """Returns links of the only part that is used of a list: a decoder's, where its encoder is wanted."""
+    used = Counter(in_list(names)[0] for names in {part_of(leaf) for x in links for leaf in x.stored})
+    # By what leads into each layer: one layer alone is no list.
+    layers = {(held[0], names[: len(names) - len(held[1])]) for names in left if (held := in_list(names))[0]}
+    lone = {list_ for list_, count in Counter(x for x, _ in layers).items() if count > 1 == used[list_]}
+    found = (link for link in links if lone and not in_list(link.target.names)[0])
+    return {link.target.source: link for link in found if in_list(part_of(link.source))[0] in lone}

@@ -22,7 +22,7 @@ from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.rules.values import steps_in
 from orbax_nnx_handler.planning.suggesting.link_groups import Precedents, apart_from_copies, with_moved_axes
 from orbax_nnx_handler.planning.suggesting.matching_layers import Context, match_context
-from orbax_nnx_handler.planning.suggesting.series import contradicted, from_elsewhere
+from orbax_nnx_handler.planning.suggesting.questions import contradicted, from_elsewhere
 from orbax_nnx_handler.planning.target.roles import Wanted
 
 

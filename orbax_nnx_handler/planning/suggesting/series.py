@@ -12,12 +12,12 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from orbax_nnx_handler.planning.core.folding import PLACE, numbered, plain_names
+from orbax_nnx_handler.planning.core.folding import PLACE, numbered
 from orbax_nnx_handler.planning.core.leaves import Shape, derived
-from orbax_nnx_handler.planning.core.paths import Path, is_count, levels, shared_levels
+from orbax_nnx_handler.planning.core.paths import is_count, levels, shared_levels
 from orbax_nnx_handler.planning.likeness.assignment import best_pairs
 from orbax_nnx_handler.planning.likeness.links import Link
-from orbax_nnx_handler.planning.likeness.module_parts import BySize, Leaf, module_parts, of_sizes, part_of
+from orbax_nnx_handler.planning.likeness.module_parts import BySize, Leaf, module_parts, of_sizes
 from orbax_nnx_handler.planning.likeness.vocabulary import (
     MARGIN,
     SINGLE,
@@ -27,6 +27,7 @@ from orbax_nnx_handler.planning.likeness.vocabulary import (
     counts_of,
     exclude,
     likeness,
+    meanings,
     telling,
     words,
 )
@@ -169,10 +170,10 @@ def lists_within(series: Series, others: Sequence[Series]) -> tuple[list[Pairs],
     said, says = telling(held), telling(holds)
     scores: dict[tuple[int, ...], float] = {}
     for choice in itertools.product(*like):
-        pairs = [(one, says[at]) for one, at in zip(said, choice, strict=True)]
-        counted = (_numbers(one) & _numbers(others[at]) for one, at in zip(parts, choice, strict=True))
-        if len({*choice}) == len(parts):
-            scores[choice] = sum(likeness(*pair) for pair in pairs) + sum(map(bool, counted))
+        if len({*choice}) == len(parts) and _may_be_within(
+            [(x, others[at]) for x, at in zip(parts, choice, strict=True)]
+        ):
+            scores[choice] = sum(likeness(one, says[at]) for one, at in zip(said, choice, strict=True))
     best = sorted(scores, key=lambda choice: -scores[choice])
     is_told = len(best) > 1 and scores[best[0]] - scores[best[1]] >= MARGIN
     made = ([others[at] for at in choice] for choice in best[: 1 if is_told else None])
@@ -189,9 +190,27 @@ def _said_within(series: Series) -> frozenset[str]:
     return said_of(series) | inside & _KINDS
 
 
-def _numbers(series: Series) -> set[str]:
-    """Returns what counts a part in a block: `ln1_{i}` is `layers/{i}/ln1`."""
-    return {*counts_of(series.template[-1].replace(PLACE, ""))}
+def _may_be_within(pairs: Pairs) -> bool:
+    """Tells whether lists may be the parts of a list's blocks; those alike but for numbers are so in order.
+
+    `ln1_{i}` and `ln2_{i}` are `layers/{i}/ln1` and `layers/{i}/ln2`. But `stage1_block{i}` and
+    `stage2_block{i}` are no `stages/{i}/0` and `stages/{i}/1`: what both count first lies outside.
+    """
+    groups: dict[tuple[str, ...], list[tuple[list[int], ...]]] = defaultdict(list)
+    for part, other in pairs:
+        names = part.template[-1], *"/".join(other.template).partition(PLACE)[::2]
+        key = (*(name.translate(_UNCOUNTED) for name in names[:2]), names[2], str(part.sizes))
+        groups[key].append(tuple([*map(int, counts_of(name))] for name in names[:2]))
+    return all(
+        len(each) < 2
+        or (_share_word(name, front) and [x for _, x in sorted(each)] == sorted(x for _, x in each))
+        for (name, front, *_), each in groups.items()
+    )
+
+
+def _share_word(one: str, other: str) -> bool:
+    """Tells whether two names share a word that says more than that layers are counted."""
+    return not {*words(one), *meanings(one)} & {*words(other), *meanings(other)} <= SINGLE
 
 
 def in_sequence(groups: Sequence[Series], free: Sequence[Leaf], above: int, arms: int) -> list[list[Pairs]]:
@@ -411,32 +430,6 @@ def _read(group: Sequence[_Level], step: int) -> list[Link]:
             return []
         found.append(link if leaf is link.source else dataclasses.replace(link, stored=(leaf,), levels=()))
     return found
-
-
-def contradicted(links: Iterable[Link]) -> Mapping[Path, Link]:
-    """Returns links in which a stored name means another part than in most blocks of its list.
-
-    What Linen or a list numbered is left out: a block with one module more counts otherwise.
-    """
-    said: dict[object, dict[Names, list[Link]]] = defaultdict(lambda: defaultdict(list))
-    for link in (x for x in links if x.layers is None and len(x.wanted) == len(x.stored) == 1):
-        (list_, inside), (others, name) = in_list(link.target.names), in_list(link.source.names)
-        path = levels(name) if len(inside) > 1 < len(name) else ()
-        if path and not any(level.is_automatic or level.style in ("/", ".") for level in path):
-            said[list_, others, name][plain_names(inside)].append(link)
-    counted = ([*meanings.values()] for meanings in said.values() if len(meanings) > 1)
-    few = (some for each in counted for some in each if 2 * len(some) <= sum(map(len, each)))
-    return {link.target.source: link for some in few for link in some}
-
-
-def from_elsewhere(links: Sequence[Link], left: Iterable[Names]) -> Mapping[Path, Link]:
-    """Returns links of the only part that is used of a list: a decoder's, where its encoder is wanted."""
-    used = Counter(in_list(names)[0] for names in {part_of(leaf) for x in links for leaf in x.stored})
-    # By what leads into each layer: one layer alone is no list.
-    layers = {(held[0], names[: len(names) - len(held[1])]) for names in left if (held := in_list(names))[0]}
-    lone = {list_ for list_, count in Counter(x for x, _ in layers).items() if count > 1 == used[list_]}
-    found = (link for link in links if lone and not in_list(link.target.names)[0])
-    return {link.target.source: link for link in found if in_list(part_of(link.source))[0] in lone}
 
 
 @functools.lru_cache(maxsize=1 << 18)  # Asked several times of each leaf.

@@ -68,6 +68,34 @@ def test_lists_that_no_name_gives_to_the_parts_of_blocks_are_one_question():
     ) == 1
 
 
+TWO_NUMBERS = [
+    ("stage{s}_block{j}", "stages/{t}/{j}"),
+    ("stage{t}_block{j}", "stages/{t}/{j}"),
+    ("stages_{t}_{j}", "stage_{t}/{j}"),
+    ("block{s}_{j}", "stages/{t}/{j}"),
+    ("layers_{t}/blocks_{j}", "stage{s}_block{j}"),
+    ("layer{s}/block{j}", "block{s}_{k}"),
+    ("group{s}_layer{k}", "layer{s}/{j}"),
+    ("down_{t}_{j}", "stages/{t}/{j}"),
+]
+# A name says that it is a part of a layer.
+PARTS = [("ln{k}_{t}", "layers/{t}/ln{k}"), ("mlp{k}_{t}", "layers/{t}/mlp_{j}")]
+
+
+@pytest.mark.parametrize("names", TWO_NUMBERS + PARTS, ids=" ".join)
+def test_of_two_numbers_the_first_one_is_the_outer_one_on_both_sides(names):
+    shapes, held, aims = {"fc1/kernel": (8, 16), "fc2/kernel": (16, 8), "norm/scale": (8,)}, {}, {}
+    for t, j, (path, shape) in itertools.product(range(2), range(2), shapes.items()):
+        name, aim = (f"{x.format(t=t, j=j, s=t + 1, k=j + 1)}/{path}" for x in names)
+        held[name], aims[name] = shape, aim
+    stored = filled(held)
+
+    found, values = proposed(stored, {aims[path]: x.shape for path, x in stored.items()})
+
+    assert not found.questions
+    check(values, {aims[path]: x for path, x in stored.items()})
+
+
 @pytest.mark.parametrize(
     "names", ["resnets_0 attentions_0 resnets_1", "Foo_0 AttnBlock_0 Foo_1", "oak_0 elm oak_1"]
 )

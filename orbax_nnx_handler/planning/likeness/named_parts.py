@@ -396,27 +396,29 @@ class _Context:
         return any(len(self._families.get((at, x.base, x.style), ())) > 1 for at, x in prefixes(part)[-1:])
 
 
-def in_order(roles: Sequence[NamedPart], *, to_last: bool = False) -> list[int] | None:
+def in_order(
+    roles: Sequence[NamedPart], others: Sequence[NamedPart], *, to_last: bool = False
+) -> list[int] | None:
     """Returns the parts in the order of computation, where their names tell it without contradiction.
 
-    Args:
-        roles: The parts.
-        to_last: Whether only which one is the last has to be told.
+    Beside those of the other side; `to_last`: whether only which one is the last has to be told.
     """
     places = [role.position for role in roles]
     are_norms = all(role.part.is_norm for role in roles)
     if not are_norms and all("attn" in role.said and role.said & {"self", "cross"} for role in roles):
-        # Every decoder looks at itself before it looks across.
         places = [float("cross" in role.said) for role in roles]
-    by_words = in_strict_order(placed(places) if are_norms else _around(places, roles))
+    # A decoder looks at itself before it looks across; latents do either first, as Linen has counted.
+    near = [x.said for x in roles if "cross" not in x.said]
+    is_open = any(x & {"self", "attn"} and not x & {"in", "post"} for x in near) and len(near) < len(roles)
+    is_counted = any(level.is_automatic for role in others for level in role.part.levels[-2:])
+    is_open &= is_counted and not any("dec" in role.said for role in roles)
+    by_words = None if is_open else in_strict_order(placed(places) if are_norms else _around(places, roles))
     told = telling([frozenset(role.part.said) for role in roles])
     by_ends = [order_word(words & _ENDS) or None for words in told]  # `ffn_start`, `ffn_end`.
     by_words = by_words or in_strict_order(by_ends) or in_strict_order(letters(told))
     is_told = to_last or not any(role.is_either for role in roles)
-    by_numbers = in_strict_order(_number_keys(roles)) if is_told else None
-    if by_words is not None and by_numbers is not None and by_words != by_numbers:
-        return None
-    return by_words or by_numbers
+    counted = in_strict_order(_number_keys(roles)) if is_told else None
+    return by_words or counted if None in (by_words, counted) or by_words == counted else None
 
 
 def _around(places: Sequence[float | None], roles: Sequence[NamedPart]) -> Sequence[float | None]:
@@ -426,8 +428,7 @@ def _around(places: Sequence[float | None], roles: Sequence[NamedPart]) -> Seque
     outer = [role for role, place in zip(roles, places, strict=True) if place is not None]
     if not within or ends != {END} or not are_counted(within) or are_counted(outer):
         return places  # Of two lists, `prior` and `post` of one model, neither leads into the other.
-    numbers = [role.part.levels[-1].number or 0 for role in roles]
-    within_ends = [number / (number + 1) for number in numbers]
+    within_ends = [(at := role.part.levels[-1].number or 0) / (at + 1) for role in roles]
     return [at if place is None else place for place, at in zip(places, within_ends, strict=True)]
 
 

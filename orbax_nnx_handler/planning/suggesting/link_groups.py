@@ -11,14 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 from orbax_nnx_handler.planning.core.folding import around, plain_names
-from orbax_nnx_handler.planning.core.leaves import (
-    Move,
-    MovedGroup,
-    Pair,
-    moved_groups,
-    order_after,
-    permuted,
-)
+from orbax_nnx_handler.planning.core.leaves import Move, MovedGroup, Pair, moved_groups, order_after, permuted
 from orbax_nnx_handler.planning.core.paths import Path, is_number, levels, shared_levels
 from orbax_nnx_handler.planning.core.recipes import Read, Shapes
 from orbax_nnx_handler.planning.layouts.layout import is_copy_level
@@ -402,8 +395,10 @@ class Precedents:
         for (one, count), (other, against) in itertools.product(*sides):
             if is_counted and count != against:
                 continue  # `down/1` and `down_1_block_0`: below them only one side still counts blocks.
+            # Linen's numbers tell nothing of a module that holds more of a class, or less.
+            among = self._among(other, stored)
             for kinds in zip(self._wanted.get(one, ()), self._stored.get(other, ()), strict=False):
-                yield kinds, wanted[len(one) :], stored[len(other) :]
+                yield (kinds, among), wanted[len(one) :], stored[len(other) :]
         modules = wanted[: -ours[-1].width], stored[: -theirs[-1].width]
         are_alone = is_alone(wanted, self._wanted) and is_alone(stored, self._stored)
         for kind, one, other in (("list", wanted, stored), ("modules", *modules))[: 1 + are_alone]:
@@ -411,6 +406,11 @@ class Precedents:
                 yield kind, *told
         for word, against in _one_word_apart(wanted[-1], stored[-1]):
             yield modules, word, against
+
+    def _among(self, module: Names, part: Names) -> int:
+        """Returns how many modules of a class Linen has counted together with that of a part."""
+        first = next((level for level in levels(part[len(module) :])[:1] if level.is_automatic), None)
+        return len(self._counted[1].get((module, first.base), ())) if first else 0
 
     def _place_in_list(self, one: Names, other: Names) -> tuple[tuple[object, ...], object] | None:
         """Returns the lists that two parts are in, where one counts as the other, and as far."""

@@ -365,7 +365,7 @@ class _Pairs:
         """Adds the norm of a block's only network, which comes last; returns the other ones' tie."""
         ours, theirs, *_ = self._sides(tie, group, found)
         last = last_of_block([self._wanted[at].place for at in ours])
-        right = None if last is None else in_order([self._stored[to] for to in theirs], to_last=True)
+        right = None if last is None else in_order([self._stored[to] for to in theirs], (), to_last=True)
         is_all = {at for at, to in group if to in theirs} == {*ours} and len(ours) == len(theirs)
         made = in_strict_order([created(self._wanted[at].part) for at in ours]) or [last]
         if last is None or right is None or not (is_all and made[-1] == last and self._are_siblings(tie)):
@@ -393,8 +393,8 @@ class _Pairs:
         self, ours: Sequence[int], theirs: Sequence[int], created: Created, found: _Found
     ) -> _Choice | None:
         """Returns the pairs that follow from the order of both sides, where each tells one."""
-        left = in_order([self._wanted[at] for at in ours])
-        right = in_order([self._stored[to] for to in theirs])
+        sides = [self._wanted[at] for at in ours], [self._stored[to] for to in theirs]
+        left, right = in_order(*sides), in_order(*sides[::-1])
         if left is None and right is not None:
             left = self._in_order_beside(0, ours, found)
         elif right is None and left is not None:

@@ -186,3 +186,64 @@ def test_a_norm_behind_an_attention_is_none_of_the_cross_attention_that_is_creat
 
     check(made, {path: stored[name] for path, name in values.items()})
     assert found.confidence == "likely"
+
+
+def counted_blocks(above, attentions, names, crossing):
+    """Returns blocks that Linen counted, and wanted paths with what they are: norm, attention, network.
+
+    Args:
+        above: What leads into the stored and the wanted blocks.
+        attentions: The wanted attentions in the order of computation.
+        names: The wanted norms, that of each attention, and the last one.
+        crossing: The blocks that have the second attention.
+    """
+    shapes, values = {}, {}
+    for at in range(3):
+        left, right = f"{above[0]}_{at}", f"{above[1]}/{at}"
+        held = attentions if at in crossing else attentions[:1]
+        pairs = [*zip(names, held, strict=False)]
+        for number, (norm, attention) in enumerate(pairs):
+            values[f"{right}/{norm}/scale"] = f"{left}/LayerNorm_{number}/scale"
+            for part in ("query", "key", "value", "out"):
+                path = f"{left}/MultiHeadDotProductAttention_{number}/{part}/kernel"
+                values[f"{right}/{attention}/{part}/kernel"] = path
+                shapes[path] = (8, 2, 4) if part != "out" else (2, 4, 8)
+        values[f"{right}/{names[-1]}/scale"] = f"{left}/LayerNorm_{len(pairs)}/scale"
+        shapes |= {f"{left}/LayerNorm_{number}/scale": (8,) for number in range(len(pairs) + 1)}
+        for number, shape in enumerate([(8, 32), (32, 8)]):
+            shapes[f"{left}/Dense_{number}/kernel"] = shape
+            values[f"{right}/mlp/fc{number + 1}/kernel"] = f"{left}/Dense_{number}/kernel"
+    return filled(shapes), values
+
+
+@pytest.mark.parametrize("attentions", [("self_attn", "cross_attn"), ("cross_attn", "self_attn")])
+def test_which_attention_latents_compute_first_is_asked(attentions):
+    norms = [name.replace("attn", "norm") for name in attentions]
+    stored, values = counted_blocks(("LatentBlock", "layers"), attentions, [*norms, "mlp_norm"], range(3))
+
+    found, made = proposed(stored, {path: stored[name].shape for path, name in values.items()})
+
+    assert found.questions
+    check(made, {path: stored[values[path]] for path in made})
+    assert all("mlp" in path for path in made)
+
+
+def test_a_decoder_looks_at_itself_before_it_looks_across():
+    norms = ["self_norm", "cross_norm", "mlp_norm"]
+    above = "decoder/Block", "decoder/layers"
+    stored, values = counted_blocks(above, ("self_attn", "cross_attn"), norms, range(3))
+
+    found, made = proposed(stored, {path: stored[name].shape for path, name in values.items()})
+
+    assert not found.questions
+    check(made, {path: stored[name] for path, name in values.items()})
+
+
+def test_numbers_of_blocks_without_a_cross_attention_tell_nothing_of_those_that_have_one():
+    attentions, norms = ("attn", "crossattention"), ["ln_1", "ln_cross_attn", "ln_2"]
+    stored, values = counted_blocks(("Block", "h"), attentions, norms, {1})
+
+    found, made = proposed(stored, {path: stored[name].shape for path, name in values.items()})
+
+    assert found.questions
+    check(made, {path: stored[values[path]] for path in made})

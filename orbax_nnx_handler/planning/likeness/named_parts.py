@@ -413,11 +413,10 @@ def in_order(
     is_counted = any(level.is_automatic for role in others for level in role.part.levels[-2:])
     is_open &= is_counted and not any("dec" in role.said for role in roles)
     by_words = None if is_open else in_strict_order(placed(places) if are_norms else _around(places, roles))
-    told = telling([frozenset(role.part.said) for role in roles])
+    is_either, told = not to_last and any(x.is_either for x in roles), telling([x.part.said for x in roles])
     by_ends = [order_word(words & _ENDS) or None for words in told]  # `ffn_start`, `ffn_end`.
     by_words = by_words or in_strict_order(by_ends) or in_strict_order(letters(told))
-    is_told = to_last or not any(role.is_either for role in roles)
-    counted = in_strict_order(_number_keys(roles)) if is_told else None
+    counted = in_strict_order([None] if is_either else _number_keys(roles))
     return by_words or counted if None in (by_words, counted) or by_words == counted else None
 
 

@@ -411,7 +411,7 @@ def in_order(
     near = [x.said for x in roles if "cross" not in x.said]
     is_open = any(x & {"self", "attn"} and not x & {"in", "post"} for x in near) and len(near) < len(roles)
     is_counted = any(level.is_automatic for role in others for level in role.part.levels[-2:])
-    is_open &= is_counted and not any("dec" in role.said for role in roles)
+    is_open &= is_counted and not any("dec" in role.said for role in (*roles, *others))
     by_words = None if is_open else in_strict_order(placed(places) if are_norms else _around(places, roles))
     is_either, told = not to_last and any(x.is_either for x in roles), telling([x.part.said for x in roles])
     by_ends = [order_word(words & _ENDS) or None for words in told]  # `ffn_start`, `ffn_end`.

@@ -9,7 +9,7 @@ from typing import Any
 
 from orbax_nnx_handler.planning.core.folding import around, same_numbers
 from orbax_nnx_handler.planning.core.leaves import with_fields
-from orbax_nnx_handler.planning.core.paths import Tokens, levels, shared_levels
+from orbax_nnx_handler.planning.core.paths import Tokens, levels
 from orbax_nnx_handler.planning.likeness.links import Findings, LayerPair, Layers, Link, Tie, in_all_layers
 from orbax_nnx_handler.planning.likeness.module_parts import (
     Leaf,
@@ -22,6 +22,7 @@ from orbax_nnx_handler.planning.likeness.module_parts import (
 from orbax_nnx_handler.planning.likeness.shapes import without_axis
 from orbax_nnx_handler.planning.likeness.vocabulary import Names
 from orbax_nnx_handler.planning.suggesting.matching_parts import Known, match_parts
+from orbax_nnx_handler.planning.suggesting.questions import by_modules
 from orbax_nnx_handler.planning.suggesting.series import (
     Pairs,
     Series,
@@ -43,6 +44,7 @@ from orbax_nnx_handler.planning.suggesting.stacks import (
     shared_in,
     shares_of,
     stack_of,
+    stacked_lists,
     stacked_twice,
     with_inner,
     without_rest,
@@ -90,6 +92,7 @@ class _Matching:
 
     def result(self) -> Findings:
         self._match_stacked_twice()
+        self._match_stacked_lists()
         self._match_in_sequence(arms=2)
         self._match_within(self._left())
         self._match(self._paired())
@@ -124,6 +127,24 @@ class _Matching:
             if found and 2 * len(linked) > len(one.leaves):
                 self._found.add(found)
                 self._take((*one.leaves, *other.leaves))
+
+    def _match_stacked_lists(self) -> None:
+        """Matches lists in the layers of a list with one that holds them stacked; asks which it holds."""
+        pairs = [(pair, stacks) for stacks in (False, True) for pair in itertools.product(*self._left())]
+        for (one, other), stacks in pairs:
+            several = stacked_lists(*((other, one) if stacks else (one, other)))
+            if not several or self._is_taken(one) or self._is_taken(other):
+                continue
+            found = [[_matched_stack(share, stacks, self._context) for share in each] for each in several]
+            readings = tuple(tuple(link for held in each for link in held.links) for each in found)
+            if len(several) > 1 and all(readings):
+                self._found.ties.append(
+                    Tie(wanted=(one.template,), stored=(other.template,), readings=readings)
+                )
+            elif len(several) == 1 and readings[0]:
+                for held in found[0]:
+                    self._found.add(held)
+            self._take((*one.leaves, *other.leaves) if all(readings) else ())
 
     def _left(self) -> list[list[Series]]:
         return [[one for one in side if not self._is_taken(one)] for side in self._groups]
@@ -333,7 +354,7 @@ def _match_rest(wanted: Sequence[Leaf], stored: Sequence[Leaf], context: Context
                 for reading in tie.readings
             ),
         )
-        for tie in _by_modules(matched.ties)
+        for tie in by_modules(matched.ties)
     ]
     every = ((link, (*context.levels, *counted.get(id(link), ()))) for link in matched.links)
     return Findings(links=[with_fields(link, levels=at) for link, at in every], ties=ties)
@@ -343,35 +364,6 @@ def _modules_beside(leaves: Iterable[Leaf], every: Iterable[Leaf], above: int) -
     """Returns the modules that hold others than some leaves."""
     own = set(map(id, leaves))
     return {names for leaf in every if id(leaf) not in own for names in around(part_of(leaf)[above:])}
-
-
-_ModulePairs = frozenset[tuple[Names, Names]]
-
-
-def _by_modules(ties: Iterable[Tie]) -> Iterator[Tie]:
-    """Yields ties; those about parts of the same modules, the outermost ones, as one: none is torn apart."""
-    groups: dict[object, list[tuple[Tie, Mapping[_ModulePairs, tuple[Link, ...]]]]] = defaultdict(list)
-    for tie in ties:
-        readings = {_module_pairs(reading): reading for reading in tie.readings}
-        sides = {tuple(map(frozenset, zip(*pairs, strict=True))) for pairs in readings}
-        is_one = len(sides) == 1 and all(len(pairs) == len(tie.wanted) > 1 for pairs in readings)
-        groups[next(iter(sides)) if is_one else id(tie)].append((tie, readings))
-    for items in groups.values():
-        shared = [pairs for pairs in items[0][1] if all(pairs in readings for _, readings in items)]
-        if len(items) == 1 or len(shared) < 2:
-            yield from (tie for tie, _ in items)
-            continue
-        yield Tie(
-            wanted=tuple(names for tie, _ in items for names in tie.wanted),
-            stored=tuple(names for tie, _ in items for names in tie.stored),
-            readings=tuple(tuple(link for _, made in items for link in made[pairs]) for pairs in shared),
-        )
-
-
-def _module_pairs(reading: Iterable[Link]) -> _ModulePairs:
-    parts = [[part_of(leaf) for leaf in (link.target, link.source)] for link in reading]
-    depths = [len(shared_levels(side, own=1)) + 1 for side in zip(*parts, strict=True)]
-    return frozenset((one[: depths[0]], other[: depths[1]]) for one, other in parts)
 
 
 # Groups of layers.

@@ -30,7 +30,7 @@ from orbax_nnx_handler.planning.suggesting.link_groups import (
     remade_behind,
     without_strays,
 )
-from orbax_nnx_handler.planning.suggesting.questions import Choice, Question, is_turned, sizes_of
+from orbax_nnx_handler.planning.suggesting.questions import Choice, Question, flattened, is_turned, sizes_of
 from orbax_nnx_handler.planning.suggesting.rule_writing import Writer
 from orbax_nnx_handler.planning.suggesting.search import (
     Searched,
@@ -42,7 +42,6 @@ from orbax_nnx_handler.planning.suggesting.search import (
     wanted_leaves,
     without_repeats,
 )
-from orbax_nnx_handler.planning.suggesting.stacks import flattened
 from orbax_nnx_handler.planning.suggesting.suggestion import (
     Answers,
     Proposal,

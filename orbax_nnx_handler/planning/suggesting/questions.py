@@ -1,20 +1,21 @@
 """What a proposal leaves open, as questions: which part is which, how an array is made, what is turned.
 
-Last, links that are rather asked about, since others of their lists say otherwise.
+Then features of several positions that may be one axis, which no name tells; ties as one question. Last,
+links that are rather asked about, since others of their lists say otherwise.
 """
 
 import dataclasses
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
 from typing import Literal
 
 from orbax_nnx_handler.planning.core.folding import Row, fold, fold_names, list_paths, plain_names
-from orbax_nnx_handler.planning.core.paths import Path, levels
-from orbax_nnx_handler.planning.likeness.links import Link
+from orbax_nnx_handler.planning.core.paths import Path, levels, shared_levels
+from orbax_nnx_handler.planning.likeness.links import Link, Tie
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, part_of
-from orbax_nnx_handler.planning.likeness.vocabulary import Names
+from orbax_nnx_handler.planning.likeness.vocabulary import Concepts, Names, concepts, place_of
 from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.planning.suggesting.series import in_list
 
@@ -226,6 +227,91 @@ def _pairs_in_words(readings: Sequence[Sequence[Link]], names: _Called) -> tuple
 
 def _of(parts: Iterable[str], pairs: Mapping[str, str]) -> tuple[str | None, ...]:
     return tuple(pairs.get(part) for part in parts)
+
+
+_SIDES = frozenset(("enc", "dec"))
+_OF_AN_IMAGE = 4
+"""Up to as many channels are an input's own, of which no layer makes several positions."""
+_Kernel = tuple[int, int, Path, Concepts]
+
+
+def flattened(leaves: Iterable[Leaf], own: Set[Path]) -> set[Path]:
+    """Returns stored matrices that may take or make features of several positions; not only `own` leaves.
+
+    Nothing gives as many inputs, and they are several times what a convolution returns. Or nothing takes
+    as many outputs, and they are several times what a convolution takes that nothing gives. Between
+    an encoder and a decoder lies what each has of its own.
+    """
+    given: dict[int, set[Concepts]] = defaultdict(set)
+    taken: dict[int, set[Concepts]] = defaultdict(set)
+    images: list[_Kernel] = []
+    matrices: list[_Kernel] = []
+    for leaf in leaves:
+        said, (*above, inputs, outputs) = concepts(leaf.names), (1, 1, *leaf.shape)
+        side, spans, is_named = said & _SIDES, above[2:], leaf.names[-1] == "kernel"
+        is_kernel = len(above) > 1 and (is_named or leaf.names[-1] == "w")
+        is_layered = is_named and len(spans) == 1 and spans[0] < min(inputs, outputs)
+        is_image = is_named and len(spans) > 1 and len({*spans}) == 1
+        kernel = inputs, outputs, leaf.source, side
+        given[outputs].add(side)
+        if is_image or (is_kernel and spans and "conv" in said):
+            images.append(kernel)
+        elif is_kernel and (is_layered or not spans):
+            matrices += [kernel] * said.isdisjoint(("attn", "q", "k", "v"))
+            given[outputs // 2].add(side)  # The other half may be a gate.
+        elif spans:
+            given[inputs].add(side)  # Gemma's gate has its outputs first.
+        if is_kernel or place_of(leaf.names)[1] != "bias":
+            taken[inputs if is_kernel else outputs].add(side)
+    returned, needed = defaultdict[int, set[Path]](set), defaultdict[int, set[Path]](set)
+    for inputs, outputs, path, side in images:
+        returned[outputs].add(path)
+        if inputs > _OF_AN_IMAGE and not _explain(given[inputs], side):
+            needed[inputs].add(path)
+    return {
+        path
+        for inputs, outputs, path, side in matrices
+        for size, others, widths in ((inputs, given, returned), (outputs, taken, needed))
+        if not _explain(others[size], side)
+        and any(
+            size in range(2 * width, size + 1, width) and not own >= {path, *paths}
+            for width, paths in widths.items()
+            if width > 1
+        )
+    }
+
+
+def _explain(sides: Iterable[Concepts], side: Concepts) -> bool:
+    return any(not (other and side) or other == side for other in sides)
+
+
+_ModulePairs = frozenset[tuple[Names, Names]]
+
+
+def by_modules(ties: Iterable[Tie]) -> Iterator[Tie]:
+    """Yields ties; those about parts of the same modules, the outermost ones, as one: none is torn apart."""
+    groups: dict[object, list[tuple[Tie, Mapping[_ModulePairs, tuple[Link, ...]]]]] = defaultdict(list)
+    for tie in ties:
+        readings = {_module_pairs(reading): reading for reading in tie.readings}
+        sides = {tuple(map(frozenset, zip(*pairs, strict=True))) for pairs in readings}
+        is_one = len(sides) == 1 and all(len(pairs) == len(tie.wanted) > 1 for pairs in readings)
+        groups[next(iter(sides)) if is_one else id(tie)].append((tie, readings))
+    for items in groups.values():
+        shared = [pairs for pairs in items[0][1] if all(pairs in readings for _, readings in items)]
+        if len(items) == 1 or len(shared) < 2:
+            yield from (tie for tie, _ in items)
+            continue
+        yield Tie(
+            wanted=tuple(names for tie, _ in items for names in tie.wanted),
+            stored=tuple(names for tie, _ in items for names in tie.stored),
+            readings=tuple(tuple(link for _, made in items for link in made[pairs]) for pairs in shared),
+        )
+
+
+def _module_pairs(reading: Iterable[Link]) -> _ModulePairs:
+    parts = [[part_of(leaf) for leaf in (link.target, link.source)] for link in reading]
+    depths = [len(shared_levels(side, own=1)) + 1 for side in zip(*parts, strict=True)]
+    return frozenset((one[: depths[0]], other[: depths[1]]) for one, other in parts)
 
 
 def contradicted(links: Iterable[Link]) -> Mapping[Path, Link]:

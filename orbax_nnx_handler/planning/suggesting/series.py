@@ -203,14 +203,15 @@ def _may_be_within(pairs: Pairs) -> bool:
         groups[key].append(tuple([*map(int, counts_of(name))] for name in names[:2]))
     return all(
         len(each) < 2
-        or (_share_word(name, front) and [x for _, x in sorted(each)] == sorted(x for _, x in each))
+        or (share_word(name, front) and [x for _, x in sorted(each)] == sorted(x for _, x in each))
         for (name, front, *_), each in groups.items()
     )
 
 
-def _share_word(one: str, other: str) -> bool:
+def share_word(one: str, other: str) -> bool:
     """Tells whether two names share a word that says more than that layers are counted."""
-    return not {*words(one), *meanings(one)} & {*words(other), *meanings(other)} <= SINGLE
+    said = ({*filter(str.isalpha, words(name)), *meanings(name)} for name in (one, other))
+    return not set.intersection(*said) <= {*SINGLE, *PLACE}
 
 
 def in_sequence(groups: Sequence[Series], free: Sequence[Leaf], above: int, arms: int) -> list[list[Pairs]]:

@@ -1,17 +1,17 @@
 """Stacks: what of the other side holds the layers of a group along an axis, or every second, third, ….
 
 Then, modules that both sides keep stacked: one layer tells how each array of all of them is made.
-Then features of several positions that may be one axis, which no name tells. Last, modules in turn.
+Last, modules in turn.
 """
 
 import dataclasses
 import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.leaves import Shape, order_after, with_fields
-from orbax_nnx_handler.planning.core.paths import Path, levels
+from orbax_nnx_handler.planning.core.paths import levels
 from orbax_nnx_handler.planning.likeness.assignment import best_pairs
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, settle_turns
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, Stacks, depth_of, leaves_below, part_sizes
@@ -19,13 +19,11 @@ from orbax_nnx_handler.planning.likeness.shapes import Step, Steps, Way, transpo
 from orbax_nnx_handler.planning.likeness.vocabulary import (
     MARGIN,
     RESTS,
-    Concepts,
     Names,
     arm,
     concepts,
     exclude,
     likeness,
-    place_of,
 )
 from orbax_nnx_handler.planning.suggesting.series import (
     Pairs,
@@ -36,6 +34,7 @@ from orbax_nnx_handler.planning.suggesting.series import (
     is_complete,
     said_of,
     series_of,
+    share_word,
     sizes_of,
 )
 
@@ -145,16 +144,52 @@ def _every_few(series: Series, block: Series) -> list[Share]:
     """Returns the layers of a group by the place in a block of layers, where a program scans over blocks."""
     step, numbers = len(block.members), series.numbers
     count, rest = divmod(len(numbers), step)
+    kinds = list[Series]()
+    for first in range(step) if not rest and count > 1 and is_complete(block) else ():
+        kinds += [
+            dataclasses.replace(series, members={at: series.members[at] for at in numbers[first::step]})
+        ]
+    return _one_by_one_in(kinds, block)
+
+
+def stacked_lists(series: Series, other: Series) -> list[list[Share]]:
+    """Returns how another list may hold the lists in a list's layers stacked: each, or one layer of each.
+
+    `layers_{i}/blocks_{j}` are `scan/layers_{i}` or `scan/layers_{j}`: where both sides count as many, only
+    a word of the inner list tells. Where its layers hold a module alone, that is the stack.
+    """
+    held = {leaf.names[other.depth] for leaf in other.members[other.numbers[0]]}
+    if series.size != other.size or len(held) < 2 or not (are_alike(series) and are_alike(other)):
+        return []
+    inner = [series_of(series.members[at], series.depth) for at in series.numbers]
+    if any(len(each) != 1 for each in inner) or sum(each.size for (each,) in inner) != series.size:
+        return []
+    lists = [each for (each,) in inner]
+    turned = [
+        Series(
+            (*series.template, *lists[0].place(at)[series.depth :]),
+            lists[0].base,
+            {number: each.members[at] for number, each in zip(series.numbers, lists, strict=True)},
+        )
+        for at in lists[0].numbers
+    ]
+    found = [shares for each in (lists, turned) if (shares := _one_by_one_in(each, other))]
+    words = (
+        each.template[series.depth :] if each is lists[0] else each.template for each in (lists[0], other)
+    )
+    return found[1:] if len(found) > 1 and share_word(*map("/".join, words)) else found
+
+
+def _one_by_one_in(groups: Sequence[Series], other: Series) -> list[Share]:
+    """Returns groups as what the layers of another one hold stacked, each the one in its place."""
     found: list[Share] = []
-    for place in block.numbers if not rest and count > 1 and is_complete(block) else ():
-        first = block.numbers.index(place)
-        share = dataclasses.replace(series, members={at: series.members[at] for at in numbers[first::step]})
-        leaves = block.members[place]
-        axes = [axis for axis in range(3) if _have_axis(leaves, axis, count)]
-        axis = _likeliest_axis(share, leaves, axes) if axes else -1
-        if axis < 0 or sizes_of(leaves) != share.size or not are_alike(share):
+    for group, place in zip(groups, other.numbers, strict=False) if len(groups) == len(other.numbers) else ():
+        leaves = other.members[place]
+        axes = [axis for axis in range(3) if _have_axis(leaves, axis, len(group.members))]
+        axis = _likeliest_axis(group, leaves, axes) if axes else -1
+        if axis < 0 or sizes_of(leaves) != group.size or not are_alike(group):
             return []
-        found.append((share, block.place(place), axis, leaves))
+        found.append((group, other.place(place), axis, leaves))
     return found
 
 
@@ -298,62 +333,6 @@ def _with_layers(steps: Steps, count: int) -> Steps:
         )
         for step in steps
     )
-
-
-_SIDES = frozenset(("enc", "dec"))
-_OF_AN_IMAGE = 4
-"""Up to as many channels are an input's own, of which no layer makes several positions."""
-_Kernel = tuple[int, int, Path, Concepts]
-
-
-def flattened(leaves: Iterable[Leaf], own: Set[Path]) -> set[Path]:
-    """Returns stored matrices that may take or make features of several positions; not only `own` leaves.
-
-    Nothing gives as many inputs, and they are several times what a convolution returns. Or nothing takes
-    as many outputs, and they are several times what a convolution takes that nothing gives. Between
-    an encoder and a decoder lies what each has of its own.
-    """
-    given: dict[int, set[Concepts]] = defaultdict(set)
-    taken: dict[int, set[Concepts]] = defaultdict(set)
-    images: list[_Kernel] = []
-    matrices: list[_Kernel] = []
-    for leaf in leaves:
-        said, (*above, inputs, outputs) = concepts(leaf.names), (1, 1, *leaf.shape)
-        side, spans, is_named = said & _SIDES, above[2:], leaf.names[-1] == "kernel"
-        is_kernel = len(above) > 1 and (is_named or leaf.names[-1] == "w")
-        is_layered = is_named and len(spans) == 1 and spans[0] < min(inputs, outputs)
-        is_image = is_named and len(spans) > 1 and len({*spans}) == 1
-        kernel = inputs, outputs, leaf.source, side
-        given[outputs].add(side)
-        if is_image or (is_kernel and spans and "conv" in said):
-            images.append(kernel)
-        elif is_kernel and (is_layered or not spans):
-            matrices += [kernel] * said.isdisjoint(("attn", "q", "k", "v"))
-            given[outputs // 2].add(side)  # The other half may be a gate.
-        elif spans:
-            given[inputs].add(side)  # Gemma's gate has its outputs first.
-        if is_kernel or place_of(leaf.names)[1] != "bias":
-            taken[inputs if is_kernel else outputs].add(side)
-    returned, needed = defaultdict[int, set[Path]](set), defaultdict[int, set[Path]](set)
-    for inputs, outputs, path, side in images:
-        returned[outputs].add(path)
-        if inputs > _OF_AN_IMAGE and not _explain(given[inputs], side):
-            needed[inputs].add(path)
-    return {
-        path
-        for inputs, outputs, path, side in matrices
-        for size, others, widths in ((inputs, given, returned), (outputs, taken, needed))
-        if not _explain(others[size], side)
-        and any(
-            size in range(2 * width, size + 1, width) and not own >= {path, *paths}
-            for width, paths in widths.items()
-            if width > 1
-        )
-    }
-
-
-def _explain(sides: Iterable[Concepts], side: Concepts) -> bool:
-    return any(not (other and side) or other == side for other in sides)
 
 
 # Modules in turn.

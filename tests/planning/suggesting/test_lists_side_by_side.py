@@ -96,6 +96,57 @@ def test_of_two_numbers_the_first_one_is_the_outer_one_on_both_sides(names):
     check(values, {aims[path]: x for path, x in stored.items()})
 
 
+def stacked_in_a_list(name, aim, counts, over):
+    """Returns the leaves of a list of lists, and of a list of the lists along one number, as stacks."""
+    shapes = {"fc1/kernel": (8, 16), "fc1/bias": (16,), "fc2/kernel": (16, 8), "fc2/bias": (8,)}
+    places = list(itertools.product(*map(range, counts)))
+    stored = filled({f"{name.format(*at)}/{path}": x for at in places for path, x in shapes.items()})
+    expected = {
+        f"{aim.format(number)}/{path}": np.stack(
+            [stored[f"{name.format(*at)}/{path}"] for at in places if at[1 - over] == number]
+        )
+        for number in range(counts[1 - over])
+        for path in shapes
+    }
+    return stored, expected
+
+
+@pytest.mark.parametrize("name", ["layers_{}/blocks_{}", "layers/{}/blocks/{}", "stage{}/block{}"])
+@pytest.mark.parametrize("aim", ["scan/layers_{}", "stages/block{}", "layer{}"])
+@pytest.mark.parametrize("count", [2, 3])
+def test_where_as_many_are_in_a_list_as_in_its_layers_it_is_asked_which_ones_are_stacked(name, aim, count):
+    both = [stacked_in_a_list(name, aim, (count, count), over) for over in (0, 1)]
+    stored, shapes = both[0][0], {path: x.shape for path, x in both[0][1].items()}
+
+    found, values = proposed(stored, shapes)
+
+    assert not values
+    (question,) = found.questions
+    made = [restored(stored, shapes, rules) for rules in question.alternatives]
+    for _, expected in both:
+        assert sum(all(np.array_equal(one[path], x) for path, x in expected.items()) for one in made) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "aim", "counts", "over"),
+    [
+        ("layers_{}/blocks_{}", "scan/layers_{}", (3, 2), 0),
+        ("layers_{}/blocks_{}", "scan/layers_{}", (3, 2), 1),
+        ("layers_{}/blocks_{}", "layer{}", (2, 3), 1),
+        ("layer_{}/expert_{}", "layers/experts/{}", (2, 2), 0),
+    ],
+)
+def test_counts_or_a_word_of_the_inner_list_tell_which_ones_of_a_list_of_lists_are_stacked(
+    name, aim, counts, over
+):
+    stored, expected = stacked_in_a_list(name, aim, counts, over)
+
+    found, values = proposed(stored, {path: x.shape for path, x in expected.items()})
+
+    assert not found.questions
+    check(values, expected)
+
+
 @pytest.mark.parametrize(
     "names", ["resnets_0 attentions_0 resnets_1", "Foo_0 AttnBlock_0 Foo_1", "oak_0 elm oak_1"]
 )

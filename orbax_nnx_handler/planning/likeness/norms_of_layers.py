@@ -1,21 +1,28 @@
-"""Norms and the layers that they belong to: where each layer has its own, one tells where the other is.
+"""Parts that Linen counts, placed by what is known of the others of their module.
 
 Linen counts `Conv_0, Conv_1` and `BatchNorm_0, BatchNorm_1` apart, each in the order in which the
-program computes them. Where a module has as many of both, and each norm is as wide as what its layer
-takes, or as what it returns, `BatchNorm_1` is the norm of `Conv_1`. A target says by names what belongs
-together: `conv1` and `bn1`, `skip_conv` and `skip_norm`, `downsample/0` and `downsample/1`. So a norm goes
-where its layer has gone, whatever the numbers of the two programs are.
+program computes them. Two things follow:
+
+- Where each norm of a module is as wide as what its layer takes, or as what it returns, `BatchNorm_1` is
+  the norm of `Conv_1`. A target says by names what belongs together: `conv1` and `bn1`, `skip_conv` and
+  `skip_norm`, `downsample/0` and `downsample/1`. So a norm goes where its layer has gone, whatever the
+  numbers of the two programs are.
+- Where the names of a target, and what is known, leave one order of what is open, what is counted goes
+  there one by one: `blocks/0/conv1, blocks/0/conv2, blocks/1/conv1`, and `final_norm` behind all blocks.
 """
 
 import dataclasses
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
-from orbax_nnx_handler.planning.core.paths import is_index
-from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie
-from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, module_parts, part_of
-from orbax_nnx_handler.planning.likeness.shapes import Way
-from orbax_nnx_handler.planning.likeness.vocabulary import Names, meanings, words
+from orbax_nnx_handler.planning.core.paths import Level, is_index, levels
+from orbax_nnx_handler.planning.likeness.links import Findings, Link, PairGrounds, Tie
+from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, module_parts, part_of, prefixes
+from orbax_nnx_handler.planning.likeness.named_parts import NamedPart, in_order, named_parts
+from orbax_nnx_handler.planning.likeness.shapes import ways
+from orbax_nnx_handler.planning.likeness.vocabulary import END, Names, arm, concepts, meanings, words
+from orbax_nnx_handler.planning.target.roles import Order, creation_place
 
 _KINDS = frozenset(
     words(
@@ -29,46 +36,77 @@ _Couples = Mapping[Names, ModulePart]
 """The norm of each layer, by the layer's path."""
 
 
-def with_norms_of_layers(found: Findings, wanted: Sequence[Leaf], stored: Sequence[Leaf]) -> Findings:
-    """Returns what is known, with the norms where the layers are that they belong to.
+def with_counted_parts(
+    found: Findings, wanted: Sequence[Leaf], stored: Sequence[Leaf], order: Order
+) -> Findings:
+    """Returns what is known, with the norms where their layers are, and what the order of a target tells.
 
     Args:
         found: What is known; norms that it has elsewhere, or asks about, are told by their layers.
         wanted: The wanted leaves.
         stored: The stored leaves.
+        order: The wanted names in the order of their creation, by module.
     """
-    modules = [*_counted_couples(stored)]
-    if not modules:
+    sides = module_parts(wanted), module_parts(stored)
+    counts = _counted(stored)
+    if not counts:
         return found
-    companions = _companions(module_parts(wanted))
-    homes = {
+    companions = _companions(sides[0])
+    while True:
+        homes = _homes(found)
+        modules = (
+            couples for classes in counts.values() for couples in _couples_in(classes, homes, companions)
+        )
+        pairs = [pair for couples in modules for pair in _told_by(couples, homes, companions)]
+        found = _replaced(found, pairs, "names")
+        more = [*_told_by_order(counts, found, sides, order)]
+        alike = [] if more else [*_told_by_sisters(counts, found, sides[0])]
+        if not more and not alike:
+            return found
+        found = _replaced(found, more or alike, "order" if more else "siblings")
+
+
+def _homes(found: Findings) -> Mapping[Names, Names]:
+    """Returns where each stored part has gone that becomes one wanted part."""
+    return {
         part_of(link.source): part_of(link.target)
         for link in found.links
         if link.layers is None and link.joint is None and not link.copied
     }
-    pairs: list[tuple[ModulePart, ModulePart]] = []
-    for couples in modules:
-        pairs += _told_by(couples, homes, companions)
-    return _replaced(found, pairs)
 
 
-def _counted_couples(stored: Sequence[Leaf]) -> Iterator[_Couples]:
-    """Yields the layers and norms of each module in which Linen counts as many of both."""
+_Counted = Mapping[str, Mapping[int, ModulePart]]
+"""The parts of a module that Linen numbered, by class and number."""
+
+
+def _counted(stored: Sequence[Leaf]) -> Mapping[Names, _Counted]:
+    """Returns the parts that Linen numbered, by module."""
     counted: dict[Names, dict[str, dict[int, ModulePart]]] = defaultdict(lambda: defaultdict(dict))
     automatic = [leaf for leaf in stored if any(name[:1].isupper() for name in leaf.names)]
     for part in module_parts(automatic):
         last = part.levels[-1] if part.levels else None
         if last and last.is_automatic and last.number is not None and "main" in part.leaves:
             counted[part.module][last.base][last.number] = part
-    for classes in counted.values():
-        norms = [
-            x for base, x in classes.items() if "norm" in meanings(base) and [*sorted(x)] == [*range(len(x))]
-        ]
-        layers = [x for x in classes.values() if all(part.is_layer for part in x.values())]
-        fitting = [(x, y) for x in layers for y in norms if _are_couples(x, y)]
-        if len(fitting) == 1:
-            ((ours, theirs),) = fitting
-            yield {ours[at].names: theirs[at] for at in ours}
+    return counted
+
+
+def _couples_in(classes: _Counted, homes: Mapping[Names, Names], companions: _Couples) -> Iterator[_Couples]:
+    """Yields the layers and norms of a module in which Linen counts as many of both.
+
+    Of layers that have gone where names give only some a norm, those are counted.
+    """
+    norms = [
+        x for base, x in classes.items() if "norm" in meanings(base) and [*sorted(x)] == [*range(len(x))]
+    ]
+    layers = [x for x in classes.values() if all(part.is_layer for part in x.values())]
+    fitting = [(x, y) for x in layers for y in norms if _are_couples(x, y)]
+    if not fitting and len(norms) == 1 and all(part.names in homes for x in layers for part in x.values()):
+        normed = [[part for _, part in sorted(x.items()) if homes[part.names] in companions] for x in layers]
+        some = [dict(enumerate(parts)) for parts in normed if parts]
+        fitting = [(x, norms[0]) for x in some if len(some) == 1 and _are_couples(x, norms[0])]
+    if len(fitting) == 1:
+        ((ours, theirs),) = fitting
+        yield {ours[at].names: theirs[at] for at in ours}
 
 
 def _are_couples(layers: Mapping[int, ModulePart], norms: Mapping[int, ModulePart]) -> bool:
@@ -129,17 +167,24 @@ def _told_by(
     return pairs if is_whole and all(map(_fit, pairs)) else []
 
 
+def _may_become(pair: tuple[ModulePart, ModulePart]) -> bool:
+    return all(ways(pair[1].leaves[kind].shape, leaf.shape) for kind, leaf in pair[0].leaves.items())
+
+
 def _fit(pair: tuple[ModulePart, ModulePart]) -> bool:
     ours, theirs = ({kind: leaf.shape for kind, leaf in part.leaves.items()} for part in pair)
     return ours == theirs
 
 
-def _replaced(found: Findings, pairs: Iterable[tuple[ModulePart, ModulePart]]) -> Findings:
+def _replaced(
+    found: Findings, pairs: Sequence[tuple[ModulePart, ModulePart]], grounds: PairGrounds
+) -> Findings:
     """Returns what is known, with some pairs and without what speaks against them."""
     links = [
-        Link(wanted=(leaf,), stored=(other.leaves[kind],), grounds="names", ways=((Way(()),),))
+        Link(wanted=(leaf,), stored=(other.leaves[kind],), grounds=grounds, ways=(how,))
         for one, other in pairs
         for kind, leaf in one.leaves.items()
+        if (how := ways(other.leaves[kind].shape, leaf.shape))
     ]
     known = {(x.target.source, x.source.source) for x in found.links}
     if all((x.target.source, x.source.source) in known for x in links):
@@ -171,3 +216,235 @@ def _without(tie: Tie, taken: tuple[Set[Names], Set[Names]]) -> Tie | None:
         if readings
         else None
     )
+
+
+def _told_by_sisters(
+    counts: Mapping[Names, _Counted], found: Findings, wanted: Sequence[ModulePart]
+) -> Iterator[tuple[ModulePart, ModulePart]]:
+    """Yields what is left of modules of which the rest has gone where that of their like has gone."""
+    homes = _homes(found)
+    known: dict[object, list[Mapping[Names, Names]]] = defaultdict(list)
+    open_: list[tuple[object, Mapping[Names, ModulePart]]] = []
+    for module, classes in counts.items():
+        parts = {x.names[-1:]: x for some in classes.values() for x in some.values()}
+        key = next((x.base for x in levels(module)[-1:] if x.is_automatic), ""), frozenset(parts)
+        gone = {own: homes[x.names] for own, x in parts.items() if x.names in homes}
+        if module and len(gone) == len(parts) > 1:
+            first, last = min(gone.values()), max(gone.values())
+            shared = [*map(str.__eq__, first, last), False].index(False)
+            known[key].append({own: names[shared:] for own, names in gone.items()})
+        elif module and gone:
+            open_.append((key, parts))
+    taken = {part_of(leaf) for link in found.links for leaf in (*link.wanted, *link.stored)}
+    ours = {part.names: part for part in wanted}
+    for key, parts in (x for x in open_ if known[x[0]] and all(y == known[x[0]][0] for y in known[x[0]])):
+        told, gone = known[key][0], {own: homes[x.names] for own, x in parts.items() if x.names in homes}
+        tops = {names[: len(names) - len(told[own])] for own, names in gone.items()}
+        top = tops.pop()
+        held = {names[len(top) :] for names in ours if names[: len(top)] == top}
+        are_there = not tops and held == {*told.values()} and all(gone[x] == (*top, *told[x]) for x in gone)
+        pairs = [(ours[*top, *told[x]], parts[x]) for x in parts if x not in gone] if are_there else []
+        if all(_fit(pair) and taken.isdisjoint(x.names for x in pair) for pair in pairs):
+            yield from pairs
+
+
+# What the order of a target tells.
+
+
+def _told_by_order(
+    counts: Mapping[Names, _Counted], found: Findings, sides: Sequence[Sequence[ModulePart]], created: Order
+) -> Iterator[tuple[ModulePart, ModulePart]]:
+    """Yields the parts of which names, and what is known of the others, leave one order."""
+    homes, used = _homes(found), {part_of(leaf) for link in found.links for leaf in link.stored}
+    if all(
+        x.names in used for classes in counts.values() for some in classes.values() for x in some.values()
+    ):
+        return
+    made = {part_of(leaf) for link in found.links for leaf in link.wanted}
+    ours, theirs = (
+        _by_shapes(part for part in parts if part.names not in taken)
+        for parts, taken in zip(sides, (made, used), strict=True)
+    )
+    roles = {role.part.names: role for role in named_parts(sides[0])}
+    for classes in counts.values():
+        known = [[homes.get(x.names) for _, x in sorted(some.items())] for some in classes.values()]
+        others = named_parts([x for some in classes.values() for x in some.values()][:1])
+        order = _Order(roles, others, [[*filter(None, some)] for some in known], created)
+        for some in classes.values():
+            anchors = {number: homes[x.names] for number, x in some.items() if x.names in homes}
+            open_ = {number: x for number, x in sorted(some.items()) if x.names not in used}
+            for shapes, held in _by_shapes(open_.values()).items():
+                left = ours.get(shapes, [])
+                if len(theirs[shapes]) == len(held) == len(left) > 1 and len(left) + len(anchors) < _MOST:
+                    numbers = [number for number, x in open_.items() if x in held]
+                    told = order.told([x.names for x in left], numbers, anchors)
+                    pairs = [(roles[names].part, some[number]) for names, number in told]
+                    yield from pairs if all(map(_may_become, pairs)) else ()
+
+
+_MOST = 200
+"""How many parts of one class are compared with each other."""
+
+
+def _by_shapes(parts: Iterable[ModulePart]) -> Mapping[object, list[ModulePart]]:
+    """Returns parts by the shapes of their leaves, whichever way round these are."""
+    found: dict[object, list[ModulePart]] = defaultdict(list)
+    for part in parts:
+        found[tuple(sorted((kind, *sorted(leaf.shape)) for kind, leaf in part.leaves.items()))].append(part)
+    return found
+
+
+class _Order:
+    """In which order a program computes the parts of a target, as far as names and known parts tell.
+
+    Args:
+        roles: The wanted parts, by path.
+        others: Parts of the other side.
+        known: For each class that Linen counts in a module, where its parts have gone, in their order.
+        created: The wanted names in the order of their creation, by module.
+    """
+
+    def __init__(
+        self,
+        roles: Mapping[Names, NamedPart],
+        others: Sequence[NamedPart],
+        known: Iterable[Sequence[Names]],
+        created: Order,
+    ) -> None:
+        self._roles, self._others, self._created = roles, others, created
+        self._rising: dict[tuple[Names, str], set[bool]] = defaultdict(set)
+        for some in known:
+            numbers: dict[tuple[Names, str], list[int]] = defaultdict(list)
+            for names in some:
+                for prefix, level in prefixes(roles[names].part) if names in roles else ():
+                    if level.number is not None:
+                        numbers[prefix, level.base].append(level.number)
+            for family, held in numbers.items():
+                self._rising[family].update(x < y for x, y in itertools.pairwise(held) if x != y)
+        self._alike: dict[str, set[bool]] = defaultdict(set)
+        for (_, base), told in self._rising.items():
+            self._alike[base] |= told
+
+    def told(
+        self, left: Sequence[Names], numbers: Sequence[int], anchors: Mapping[int, Names]
+    ) -> list[tuple[Names, int]]:
+        """Returns wanted parts with the numbers of the stored ones; nothing where that is not certain.
+
+        Args:
+            left: The wanted parts.
+            numbers: The numbers of as many stored ones, in order.
+            anchors: The wanted parts of those of the class whose place is known, by number.
+        """
+        fixed = [names for _, names in sorted(anchors.items()) if names in self._roles]
+        behind: dict[Names, set[Names]] = defaultdict(set)
+        for one, other in itertools.pairwise(fixed):
+            behind[one].add(other)
+        for at, one in enumerate(left):
+            for other in (*left[at + 1 :], *fixed):
+                if side := self._compared(self._roles[one], self._roles[other]):
+                    behind[one if side < 0 else other].add(other if side < 0 else one)
+        reached = {names: _reached(names, behind) for names in (*left, *fixed)}
+        places = {names: number for number, names in anchors.items()}
+        if any(places[x] >= places[y] for x in fixed for y in reached[x] if y in places):
+            return []
+        bounds = {
+            names: (
+                max((places[x] for x in fixed if names in reached[x]), default=-1),
+                min((places[x] for x in fixed if x in reached[names]), default=max(numbers) + 1),
+            )
+            for names in left
+        }
+        before = {x: {y for y in left if x in reached[y]} for x in left}
+        return [*zip(_only_order(numbers, bounds, before), numbers, strict=False)]
+
+    def _compared(self, one: NamedPart, other: NamedPart) -> int:
+        """Returns -1 where one part is computed before another one, 1 where behind it, 0 if nothing tells."""
+        ours, theirs = one.part.levels, other.part.levels
+        at = next((at for at, (x, y) in enumerate(zip(ours, theirs, strict=False)) if x != y), None)
+        if at is None:
+            return 0
+        left, right = ours[at], theirs[at]
+        is_last = at + 1 == len(ours) == len(theirs)
+        if (left.base, left.style) == (right.base, right.style) and None not in (left.number, right.number):
+            side = -1 if (left.number or 0) < (right.number or 0) else 1
+            rises = self._rises(prefixes(one.part)[at][0], left.base, is_last)
+            is_told = rises is not None and (not is_last or self._ordered(one, other) in (side, -side))
+            return 0 if not is_told else side if rises else -side
+        if any(level.number is not None for level in ours[:at]) or not (
+            _in_list(ours[at:]) or _in_list(theirs[at:])
+        ):
+            are_alike = ours[at + 1 :] == theirs[at + 1 :] or (one.part.is_norm and other.part.is_norm)
+            return self._ordered(one, other) if are_alike else 0
+        ends = _end(one, at, other), _end(other, at, one)
+        return ends[0] - ends[1] if 0 in ends else 0
+
+    def _ordered(self, one: NamedPart, other: NamedPart) -> int:
+        told = in_order([one, other], self._others)
+        places = [creation_place(role.part.names, self._created) for role in (one, other)]
+        speaks_against = None not in places and places != sorted(filter(None, places), reverse=told == [1, 0])
+        return 0 if told is None or speaks_against else -1 if told == [0, 1] else 1
+
+    def _rises(self, prefix: Names, base: str, is_last: bool) -> bool | None:
+        """Tells whether what a name counts is computed from the first on; None where nothing tells."""
+        told = self._rising.get((prefix, base), set[bool]())
+        # On its way up a U-Net may count from either end; not so in one of its blocks.
+        counted = [at for at, name in enumerate(prefix, 1) if any(map(str.isdecimal, words(name)))]
+        is_arm = arm((*prefix[max(counted, default=0) :], base)) != 0
+        told = told or (set[bool]() if is_arm else self._alike.get(base, set[bool]()))
+        if len(told) == 1:
+            return True in told
+        # A list may be computed from its end, as levels that grow finer are; the parts of a block are not.
+        return True if is_last and counted and not told and not is_arm else None
+
+
+def _only_order(
+    numbers: Sequence[int], bounds: Mapping[Names, tuple[int, int]], before: Mapping[Names, Set[Names]]
+) -> tuple[Names, ...]:
+    """Returns the only order in which parts may have some rising numbers; nothing where there are several.
+
+    Each has one between two bounds, and comes behind what is before it.
+    """
+    orders: dict[Set[Names], list[tuple[Names, ...]]] = {frozenset(): [()]}
+    for number in numbers:
+        longer: dict[Set[Names], list[tuple[Names, ...]]] = defaultdict(list)
+        for used, some in orders.items():
+            for names, (low, high) in bounds.items():
+                if names not in used and before[names] <= used and low < number < high:
+                    made = longer[used | {names}]
+                    made += [(*each, names) for each in some][: 2 - len(made)]
+        if len(longer) > _MOST:
+            return ()
+        orders = longer
+    found = [each for some in orders.values() for each in some]
+    return found[0] if len(found) == 1 else ()
+
+
+def _reached(names: Names, behind: Mapping[Names, Set[Names]]) -> Set[Names]:
+    """Returns what is computed behind a part, at whatever distance."""
+    found, left = set[Names](), [*behind.get(names, ())]
+    while left:
+        if (one := left.pop()) not in found:
+            found.add(one)
+            left += behind.get(one, ())
+    return found
+
+
+def _in_list(path: Sequence[Level]) -> bool:
+    """Tells whether a path leads into a list of modules, or of parts."""
+    return any(x.number is not None for x in path[:-1]) or path[-1].style == "/"
+
+
+def _end(one: NamedPart, at: int, other: NamedPart) -> int:
+    """Returns -1 for what comes before all that a model lists, as `other` is, 1 behind it, else 0.
+
+    At level `at` its path leaves that of the other one.
+    """
+    first, *inner = one.part.levels[at:]
+    said, against = frozenset(meanings(first.base)), concepts(x.base for x in other.part.levels[at:])
+    if not one.part.is_norm or inner:
+        side = bool(said & {"head", "last"}) - bool(said & {"embed", "first", "stem"} and one.part.is_norm)
+        return 0 if (_in_list(one.part.levels[at:]) and "head" not in said) or "head" in against else side
+    if len(said) == 2 and "norm" in said and said & {"enc", "dec"}:
+        return int(not against & (frozenset(("enc", "dec")) - said))
+    is_told = one.position is not None and abs(one.position) == END and not {"embed", "post"} <= said
+    return 0 if not is_told or {"pre", "head"} <= said else 1 if (one.position or 0) > 0 else -1

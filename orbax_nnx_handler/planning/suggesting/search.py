@@ -14,7 +14,7 @@ from orbax_nnx_handler.planning.likeness.assignment import Fit, fit_of, may_be, 
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie, leads, settle_turns
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, module_parts, part_of
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart, named_parts
-from orbax_nnx_handler.planning.likeness.norms_of_layers import with_norms_of_layers
+from orbax_nnx_handler.planning.likeness.norms_of_layers import with_counted_parts
 from orbax_nnx_handler.planning.likeness.shapes import Way, ways
 from orbax_nnx_handler.planning.likeness.vocabulary import Names, concepts
 from orbax_nnx_handler.planning.mapping.cells_and_wrappers import derive
@@ -428,7 +428,7 @@ def match_model(context: Context) -> Findings:
     """
 
     def matched(given: Context) -> Findings:
-        return with_norms_of_layers(match_context(given), given.wanted, given.stored)
+        return with_counted_parts(match_context(given), given.wanted, given.stored, given.order)
 
     found, count = matched(context), None
     while (odd := contradicted(found.links)) or found.ties:

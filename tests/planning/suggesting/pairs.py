@@ -49,7 +49,6 @@ OPEN = {
     "rrdb": 8,
     "coca": 5,
     "nafnet": 20,
-    "painn": 12,
     "conv_tasnet": 3,
     "xcit": 24,
     "protein_mpnn": 38,
@@ -89,7 +88,6 @@ OPEN = {
     "t5_encoder_only": 2,
     "crossq": 48,
     "ft_transformer": 6,
-    "simba_flat": 6,
 }
 """Leaves that stay open.
 
@@ -107,7 +105,7 @@ attention that Linen numbered is which (perceiver, set_transformer, pct), which 
 coca), which of two last norms is the text's (coca), which of a block's convolutions of one shape is which
 branch (inception, nafnet), which comes first (rrdb), which of three norms is of which part (xcit), what is
 a message of nodes and what one of edges (protein_mpnn), how queries, keys and values lie in one array
-(guided_diffusion), which of two networks of a block is which (painn), which of three square layers leads
+(guided_diffusion), which of three square layers leads
 back (eva02), which of two norms is that of the experts (gemma4_experts), and where a list of square layers
 ends (mipnerf360), what `fs4` and `bs4` are (bigs), whether a square array is turned (ttt, gemma3n), which
 of two numbered norms is the global one (pegasus_x), which of `w1`, `v1` and `w2` is which (dbrx), which
@@ -115,7 +113,7 @@ half of an array is the gate (openelm), which layer masks (soundstream_unet), wh
 numbered is the deviation's (serl) and which of the layers that Haiku counts is which (structure_module),
 whether what remains of a head is meant by a new one (bert_mlm_to_cls and its like, electra_pre_to_cls,
 distilbert_mlm_to_cls), or what remains of a decoder (t5_encoder_only), and which of the norms of a list and
-a lone one Linen numbered first (crossq, ft_transformer, simba_flat), only outputs tell. Not found yet: the
+a lone one Linen numbered first (crossq, ft_transformer), only outputs tell. Not found yet: the
 mask's layer in a list of its own (conv_tasnet), the bias of queries and of values in one for all three
 (qformer), a lone vector (ncsnpp), two levels of a U-Net that are as large (ddpm), heads that hold queries
 and a part of the network (palm_fused), positions of tokens (spectrogram_diffusion), norms in lists (vits),

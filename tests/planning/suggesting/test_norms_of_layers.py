@@ -1,4 +1,4 @@
-"""A norm goes where its layer has gone, whatever the two programs count."""
+"""What Linen counts goes where its layer has gone, or where the order of the target leaves one place."""
 
 import hashlib
 
@@ -123,3 +123,165 @@ def test_norms_that_fit_no_layer_all_through_are_left_to_names():
             stored[path] = drawn(path, shape)
             truth[f"blocks/{at}/{names[name]}/{leaf}"] = path
     check(stored, truth)
+
+
+def flat_program(calls):
+    """Returns stored leaves of one compact module, and the wanted ones with the stored leaf of each.
+
+    `calls` are the class, the wanted part and the shape of the kernel, or the width, in order.
+    """
+    stored, truth, counted = {}, {}, {}
+    for kind, target, shape in calls:
+        number = counted[kind] = counted.get(kind, -1) + 1
+        width = shape[-1:]
+        leaves = {"scale": width, "bias": width} if kind == "LayerNorm" else {"kernel": shape}
+        for leaf, size in leaves.items():
+            path = f"params/{kind}_{number}/{leaf}"
+            stored[path], truth[f"{target}/{leaf}"] = drawn(path, size), path
+    return stored, truth
+
+
+def transformer(*, before=(), behind=(), norms=("norm1", "norm2"), lacking=()):
+    """Returns the calls of an encoder of three blocks, with other norms before or behind them."""
+    calls = [("Dense", "embed/linear", (3, 8)), *(("LayerNorm", name, (8,)) for name in before)]
+    for at in range(3):
+        block = [
+            ("LayerNorm", norms[0], (8,)),
+            ("Dense", "attn/qkv", (8, 24)),
+            ("Dense", "attn/out", (8, 8)),
+            ("LayerNorm", norms[1], (8,)),
+            ("Dense", "mlp/fc1", (8, 32)),
+            ("Dense", "mlp/fc2", (32, 8)),
+        ]
+        made = [(kind, f"blocks/{at}/{name}", shape) for kind, name, shape in block]
+        calls += [call for call in made if call[1] not in lacking]
+    calls += [("LayerNorm", name, (8,)) for name in behind]
+    return flat_program([*calls, ("Dense", "classifier", (8, 5))])
+
+
+def settled_in(stored, truth):
+    """Returns the leaves that a proposal settles, after checking that each is right."""
+    tree, target = tree_of(stored), target_of(stored, truth)
+    found = suggest(tree, target)
+    state = from_linen(tree, target, renames=found.renames, policy="warn", unexpected="ignore")
+    left = {"/".join(map(str, path)) for path in found.unmatched_wanted}
+    values = {"/".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(state)}
+    settled = values.keys() - left
+    for name in settled:
+        np.testing.assert_array_equal(values[name], stored[truth[name]], err_msg=name)
+    return settled
+
+
+@pytest.mark.parametrize("norms", [("norm1", "norm2"), ("ln_1", "ln_2"), ("attn_norm", "mlp_norm")])
+@pytest.mark.parametrize(
+    ("before", "behind"),
+    [
+        ((), ("ln_f",)),
+        ((), ("final_norm",)),
+        ((), ("norm_out",)),
+        ((), ("encoder_norm",)),
+        ((), ("head/norm",)),
+        (("emb_norm",), ()),
+        (("in_norm",), ()),
+        (("embeddings/LayerNorm",), ()),
+        (("ln_pre",), ("ln_post",)),
+    ],
+)
+def test_a_norm_that_says_so_is_before_or_behind_all_blocks(before, behind, norms):
+    stored, truth = transformer(before=before, behind=behind, norms=norms)
+    assert settled_in(stored, truth) == truth.keys()
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"behind": ("norm",)},
+        {"behind": ("ln_f", "head_norm")},
+        {"behind": ("pre_head_norm",)},
+        {"before": ("post_embed_norm",)},
+        {"behind": ("final_norm",), "lacking": ("blocks/0/norm1",), "before": ("norm",)},
+        {"behind": ("final_norm",), "norms": ("inner_norm", "other_norm")},
+    ],
+    ids=str,
+)
+def test_norms_of_blocks_are_asked_about_where_nothing_tells_where_a_lone_one_is(shape):
+    stored, truth = transformer(**shape)
+    settled = settled_in(stored, truth)
+    assert not any(name.endswith("scale") for name in settled)
+
+
+def test_layers_of_blocks_go_in_their_order_where_some_are_known_by_shape():
+    calls, before = [], 3
+    for at, width in enumerate((8, 16, 16, 16)):
+        for name in ("conv_a", "conv_b"):
+            calls.append(("Conv", f"blocks/{at}/{name}", (3, 3, before, width)))
+            before = width
+    stored, truth = flat_program(calls)
+    assert settled_in(stored, truth) == truth.keys()
+
+
+@pytest.mark.parametrize("rises", [True, False])
+def test_a_way_up_is_counted_as_its_known_layers_are_and_norms_follow_those_that_have_one(rises):
+    widths = (8, 16, 32)
+    levels = [(f"enc{at}", 3 if at == 1 else width // 2, width) for at, width in enumerate(widths, 1)]
+    levels.append(("middle", 32, 64))
+    for at, width in enumerate(reversed(widths), 1):
+        levels.append((f"dec{at if rises else 4 - at}", 2 * width, width))
+    calls = []
+    for name, before, width in levels:
+        for number in (1, 2):
+            inputs = before if number == 1 else width
+            calls.append(("Conv", f"{name}/conv{number}", (3, 3, inputs, width)))
+            calls.append(("LayerNorm", f"{name}/norm{number}", (width,)))
+    stored, truth = flat_program([*calls, ("Conv", "out_conv", (1, 1, 8, 2))])
+    assert settled_in(stored, truth) == truth.keys()
+
+
+def test_levels_that_a_program_computes_from_the_last_one_are_asked_about():
+    calls = [("Conv", f"backbone/{at}", (3, 3, 3 if at == 0 else 4 * 2**at, 8 * 2**at)) for at in range(3)]
+    calls += [("Conv", f"lateral_convs/{at}", (1, 1, 8 * 2**at, 8)) for at in (2, 1, 0)]
+    calls += [("Conv", f"fpn_convs/{at}", (3, 3, 8, 8)) for at in (2, 1, 0)]
+    stored, truth = flat_program([*calls, ("Conv", "head", (3, 3, 8, 8))])
+    assert not any(name.startswith("fpn_convs") for name in settled_in(stored, truth))
+
+
+def test_a_layer_that_names_place_nowhere_leaves_its_equals_open():
+    calls = [("Dense", f"trunk/{at}", (3 if at == 0 else 8, 8)) for at in range(4)]
+    stored, truth = flat_program([*calls, ("Dense", "extra", (8, 8)), ("Dense", "classifier", (8, 5))])
+    assert "extra/kernel" not in settled_in(stored, truth)
+
+
+def double_convolutions(*, reverses=()):
+    """Returns a U-Net of modules of one class, of which some compute their parts the other way round."""
+    sizes = {"inc": (3, 8)}
+    sizes |= {f"down{at}/conv": (4 * 2**at, 8 * 2**at) for at in (1, 2, 3)}
+    sizes |= {f"up{at}/conv": (128 // 2**at, 64 // 2**at) for at in (1, 2, 3)}
+    stored, truth = {}, {}
+    for at, (module, (inputs, width)) in enumerate(sizes.items()):
+        parts = {"Conv_0": "0", "BatchNorm_0": "1", "Conv_1": "3", "BatchNorm_1": "4"}
+        if module.split("/")[0] in reverses:
+            parts |= {"Conv_0": "3", "Conv_1": "0", "BatchNorm_0": "4", "BatchNorm_1": "1"}
+        for name, target in parts.items():
+            kernel = (3, 3, inputs if target == "0" else width, width)
+            made = [("params", "scale", (width,)), ("params", "bias", (width,))]
+            made += [("batch_stats", "mean", (width,)), ("batch_stats", "var", (width,))]
+            for collection, leaf, shape in [("params", "kernel", kernel)] if target in "03" else made:
+                path = f"{collection}/DoubleConv_{at}/{name}/{leaf}"
+                stored[path] = drawn(path, shape)
+                truth[f"{module}/double_conv/{target}/{leaf}"] = path
+        if module.startswith("up"):
+            number = int(module[2])
+            path = f"params/ConvTranspose_{number - 1}/kernel"
+            stored[path] = drawn(path, (2, 2, inputs, width))
+            truth[f"up{number}/up/kernel"] = path
+    return stored, truth
+
+
+def test_what_is_left_of_a_module_goes_as_in_the_others_of_its_class():
+    stored, truth = double_convolutions()
+    assert settled_in(stored, truth) == truth.keys()
+
+
+def test_modules_of_one_class_that_go_in_two_ways_tell_nothing_of_the_others():
+    stored, truth = double_convolutions(reverses=("down1",))
+    assert "inc/double_conv/3/kernel" not in settled_in(stored, truth)

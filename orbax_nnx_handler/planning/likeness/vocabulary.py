@@ -56,8 +56,8 @@ _SPELLINGS = {
     "post": "post after",
     "first": "first start starting begin beginning initial",
     "last": "last end ending final",
-    "fwd": "fwd forward forwards",
-    "bwd": "bwd backward backwards reverse reversed",
+    "fwd": "fwd fw forward forwards",
+    "bwd": "bwd bw backward backwards reverse reversed",
     "mean": "mean mu",
     "var": "var variance",
     "std": "std stddev sigma logstd",
@@ -105,7 +105,8 @@ _TOGETHER = (
     "layer scale: layerscale, conv proj: conv shortcut, norm proj: norm shortcut, src attn: cross attn, "
     "log std: std, log var: logvar, add q: enc text added q, add k: enc text added k, "
     "add v: enc text added v, add out: enc text added out, w pack: q k v, score model:, score net:, "
-    "score network:, score unet:"
+    "score network:, score unet:, sa norm: self attn norm, sa layer norm: self attn norm, sa ln: self attn norm, "
+    "norm sa: self attn norm, ca norm: cross attn norm, ca layer norm: cross attn norm, norm ca: cross attn norm"
 )
 _PHRASES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     tuple(words.split()): tuple(said.split())

@@ -105,8 +105,7 @@ _TOGETHER = (
     "layer scale: layerscale, conv proj: conv shortcut, norm proj: norm shortcut, src attn: cross attn, "
     "log std: std, log var: logvar, add q: enc text added q, add k: enc text added k, "
     "add v: enc text added v, add out: enc text added out, w pack: q k v, score model:, score net:, "
-    "score network:, score unet:, sa norm: self attn norm, sa layer norm: self attn norm, sa ln: self attn norm, "
-    "norm sa: self attn norm, ca norm: cross attn norm, ca layer norm: cross attn norm, norm ca: cross attn norm"
+    "score network:, score unet:, sa norm: self attn norm, sa layer norm: self attn norm"
 )
 _PHRASES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     tuple(words.split()): tuple(said.split())
@@ -116,7 +115,7 @@ _PHRASES: Mapping[tuple[str, ...], tuple[str, ...]] = {
 `embed_out`: NeoX; `attn_vec_einsum`: Gemma; `DenseReluDense`: T5; `encoder_attn`: Bart and Whisper;
 `conv_proj`: Flax's ResNet; `src_attn`: The Annotated Transformer; `add_q_proj`, `norm_added_q`,
 `to_add_out`: diffusers' tokens of a text encoder; `W_pack`: Baichuan; `fc1_g`, `fc1_x`: timm's SwiGLU;
-`ln_f`: GPT-2."""
+`ln_f`: GPT-2; `sa_layer_norm`: DistilBERT."""
 
 _APART = (
     "q k v o, up down gate, in out, pre post, first last, enc dec, self cross, attn mlp, "

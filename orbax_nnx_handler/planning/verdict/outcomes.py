@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -373,10 +373,50 @@ def _counted_otherwise(verdict: Verdict) -> set[Path]:
                 one, two = left[:-at], right[:-at]
                 if more[two] & (beside[one[:-1]] | lacking[one]) or lacking[one] & others[two[:-1]]:
                     found.add(path)
-    return found
+    return found | _shifted(verdict)
 
 
-_DIGITS = re.compile(r"\d")
+def _shifted(verdict: Verdict) -> set[Path]:
+    """Returns the restored leaves of names that each side counts from another number.
+
+    `block0` to `block2` are `block1` to `block3`, or else the target has lost one end and gained the other.
+    """
+    counted: dict[object, tuple[set[int], set[int]]] = defaultdict(lambda: (set(), set()))
+    members, places = defaultdict[object, list[Path]](list), dict[Tokens, Tokens]()
+    for path, item in (*verdict.restored.items(), *verdict.mismatched.items()):
+        left, right = canonical(path), canonical(next(iter(reads(item.recipe)), ()))
+        for (one, *rest, number), (two, *other) in zip(_numbers(left), _numbers(right), strict=False):
+            if [*rest, number] == other:
+                places[two] = one
+                members[one, *rest].append(path)
+                for numbers in counted[one, *rest]:
+                    numbers.add(number)
+    for side, leaves in enumerate((verdict.missing, verdict.unexpected)):
+        for path in leaves:
+            for place, *rest, number in _numbers(canonical(path)):
+                key = (places.get(place) if side else place, *rest)
+                if key in counted:
+                    counted[key][side].add(number)
+    runs = ((key, *map(sorted, sides)) for key, sides in counted.items() if sides[0] != sides[1])
+    found = (
+        key for key, ours, theirs in runs if [x - ours[0] for x in ours] == [x - theirs[0] for x in theirs]
+    )
+    return {path for key in found if _is_run(counted[key][0]) for path in members[key]}
+
+
+def _numbers(tokens: Tokens) -> Iterator[tuple[Tokens, Tokens, str, int]]:
+    """Yields the numbers in a path's names, the last first: place, what is below, the name, the number."""
+    for at in reversed(range(len(tokens))):
+        for match in () if is_number(tokens[at]) else _NUMBER.finditer(tokens[at]):
+            base = f"{tokens[at][: match.start()]}#{tokens[at][match.end() :]}"
+            yield tokens[:at], tokens[at + 1 :], base, int(match[0])
+
+
+def _is_run(numbers: Collection[int]) -> bool:
+    return max(numbers) - min(numbers) + 1 == len(numbers)
+
+
+_DIGITS, _NUMBER = re.compile(r"\d"), re.compile(r"\d+")
 
 
 def _place(path: Path) -> tuple[Path, str, Path]:

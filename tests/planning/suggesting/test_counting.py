@@ -481,3 +481,64 @@ def test_a_new_head_is_not_filled_with_what_remains_of_another_one(names):
 
     assert made.keys() == {"embed/embedding"}
     assert len(found.questions) == 1
+
+
+@pytest.mark.parametrize("widths", [(8, 8, 8, 8), (4, 8, 16, 8)], ids=["equal", "other"])
+@pytest.mark.parametrize(("first", "then"), [(0, 1), (1, 0)], ids=["from-0", "from-1"])
+@pytest.mark.parametrize("name", ["block{}", "encoder/layer{}"])
+def test_names_that_each_side_counts_from_another_number_are_shifted(name, first, then, widths):
+    shapes, aims = {"stem/kernel": (3, widths[0])}, {"stem/kernel": "embed/kernel"}
+    for at, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
+        for part, shape in (
+            ("fc1/kernel", (inputs, 32)),
+            ("fc2/kernel", (32, outputs)),
+            ("norm/scale", (inputs,)),
+        ):
+            path = f"{name.format(first + at)}/{part}"
+            shapes[path], aims[path] = shape, f"{name.format(then + at)}/{part}"
+    stored = filled(shapes)
+
+    found, values = proposed(stored, {aims[path]: x.shape for path, x in stored.items()})
+
+    assert not found.questions
+    check(values, {aims[path]: x for path, x in stored.items()})
+
+
+def test_a_list_that_lost_one_layer_and_has_another_beside_is_not_shifted():
+    # Of three heads only that in the middle is on both sides: `head1`, `head2` and `head1`, `head4`.
+    stored = filled({f"head{at}/kernel": (8, 4) for at in (1, 2)})
+
+    _, values = proposed(stored, {f"head{at}/kernel": (8, 4) for at in (1, 4)})
+
+    check({path: values[path] for path in ("head1/kernel",)}, {"head1/kernel": stored["head1/kernel"]})
+
+
+def test_norms_called_by_the_letters_of_what_they_follow_are_those_of_attention_and_of_the_network():
+    names = {
+        "ln_1": "sa_norm",
+        "attn/qkv": "attn/qkv",
+        "attn/out": "attn/out",
+        "ln_2": "ff_norm",
+        "fc1": "ff/up",
+    }
+    shapes = {
+        "ln_1": (8,),
+        "ln_2": (8,),
+        "attn/qkv": (8, 24),
+        "attn/out": (8, 8),
+        "fc1": (8, 32),
+        "fc2": (32, 8),
+    }
+    names["fc2"] = "ff/down"
+    aims = {
+        f"h_{at}/{one}/{'scale' if 'ln' in one else 'kernel'}": f"blocks/{at}/{other}"
+        for at in range(2)
+        for one, other in names.items()
+    }
+    aims = {path: f"{aim}/{path.rsplit('/', 1)[1]}" for path, aim in aims.items()}
+    stored = filled({path: shapes[path.split("/", 1)[1].rsplit("/", 1)[0]] for path in aims})
+
+    found, values = proposed(stored, {aims[path]: x.shape for path, x in stored.items()})
+
+    assert not found.questions
+    check(values, {aims[path]: x for path, x in stored.items()})

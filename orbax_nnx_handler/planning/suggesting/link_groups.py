@@ -22,7 +22,8 @@ from orbax_nnx_handler.planning.likeness.shapes import Way, transposed
 from orbax_nnx_handler.planning.likeness.vocabulary import Names, may_hold_otherwise, meanings, words
 from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS, Roots
 from orbax_nnx_handler.planning.rules.entries import Entry, from_entries
-from orbax_nnx_handler.planning.suggesting.series import by_level, in_list
+from orbax_nnx_handler.planning.suggesting.questions import in_list
+from orbax_nnx_handler.planning.suggesting.series import by_level
 
 
 def with_moved_axes(found: Findings) -> Findings:
@@ -55,8 +56,7 @@ def with_moved_axes(found: Findings) -> Findings:
         if (is_left := made[at] is link and _is_plain(link)) and (both := kept_by_head(link)) is not None:
             shares[plain_names(part_of(link.target)), plain_names(part_of(link.source))].append(both)
             made[at] = None
-        orders = _orders(link) if is_left else []
-        if len(orders) > 1:
+        if len(orders := _orders(link) if is_left else []) > 1:
             made[at] = None
             ties.append(_tie([[_ordered(link, order, f"transpose {order}")] for order in orders]))
     ties += [_tie(list(zip(*each, strict=True))) for each in shares.values()]

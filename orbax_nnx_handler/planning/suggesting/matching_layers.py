@@ -41,6 +41,7 @@ from orbax_nnx_handler.planning.suggesting.stacks import (
     in_stacks,
     in_turn,
     kinds_of,
+    lists_in_lists,
     shared_in,
     shares_of,
     stack_of,
@@ -94,6 +95,7 @@ class _Matching:
         self._match_stacked_twice()
         self._match_stacked_lists()
         self._match_in_sequence(arms=2)
+        self._match_lists_in_lists()
         self._match_within(self._left())
         self._match(self._paired())
         in_places = in_turn(self._free(0), self._free(1), self._context.above)
@@ -163,6 +165,12 @@ class _Matching:
             free, above = self._free(other), self._context.above[other]
             for several in in_sequence(self._left()[side], free, above, arms):
                 self._match_or_ask(several if other else [[(one, two) for two, one in x] for x in several])
+
+    def _match_lists_in_lists(self) -> None:
+        for step in (1, -1):
+            groups, others = self._left()[::step]
+            pairs = [pair[::step] for one in groups for pair in lists_in_lists(one, others)]
+            self._match([(one, other) for one, other in pairs])
 
     def _match_within(self, groups: Sequence[Sequence[Series]]) -> None:
         """Matches lists with the parts of another list's blocks; asks where no name tells which is which."""

@@ -8,7 +8,7 @@ import dataclasses
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal
 
 from orbax_nnx_handler.planning.core.folding import Row, fold, fold_names, list_paths, plain_names
@@ -17,7 +17,6 @@ from orbax_nnx_handler.planning.likeness.links import Link, Tie
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, part_of
 from orbax_nnx_handler.planning.likeness.vocabulary import Concepts, Names, concepts, place_of
 from orbax_nnx_handler.planning.rules import Rule
-from orbax_nnx_handler.planning.suggesting.series import in_list
 
 About = Literal["which", "how", "transposed"]
 
@@ -325,9 +324,15 @@ def contradicted(links: Iterable[Link]) -> Mapping[Path, Link]:
         path = levels(name) if len(inside) > 1 < len(name) else ()
         if path and not any(level.is_automatic or level.style in ("/", ".") for level in path):
             said[list_, others, name][plain_names(inside)].append(link)
-    counted = ([*meanings.values()] for meanings in said.values() if len(meanings) > 1)
+    counted = ([*of.values()] for of in said.values() if len(of) > 1 and not _are_of_a_list(of))
     few = (some for each in counted for some in each if 2 * len(some) <= sum(map(len, each)))
     return {link.target.source: link for some in few for link in some}
+
+
+def _are_of_a_list(meanings: Mapping[Names, Sequence[Link]]) -> bool:
+    """Tells whether each block's part is another block's: `stage1_block0/fc` is `stage1/block0/fc`."""
+    names = {(*(name.rstrip("0123456789") for name in each[:-2]), *each[-2:]) for each in meanings}
+    return len(names) == 1 and all(len(links) == 1 for links in meanings.values())
 
 
 def from_elsewhere(links: Sequence[Link], left: Iterable[Names]) -> Mapping[Path, Link]:
@@ -338,3 +343,14 @@ def from_elsewhere(links: Sequence[Link], left: Iterable[Names]) -> Mapping[Path
     lone = {list_ for list_, count in Counter(x for x, _ in layers).items() if count > 1 == used[list_]}
     found = (link for link in links if lone and not in_list(link.target.names)[0])
     return {link.target.source: link for link in found if in_list(part_of(link.source))[0] in lone}
+
+
+@lru_cache(maxsize=1 << 18)  # Asked several times of each leaf.
+def in_list(names: Names) -> tuple[Names, Names]:
+    """Returns the outermost list that a part is in, and its path in a layer; nothing where it is in none."""
+    at = 0
+    for level in levels(names):
+        at += level.width
+        if level.number is not None:
+            return (*names[: at - level.width], level.base), names[at:]
+    return (), ()

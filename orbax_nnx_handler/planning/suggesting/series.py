@@ -14,7 +14,7 @@ from typing import Any
 
 from orbax_nnx_handler.planning.core.folding import PLACE, numbered
 from orbax_nnx_handler.planning.core.leaves import Shape, derived
-from orbax_nnx_handler.planning.core.paths import is_count, levels, shared_levels
+from orbax_nnx_handler.planning.core.paths import is_count, levels, natural_key, shared_levels
 from orbax_nnx_handler.planning.likeness.assignment import best_pairs
 from orbax_nnx_handler.planning.likeness.links import Link
 from orbax_nnx_handler.planning.likeness.module_parts import BySize, Leaf, module_parts, of_sizes
@@ -132,12 +132,31 @@ def paired_series(ours: Sequence[Series], theirs: Sequence[Series]) -> Pairs:
     """Returns which groups of layers are the same, where no other pairing comes near."""
     scores = dict[tuple[int, int], float]()
     said, says = (telling(list(map(said_of, side))) for side in (ours, theirs))
+    places = [
+        {
+            id(one): (at, len(each))
+            for each in by_front(side).values()
+            for at, one in enumerate(each)
+            if each[1:]
+        }
+        for side in (ours, theirs)
+    ]
     for at, one in enumerate(ours):
         for to, other in enumerate(theirs):
             if _may_be_one(one, other):
                 ratio = min(one.size, other.size) / max(one.size, other.size)
-                scores[at, to] = 20 + 4 * ratio + likeness(said[at], says[to])
+                is_same = places[0].get(id(one)) == places[1].get(id(other), 0)
+                scores[at, to] = 20 + 4 * ratio + likeness(said[at], says[to]) + is_same
     return [(ours[at], theirs[to]) for at, to in best_pairs(scores)]
+
+
+def by_front(groups: Iterable[Series]) -> Mapping[tuple[str, str], list[Series]]:
+    """Returns the groups that differ in what is counted before their layers alone, in that order."""
+    found: dict[tuple[str, str], list[Series]] = defaultdict(list)
+    for each in sorted(groups, key=lambda each: natural_key(each.template)):
+        front, _, rest = "/".join(each.template).partition(PLACE)
+        found[front.translate(_UNCOUNTED), rest].append(each)
+    return found
 
 
 def parts_of(series: Series) -> list[Series]:
@@ -170,9 +189,8 @@ def lists_within(series: Series, others: Sequence[Series]) -> tuple[list[Pairs],
     said, says = telling(held), telling(holds)
     scores: dict[tuple[int, ...], float] = {}
     for choice in itertools.product(*like):
-        if len({*choice}) == len(parts) and _may_be_within(
-            [(x, others[at]) for x, at in zip(parts, choice, strict=True)]
-        ):
+        pairs = [(part, others[at]) for part, at in zip(parts, choice, strict=True)]
+        if len({*choice}) == len(parts) and _may_be_within(pairs):
             scores[choice] = sum(likeness(one, says[at]) for one, at in zip(said, choice, strict=True))
     best = sorted(scores, key=lambda choice: -scores[choice])
     is_told = len(best) > 1 and scores[best[0]] - scores[best[1]] >= MARGIN
@@ -202,9 +220,8 @@ def _may_be_within(pairs: Pairs) -> bool:
         key = (*(name.translate(_UNCOUNTED) for name in names[:2]), names[2], str(part.sizes))
         groups[key].append(tuple([*map(int, counts_of(name))] for name in names[:2]))
     return all(
-        len(each) < 2
-        or (share_word(name, front) and [x for _, x in sorted(each)] == sorted(x for _, x in each))
-        for (name, front, *_), each in groups.items()
+        len(it) < 2 or (share_word(*key[:2]) and [x for _, x in sorted(it)] == sorted(x for _, x in it))
+        for key, it in groups.items()
     )
 
 
@@ -431,14 +448,3 @@ def _read(group: Sequence[_Level], step: int) -> list[Link]:
             return []
         found.append(link if leaf is link.source else dataclasses.replace(link, stored=(leaf,), levels=()))
     return found
-
-
-@functools.lru_cache(maxsize=1 << 18)  # Asked several times of each leaf.
-def in_list(names: Names) -> tuple[Names, Names]:
-    """Returns the outermost list that a part is in, and its path in a layer; nothing where it is in none."""
-    at = 0
-    for level in levels(names):
-        at += level.width
-        if level.number is not None:
-            return (*names[: at - level.width], level.base), names[at:]
-    return (), ()

@@ -30,6 +30,7 @@ from orbax_nnx_handler.planning.suggesting.series import (
     Series,
     alone,
     are_alike,
+    by_front,
     have_equal_layers,
     is_complete,
     said_of,
@@ -161,10 +162,9 @@ def stacked_lists(series: Series, other: Series) -> list[list[Share]]:
     held = {leaf.names[other.depth] for leaf in other.members[other.numbers[0]]}
     if series.size != other.size or len(held) < 2 or not (are_alike(series) and are_alike(other)):
         return []
-    inner = [series_of(series.members[at], series.depth) for at in series.numbers]
-    if any(len(each) != 1 for each in inner) or sum(each.size for (each,) in inner) != series.size:
+    lists = _lists_in(series)
+    if sum(each.size for each in lists) != series.size:
         return []
-    lists = [each for (each,) in inner]
     turned = [
         Series(
             (*series.template, *lists[0].place(at)[series.depth :]),
@@ -178,6 +178,29 @@ def stacked_lists(series: Series, other: Series) -> list[list[Share]]:
         each.template[series.depth :] if each is lists[0] else each.template for each in (lists[0], other)
     )
     return found[1:] if len(found) > 1 and share_word(*map("/".join, words)) else found
+
+
+def lists_in_lists(series: Series, others: Iterable[Series]) -> Pairs:
+    """Returns the list in each layer of a list with the one that has the layer's number in front.
+
+    The lists in `stages/{0..1}` are `stage1_block{i}` and `stage2_block{i}`; `ln1_{i}` names a part of each.
+    """
+    inner, said = _lists_in(series), said_of(series)
+    inside = "/".join(inner[0].template[series.depth :]) if inner else ""
+    fitting = [
+        each
+        for (front, _), each in by_front(others).items()
+        if len(each) == len(inner) > 1
+        and not (share_word(inside, front) or exclude(said, said_of(each[0])))
+        and [x.sizes for x in each] == [x.sizes for x in inner]
+    ]
+    return list(zip(inner, fitting[0], strict=True)) if len(fitting) == 1 else []
+
+
+def _lists_in(series: Series) -> list[Series]:
+    """Returns the list in each layer of a list; nothing where one has none or several."""
+    found = [series_of(series.members[at], series.depth) for at in series.numbers]
+    return [each for (each,) in found] if all(len(each) == 1 for each in found) else []
 
 
 def _one_by_one_in(groups: Sequence[Series], other: Series) -> list[Share]:

@@ -77,6 +77,9 @@ TWO_NUMBERS = [
     ("layer{s}/block{j}", "block{s}_{k}"),
     ("group{s}_layer{k}", "layer{s}/{j}"),
     ("down_{t}_{j}", "stages/{t}/{j}"),
+    ("stage{s}_block{j}", "stage{s}/block{j}"),
+    ("stage{t}_block{j}", "stage{s}/block{k}"),
+    ("stages_{t}_{j}", "stage{s}/block{j}"),
 ]
 # A name says that it is a part of a layer.
 PARTS = [("ln{k}_{t}", "layers/{t}/ln{k}"), ("mlp{k}_{t}", "layers/{t}/mlp_{j}")]
@@ -94,6 +97,21 @@ def test_of_two_numbers_the_first_one_is_the_outer_one_on_both_sides(names):
 
     assert not found.questions
     check(values, {aims[path]: x for path, x in stored.items()})
+
+
+def test_the_lists_in_the_layers_of_a_list_get_one_rule_each():
+    stored = filled(
+        {f"stage{t + 1}_block{j}/{path}": x for t in range(2) for j in range(3) for path, x in LAYER.items()}
+    )
+    aims = {path: f"stages/{int(path[5]) - 1}/{path[12:]}" for path in stored}
+
+    found, values = proposed(stored, {aims[path]: x.shape for path, x in stored.items()})
+
+    check(values, {aims[path]: x for path, x in stored.items()})
+    assert [str(rule) for rule in found.renames] == [
+        "('stage1_block{i}', 'stages/0/{i}')",
+        "('stage2_block{i}', 'stages/1/{i}')",
+    ]
 
 
 def stacked_in_a_list(name, aim, counts, over):

@@ -395,7 +395,6 @@ class Precedents:
         for (one, count), (other, against) in itertools.product(*sides):
             if is_counted and count != against:
                 continue  # `down/1` and `down_1_block_0`: below them only one side still counts blocks.
-            # Linen's numbers tell nothing of a module that holds more of a class, or less.
             among = self._among(other, stored)
             for kinds in zip(self._wanted.get(one, ()), self._stored.get(other, ()), strict=False):
                 yield (kinds, among), wanted[len(one) :], stored[len(other) :]
@@ -404,11 +403,12 @@ class Precedents:
         for kind, one, other in (("list", wanted, stored), ("modules", *modules))[: 1 + are_alone]:
             if told := self._place_in_list(one, other):
                 yield kind, *told
-        for word, against in _one_word_apart(wanted[-1], stored[-1]):
+        # What Linen counts of one class tells nothing of another: norms tell where their layers are.
+        for word, against in () if theirs[-1].is_automatic else _one_word_apart(wanted[-1], stored[-1]):
             yield modules, word, against
 
     def _among(self, module: Names, part: Names) -> int:
-        """Returns how many modules of a class Linen has counted together with that of a part."""
+        """Returns how many of a class Linen has counted with a part: of others, numbers tell nothing."""
         first = next((level for level in levels(part[len(module) :])[:1] if level.is_automatic), None)
         return len(self._counted[1].get((module, first.base), ())) if first else 0
 

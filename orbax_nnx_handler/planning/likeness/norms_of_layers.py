@@ -95,9 +95,7 @@ def _couples_in(classes: _Counted, homes: Mapping[Names, Names], companions: _Co
 
     Of layers that have gone where names give only some a norm, those are counted.
     """
-    norms = [
-        x for base, x in classes.items() if "norm" in meanings(base) and [*sorted(x)] == [*range(len(x))]
-    ]
+    norms = [x for base, x in classes.items() if "norm" in meanings(base) and sorted(x) == [*range(len(x))]]
     layers = [x for x in classes.values() if all(part.is_layer for part in x.values())]
     fitting = [(x, y) for x in layers for y in norms if _are_couples(x, y)]
     if not fitting and len(norms) == 1 and all(part.names in homes for x in layers for part in x.values()):
@@ -256,30 +254,32 @@ def _told_by_order(
 ) -> Iterator[tuple[ModulePart, ModulePart]]:
     """Yields the parts of which names, and what is known of the others, leave one order."""
     homes, used = _homes(found), {part_of(leaf) for link in found.links for leaf in link.stored}
-    if all(
-        x.names in used for classes in counts.values() for some in classes.values() for x in some.values()
-    ):
-        return
     made = {part_of(leaf) for link in found.links for leaf in link.wanted}
     ours, theirs = (
         _by_shapes(part for part in parts if part.names not in taken)
         for parts, taken in zip(sides, (made, used), strict=True)
     )
-    roles = {role.part.names: role for role in named_parts(sides[0])}
+    roles: dict[Names, NamedPart] = {}
     for classes in counts.values():
+        groups = [
+            (some, held, left)
+            for some in classes.values()
+            for shapes, held in _by_shapes(x for _, x in sorted(some.items()) if x.names not in used).items()
+            if len(theirs[shapes]) == len(held) == len(left := ours.get(shapes, [])) > 1
+        ]
+        if not groups:
+            continue
+        roles = roles or {role.part.names: role for role in named_parts(sides[0])}
         known = [[homes.get(x.names) for _, x in sorted(some.items())] for some in classes.values()]
         others = named_parts([x for some in classes.values() for x in some.values()][:1])
         order = _Order(roles, others, [[*filter(None, some)] for some in known], created)
-        for some in classes.values():
+        for some, held, left in groups:
             anchors = {number: homes[x.names] for number, x in some.items() if x.names in homes}
-            open_ = {number: x for number, x in sorted(some.items()) if x.names not in used}
-            for shapes, held in _by_shapes(open_.values()).items():
-                left = ours.get(shapes, [])
-                if len(theirs[shapes]) == len(held) == len(left) > 1 and len(left) + len(anchors) < _MOST:
-                    numbers = [number for number, x in open_.items() if x in held]
-                    told = order.told([x.names for x in left], numbers, anchors)
-                    pairs = [(roles[names].part, some[number]) for names, number in told]
-                    yield from pairs if all(map(_may_become, pairs)) else ()
+            if len(left) + len(anchors) < _MOST:
+                numbers = [number for number, x in sorted(some.items()) if x in held]
+                told = order.told([x.names for x in left], numbers, anchors)
+                pairs = [(roles[names].part, some[number]) for names, number in told]
+                yield from pairs if all(map(_may_become, pairs)) else ()
 
 
 _MOST = 200

@@ -160,9 +160,10 @@ def stacked_lists(series: Series, other: Series) -> list[list[Share]]:
     a word of the inner list tells. Where its layers hold a module alone, that is the stack.
     """
     held = {leaf.names[other.depth] for leaf in other.members[other.numbers[0]]}
-    if series.size != other.size or len(held) < 2 or not (are_alike(series) and are_alike(other)):
+    ranks = [max(len(leaf.shape) for leaf in x.members[x.numbers[0]]) for x in (series, other)]
+    if series.size != other.size or len(held) < 2 or ranks[0] >= ranks[1]:
         return []
-    lists = _lists_in(series)
+    lists = _lists_in(series) if are_alike(series) and are_alike(other) else []
     if sum(each.size for each in lists) != series.size:
         return []
     turned = [

@@ -1,6 +1,7 @@
 """What a caller gets wrong at the first try: one error that names it and what to write instead."""
 
 import functools
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -63,10 +64,18 @@ def test_an_empty_path_is_not_the_working_directory(item, monkeypatch):
     assert plan_restore(".", TARGET).fits
 
 
-def test_another_item_than_the_path_s_own_is_not_given_silently(item):
-    assert plan_restore(item, TARGET, item="default").fits
-    with pytest.raises(NotACheckpointError, match=f"'ema' is another.\nhint: pass the step {item.parent}"):
-        restore(item, TARGET, item="ema")
+def test_another_item_than_the_path_s_own_is_not_given_silently(item, tmp_path):
+    step = tmp_path / "1"
+    own = shutil.copytree(item, step / "default")
+    assert plan_restore(own, TARGET, item="default").fits
+    with pytest.raises(NotACheckpointError, match=r"'ema' is another.\nhint: leave the item's name out;"):
+        restore(own, TARGET, item="ema")
+
+    shutil.copytree(item, step / "ema")
+
+    with pytest.raises(NotACheckpointError, match=f"'ema' is another.\nhint: pass the step {step} for"):
+        restore(own, TARGET, item="ema")
+    assert plan_restore(step, TARGET, item="ema").fits
 
 
 @pytest.mark.parametrize("wrong", [{"a": "b"}, "a=b", ("a", "b"), Rename("a", "b")])

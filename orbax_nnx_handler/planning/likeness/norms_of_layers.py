@@ -47,10 +47,9 @@ def with_counted_parts(
         stored: The stored leaves.
         order: The wanted names in the order of their creation, by module.
     """
-    sides = module_parts(wanted), module_parts(stored)
-    counts = _counted(stored)
-    if not counts:
+    if not (counts := _counted(stored)):
         return found
+    sides = module_parts(wanted), module_parts(stored)
     companions = _companions(sides[0])
     while True:
         homes = _homes(found)

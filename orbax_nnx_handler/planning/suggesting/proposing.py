@@ -30,7 +30,7 @@ from orbax_nnx_handler.planning.suggesting.link_groups import (
     remade_behind,
     without_strays,
 )
-from orbax_nnx_handler.planning.suggesting.questions import Choice, Question, flattened, is_turned, sizes_of
+from orbax_nnx_handler.planning.suggesting.questions import Choice, Question, flattened, held_by, is_turned
 from orbax_nnx_handler.planning.suggesting.rule_writing import Writer
 from orbax_nnx_handler.planning.suggesting.search import (
     Searched,
@@ -224,8 +224,8 @@ class _Proposing:
             return self._rules(tried, searched, [link for reading in chosen for link in reading], changes)
 
         rules = partial(self._rules, tried, searched)
-        sizes = sizes_of(stored_leaves(self._entries, False), wanted_leaves(self._model))
-        asked = [item.question(rules, sizes) for item in questions]
+        counts = held_by(stored_leaves(self._entries, False), wanted_leaves(self._model))
+        asked = [item.question(rules, counts) for item in questions]
         return dataclasses.replace(self._suggested(tried, asked), settle=answered)
 
     def _as_it_is(self) -> Suggestion:

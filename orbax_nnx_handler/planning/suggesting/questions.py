@@ -95,7 +95,7 @@ Sizes = tuple[Mapping[Names, int], Mapping[Names, int]]
 """How many leaves the stored and the wanted modules have."""
 
 
-def sizes_of(stored: Iterable[Leaf], wanted: Iterable[Leaf]) -> Sizes:
+def held_by(stored: Iterable[Leaf], wanted: Iterable[Leaf]) -> Sizes:
     """Returns how many leaves the modules of both sides have, by which a question names a leaf or all."""
     return Counter(map(part_of, stored)), Counter(map(part_of, wanted))
 

@@ -9,7 +9,7 @@ from orbax_nnx_handler import Drop, Split, from_linen, suggest
 from orbax_nnx_handler.planning.likeness.links import Link
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf
 from orbax_nnx_handler.planning.likeness.shapes import Way
-from orbax_nnx_handler.planning.suggesting.questions import Choice, sizes_of
+from orbax_nnx_handler.planning.suggesting.questions import Choice, held_by
 from tests.planning.plans import params
 from tests.planning.suggesting.proposals import DENSE, OTHER, arrays, proposal
 
@@ -75,7 +75,7 @@ def test_leaves_of_one_path_in_two_collections_are_told_apart():
     wanted = leaf("final/scale")
     choice = Choice("which", ((link(own, wanted),), (link(average, wanted),)))
 
-    question = choice.question(lambda _: (), sizes_of([own, average], [wanted]))
+    question = choice.question(lambda _: (), held_by([own, average], [wanted]))
 
     assert str(question) == "which of params/norm, ema_params/norm is final? The shapes allow each."
     assert question.choices == ("params/norm -> final", "ema_params/norm -> final")
@@ -86,7 +86,7 @@ def test_statistics_and_parameters_of_one_module_are_not():
     wanted = [leaf("norm/scale"), leaf("norm/mean", "batch_stats")]
     choice = Choice("which", (tuple(map(link, stored, wanted)),))
 
-    question = choice.question(lambda _: (), sizes_of(stored, wanted))
+    question = choice.question(lambda _: (), held_by(stored, wanted))
 
     assert str(question) == "is bn meant by norm? Shapes allow it, and no name tells."
 
@@ -98,7 +98,7 @@ def test_every_order_is_said_only_where_every_order_is_possible():
         tuple(link(four[at], wanted[to]) for to, at in enumerate(order))
         for order in ((0, 1, 2, 3), (1, 0, 3, 2))
     )
-    sizes = sizes_of(four, wanted)
+    sizes = held_by(four, wanted)
 
     both = Choice("which", (straight, crossed)).question(lambda _: (), sizes)
     cut = Choice("which", (straight, crossed) * 12)
@@ -127,7 +127,7 @@ def test_many_parts_of_a_question_are_folded_by_number_and_name():
     wanted = [leaf(f"{name}s/{at}/kernel") for at in range(3) for name in ("k", "v")]
     choice = Choice("which", (tuple(map(link, stored, wanted)), tuple(map(link, stored[::-1], wanted))))
 
-    question = choice.question(lambda _: (), sizes_of(stored, wanted))
+    question = choice.question(lambda _: (), held_by(stored, wanted))
 
     assert str(question) == (
         "which of net/{0..2}/{key,value} is which of {ks,vs}/{0..2}? The shapes allow both."

@@ -58,8 +58,14 @@ def test_the_examples_of_the_help_do_what_they_say_when_typed_as_they_stand(
 
 def test_the_proposal_as_json_holds_what_the_text_holds(cli, auto_named) -> None:
     said = cli("suggest", auto_named, TARGET, "--json")
+    lines = cli("suggest", auto_named, TARGET).out.splitlines()
 
     assert said.status == 0
+    assert len(said.json["grounds"]) == len(said.json["renames"])
+    for rule, why in zip(said.json["renames"], said.json["grounds"], strict=True):
+        assert f"    {rule}," + (f"  # {why}" if why else "") in lines
+    assert any(said.json["grounds"])
+    assert said.json["resized"] == []
     assert said.json["unmatched_wanted"] == []
     assert said.json["unmatched_stored"] == []
     assert said.json["problem"] == ""

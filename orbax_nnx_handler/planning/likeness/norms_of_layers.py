@@ -13,10 +13,11 @@ program computes them. Two things follow:
 
 import dataclasses
 import itertools
+import operator
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
-from orbax_nnx_handler.planning.core.paths import Level, is_index, levels
+from orbax_nnx_handler.planning.core.paths import Level, is_index, levels, shared_levels
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, PairGrounds, Tie
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, module_parts, part_of, prefixes
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart, in_order, named_parts
@@ -31,6 +32,11 @@ _KINDS = frozenset(
     )
 )
 """Words that say what a part is, and not where it is."""
+
+_Pair = tuple[ModulePart, ModulePart]
+"""A wanted part and the stored one that it is made from."""
+
+_SIDES = operator.attrgetter("wanted"), operator.attrgetter("stored")
 
 _Couples = Mapping[Names, ModulePart]
 """The norm of each layer, by the layer's path."""
@@ -59,7 +65,7 @@ def with_counted_parts(
         pairs = [pair for couples in modules for pair in _told_by(couples, homes, companions)]
         found = _replaced(found, pairs, "names")
         more = [*_told_by_order(counts, found, sides, order)]
-        alike = [] if more else [*_told_by_sisters(counts, found, sides[0])]
+        alike = [] if more else [*_told_by_sisters(counts, found, sides)]
         if not more and not alike:
             return found
         found = _replaced(found, more or alike, "order" if more else "siblings")
@@ -153,9 +159,7 @@ def _in_turns(parts: Sequence[ModulePart]) -> Iterator[tuple[Names, ModulePart]]
             yield layer.names, norm
 
 
-def _told_by(
-    couples: _Couples, homes: Mapping[Names, Names], companions: _Couples
-) -> list[tuple[ModulePart, ModulePart]]:
+def _told_by(couples: _Couples, homes: Mapping[Names, Names], companions: _Couples) -> list[_Pair]:
     """Returns the wanted norm of each layer of a module whose place is known, and the stored one."""
     told = [(homes[layer], norm) for layer, norm in couples.items() if layer in homes]
     pairs = [(companions[home], norm) for home, norm in told if home in companions]
@@ -164,18 +168,16 @@ def _told_by(
     return pairs if is_whole and all(map(_fit, pairs)) else []
 
 
-def _may_become(pair: tuple[ModulePart, ModulePart]) -> bool:
+def _may_become(pair: _Pair) -> bool:
     return all(ways(pair[1].leaves[kind].shape, leaf.shape) for kind, leaf in pair[0].leaves.items())
 
 
-def _fit(pair: tuple[ModulePart, ModulePart]) -> bool:
+def _fit(pair: _Pair) -> bool:
     ours, theirs = ({kind: leaf.shape for kind, leaf in part.leaves.items()} for part in pair)
     return ours == theirs
 
 
-def _replaced(
-    found: Findings, pairs: Sequence[tuple[ModulePart, ModulePart]], grounds: PairGrounds
-) -> Findings:
+def _replaced(found: Findings, pairs: Sequence[_Pair], grounds: PairGrounds) -> Findings:
     """Returns what is known, with some pairs and without what speaks against them."""
     links = [
         Link(wanted=(leaf,), stored=(other.leaves[kind],), grounds=grounds, ways=(how,))
@@ -216,33 +218,44 @@ def _without(tie: Tie, taken: tuple[Set[Names], Set[Names]]) -> Tie | None:
 
 
 def _told_by_sisters(
-    counts: Mapping[Names, _Counted], found: Findings, wanted: Sequence[ModulePart]
-) -> Iterator[tuple[ModulePart, ModulePart]]:
-    """Yields what is left of modules of which the rest has gone where that of their like has gone."""
-    homes = _homes(found)
-    known: dict[object, list[Mapping[Names, Names]]] = defaultdict(list)
-    open_: list[tuple[object, Mapping[Names, ModulePart]]] = []
+    counts: Mapping[Names, _Counted], found: Findings, sides: Sequence[Sequence[ModulePart]]
+) -> Iterator[_Pair]:
+    """Yields what is left of modules whose rest has gone into one: as in their like, or what is left of that."""
+    homes, known = _homes(found), defaultdict[object, list[Mapping[Names, Names]]](list)
+    open_: list[tuple[Names, object, Mapping[Names, ModulePart], Mapping[Names, Names]]] = []
     for module, classes in counts.items():
         parts = {x.names[-1:]: x for some in classes.values() for x in some.values()}
         key = next((x.base for x in levels(module)[-1:] if x.is_automatic), ""), frozenset(parts)
         gone = {own: homes[x.names] for own, x in parts.items() if x.names in homes}
         if module and len(gone) == len(parts) > 1:
-            first, last = min(gone.values()), max(gone.values())
-            shared = [*map(str.__eq__, first, last), False].index(False)
-            known[key].append({own: names[shared:] for own, names in gone.items()})
+            above = len(shared_levels([*gone.values()]))
+            known[key].append({own: names[above:] for own, names in gone.items()})
         elif module and gone:
-            open_.append((key, parts))
-    taken = {part_of(leaf) for link in found.links for leaf in (*link.wanted, *link.stored)}
-    ours = {part.names: part for part in wanted}
-    for key, parts in (x for x in open_ if known[x[0]] and all(y == known[x[0]][0] for y in known[x[0]])):
-        told, gone = known[key][0], {own: homes[x.names] for own, x in parts.items() if x.names in homes}
-        tops = {names[: len(names) - len(told[own])] for own, names in gone.items()}
-        top = tops.pop()
-        held = {names[len(top) :] for names in ours if names[: len(top)] == top}
-        are_there = not tops and held == {*told.values()} and all(gone[x] == (*top, *told[x]) for x in gone)
-        pairs = [(ours[*top, *told[x]], parts[x]) for x in parts if x not in gone] if are_there else []
-        if all(_fit(pair) and taken.isdisjoint(x.names for x in pair) for pair in pairs):
+            open_.append((module, key, parts, gone))
+    made, used = ({part_of(x) for link in found.links for x in side(link)} for side in _SIDES)
+    ours, theirs = (_by_module(parts if open_ else ()) for parts in sides)
+    for module, key, parts, gone in open_:
+        told = known[key][0] if known[key] and all(x == known[key][0] for x in known[key]) else None
+        one, rest = min(gone), {own: part for own, part in parts.items() if own not in gone}
+        top = gone[one][: -len(told[one]) or None] if told else shared_levels([*gone.values()], own=1)
+        left = {x.names[len(top) :]: x for x in ours[top] if x.names not in made}
+        places = dict[Names, ModulePart]()
+        if told and all(names == (*top, *told[own]) for own, names in gone.items()):
+            places = {told[own]: part for own, part in rest.items()}
+        elif not told and top and len(gone) > 1 and sum(x.names not in used for x in theirs[module]) == 1:
+            places = dict(zip(left, rest.values(), strict=False))
+        pairs = [(left[at], part) for at, part in places.items() if left.keys() == places.keys()]
+        if all(_fit(pair) and pair[1].names not in used for pair in pairs):
             yield from pairs
+
+
+def _by_module(parts: Iterable[ModulePart]) -> Mapping[Names, list[ModulePart]]:
+    """Returns the parts in each module, however deep."""
+    found: dict[Names, list[ModulePart]] = defaultdict(list)
+    for part in parts:
+        for depth in range(len(part.names)):
+            found[part.names[:depth]].append(part)
+    return found
 
 
 # What the order of a target tells.
@@ -250,7 +263,7 @@ def _told_by_sisters(
 
 def _told_by_order(
     counts: Mapping[Names, _Counted], found: Findings, sides: Sequence[Sequence[ModulePart]], created: Order
-) -> Iterator[tuple[ModulePart, ModulePart]]:
+) -> Iterator[_Pair]:
     """Yields the parts of which names, and what is known of the others, leave one order."""
     homes, used = _homes(found), {part_of(leaf) for link in found.links for leaf in link.stored}
     made = {part_of(leaf) for link in found.links for leaf in link.wanted}

@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
 from orbax_nnx_handler.planning.core.leaves import FACTORED, MOMENTS, StoredLeaf, derived, record
@@ -254,6 +255,37 @@ def is_copy_beside(name: str, kind: str) -> bool:
     """
     words = (word for word in name.lower().split("_") if word in _COPIES or word == "target")
     return any(word not in kind.lower() for word in words)
+
+
+def repeats_beside(model: Mapping[Tokens, object], named: Iterable[str]) -> set[Tokens]:
+    """Returns modules that by name copy or follow one beside them, and hold nothing that it lacks.
+
+    So are `target_params` beside `params`, and `target_network` beside `online_network`.
+
+    Args:
+        model: The paths of a model's leaves, each with what tells whether two are alike.
+        named: The names of a target; what it calls so is no copy that it can do without.
+    """
+    said = set[str]().union(*map(_split, {*named}))
+    followed = {name: _followed(name) for path in model for name in path[:-1]}
+    copies = {name for name, words in followed.items() if words and said.isdisjoint(_split(name) - words)}
+    held: dict[Tokens, dict[str, set[object]]] = defaultdict(lambda: defaultdict(set))
+    for path, kind in model.items() if copies else ():
+        for at, name in enumerate(path[:-1]):
+            held[path[:at]][name].add((path[at + 1 :], kind))
+    return {
+        (*above, name)
+        for above, modules in held.items()
+        for name in copies & modules.keys()
+        for other in modules.keys() - copies
+        if (followed[name] <= _split(other) or "online" in _split(other)) and modules[name] <= modules[other]
+    }
+
+
+def _followed(name: str) -> set[str]:
+    """Returns what a module that by name is a copy is one of: `critic` of `target_critic`; else nothing."""
+    words = _split(name)
+    return words - copied if (copied := words & (_COPIES | _AVERAGES | FOLLOWERS - {"teacher"})) else set()
 
 
 def holds_no_weights(level: str, collection: str | None) -> bool:

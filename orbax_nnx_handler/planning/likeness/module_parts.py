@@ -6,6 +6,7 @@ import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 from orbax_nnx_handler.planning.core.folding import around
 from orbax_nnx_handler.planning.core.leaves import (
@@ -313,11 +314,7 @@ def without_place(
 
 
 Sizes = tuple[int, ...]
-
-
 BySize = Mapping[int, Sequence[tuple[int, Names, list[Leaf]]]]
-
-
 Stacks = Mapping[int, list[tuple[Names, list[Leaf], bool]]]
 
 
@@ -339,9 +336,12 @@ def stacks_in(free: Sequence[Leaf], above: int) -> Stacks:
     return found
 
 
-def leaves_below(leaves: Iterable[Leaf], above: int = 0) -> dict[Names, list[Leaf]]:
-    """Returns the leaves in each module below a context, however deep, by what leads to it."""
-    found: dict[Names, list[Leaf]] = defaultdict(list)
+_Held = TypeVar("_Held", Leaf, ModulePart)
+
+
+def leaves_below(leaves: Iterable[_Held], above: int = 0) -> dict[Names, list[_Held]]:
+    """Returns the leaves, or parts, in each module below a context, however deep, by what leads to it."""
+    found: dict[Names, list[_Held]] = defaultdict(list)
     for leaf in leaves:
         for depth in range(above + 1, len(leaf.names)):
             found[leaf.names[:depth]].append(leaf)

@@ -19,7 +19,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 from orbax_nnx_handler.planning.core.paths import Level, is_index, levels, shared_levels
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, PairGrounds, Tie
-from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, module_parts, part_of, prefixes
+from orbax_nnx_handler.planning.likeness.module_parts import (
+    Leaf,
+    ModulePart,
+    leaves_below,
+    module_parts,
+    part_of,
+    prefixes,
+)
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart, in_order, named_parts
 from orbax_nnx_handler.planning.likeness.shapes import ways
 from orbax_nnx_handler.planning.likeness.vocabulary import END, Names, arm, concepts, meanings, words
@@ -59,9 +66,7 @@ def with_counted_parts(
     companions = _companions(sides[0])
     while True:
         homes = _homes(found)
-        modules = (
-            couples for classes in counts.values() for couples in _couples_in(classes, homes, companions)
-        )
+        modules = [x for classes in counts.values() for x in _couples_in(classes, homes, companions)]
         pairs = [pair for couples in modules for pair in _told_by(couples, homes, companions)]
         found = _replaced(found, pairs, "names")
         more = [*_told_by_order(counts, found, sides, order)]
@@ -150,13 +155,11 @@ def _place(names: Names) -> Names:
 
 def _in_turns(parts: Sequence[ModulePart]) -> Iterator[tuple[Names, ModulePart]]:
     """Yields the layers and norms of a list in which the one comes behind the other, all through."""
-    firsts, seconds = parts[::2], parts[1::2]
-    if len(firsts) != len(seconds) or len({part.is_vector for part in firsts}) > 1:
+    if len(parts) % 2 or len({part.is_vector for part in parts[::2]}) > 1:
         return
-    for one, other in zip(firsts, seconds, strict=True):
+    for one, other in zip(parts[::2], parts[1::2], strict=True):
         if one.is_vector != other.is_vector:
-            layer, norm = (other, one) if one.is_vector else (one, other)
-            yield layer.names, norm
+            yield (other.names, one) if one.is_vector else (one.names, other)
 
 
 def _told_by(couples: _Couples, homes: Mapping[Names, Names], companions: _Couples) -> list[_Pair]:
@@ -166,10 +169,6 @@ def _told_by(couples: _Couples, homes: Mapping[Names, Names], companions: _Coupl
     # What is no norm of a layer may be one of none of them.
     is_whole = len(pairs) == len(couples) == len({one.names for one, _ in pairs})
     return pairs if is_whole and all(map(_fit, pairs)) else []
-
-
-def _may_become(pair: _Pair) -> bool:
-    return all(ways(pair[1].leaves[kind].shape, leaf.shape) for kind, leaf in pair[0].leaves.items())
 
 
 def _fit(pair: _Pair) -> bool:
@@ -205,22 +204,17 @@ def _without(tie: Tie, taken: tuple[Set[Names], Set[Names]]) -> Tie | None:
         return tie
     left = (tuple(link for link in each if not _is_about(link, taken)) for each in tie.readings)
     readings = tuple({frozenset(map(id, each)): each for each in left if each}.values())
-    return (
-        dataclasses.replace(
-            tie,
-            wanted=tuple(names for names in tie.wanted if names not in taken[0]),
-            stored=tuple(names for names in tie.stored if names not in taken[1]),
-            readings=readings,
-        )
-        if readings
-        else None
+    wanted, stored = (
+        tuple(names for names in side if names not in gone)
+        for side, gone in zip((tie.wanted, tie.stored), taken, strict=True)
     )
+    return dataclasses.replace(tie, wanted=wanted, stored=stored, readings=readings) if readings else None
 
 
 def _told_by_sisters(
     counts: Mapping[Names, _Counted], found: Findings, sides: Sequence[Sequence[ModulePart]]
 ) -> Iterator[_Pair]:
-    """Yields what is left of modules whose rest has gone into one: as in their like, or what is left of that."""
+    """Yields what is left of modules whose rest has gone into one: as of their like, or all that is left."""
     homes, known = _homes(found), defaultdict[object, list[Mapping[Names, Names]]](list)
     open_: list[tuple[Names, object, Mapping[Names, ModulePart], Mapping[Names, Names]]] = []
     for module, classes in counts.items():
@@ -233,12 +227,12 @@ def _told_by_sisters(
         elif module and gone:
             open_.append((module, key, parts, gone))
     made, used = ({part_of(x) for link in found.links for x in side(link)} for side in _SIDES)
-    ours, theirs = (_by_module(parts if open_ else ()) for parts in sides)
+    ours, theirs = (leaves_below(parts if open_ else ()) for parts in sides)
     for module, key, parts, gone in open_:
         told = known[key][0] if known[key] and all(x == known[key][0] for x in known[key]) else None
         one, rest = min(gone), {own: part for own, part in parts.items() if own not in gone}
         top = gone[one][: -len(told[one]) or None] if told else shared_levels([*gone.values()], own=1)
-        left = {x.names[len(top) :]: x for x in ours[top] if x.names not in made}
+        left = {x.names[len(top) :]: x for x in ours.get(top, ()) if x.names not in made}
         places = dict[Names, ModulePart]()
         if told and all(names == (*top, *told[own]) for own, names in gone.items()):
             places = {told[own]: part for own, part in rest.items()}
@@ -247,15 +241,6 @@ def _told_by_sisters(
         pairs = [(left[at], part) for at, part in places.items() if left.keys() == places.keys()]
         if all(_fit(pair) and pair[1].names not in used for pair in pairs):
             yield from pairs
-
-
-def _by_module(parts: Iterable[ModulePart]) -> Mapping[Names, list[ModulePart]]:
-    """Returns the parts in each module, however deep."""
-    found: dict[Names, list[ModulePart]] = defaultdict(list)
-    for part in parts:
-        for depth in range(len(part.names)):
-            found[part.names[:depth]].append(part)
-    return found
 
 
 # What the order of a target tells.
@@ -291,7 +276,10 @@ def _told_by_order(
                 numbers = [number for number, x in sorted(some.items()) if x in held]
                 told = order.told([x.names for x in left], numbers, anchors)
                 pairs = [(roles[names].part, some[number]) for names, number in told]
-                yield from pairs if all(map(_may_become, pairs)) else ()
+                becomes = (
+                    ways(y.leaves[kind].shape, x.shape) for one, y in pairs for kind, x in one.leaves.items()
+                )
+                yield from pairs if all(becomes) else ()
 
 
 _MOST = 200

@@ -37,7 +37,6 @@ from orbax_nnx_handler.planning.suggesting.search import (
     Settled,
     paths_of,
     search,
-    steps_by_leaf,
     stored_leaves,
     wanted_leaves,
     without_repeats,
@@ -56,6 +55,7 @@ from orbax_nnx_handler.planning.suggesting.suggestion import (
     problem_of,
     proposal_of,
     resized_in,
+    steps_by_leaf,
 )
 from orbax_nnx_handler.planning.target.roles import WEIGHTS, Order, Wanted, of_role, roles_of
 from orbax_nnx_handler.planning.target.target import Target

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
@@ -10,6 +11,7 @@ from orbax_nnx_handler.planning.core.dtypes import number_of
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, segments
 from orbax_nnx_handler.planning.core.recipes import Read, reads, shape_of
+from orbax_nnx_handler.planning.layouts.layout import repeats_beside
 from orbax_nnx_handler.planning.likeness.assignment import Fit, fit_of, may_be, sizes_of_few, torn
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie, leads, settle_turns
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, module_parts, part_of
@@ -86,17 +88,20 @@ def stored_leaves(entries: Iterable[Entry], arranged: bool) -> list[Leaf]:
     return _arranged(model) if arranged else [_leaf(entry, entry.segments) for entry in model]
 
 
-def without_repeats(wanted: Iterable[Leaf], entries: Sequence[Entry]) -> Sequence[Entry]:
-    """Returns the entries without those of a collection that repeats one that is wanted.
+def without_repeats(wanted: Sequence[Leaf], entries: Sequence[Entry]) -> Sequence[Entry]:
+    """Returns the entries without those of a collection, or of a module, that repeats one beside it.
 
-    No path tells a running average from the `params` beside it, or a target network; a Variable's
-    type says from which collection it is read.
+    No path tells a running average from the `params` beside it, or a target network; a Variable's type
+    says from which collection it is read. A module is left out only where the rest is large enough.
     """
-    typed = {leaf.collection or "params" for leaf in wanted}
-    if all(entry.collection in (None, *typed) for entry in entries):
-        return entries
+    typed = {None, *(leaf.collection or "params" for leaf in wanted)}
     first = {(entry.segments, entry.shape) for entry in entries if entry.collection in typed}
-    return [x for x in entries if x.collection in (None, *typed) or (x.segments, x.shape) not in first]
+    kept = [x for x in entries if x.collection in typed or (x.segments, x.shape) not in first]
+    paths = {(*x.segments, str(x.collection)): x.shape for x in kept}
+    copies = repeats_beside(paths, itertools.chain(*(leaf.names for leaf in wanted)))
+    rest = [x for x in kept if not any(x.segments[:at] in copies for at in range(len(x.segments)))]
+    sizes = [sum(math.prod(x.shape) for x in some) for some in (wanted, rest)] if copies else [0, 0]
+    return rest if sizes[0] <= sizes[1] else kept
 
 
 def _leaf(entry: Entry, names: Names) -> Leaf:
@@ -180,18 +185,6 @@ def paths_of(links: Iterable[Link]) -> Mapping[Path, set[Path]]:
     for link in links:
         for leaf in link.wanted:
             found[leaf.source] |= {stored.source for stored in link.stored}
-    return found
-
-
-def steps_by_leaf(links: Iterable[Link]) -> Mapping[Path, tuple[str, ...]]:
-    """Returns what is done with the shape of each wanted leaf, or of the first part of it, in order."""
-    found: dict[Path, tuple[str, ...]] = {}
-    for link in links:
-        for at, leaf in enumerate(link.wanted):
-            way = link.ways[at if link.is_split else 0][0]
-            if not link.source.made:
-                steps = (*link.after, *way.steps) if link.is_split else (*way.steps, *link.after)
-                found[leaf.source] = (*link.source.done, *(step.kind for step in steps))
     return found
 
 

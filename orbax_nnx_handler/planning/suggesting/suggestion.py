@@ -242,6 +242,18 @@ class Tried:
         return not self.wrong and not self.problem
 
 
+def steps_by_leaf(links: Iterable[Link]) -> Mapping[Path, tuple[str, ...]]:
+    """Returns what is done with the shape of each wanted leaf, or of the first part of it, in order."""
+    found: dict[Path, tuple[str, ...]] = {}
+    for link in links:
+        for at, leaf in enumerate(link.wanted):
+            way = link.ways[at if link.is_split else 0][0]
+            if not link.source.made:
+                steps = (*link.after, *way.steps) if link.is_split else (*way.steps, *link.after)
+                found[leaf.source] = (*link.source.done, *(step.kind for step in steps))
+    return found
+
+
 def behind(rules: Sequence[Rule], found: Suggestion, fact: str = "") -> Suggestion:
     """Returns the same proposal behind rules that it was searched under, and that it needs."""
     grounds: PairGrounds = "fact" if fact else "names"

@@ -357,3 +357,69 @@ def test_an_average_beside_params_hides_none_of_them(key):
     for stored, ours in zip(tree["params"].values(), layers, strict=True):
         np.testing.assert_array_equal(getattr(state, ours).kernel, stored["kernel"])
         np.testing.assert_array_equal(getattr(state, ours).bias, stored["bias"])
+
+
+def followed(own, copy, first=0.0):
+    """Returns two modules of the same layers, beside a head that only one of them has, and what is wanted."""
+
+    def drawn(at, **more):
+        sizes = {"Dense_0": (4, 24), "Dense_1": (24, 24), **more}
+        return {
+            name: {"kernel": at + np.arange(np.prod(shape), dtype="f").reshape(shape)}
+            for name, shape in sizes.items()
+        }
+
+    return {own: drawn(first, Dense_2=(24, 3)), copy: drawn(first + 5000.0)}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("params", "target_params"),
+        ("online_network", "target_network"),
+        ("critic", "critic_target"),
+        ("encoder", "ema_encoder"),
+        ("QNetwork_0", "TargetQNetwork_0"),
+    ],
+    ids="/".join,
+)
+def test_a_module_that_follows_one_beside_it_hides_nothing_of_that(names):
+    tree = {"params": {"agent": followed(*names)}}
+    layers = {"fc1": (4, 24), "fc2": (24, 24), "out": (24, 3)}
+    target = nnx.eval_shape(lambda: Model({"net": {name: {"kernel": x} for name, x in layers.items()}}))
+
+    found = suggest(tree, target)
+    state = from_linen(tree, target, renames=found.renames, unexpected="ignore")
+
+    assert not found.unmatched_wanted
+    assert {path[2] for path in found.unmatched_stored} == {names[1]}
+    for at, ours in enumerate(layers):
+        kernel = tree["params"]["agent"][names[0]][f"Dense_{at}"]["kernel"]
+        np.testing.assert_array_equal(getattr(state.net, ours).kernel, kernel)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("student", "teacher"), ("source", "target"), ("left", "target_right"), ("target", "ema_target")],
+    ids="/".join,
+)
+def test_a_module_that_no_name_says_is_followed_is_asked_about(names):
+    tree = {"params": followed(*names)}
+    layers = {"fc1": (4, 24), "fc2": (24, 24)}
+    target = nnx.eval_shape(lambda: Model({"net": {name: {"kernel": x} for name, x in layers.items()}}))
+
+    found = suggest(tree, target)
+
+    assert {*found.unmatched_wanted} >= {("net", name, "kernel") for name in layers}
+
+
+def test_a_module_with_a_place_of_its_own_in_the_target_is_no_copy_that_may_be_left_out():
+    tree = {"params": followed("embedder", "target_embedder")}
+    layers = {"fc1": (4, 24), "fc2": (24, 24)}
+    shapes = {name: {at: {"kernel": x} for at, x in layers.items()} for name in ("first", "second")}
+    target = nnx.eval_shape(lambda: Model({**shapes, "out": {"kernel": (24, 3)}}))
+
+    found = suggest(tree, target)
+
+    asked = {path[1] for question in found.questions for path in question.stored}
+    assert asked >= {"embedder", "target_embedder"}

@@ -285,3 +285,39 @@ def test_what_is_left_of_a_module_goes_as_in_the_others_of_its_class():
 def test_modules_of_one_class_that_go_in_two_ways_tell_nothing_of_the_others():
     stored, truth = double_convolutions(reverses=("down1",))
     assert "inc/double_conv/3/kernel" not in settled_in(stored, truth)
+
+
+def decoder_of_lists(last):
+    """Returns blocks of which each part lies in a list of pairs, a norm and what it belongs to."""
+    parts = {"MultiHeadDotProductAttention_0": "0/fn", "MultiHeadDotProductAttention_1": "1/fn"}
+    stored, truth = {}, {}
+
+    def add(source, target, shape):
+        path = f"params/{source}"
+        stored[path] = drawn(path, shape)
+        truth[target] = path
+
+    for at in range(2):
+        block = f"DecoderLayer_{at}"
+        for name, target in parts.items():
+            for own, ours in {"query": "to_q", "key": "to_k", "value": "to_v", "out": "to_out"}.items():
+                add(f"{block}/{name}/{own}/kernel", f"layers/{at}/{target}/{ours}/kernel", (8, 8))
+        for number, target in enumerate(("0/norm", "1/norm", last)):
+            add(f"{block}/LayerNorm_{number}/scale", f"layers/{at}/{target}/scale", (8,))
+        add(f"{block}/Dense_0/kernel", f"layers/{at}/2/net/0/kernel", (8, 24))
+        add(f"{block}/Dense_1/kernel", f"layers/{at}/2/net/3/kernel", (24, 8))
+    return stored, truth
+
+
+@pytest.mark.parametrize("last", ["2/norm", "2/pre", "3/norm"])
+def test_the_only_part_left_of_a_module_goes_to_the_only_one_left_of_where_it_has_gone(last):
+    stored, truth = decoder_of_lists(last)
+    assert settled_in(stored, truth) >= {f"layers/{at}/{last}/scale" for at in range(2)}
+
+
+def test_two_parts_left_of_a_module_are_told_by_nothing():
+    stored, truth = decoder_of_lists("2/norm")
+    for at in range(2):
+        path = f"params/DecoderLayer_{at}/LayerNorm_3/scale"
+        stored[path] = drawn(path, (8,))
+    assert not settled_in(stored, truth) & {f"layers/{at}/2/norm/scale" for at in range(2)}

@@ -359,8 +359,8 @@ def test_an_average_beside_params_hides_none_of_them(key):
         np.testing.assert_array_equal(getattr(state, ours).bias, stored["bias"])
 
 
-def followed(own, copy, first=0.0):
-    """Returns two modules of the same layers, beside a head that only one of them has, and what is wanted."""
+def followed(own, copy, **more):
+    """Returns two modules of the same layers; `more` are those that only the first one has."""
 
     def drawn(at, **more):
         sizes = {"Dense_0": (4, 24), "Dense_1": (24, 24), **more}
@@ -369,7 +369,7 @@ def followed(own, copy, first=0.0):
             for name, shape in sizes.items()
         }
 
-    return {own: drawn(first, Dense_2=(24, 3)), copy: drawn(first + 5000.0)}
+    return {own: drawn(0.0, **more), copy: drawn(5000.0)}
 
 
 @pytest.mark.parametrize(
@@ -385,7 +385,7 @@ def followed(own, copy, first=0.0):
 )
 def test_a_module_that_follows_one_beside_it_hides_nothing_of_that(names):
     tree = {"params": {"agent": followed(*names)}}
-    layers = {"fc1": (4, 24), "fc2": (24, 24), "out": (24, 3)}
+    layers = {"fc1": (4, 24), "fc2": (24, 24)}
     target = nnx.eval_shape(lambda: Model({"net": {name: {"kernel": x} for name, x in layers.items()}}))
 
     found = suggest(tree, target)
@@ -414,7 +414,7 @@ def test_a_module_that_no_name_says_is_followed_is_asked_about(names):
 
 
 def test_a_module_with_a_place_of_its_own_in_the_target_is_no_copy_that_may_be_left_out():
-    tree = {"params": followed("embedder", "target_embedder")}
+    tree = {"params": followed("embedder", "target_embedder", Dense_2=(24, 3))}
     layers = {"fc1": (4, 24), "fc2": (24, 24)}
     shapes = {name: {at: {"kernel": x} for at, x in layers.items()} for name in ("first", "second")}
     target = nnx.eval_shape(lambda: Model({**shapes, "out": {"kernel": (24, 3)}}))

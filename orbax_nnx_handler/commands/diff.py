@@ -2,7 +2,8 @@
 
 import argparse
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from orbax_nnx_handler.commands.arguments import (
@@ -21,6 +22,7 @@ from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.lines import aligned
 from orbax_nnx_handler.planning.core.paths import Path, segments, sort_paths, spelled
 from orbax_nnx_handler.planning.core.recipes import Read
+from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS
 from orbax_nnx_handler.planning.rules import Rule, apply_rules
 from orbax_nnx_handler.planning.rules.entries import Entry, model_entries
 from orbax_nnx_handler.planning.verdict.leaf_verdicts import check_readable
@@ -32,7 +34,10 @@ from orbax_nnx_handler.storage.converting.source import reading_of
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Two checkpoints side by side; leaves are matched by their paths, a last level `value` left out."""
+    """Two checkpoints side by side; leaves are matched by their paths.
+
+    A last level `value` is left out, and first ones that name a collection where the other side has none.
+    """
 
     left: Checkpoint
     right: Checkpoint
@@ -109,13 +114,14 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
 def compare(left: Checkpoint, right: Checkpoint, rules: Sequence[Rule] = ()) -> Comparison:
     """Compares two checkpoints by their metadata, the first one's model as rules make it."""
     ours, theirs = _by_segments(left, rules), _by_segments(right)
-    pairs = [(ours[key], theirs[key]) for key in sort_paths(ours.keys() & theirs.keys())]
+    paired = _paired(ours, theirs)
+    pairs = [(ours[key], theirs[paired[key]]) for key in sort_paths(paired)]
     return Comparison(
         left=left,
         right=right,
         count=len(ours),
-        only_left=tuple(ours[key] for key in sort_paths(ours.keys() - theirs.keys())),
-        only_right=tuple(theirs[key] for key in sort_paths(theirs.keys() - ours.keys())),
+        only_left=tuple(ours[key] for key in sort_paths(ours.keys() - paired.keys())),
+        only_right=tuple(theirs[key] for key in sort_paths(theirs.keys() - {*paired.values()})),
         changed=tuple((one, other) for one, other in pairs if _kind(one) != _kind(other)),
         values={},
     )
@@ -132,6 +138,30 @@ def _by_segments(checkpoint: Checkpoint, rules: Sequence[Rule] = ()) -> dict[Pat
             ),
         )
     }
+
+
+def _paired(ours: Collection[Path], theirs: Collection[Path]) -> Mapping[Path, Path]:
+    """Returns their path of each of ours: the same, or with a collection in front that the other side lacks.
+
+    Linen variables have it, and an `nnx.State` does not; no two paths become one.
+    """
+    found = {key: key for key in ours if key in theirs}
+    left = [[key for key in side if key not in found] for side in (ours, theirs)]
+    inside = [_without_collection(keys) for keys in left]
+    plain = [{key: key for key in keys} for keys in left]
+    for one, other in ((inside[0], plain[1]), (plain[0], inside[1])):
+        found |= {one[key]: other[key] for key in one.keys() & other.keys() if key not in found}
+    return found
+
+
+def _without_collection(paths: Iterable[Path]) -> Mapping[Path, Path]:
+    """Returns paths by what they are without the collections in front, where that is theirs alone."""
+    found: dict[Path, list[Path]] = defaultdict(list)
+    for path in paths:
+        depth = next((at for at, key in enumerate(path) if key not in FLAX_COLLECTIONS), 0)
+        if depth:
+            found[path[depth:]].append(path)
+    return {key: held[0] for key, held in found.items() if len(held) == 1}
 
 
 def _key(path: Path) -> Path:
@@ -180,12 +210,13 @@ def _values(
     """Compares the values of all leaves that have one shape, in the wider of their dtypes."""
     ours = _written(left, rules)
     theirs: dict[Path, Written] = {_key(path): item for path, item in as_stored(right).items()}
-    keys = [key for key in ours if key in theirs and ours[key].shape == theirs[key].shape]
-    dtypes = [common_dtype(ours[key].dtype, theirs[key].dtype) for key in keys]
+    paired = ((ours[key], theirs[other]) for key, other in _paired(ours, theirs).items())
+    pairs = [(one, other) for one, other in paired if one.shape == other.shape]
+    dtypes = [common_dtype(one.dtype, other.dtype) for one, other in pairs]
     sides = [
-        [dataclasses.replace(side[key], dtype=dtype) for key, dtype in zip(keys, dtypes, strict=True)]
-        for side in (ours, theirs)
-    ]
+        [dataclasses.replace(side, dtype=dtype) for side, dtype in zip(some, dtypes, strict=True)]
+        for some in zip(*pairs, strict=True)
+    ] or [[], []]
     with screen.progress(sum(leaf.nbytes for leaf in sides[0]), "comparing") as (progress,):
         return differences((left, sides[0]), (right, sides[1]), window, progress)
 
@@ -204,7 +235,10 @@ def _show(compared: Comparison, screen: Screen, *, with_values: bool) -> None:
         leaves = count(compared.count, "leaf", "leaves")
         screen.say(f"Nothing differs in {what}: {leaves}.", "bold green")
     elif with_values and not compared.values:
-        screen.say("No path has leaves of one shape on both sides: no values were compared.")
+        screen.say(
+            "No path has leaves of one shape on both sides: no values were compared; with --rules, "
+            "A's leaves have B's names."
+        )
     elif with_values:
         equal = len(compared.values) - len(unequal)
         screen.say(f"{count(equal, 'leaf has', 'leaves have')} equal values, {len(unequal)} differ.")

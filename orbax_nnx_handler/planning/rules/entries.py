@@ -90,7 +90,7 @@ class Entry:
         """
         return self.tokens[:-1] if len(self.tokens) > 1 and self.tokens[-1] == "value" else None
 
-    @property
+    @derived
     def sources(self) -> tuple[Path, ...]:
         """The stored leaves it is made from."""
         return self.leaves or tuple(dict.fromkeys(reads(self.recipe)))

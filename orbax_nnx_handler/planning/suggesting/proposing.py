@@ -13,6 +13,7 @@ from orbax_nnx_handler.planning.core.recipes import Read, Shapes, reads
 from orbax_nnx_handler.planning.layouts.layout import Stored, is_copy_beside
 from orbax_nnx_handler.planning.likeness.joined_parts import Remade
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, readings_of, simplest
+from orbax_nnx_handler.planning.likeness.module_parts import Leaf
 from orbax_nnx_handler.planning.likeness.shapes import Way
 from orbax_nnx_handler.planning.likeness.vocabulary import Names
 from orbax_nnx_handler.planning.mapping.networks import layers_in_turns, networks_as_parts
@@ -49,6 +50,7 @@ from orbax_nnx_handler.planning.suggesting.suggestion import (
     asking,
     behind,
     changed,
+    changes_nothing,
     mixes,
     one_of,
     open_ends,
@@ -200,7 +202,7 @@ class _Proposing:
 
         def nth(rules: Sequence[Rule], at: int) -> tuple[Rule, ...]:
             joined = next(itertools.islice(by_network(keys, rules), at, None), rules)
-            return tuple(rule for rule in joined if rule in rules or not _changes_nothing(rule))
+            return tuple(rule for rule in joined if rule in rules or not changes_nothing(rule))
 
         is_trained = bool(of_role(self._wanted, "optimizer"))
         for at, _ in enumerate(by_network(keys, found.renames) if is_trained else ()):
@@ -224,7 +226,7 @@ class _Proposing:
             return self._rules(tried, searched, [link for reading in chosen for link in reading], changes)
 
         rules = partial(self._rules, tried, searched)
-        counts = held_by(stored_leaves(self._entries, False), wanted_leaves(self._model))
+        counts = held_by(*((self._theirs, self._ours) if questions else ((), ())))
         asked = [item.question(rules, counts) for item in questions]
         return dataclasses.replace(self._suggested(tried, asked), settle=answered)
 
@@ -244,10 +246,10 @@ class _Proposing:
         kept = [one for one in tried.links if (one.target.source, one.source.source) not in answered]
         links = remade_behind([*kept, *more], changes, self._entries, self._shapes)
         rules = Writer(Entries(self._entries), tried.root, tried.below).write(links, searched.found.groups)
-        keeps = any(map(_changes_nothing, tried.rules or rules))
+        keeps = any(map(changes_nothing, tried.rules or rules))
         if keeps and not tried.rules:  # Nothing was tried yet: what keeps a name may keep it from a rename.
             keeps = self._judged(links, rules, tried.root, tried.below).is_clean
-        return tuple(rule for rule in rules if keeps or not _changes_nothing(rule))
+        return tuple(rule for rule in rules if keeps or not changes_nothing(rule))
 
     def _searched(self) -> Searched:
         found = self._search(after := self._applied)
@@ -269,9 +271,8 @@ class _Proposing:
         return choose(self._wanted, self.stored, dataclasses.replace(self.options, renames=tuple(rules)))
 
     def _search(self, entries: Sequence[Entry]) -> Searched:
-        ours = wanted_leaves(self._model)
+        ours, model = self._ours, [entry for entry in entries if entry.section == "model"]
         arranged = any("dense_i" in leaf.names[-2:-1] for leaf in ours)
-        model = [entry for entry in entries if entry.section == "model"]
         theirs = stored_leaves(without_repeats(ours, model), arranged)
         sizes = [sum(math.prod(x.shape) for x in some) for some in (ours, theirs, model)]
         try:
@@ -289,10 +290,9 @@ class _Proposing:
         settled = {path: set(reads(self._found[path].recipe)) for path in paths}
         claimed = {path for sources in settled.values() for path in sources}
         kept = [x for x in links if agrees(x, settled, claimed, self._free) and not self._is_doubted(x)]
-        ours = {leaf.source: leaf for leaf in wanted_leaves(self._model)}
-        theirs = [*zip(self._entries, stored_leaves(self._entries, False), strict=True)]
-        kept = without_strays(kept, ours.values(), [leaf for _, leaf in theirs])
-        made = {entry.recipe: leaf for entry, leaf in theirs}
+        ours = {leaf.source: leaf for leaf in self._ours}
+        kept = without_strays(kept, self._ours, self._theirs)
+        made = {x.recipe: leaf for x, leaf in zip(self._entries, self._theirs, strict=True)}
         covered = {leaf.source for link in kept for leaf in link.wanted}
         for path in settled:
             recipe = self._found[path].recipe
@@ -330,9 +330,9 @@ class _Proposing:
 
     def _tried(self, links: Sequence[Link], searched: Searched, root: int, below: Names) -> Tried:
         tried = self._written(links, searched, root, below)
-        if tried.is_clean or not any(map(_changes_nothing, tried.rules)):
+        if tried.is_clean or not any(map(changes_nothing, tried.rules)):
             return tried
-        changing = {rule: some for rule, some in tried.rules.items() if not _changes_nothing(rule)}
+        changing = {rule: some for rule, some in tried.rules.items() if not changes_nothing(rule)}
         return self._judged(links, changing, root, below)
 
     def _written(self, links: Sequence[Link], searched: Searched, root: int, below: Names) -> Tried:
@@ -356,9 +356,8 @@ class _Proposing:
         except RestoreError as error:
             return Tried(rules=rules, verdict=None, problem=str(error), right=-1)
         problem = "\n".join(str(fault) for fault in verdict.faults if not self._is_old(fault))
-        wanted = paths_of(links)
+        wanted, steps = paths_of(links), steps_by_leaf(links)
         got = {path: set(reads(item.recipe)) for path, item in verdict.restored.items()}
-        steps = steps_by_leaf(links)
         right = {
             path
             for path, sources in wanted.items()
@@ -366,10 +365,10 @@ class _Proposing:
             and steps.get(path) in (None, steps_in(verdict.restored[path].recipe))
         }
         wrong = [path for path in wanted if path not in right]
-        before = {path: set(reads(item.recipe)) for path, item in self._found.items()}
-        wrong += [path for path, sources in before.items() if got.get(path) != sources and path not in wanted]
+        before = ((path, item) for path, item in self._found.items() if path not in wanted)
+        wrong += [path for path, item in before if got.get(path) != {*reads(item.recipe)}]
         others = {item.leaf.path for item in self._model} - wanted.keys() - self._base.restored.keys()
-        ends = {(path, entry.segments[-2:]) for entry in self._applied for path in entry.sources}
+        ends = {(at, x.segments[-2:]) for x in (self._applied if others else ()) for at in x.sources}
         wrong += [
             path
             for path, sources in got.items()
@@ -392,7 +391,15 @@ class _Proposing:
     @cached_property
     def _entries(self) -> Sequence[Entry]:
         model = [entry for entry in self._applied if entry.section == "model"]
-        return without_repeats(wanted_leaves(self._model), model)
+        return without_repeats(self._ours, model)
+
+    @cached_property
+    def _ours(self) -> list[Leaf]:
+        return wanted_leaves(self._model)
+
+    @cached_property
+    def _theirs(self) -> list[Leaf]:
+        return stored_leaves(self._entries, False)
 
     def _questions(self, links: Sequence[Link], searched: Searched, tried: Tried) -> list[Choice]:
         verdict = tried.verdict or self._base
@@ -428,9 +435,8 @@ class _Proposing:
         doubted = verdict.counted_otherwise - paths_of(tried.links).keys()
         left = {*verdict.missing, *verdict.mismatched, *doubted}
         own = {path for item in self._found.values() for path in reads(item.recipe)}
-        entries = self._entries if verdict is not self._base else ()
         placed = verdict.sides.placements
-        images = flattened(stored_leaves(entries, False), own)
+        images = flattened(self._theirs if verdict is not self._base else (), own)
         made = {path: item.recipe for path, item in verdict.restored.items() if images}
         return Suggestion(
             proposals=tuple(proposal_of(rule, links) for rule, links in tried.rules.items()),
@@ -442,8 +448,3 @@ class _Proposing:
             resized=resized_in(verdict, questions),
             flattened=tuple(p for p in weights if p in made and not images.isdisjoint(reads(made[p]))),
         )
-
-
-def _changes_nothing(rule: Rule) -> bool:
-    """Tells whether a rule says nothing but that a path is the right one."""
-    return isinstance(rule, Rename) and rule.pattern == rule.replacement

@@ -200,8 +200,12 @@ def lists_in_lists(series: Series, others: Iterable[Series]) -> Pairs:
 
 def _lists_in(series: Series) -> list[Series]:
     """Returns the list in each layer of a list; nothing where one has none or several."""
-    found = [series_of(series.members[at], series.depth) for at in series.numbers]
-    return [each for (each,) in found] if all(len(each) == 1 for each in found) else []
+    found = list[Series]()
+    for at in series.numbers:
+        if len(inner := series_of(series.members[at], series.depth)) != 1:
+            return []
+        found += inner
+    return found
 
 
 def _one_by_one_in(groups: Sequence[Series], other: Series) -> list[Share]:

@@ -337,6 +337,11 @@ def mixes(found: Suggestion, keys: Sequence[Rename], called: Mapping[Path, Path]
     return parts > 1
 
 
+def changes_nothing(rule: Rule) -> bool:
+    """Tells whether a rule says nothing but that a path is the right one."""
+    return isinstance(rule, Rename) and rule.pattern == rule.replacement
+
+
 def problem_of(verdict: Verdict, weights: Iterable[Path]) -> str:
     """Returns what a plan says against its rules, or why no rule helps; empty for nothing."""
     if verdict.faults:

@@ -142,6 +142,10 @@ def _has_another_constant(one: Compared, *, whatever: bool) -> bool:
     return any(whatever or name.startswith("eps") for name in numbers)
 
 
+def _is_in_another_order(one: Compared) -> bool:
+    return same_numbers(one.linen.outputs, one.nnx.outputs)
+
+
 class _CannotRunError(Exception):
     """A module does not run by itself."""
 
@@ -207,7 +211,7 @@ class Search:
         for certain in (True, False):
             for one in self.compared:
                 if self._differs(one) and one.found.is_certain == certain and not self._made_up_for(one):
-                    yield one
+                    yield from () if self._is_put_right(one) else (one,)
 
     def _gets_the_same(self, one: Compared) -> bool:
         inputs = one.found.inputs
@@ -226,6 +230,22 @@ class Search:
         around = [other for other in self._around(one) if other.found.is_certain and other.gets_the_same]
         nearest = max(around, key=lambda other: len(other.path), default=None)
         return nearest is not None and nearest.agrees
+
+    def _is_put_right(self, one: Compared) -> bool:
+        """Tells whether what comes of a module's numbers, in another order than Linen's, is the same again.
+
+        So it is where the next module that returns something else is called with the same as in Linen.
+        """
+        if not _is_in_another_order(one):
+            return False
+        behind = (x for x in self.compared if x.nnx.call.order > one.nnx.call.order and not x.encloses(one))
+        doubted = (
+            x
+            for x in behind
+            if not self._gets_the_same(x) or (self._differs(x) and not _is_in_another_order(x))
+        )
+        following = next(doubted, None)
+        return following is not None and self._gets_the_same(following)
 
     def _around(self, one: Compared) -> list[Compared]:
         """Returns the calls that a call was made in: of each module around it the next to return."""
@@ -259,7 +279,7 @@ class Search:
             changes={} if proof is None else proof.recipes,
             tried=self.tried,
             settings=differing_settings(at.linen.call, at.nnx.call),
-            reordered=same_numbers(at.linen.outputs, at.nnx.outputs),
+            reordered=_is_in_another_order(at),
         )
 
     def _place(

@@ -392,17 +392,17 @@ def compare_inputs(reference: Sequence[Array], others: Sequence[Array]) -> Dista
 
 
 def _nearest(reference: Array, other: Array) -> tuple[float, float]:
-    """Returns how far two arrays lie apart, with their axes in whichever order is nearest: NCHW is NHWC."""
+    """Returns how far two arrays lie apart, with their axes in whichever order is nearest: NCHW is NHWC.
+
+    Axes of one element are none: a bias of positions is (1, heads, queries, keys) or (queries, keys, heads).
+    """
     apart = distance(reference, other)
-    if (
-        apart[0] <= ROUNDING
-        or other.shape == reference.shape
-        or not 2 < other.ndim == reference.ndim <= _MOST_AXES
-    ):
+    one, two = (tuple(length for length in array.shape if length != 1) for array in (reference, other))
+    if apart[0] <= ROUNDING or one == two or not 2 < len(one) == len(two) <= _MOST_AXES:
         return apart
-    orders = itertools.permutations(range(other.ndim))
-    turned = [order for order in orders if tuple(other.shape[axis] for axis in order) == reference.shape]
-    return min([apart, *(distance(reference, other.transpose(order)) for order in turned)])
+    orders = itertools.permutations(range(len(two)))
+    turned = [order for order in orders if tuple(two[axis] for axis in order) == one]
+    return min([apart, *(distance(reference, other.reshape(two).transpose(order)) for order in turned)])
 
 
 def _comparable(one: Array, other: Array) -> bool:

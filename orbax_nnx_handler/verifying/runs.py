@@ -1,7 +1,6 @@
 """Both programs, run on one input from one checkpoint, and every call of paired modules compared."""
 
 import dataclasses
-import itertools
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -41,7 +40,7 @@ from orbax_nnx_handler.verifying.pairing import (
     scanned_axes,
     uses_of,
 )
-from orbax_nnx_handler.verifying.recording import Array, Call, run_linen, run_nnx
+from orbax_nnx_handler.verifying.recording import Call, run_linen, run_nnx
 from orbax_nnx_handler.verifying.single_module import ModuleRunner
 from orbax_nnx_handler.verifying.verification import ModuleComparison, opened_up, outputs_apart
 from orbax_nnx_handler.verifying.weights import (
@@ -52,6 +51,7 @@ from orbax_nnx_handler.verifying.weights import (
     is_other,
     is_weight,
     locate_stored,
+    orders_of_features,
     path_above,
     restore_linen,
 )
@@ -107,8 +107,8 @@ class Compared:
         if not self.is_reordered_before or len(pairs) != 1 or pairs[0][0].shape != pairs[0][1].shape:
             return None
         one, other = (array.reshape(-1, *array.shape[-1:]) for array in pairs[0])
-        found, places = dict[bytes, tuple[Shape, tuple[int, ...]]](), _places(one.shape[-1])
-        for lengths, order in _orders(one.shape[-1]):
+        found, places = dict[bytes, tuple[Shape, tuple[int, ...]]](), np.arange(one.shape[-1], dtype=np.int64)
+        for lengths, order in orders_of_features(one.shape[-1]):
             turned = places.reshape(lengths).transpose(order).reshape(-1)
             if all(distance(one[:rows, turned], other[:rows])[0] <= TOLERANCE for rows in (1, len(one))):
                 found.setdefault(turned.tobytes(), (lengths, order))
@@ -121,20 +121,6 @@ class Compared:
         return self.pair.nnx.layer in (None, inner.pair.nnx.layer)
 
 
-def _places(size: int) -> Array:
-    return np.arange(size)
-
-
-def _orders(size: int) -> Iterator[tuple[Shape, tuple[int, ...]]]:
-    """Yields every way to divide an axis into two or three parts, with every other order of them."""
-    divisors = [length for length in range(2, size // 2 + 1) if size % length == 0]
-    yield from (((outer, size // outer), (1, 0)) for outer in divisors)
-    for outer, inner in itertools.product(divisors, divisors):
-        if size % (outer * inner) == 0 and outer * inner < size:
-            lengths = (outer, inner, size // (outer * inner))
-            yield from ((lengths, order) for order in itertools.permutations(range(3)) if order != (0, 1, 2))
-
-
 def compare_modules(
     pairs: Iterable[ModulePair], linen_calls: Iterable[Call], nnx_calls: Iterable[Call]
 ) -> list[Compared]:
@@ -145,11 +131,33 @@ def compare_modules(
     for pair in pairs:
         ours = uses_of(pair.nnx, nnx, _sizes(linen.get(pair.linen.path, ())))
         theirs = uses_of(pair.linen, linen, _sizes(nnx.get(pair.nnx.path, ())))
-        if len(ours) == len(theirs):
-            each = enumerate(zip(theirs, ours, strict=True))
-            calls = made_of.get(pair.nnx.path, 1)
-            compared += [_compared(pair, number, one, other, calls) for number, (one, other) in each]
+        calls = made_of.get(pair.nnx.path, 1)
+        compared += [_compared(pair, at, one, other, calls) for at, one, other in _call_by_call(theirs, ours)]
     return sorted(compared, key=lambda one: one.nnx.call.order)
+
+
+_MOST_CALLS = 16
+"""How many calls of one module are compared each with each."""
+
+
+def _call_by_call(linen: Sequence[Use], nnx: Sequence[Use]) -> Iterator[tuple[int, Use, Use]]:
+    """Yields the number of a call in NNX, Linen's call and its own: with the same inputs, else in turn.
+
+    Two towers of shared weights may be called in either order; where one program calls a module more often,
+    what has no counterpart is left out.
+    """
+    left, pairs = dict(enumerate(linen)), dict[int, int]()
+    for at, use in enumerate(nnx if max(len(linen), len(nnx)) <= _MOST_CALLS else ()):
+        # What is its own, where it may be; else the first one, as the program goes on.
+        likely = sorted(left, key=lambda number: number != at)
+        found = next((n for n in likely if _agree(compare_inputs(left[n].inputs, use.inputs))), None)
+        if found is not None:
+            pairs[at] = found
+            del left[found]
+    if len(linen) == len(nnx):
+        open_ = (at for at in range(len(nnx)) if at not in pairs)
+        pairs |= dict(zip(open_, [*left], strict=True))
+    yield from ((at, linen[number], nnx[at]) for at, number in sorted(pairs.items()))
 
 
 def _sizes(calls: Sequence[Call]) -> set[int]:

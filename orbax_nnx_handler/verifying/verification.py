@@ -289,8 +289,11 @@ class Verification:
 
     def _found(self) -> list[Line]:
         told = [] if self.first is None else _told(self.first)
-        notes = (Sentence("note", remark) for remark in self.remarks)
-        return [self._verdict(), f"checkpoint: {self.directory}", *told, *notes]
+        notes = [Sentence("note", remark) for remark in self.remarks]
+        is_between = self.first is not None and not (self.first.place or self.first.proved)
+        # Where no module is to blame, what a reader should know comes first: one that is called more often.
+        found = [*notes, *told] if is_between else [*told, *notes]
+        return [self._verdict(), f"checkpoint: {self.directory}", *found]
 
     def __str__(self) -> str:
         return joined(self._lines())
@@ -318,9 +321,11 @@ class Verification:
         modules = len({(module.nnx, module.linen) for module in self.modules})
         calls = f"{counted(len(self.modules), 'call')} of {counted(modules, 'module')} compared"
         alike = [module for module in self.modules if not exceeds(module.inputs, TOLERANCE)]
-        outputs = [module.outputs.relative for module in alike]
+        outputs = [module.outputs.relative for module in alike if not module.differs]
         if self.first is None:
-            return f"  {calls}: outputs at most {_apart(max(outputs, default=0.0))} apart"
+            others = sum(module.differs for module in alike)
+            but = f", but for {counted(others, 'call')} from which the same comes" if others else ""
+            return f"  {calls}: outputs at most {_apart(max(outputs, default=0.0))} apart{but}"
         return f"  {calls}; around the first difference, in the order of the run:"
 
     def _around(self, module: ModuleComparison) -> Sequence[ModuleComparison]:

@@ -4,7 +4,8 @@ And what each layer of a weight is made from.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -311,6 +312,16 @@ def layer_of(recipe: Recipe, axis: int, layer: int, shapes: Shapes) -> Recipe:
             return Add(layer_of(source, axis, layer, shapes), constant)
         case _:
             return Index(recipe, axis, layer)
+
+
+def orders_of_features(size: int) -> Iterator[tuple[Shape, tuple[int, ...]]]:
+    """Yields every way to divide an axis into two or three parts, with every other order of them."""
+    divisors = [length for length in range(2, size // 2 + 1) if size % length == 0]
+    yield from (((outer, size // outer), (1, 0)) for outer in divisors)
+    for outer, inner in itertools.product(divisors, divisors):
+        if size % (outer * inner) == 0 and outer * inner < size:
+            lengths = (outer, inner, size // (outer * inner))
+            yield from ((lengths, order) for order in itertools.permutations(range(3)) if order != (0, 1, 2))
 
 
 def with_features_in_order(

@@ -207,3 +207,122 @@ def test_programs_are_not_equal_where_weights_are_proved_wrong(tmp_path: pathlib
     assert found.first.proved
     assert "the outputs are within the tolerance, and the weights of layers/1/mix are wrong." in found.remarks
     assert flat(tmp_path / "right", more=1e6).equal
+
+
+class LinenBias(nn.Module):
+    """A bias for each head and distance, the heads first or last."""
+
+    is_turned: bool = False
+
+    @nn.compact
+    def __call__(self, places: Any) -> Any:
+        found = nn.Embed(7, 4, name="table")(places)
+        return found.transpose(1, 0) if self.is_turned else found.transpose(2, 0, 1)[None]
+
+
+class LinenBiased(nn.Module):
+    is_flat: bool = False
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        places = np.abs(np.arange(5)[:, None] - np.arange(5)[None]) % 7
+        if self.is_flat:  # Nothing but the numbers tells that they are in another order.
+            more = LinenBias(is_turned=True, name="bias")(places[0]).reshape(4, 5)
+            x = x + more.sum(axis=0)[None, :, None]
+        else:
+            x = x + LinenBias(name="bias")(places)[0].sum(axis=(0, 1))[None, :, None]
+        x = nn.tanh(nn.Dense(8, name="up")(x))
+        return nn.Dense(8, name="down")(x)
+
+
+class Biased(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs, *, is_flat: bool):
+        self.bias = nnx.Embed(7, 4, rngs=rngs)
+        self.up = nnx.Linear(8, 8, rngs=rngs)
+        self.down = nnx.Linear(8, 8, rngs=rngs)
+        self.is_flat = is_flat
+
+    def __call__(self, x: Any) -> Any:
+        places = np.abs(np.arange(5)[:, None] - np.arange(5)[None]) % 7
+        bias = self.bias(places[0]).sum(axis=-1) if self.is_flat else self.bias(places).sum(axis=(0, 2))
+        return self.down(nnx.tanh(self.up(x + bias[None, :, None])))
+
+
+@pytest.mark.parametrize("is_flat", [False, True], ids=["axes", "numbers"])
+def test_numbers_in_another_order_that_what_follows_puts_right_are_no_difference(tmp_path, is_flat) -> None:
+    x = np.random.default_rng(0).normal(size=(2, 5, 8)).astype(np.float32)
+    linen = LinenBiased(is_flat=is_flat)
+    path = save(tmp_path, linen.init(jax.random.key(1), x))
+
+    def found(*rules: Any) -> Verification:
+        target = nnx.eval_shape(lambda: Biased(nnx.Rngs(0), is_flat=is_flat))
+        renames = [("bias/table", "bias"), *rules]
+        return verify(path, target, linen.apply, lambda model, x: model(x), (x,), renames=renames)
+
+    right, wrong = found(), found(Transpose("up/kernel", (1, 0)))
+
+    assert right.equal
+    assert right.first is None
+    assert right.remarks == ()
+    assert max(module.outputs.relative for module in right.modules if not module.differs) < 1e-5
+    assert wrong.first is not None
+    assert wrong.first.path == "up"
+    assert wrong.first.proved
+    exchanged = found(("up", "down"), ("down", "up")).first
+    assert exchanged is not None
+    assert exchanged.path != "bias"
+
+
+class LinenTowers(nn.Module):
+    times: int = 1
+
+    @nn.compact
+    def __call__(self, one: Any, other: Any) -> Any:
+        encoder, norm = nn.Dense(8, name="encoder"), nn.LayerNorm(name="norm")
+        first = norm(encoder(one))
+        for _ in range(self.times - 1):
+            first = norm(encoder(first))
+        return nn.Dense(3, name="out")(first * norm(encoder(other)))
+
+
+class Towers(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.encoder = nnx.Linear(8, 8, rngs=rngs)
+        self.norm = nnx.LayerNorm(8, rngs=rngs)
+        self.out = nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, one: Any, other: Any) -> Any:
+        second = self.norm(self.encoder(other))
+        return self.out(self.norm(self.encoder(one)) * second)
+
+
+def towers(path: pathlib.Path, *rules: Any, times: int = 1) -> Verification:
+    one, other = np.random.default_rng(0).normal(size=(2, 3, 8)).astype(np.float32)
+    linen = LinenTowers(times=times)
+    target = nnx.eval_shape(lambda: Towers(nnx.Rngs(0)))
+    where = save(path, linen.init(jax.random.key(1), one, other))
+    return verify(where, target, linen.apply, lambda m, a, b: m(a, b), (one, other), renames=rules)
+
+
+def test_calls_of_a_module_are_paired_by_what_it_is_called_with(tmp_path: pathlib.Path):
+    right = towers(tmp_path / "right")
+    assert right.equal
+    assert right.remarks == ()
+    assert {module.inputs.relative for module in right.modules} == {0.0}
+
+    wrong = towers(tmp_path / "wrong", Transpose("encoder/kernel", (1, 0))).first
+    assert wrong is not None
+    assert wrong.path == "encoder"
+    assert wrong.proved
+
+
+def test_of_a_module_that_one_program_calls_more_often_the_same_calls_are_compared(tmp_path: pathlib.Path):
+    found = towers(tmp_path, times=2)
+    assert not found.equal
+    assert found.first is not None
+    assert found.first.path == "(root)"
+    same = [module.nnx.path for module in found.modules if not module.differs]
+    assert same.count(("encoder",)) == 2
+    lines = str(found).splitlines()
+    called = next(at for at, line in enumerate(lines) if "called 3 times in Linen and 2 times in NNX" in line)
+    assert called < next(at for at, line in enumerate(lines) if "hint:" in line)

@@ -234,7 +234,7 @@ class Search:
     def _is_put_right(self, one: Compared) -> bool:
         """Tells whether what comes of a module's numbers, in another order than Linen's, is the same again.
 
-        So it is where the next module that returns something else is called with the same as in Linen.
+        So it is where the next module that differs is called with what Linen calls it, or another one, with.
         """
         if not _is_in_another_order(one):
             return False
@@ -245,7 +245,9 @@ class Search:
             if not self._gets_the_same(x) or (self._differs(x) and not _is_in_another_order(x))
         )
         following = next(doubted, None)
-        return following is not None and self._gets_the_same(following)
+        if following is None or self._gets_the_same(following):
+            return following is not None
+        return any(called_alike(following, self.compared))  # It has the weights of another one.
 
     def _around(self, one: Compared) -> list[Compared]:
         """Returns the calls that a call was made in: of each module around it the next to return."""

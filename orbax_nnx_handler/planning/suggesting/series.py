@@ -85,6 +85,17 @@ class Series:
         """How many elements all members hold."""
         return sum(self.sizes)
 
+    @derived
+    def said(self) -> frozenset[str]:
+        """What the names of the group say."""
+        return concepts(self.base)
+
+    @derived
+    def said_within(self) -> frozenset[str]:
+        """What the names of the group say, and of which kind is what its layers hold."""
+        inside = concepts(name for leaf in self.members[self.numbers[0]] for name in leaf.names)
+        return self.said | inside & _KINDS
+
     def place(self, number: int) -> Names:
         """Returns the names that lead into a member."""
         return tuple(name.replace(PLACE, str(number)) for name in self.template)
@@ -98,6 +109,7 @@ class Series:
 Pairs = list[tuple[Series, Series]]
 _Waiting = list[tuple[Leaf, list[Any]]]
 _numbered = functools.lru_cache(maxsize=65536)(numbered)  # Asked of each leaf in every context.
+_said = functools.lru_cache(maxsize=65536)(concepts)  # Asked of each module beside every list.
 
 
 def series_of(leaves: Sequence[Leaf], above: int, least: int = 2) -> list[Series]:
@@ -131,7 +143,7 @@ def _is_series(template: Names, base: Names, members: Mapping[int, Sequence[Leaf
 def paired_series(ours: Sequence[Series], theirs: Sequence[Series]) -> Pairs:
     """Returns which groups of layers are the same, where no other pairing comes near."""
     scores = dict[tuple[int, int], float]()
-    said, says = (telling(list(map(said_of, side))) for side in (ours, theirs))
+    said, says = (telling([each.said for each in side]) for side in (ours, theirs))
     places = [
         {
             id(one): (at, len(each))
@@ -177,14 +189,13 @@ def lists_within(series: Series, others: Sequence[Series]) -> tuple[list[Pairs],
     whether names do, and not sizes, is returned too.
     """
     others = [other for other in others if other.numbers == series.numbers]
-    parts = parts_of(series) if others else []
-    held, holds = ([*map(_said_within, side)] for side in (parts, others))
+    parts = parts_of(series) if others and all(x.sizes != series.sizes for x in others) else []
+    held, holds = ([each.said_within for each in side] for side in (parts, others))
     like = [
         [at for at, y in enumerate(others) if y.sizes == x.sizes and not exclude(said, holds[at])]
         for x, said in zip(parts, held, strict=True)
     ]
-    is_one = any(other.sizes == series.sizes for other in others)
-    if not parts or is_one or not 0 < math.prod(map(len, like)) <= _MOST_WAYS:
+    if not parts or not 0 < math.prod(map(len, like)) <= _MOST_WAYS:
         return [], False
     said, says = telling(held), telling(holds)
     scores: dict[tuple[int, ...], float] = {}
@@ -200,12 +211,6 @@ def lists_within(series: Series, others: Sequence[Series]) -> tuple[list[Pairs],
 
 _MOST_WAYS, _UNCOUNTED = 24, str.maketrans("", "", "0123456789")
 _KINDS = frozenset(("self", "cross", "attn", "mlp", "conv"))
-
-
-def _said_within(series: Series) -> frozenset[str]:
-    """Returns what the name of a group says, and what its layers hold."""
-    inside = concepts(name for leaf in series.members[series.numbers[0]] for name in leaf.names)
-    return said_of(series) | inside & _KINDS
 
 
 def _may_be_within(pairs: Pairs) -> bool:
@@ -246,7 +251,7 @@ def in_sequence(groups: Sequence[Series], free: Sequence[Leaf], above: int, arms
 
 
 def _in_sequence(series: Series, found: Mapping[Names, list[Leaf]], arms: int) -> list[Pairs]:
-    said, says = said_of(series), {at: concepts(at) for at in found if len(found) >= len(series.sizes)}
+    said, says = series.said, {at: _said(at) for at in found if len(found) >= len(series.sizes)}
     found = {at: found[at] for at in says if not exclude(said, says[at])}
     # A list in `mid` is none that begins on the way down.
     if len(found) != len(series.sizes) or len({said & says[names] for names in found}) > 1:
@@ -309,15 +314,10 @@ def sizes_of(leaves: Iterable[Leaf]) -> int:
     return max(1, sum(math.prod(leaf.shape) for leaf in leaves))
 
 
-def said_of(series: Series) -> frozenset[str]:
-    """Returns what the names of a group say."""
-    return concepts(series.base)
-
-
 def _may_be_one(one: Series, other: Series) -> bool:
     """Tells whether two groups may be the same layers: nearly as large each, and named no opposites."""
     held = [(one.held[left], other.held[right]) for left, right in same_layers(one, other)]
-    if not held or exclude(said_of(one), said_of(other)) or arm(one.base) * arm(other.base) < 0:
+    if not held or exclude(one.said, other.said) or arm(one.base) * arm(other.base) < 0:
         return False
     if one.is_kind or other.is_kind:
         # Nothing but what they hold speaks for layers of one kind.

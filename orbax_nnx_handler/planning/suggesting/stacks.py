@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.leaves import Shape, order_after, with_fields
 from orbax_nnx_handler.planning.core.paths import levels
-from orbax_nnx_handler.planning.likeness.assignment import best_pairs
+from orbax_nnx_handler.planning.likeness.assignment import MOST_PAIRS, best_pairs
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, settle_turns
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, Stacks, depth_of, leaves_below, part_sizes
 from orbax_nnx_handler.planning.likeness.shapes import Step, Steps, Way, transposed, without_axis
@@ -33,7 +33,6 @@ from orbax_nnx_handler.planning.suggesting.series import (
     by_front,
     have_equal_layers,
     is_complete,
-    said_of,
     series_of,
     share_word,
     sizes_of,
@@ -42,7 +41,7 @@ from orbax_nnx_handler.planning.suggesting.series import (
 
 def without_rest(series: Series, others: Iterable[Series]) -> tuple[Series, Pairs] | None:
     """Returns a group without its last layers, and these with a group named so: the remainder."""
-    found = [other for other in others if said_of(other) & RESTS and have_equal_layers(series, other)]
+    found = [other for other in others if other.said & RESTS and have_equal_layers(series, other)]
     if len(found) != 1 or len(found[0].members) >= len(series.members) or not is_complete(found[0]):
         return None
     other, numbers, first = found[0], series.numbers, len(series.numbers) - len(found[0].numbers)
@@ -100,7 +99,7 @@ def shared_in(series: Series) -> Series:
 
 def stack_of(series: Series, possible: Stacks, least: int) -> tuple[Names, int, list[Leaf]] | None:
     """Returns the module whose leaves all have an axis for the layers, and the axis."""
-    said, count = said_of(series), len(series.members)
+    said, count = series.said, len(series.members)
     found: list[tuple[bool, float, float, int, Names, int, list[Leaf]]] = []
     for prefix, leaves, is_module in possible.get(count, ()):
         lengths = enumerate(leaves[0].shape[:3])
@@ -159,9 +158,11 @@ def stacked_lists(series: Series, other: Series) -> list[list[Share]]:
     `layers_{i}/blocks_{j}` are `scan/layers_{i}` or `scan/layers_{j}`: where both sides count as many, only
     a word of the inner list tells. Where its layers hold a module alone, that is the stack.
     """
+    if series.size != other.size:
+        return []
     held = {leaf.names[other.depth] for leaf in other.members[other.numbers[0]]}
     ranks = [max(len(leaf.shape) for leaf in x.members[x.numbers[0]]) for x in (series, other)]
-    if series.size != other.size or len(held) < 2 or ranks[0] >= ranks[1]:
+    if len(held) < 2 or ranks[0] >= ranks[1]:
         return []
     lists = _lists_in(series) if are_alike(series) and are_alike(other) else []
     if sum(each.size for each in lists) != series.size:
@@ -186,13 +187,13 @@ def lists_in_lists(series: Series, others: Iterable[Series]) -> Pairs:
 
     The lists in `stages/{0..1}` are `stage1_block{i}` and `stage2_block{i}`; `ln1_{i}` names a part of each.
     """
-    inner, said = _lists_in(series), said_of(series)
+    inner, said = _lists_in(series), series.said
     inside = "/".join(inner[0].template[series.depth :]) if inner else ""
     fitting = [
         each
         for (front, _), each in by_front(others).items()
         if len(each) == len(inner) > 1
-        and not (share_word(inside, front) or exclude(said, said_of(each[0])))
+        and not (share_word(inside, front) or exclude(said, each[0].said))
         and [x.sizes for x in each] == [x.sizes for x in inner]
     ]
     return list(zip(inner, fitting[0], strict=True)) if len(fitting) == 1 else []
@@ -385,7 +386,8 @@ def in_turn(wanted: Sequence[Leaf], stored: Sequence[Leaf], above: Sequence[int]
     for to, (_, other) in enumerate(theirs):
         for length in range(len(other) - 1, len(other) + 2):
             alike[not _is_counted(other), length].append(to)  # Of one side alone numbers tell the order.
-    for at, to in ((at, to) for at, (_, x) in enumerate(ours) for to in alike[_is_counted(x), len(x)]):
+    near = [(at, to) for at, (_, x) in enumerate(ours) for to in alike[_is_counted(x), len(x)]]
+    for at, to in near if len(near) <= MOST_PAIRS else ():
         (names, run), (others, other) = ours[at], theirs[to]
         pairs = _one_by_one(run, other) if _is_counted(run) else [x[::-1] for x in _one_by_one(other, run)]
         are_modules = sum(len({leaf.names[:-1] for leaf in held}) > 1 for (_, held), _ in pairs) > 1

@@ -11,9 +11,9 @@ from orbax_nnx_handler import Rename, RestoreError, from_linen, suggest
 from orbax_nnx_handler.planning.likeness.assignment import fit_of
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf
 from orbax_nnx_handler.planning.rules.entries import Entry
-from orbax_nnx_handler.planning.suggesting import matching_parts
-from orbax_nnx_handler.planning.suggesting.series import are_alike, series_of
-from orbax_nnx_handler.planning.suggesting.stacks import shared_in
+from orbax_nnx_handler.planning.suggesting import matching_parts, series, stacks
+from orbax_nnx_handler.planning.suggesting.series import are_alike, paired_series, series_of
+from orbax_nnx_handler.planning.suggesting.stacks import in_turn, shared_in
 from tests.planning.suggesting.pairs import nested, target_of
 from tests.planning.suggesting.proposals import abstract, check, filled, proposed, restored
 from tests.sampled import sampled
@@ -468,3 +468,38 @@ def test_encoderblocks_of_an_encoder_and_of_a_decoder_are_not_exchanged():
     _, values = proposed(stored, {f"{side}/{i}/fc/kernel": (4, 4) for side in ("dec", "enc") for i in (0, 1)})
 
     check(values, {f"{path[:3]}/{path[21]}/fc/kernel": value for path, value in stored.items()})
+
+
+def test_what_the_names_of_many_lists_say_is_asked_once_of_each(monkeypatch):
+    asked = []
+    concepts = series.concepts
+    monkeypatch.setattr(series, "concepts", lambda names: asked.append(names) or concepts(names))
+    towers = itertools.product("abcdefgh", "klmno")
+    paths = [f"{one}{two}/layers/{at}/{path}" for one, two in towers for at in (0, 1) for path in LAYER]
+    sides = [
+        series_of([leaf(f"{side}{path}", LAYER[path.split("/", 3)[3]]) for path in paths], 0)
+        for side in ("tower_", "net_")
+    ]
+
+    paired_series(*sides)
+
+    assert len(asked) == sum(map(len, sides)) == 80
+
+
+def test_hundreds_of_modules_that_lie_in_turn_are_not_compared_with_each_other(monkeypatch):
+    asked = []
+    sizes = stacks.part_sizes
+    monkeypatch.setattr(stacks, "part_sizes", lambda leaves: asked.append(leaves) or sizes(leaves))
+    sides = [
+        [leaf(f"{side}{tower}x/{part}/fc/kernel", (4, 4)) for tower in range(200) for part in parts]
+        for side, parts in (("a", ("block_0", "block_1")), ("b", ("left", "right")))
+    ]
+
+    assert in_turn(*sides, (0, 0)) == []
+
+    assert not asked
+
+
+def leaf(path, shape):
+    names = tuple(path.split("/"))
+    return Leaf(names=names, collection="params", shape=shape, number="floating", source=names)

@@ -11,7 +11,8 @@ from flax import nnx
 from tests.zoo.models.base import Flat, ModelPair
 from tests.zoo.models.conversion import numbered, renamed, stacked, unstacked
 
-VOCABULARY, LENGTH, WIDTH, HIDDEN, HEADS, DEPTH = 11, 6, 8, 12, 2, 3
+# No other axis is as long as the layers are many.
+VOCABULARY, LENGTH, WIDTH, HIDDEN, HEADS, DEPTH = 11, 6, 12, 10, 3, 2
 
 
 class LinenBlock(nn.Module):

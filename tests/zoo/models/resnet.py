@@ -12,7 +12,7 @@ from tests.zoo.models.base import ModelPair
 from tests.zoo.models.conversion import numbered, renamed
 from tests.zoo.pairs import values
 
-WIDTHS = (4, 4, 6)
+WIDTHS = (4, 6)
 """Features of each block; the last one changes the width and projects its input."""
 
 

@@ -16,14 +16,14 @@ Composite = ocp.args.Composite
 
 
 def _steps(**options: Any) -> Program:
-    """Saves ten steps under settings; tells which were taken, which are left and how they are called."""
+    """Saves seven steps under settings; tells which were taken, which are left and how they are called."""
 
     def program(kit: Kit, path: Any) -> Any:
         settings = ocp.CheckpointManagerOptions(**options)
         with ocp.CheckpointManager(path, item_handlers=kit.handler(), options=settings) as manager:
             taken = [
-                manager.save(step, args=kit.save(bundle(float(step))), metrics={"loss": (step * 7) % 10 / 10})
-                for step in range(10)
+                manager.save(step, args=kit.save(bundle(float(step))), metrics={"loss": (step * 3) % 7 / 10})
+                for step in range(7)
             ]
             manager.wait_until_finished()
             left = manager.all_steps()

@@ -12,7 +12,7 @@ from flax import nnx
 from tests.zoo.models.base import ModelPair
 from tests.zoo.models.conversion import numbered, renamed
 
-VOCABULARY, LENGTH, WIDTH, HIDDEN, HEADS, DEPTH, EXPERTS, CHOSEN = 9, 5, 8, 6, 2, 2, 4, 2
+VOCABULARY, LENGTH, WIDTH, HIDDEN, HEADS, DEPTH, EXPERTS, CHOSEN = 9, 5, 8, 6, 2, 2, 3, 2
 
 
 def gates(scores: Any) -> Any:

@@ -87,7 +87,6 @@ OPEN = {
     "distilbert_mlm_to_cls": 4,
     "t5_encoder_only": 2,
     "crossq": 48,
-    "ft_transformer": 6,
 }
 """Leaves that stay open.
 
@@ -113,7 +112,7 @@ half of an array is the gate (openelm), which layer masks (soundstream_unet), wh
 numbered is the deviation's (serl) and which of the layers that Haiku counts is which (structure_module),
 whether what remains of a head is meant by a new one (bert_mlm_to_cls and its like, electra_pre_to_cls,
 distilbert_mlm_to_cls), or what remains of a decoder (t5_encoder_only), and which of the norms of a list and
-a lone one Linen numbered first (crossq, ft_transformer), only outputs tell. Not found yet: the
+a lone one Linen numbered first (crossq), only outputs tell. Not found yet: the
 mask's layer in a list of its own (conv_tasnet), the bias of queries and of values in one for all three
 (qformer), a lone vector (ncsnpp), two levels of a U-Net that are as large (ddpm), heads that hold queries
 and a part of the network (palm_fused), positions of tokens (spectrogram_diffusion), norms in lists (vits),

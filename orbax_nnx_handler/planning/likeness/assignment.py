@@ -5,15 +5,14 @@ import functools
 import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, cast
 
 import numpy as np
 
 from orbax_nnx_handler.planning.core.leaves import Shape, permuted
-from orbax_nnx_handler.planning.core.paths import Level, Path, levels
-from orbax_nnx_handler.planning.likeness.links import Link
-from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, part_of
+from orbax_nnx_handler.planning.core.paths import Level
+from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart
 from orbax_nnx_handler.planning.likeness.shapes import (
     Step,
@@ -26,6 +25,7 @@ from orbax_nnx_handler.planning.likeness.vocabulary import (
     FUSED,
     MARGIN,
     NUMBERED,
+    OF_EITHER,
     PLACING,
     PYTORCHS,
     STRONG,
@@ -44,7 +44,8 @@ from orbax_nnx_handler.planning.likeness.vocabulary import (
     words,
 )
 
-_READINGS = 24  # All orders of four parts.
+_INNER = frozenset(("sub", "inner", "mid", "hidden"))
+"""Words of norms that lie within an attention or a network."""
 _COMPLETE, _LACKING, _UNLIKE, _NUMBER, _LITERAL = 2.0, 1.0, 10.0, 2.0, 1.0
 
 
@@ -91,7 +92,8 @@ def fit_of(one: NamedPart, other: NamedPart) -> Fit | None:
     else:
         score += likeness(one.said, other.said) + 0.5 * likeness(one.part.own, other.part.own)
     equal, differs = _compare_numbers(one, other)
-    score += _NUMBER * equal + _LITERAL * (one.part.names[-1:] == other.part.names[-1:])
+    is_called_so = one.part.names[-1:] == other.part.names[-1:] and not _count_otherwise(one, other)
+    score += _NUMBER * equal + _LITERAL * is_called_so
     # A pair that shapes allow is better than none.
     return Fit(score + 20.0, tuple(pairs), not lacking, differs)
 
@@ -146,13 +148,18 @@ def _ways(wanted: Leaf, stored: Leaf, one: NamedPart, other: NamedPart) -> tuple
         return ()
     if None not in (wanted.collection, stored.collection) and wanted.collection != stored.collection:
         return ()
-    if one.is_table and other.is_table and stored.names[-1] != "kernel":
+    if _is_table(one) and _is_table(other) and stored.names[-1] != "kernel":
         found, names = ways(stored.shape, wanted.shape), {stored.names[-1], wanted.names[-1]}
         # T5X's has a row for each head, and an embedding has one for each distance.
         if "rel_embedding" in names and len(names) > 1:
             return found[-1:] if names & {"embedding", "weight"} else found
         return found[:1]
     return ways_of_heads((stored, stored.shape), (wanted, wanted.shape), one.said | other.said)
+
+
+def _is_table(role: NamedPart) -> bool:
+    """Tells whether a part is a table of rows, which nobody stores the other way around."""
+    return bool(role.said & {"embed", "pos", "rel", "token", "type", "cls"}) and "head" not in role.said
 
 
 def ways_of_heads(one: tuple[Leaf, Shape], other: tuple[Leaf, Shape], said: Concepts) -> tuple[Way, ...]:
@@ -221,9 +228,19 @@ def _compare_numbers(one: NamedPart, other: NamedPart) -> tuple[int, bool]:
     """
     both = (one, other), (other, one)
     is_one = any(_counts_through(x, y) or (x.is_either and x.part.is_norm) for x, y in both)
+    is_one |= _count_otherwise(one, other)
     pairs = itertools.product(() if is_one else one.numbers, other.numbers)
     same = [same_number(*left, *right) for left, right in pairs if same_name(left[0].base, right[0].base)]
     return same.count(True), False in same
+
+
+def _count_otherwise(one: NamedPart, other: NamedPart) -> bool:
+    """Tells whether one side numbers more norms: `norm2` of three, or of `norm1, cross_norm, norm2`."""
+    norms = [role for role in (one, other) if role.part.is_norm and role.part.levels]
+    counted = [x.numbers[-1] for x in norms if x.part.levels[-1].number is not None]
+    # The first one is the first one.
+    are_first = all(level.number == numbers[0] for level, numbers in counted)
+    return len({len(numbers) for _, numbers in counted}) > 1 and not are_first
 
 
 def _counts_through(one: NamedPart, other: NamedPart) -> bool:
@@ -275,20 +292,6 @@ def best_pairs(scores: Mapping[tuple[int, int], float]) -> list[tuple[int, int]]
         best, value = table.best()
         found += [pair for pair in sorted(best) if value - table.best(without=pair)[1] >= MARGIN]
     return found
-
-
-def pairings(
-    ours: Sequence[int], theirs: Sequence[int], possible: Container[tuple[int, int]]
-) -> Iterator[list[tuple[int, int]]]:
-    """Yields some ways in which the parts of the shorter side may each be one of the other side's."""
-    shorter = min(len(ours), len(theirs))
-    several = (
-        list(zip(left, right, strict=True))
-        for left in itertools.islice(itertools.combinations(ours, shorter), _READINGS)
-        for right in itertools.islice(itertools.permutations(theirs, shorter), 120)
-    )
-    fitting = (pairs for pairs in several if all(pair in possible for pair in pairs))
-    yield from itertools.islice(fitting, _READINGS)
 
 
 def components(pairs: Iterable[tuple[int, int]]) -> list[set[tuple[int, int]]]:
@@ -376,25 +379,43 @@ def across_networks(
             yield from (pair for pair in pairs if networks[pair[1]] not in ((), (name,)))
 
 
-def beside_turned(
-    fits: Mapping[tuple[int, int], Fit], wanted: Sequence[NamedPart], stored: Sequence[NamedPart]
-) -> list[tuple[int, int]]:
-    """Returns pairs of matrices as they are, where those of one role on both sides only fit transposed.
+def displaced(
+    best: Set[tuple[int, int]],
+    group: Collection[tuple[int, int]],
+    wanted: Sequence[NamedPart],
+    stored: Sequence[NamedPart],
+) -> Iterator[frozenset[tuple[int, int]]]:
+    """Yields best pairs with those of what is left that nothing but modules around tells from them."""
+    taken = {at for at, _ in best}, {to for _, to in best}
+    beside: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
+    for pair in group:
+        for side in (0, 1):
+            if pair[1 - side] not in taken[1 - side]:
+                beside[side, pair[side]].append(pair)
 
-    Of Praxis' `ffn_layer1` and `ffn_layer2` either has the shape of the other one, transposed.
+    def is_unsaid(pair: tuple[int, int]) -> bool:
+        return STRONG.isdisjoint(wanted[pair[0]].said) != STRONG.isdisjoint(stored[pair[1]].said)
+
+    for pair, (side, part, others) in itertools.product(best, ((0, stored, wanted), (1, wanted, stored))):
+        for other in beside[side, pair[side]]:
+            three = others[pair[side]], part[pair[1 - side]], part[other[1 - side]]
+            if (is_unsaid(pair) and is_unsaid(other)) or _is_within(*three):
+                yield frozenset((pair, other))
+
+
+def _is_within(source: NamedPart, one: NamedPart, other: NamedPart) -> bool:
+    """Tells whether of two norms the other one may be made of the same norm, by where all three lie.
+
+    BitNet's `attn_sub_norm` lies in an attention, the `attention_norm` of a block before it. Llama's
+    `post_attention_layernorm` is none of Gemma 2 that has `pre_feedforward_layernorm`, too.
     """
-    told: dict[tuple[str, str], set[bool]] = defaultdict(set)
-    as_they_are: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
-    for pair, fit in fits.items():
-        is_known = bool(wanted[pair[0]].said & stored[pair[1]].said & STRONG)
-        for one, other, options in fit.pairs:
-            if min(len(one.shape), len(other.shape)) > 1 == len(options):
-                names, is_turned = (one.names[-1], other.names[-1]), options[0].turned
-                if is_known:
-                    told[names].add(is_turned)
-                elif not is_turned and len(one.shape) == len(other.shape):
-                    as_they_are[names].append(pair)
-    return [pair for names, held in as_they_are.items() if told[names] == {True} for pair in held]
+    parts = source.part, one.part, other.part
+    if not all(part.is_norm for part in parts):
+        return False
+    around, own, free = (len(part.levels) for part in parts)
+    is_said = not _INNER.isdisjoint(one.part.own) and _INNER.isdisjoint(source.part.own | other.part.own)
+    are_other = source.place != one.place and not {source.place, one.place}.isdisjoint(OF_EITHER)
+    return is_said or own > free == around or are_other
 
 
 def beside_namesakes(
@@ -413,30 +434,6 @@ def beside_namesakes(
             same |= pairs
     taken = {to: at for at, to in same.items()}
     yield from ((at, to) for at, to in possible if same.get(at, to) != to or taken.get(to, at) != at)
-
-
-def torn(links: Iterable[Link], left: Iterable[Names]) -> Mapping[Path, Link]:
-    """Returns links that nothing but shapes tell, of parts of a head of which nothing else is wanted.
-
-    Args:
-        links: What is found.
-        left: The stored parts that nothing is made from.
-    """
-
-    def head(name: Names) -> object:
-        # `vocab_transform` beside `vocab_layer_norm`, in a model that has no module for its head.
-        return name[:-1] or words(*name)[:1] if name else name
-
-    def shared(link: Link) -> Concepts:
-        # Every head is called one.
-        one, other = (concepts(part_of(leaf)[-2:]) for leaf in (link.target, link.source))
-        return one & other - {"head"}
-
-    known = {head(name) for name in left if name}
-    plain = (x for x in links if known and x.joint is None and x.layers is None)
-    told = [x for x in plain if x.grounds == "shapes" and not shared(x)]
-    apart = (x for x in told if all(level.number is None for level in levels(part_of(x.source))))
-    return {link.target.source: link for link in apart if head(part_of(link.source)) in known}
 
 
 def _by_template(parts: Sequence[NamedPart]) -> Mapping[Names, Mapping[Names, int]]:

@@ -67,16 +67,6 @@ class NamedPart:
         """Of a norm, where it stands in its block, where its name tells."""
         return self.position if self.part.is_norm else None
 
-    @property
-    def has_role(self) -> bool:
-        """Whether names tell which part of an attention or of a gated network it is."""
-        return not STRONG.isdisjoint(self.said)
-
-    @property
-    def is_table(self) -> bool:
-        """Whether it is a table of rows, which nobody stores the other way around."""
-        return bool(self.said & {"embed", "pos", "rel", "token", "type", "cls"}) and "head" not in self.said
-
 
 def named_parts(
     parts: Sequence[ModulePart], above: Sequence[str] = (), sizes: Collection[int] | None = None
@@ -365,7 +355,14 @@ class _Context:
             has_own = any("out" in meanings(*n) for n in self._normed if len(n) == 1)
             return component(("attn",)) if has_own and len(part.levels) > 2 else END
         side = side or -("embed" in own)  # Bart's `layernorm_embedding` is none at the end.
-        return END * side if side else None
+        return END * side if side and not self._is_of_layer(part) else None
+
+    def _is_of_layer(self, part: ModulePart) -> bool:
+        """Tells whether a norm is a layer's, wherever that lies: of `out_conv`, beside an attention."""
+        said = [concepts([name]) for name in self._bases[part.module]]
+        norms, layers = (concepts(()).union(*(x for x in said if ("norm" in x) is y)) for y in (True, False))
+        near = concepts(names[-1] for names in self._normed if names[: len(part.module)] == part.module)
+        return norms & layers >= {"in", "out"} and "attn" in norms | near
 
     def _behind(self, part: ModulePart, place: float) -> float:
         """Returns where a norm behind an attention stands: it may be the one before the network, too."""

@@ -387,11 +387,10 @@ def order_word(found: Collection[str]) -> int:
 PLACING = frozenset(("pre", "post", "first", "last", "in", "out", "attn", "mlp", "self", "cross"))
 """The words that tell where a norm stands in its block."""
 
-
 _SELF, _CROSS, _MLP, END = 10.0, 20.0, 30.0, 100.0
 
 
-BEFORE_NETWORK = _MLP - 1
+BEFORE_NETWORK, OF_EITHER = _MLP - 1, (_SELF + 2, _CROSS + 2)  # Behind the attention, or there.
 
 
 def same_place(one: float, other: float) -> bool:
@@ -400,7 +399,7 @@ def same_place(one: float, other: float) -> bool:
     What comes after the attention comes before the network that follows it: Llama's
     `post_attention_layernorm` is Gemma's `pre_ffw_norm`.
     """
-    low, high = sorted(x - 1 if x in (_SELF + 2, _CROSS + 2) else x for x in (one, other))
+    low, high = sorted(x - 1 if x in OF_EITHER else x for x in (one, other))
     if low == -END or high == END:
         return low != -END or high != END
     if high - low <= 1:

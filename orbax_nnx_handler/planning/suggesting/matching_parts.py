@@ -14,12 +14,11 @@ from orbax_nnx_handler.planning.likeness.assignment import (
     across_networks,
     are_unlike,
     beside_namesakes,
-    beside_turned,
     components,
+    displaced,
     fit_of,
     may_be,
     merged,
-    pairings,
     sizes_of_few,
 )
 from orbax_nnx_handler.planning.likeness.joined_parts import either_way, gated, joined_parts
@@ -43,6 +42,7 @@ from orbax_nnx_handler.planning.likeness.vocabulary import (
     last_of_block,
     likeness,
 )
+from orbax_nnx_handler.planning.suggesting.questions import tie_of
 
 Created = Callable[[ModulePart], tuple[int, ...] | None]
 """The place of a wanted part in the order of creation, where it is known."""
@@ -55,7 +55,6 @@ _TOLD, _PRECEDENT = 2.0, 1.0
 _Found = list[tuple[int, int, PairGrounds]]
 _Choice = list[tuple[int, int]]
 _Group = set[tuple[int, int]]
-_Doubts = Iterator[frozenset[tuple[int, int]]]
 
 
 def match_parts(
@@ -120,7 +119,7 @@ class _Pairs:
                 elif fit is not None:
                     self._excluded.add((at, to))
         self._exclude([*beside_namesakes(self._fits, wanted, stored)])
-        self._exclude(beside_turned(self._fits, wanted, stored))
+        self._exclude(_beside_turned(self._fits, wanted, stored))
         self._exclude(without_place(self._fits, [[role.part for role in side] for side in sides]))
         modules, held = self._modules_told(), self._homes.held  # A module of one part is no whole one.
         self._told = {pair for pair in modules if min(held[0][pair[0]], held[1][pair[1]]) > 1}
@@ -187,8 +186,7 @@ class _Pairs:
             home, other = self._homes.of(at, to)
             is_whole = wanted[home] == stored[other] == among[home, other] > 1
             around = [there for here, there in homes if here == home]
-            is_known = modules.get(home) == other or around.count(other) == len(around) > 1
-            if is_known or is_whole:
+            if is_whole or modules.get(home) == other or around.count(other) == len(around) > 1:
                 found.append((at, to, "names"))  # The only two of their shape in what is one module.
             else:
                 ties.append(self._tie([at], [to]))
@@ -248,7 +246,7 @@ class _Pairs:
         for at, to in best:
             self._ours[to], self._theirs[at] = at, to
         doubtful = {frozenset((pair, other)) for pair in best for other in self._rather(pair, best, group)}
-        doubtful.update(self._displaced(best, group))
+        doubtful.update(displaced(best, group, self._wanted, self._stored))
         doubtful.update(exchanged(best, {pair: self._homes.of(*pair) for pair in group}, self._told))
         unstable = {pair for tie in doubtful for pair in tie}  # Names that speak against each other.
         for pair in filter(lambda pair: pair not in unstable, best):
@@ -284,14 +282,6 @@ class _Pairs:
         kinds = [PARAMETER.get(role.part.names[-1], role) for role in (one, other)]
         return kinds[0] == kinds[1] or bool(one.part.own & other.part.own or one.said & other.said & STRONG)
 
-    def _displaced(self, best: frozenset[tuple[int, int]], group: _Group) -> _Doubts:
-        """Yields pairs with those of what is left, where only modules around tell which part has the role."""
-        unsaid = {(at, to) for at, to in group if self._wanted[at].has_role != self._stored[to].has_role}
-        ours, theirs = {at for at, _ in best}, {to for _, to in best}
-        for pair, (at, to) in itertools.product(unsaid & best, unsaid):
-            if (at == pair[0] and to not in theirs) or (to == pair[1] and at not in ours):
-                yield frozenset((pair, (at, to)))
-
     def _rivals(self, pair: tuple[int, int], group: _Group) -> bool:
         return any(other != pair and (other[0] == pair[0] or other[1] == pair[1]) for other in group)
 
@@ -316,9 +306,8 @@ class _Pairs:
             return True  # Of one output too, where kernel and bias are vectors.
         # What could be another one as it is, is not this one reshaped.
         is_other = not self._has_same_shape(pair) and any(map(self._has_same_shape, self._others(pair)))
-        if one.part.is_vector or not fit.is_exact or is_other:
-            return False
-        return leaf is None or len(set(leaf.shape)) == len(leaf.shape) or not self._rivals(pair, group)
+        is_told = leaf is None or len({*leaf.shape}) == len(leaf.shape) or not self._rivals(pair, group)
+        return is_told and fit.is_exact and not (one.part.is_vector or is_other)
 
     def _sides(
         self, tie: Sequence[tuple[int, int]], group: _Group, found: _Found
@@ -420,24 +409,15 @@ class _Pairs:
             beside[pair[side].part.module].append(pair[1 - side])
         modules = [(self._wanted, self._stored)[side][at].part.module for at in parts]
         each = [beside[module] for module in modules]
-        if any(len(a) < len(b) and a == b[: len(a)] for a in modules for b in modules):
-            return None
-        if not all(map(are_counted, each)) or len({one.part.family for held in each for one in held}) > 1:
+        is_around = any(len(a) < len(b) and a == b[: len(a)] for a in modules for b in modules)
+        families = {one.part.family for held in each for one in held}
+        if is_around or not all(map(are_counted, each)) or len(families) > 1:
             return None
         return in_strict_order([min(one.part.levels[-1].number or 0 for one in held) for held in each])
 
     def _tie(self, ours: Sequence[int], theirs: Sequence[int]) -> Tie:
-        some = pairings(ours, theirs, self._fits)
-        readings = [tuple(link for x in pairs for link in self.links(*x, "names")) for pairs in some]
-        # What names exclude may hide another reading of a few.
-        if len(readings) == 1 < min(len(ours), len(theirs)):
-            single = (self.links(*x, "names") for x in itertools.product(ours, theirs) if x in self._fits)
-            readings += [tuple(links) for links in single if not {*links} <= {*readings[0]}]
-        return Tie(
-            wanted=tuple(self._wanted[at].part.names for at in ours),
-            stored=tuple(self._stored[to].part.names for to in theirs),
-            readings=tuple(readings),
-        )
+        names = [[role.part.names for role in side] for side in (self._wanted, self._stored)]
+        return tie_of((ours, theirs), names, self._fits, lambda at, to: self.links(at, to, "names"))
 
     def links(self, at: int, to: int, grounds: PairGrounds) -> list[Link]:
         """Returns the leaves of a pair of parts."""
@@ -448,3 +428,23 @@ class _Pairs:
             Link(wanted=(one,), stored=(other,), grounds=kind, ways=(found,), fact=fact)
             for one, other, found in self._fits[at, to].pairs
         ]
+
+
+def _beside_turned(
+    fits: Mapping[tuple[int, int], Fit], wanted: Sequence[NamedPart], stored: Sequence[NamedPart]
+) -> list[tuple[int, int]]:
+    """Returns pairs of matrices as they are, where those of one role on both sides only fit transposed.
+
+    Of Praxis' `ffn_layer1` and `ffn_layer2` either has the shape of the other one, transposed.
+    """
+    told: dict[tuple[str, str], set[bool]] = defaultdict(set)
+    as_they_are: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
+    for pair, fit in fits.items():
+        for one, other, options in fit.pairs:
+            if min(len(one.shape), len(other.shape)) > 1 == len(options):
+                names, is_turned = (one.names[-1], other.names[-1]), options[0].turned
+                if wanted[pair[0]].said & stored[pair[1]].said & STRONG:
+                    told[names].add(is_turned)
+                elif not is_turned and len(one.shape) == len(other.shape):
+                    as_they_are[names].append(pair)
+    return [pair for names, held in as_they_are.items() if told[names] == {True} for pair in held]

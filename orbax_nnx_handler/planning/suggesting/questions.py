@@ -5,9 +5,10 @@ links that are rather asked about, since others of their lists say otherwise.
 """
 
 import dataclasses
+import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property, lru_cache
 from typing import Literal
 
@@ -15,7 +16,7 @@ from orbax_nnx_handler.planning.core.folding import Row, fold, fold_names, list_
 from orbax_nnx_handler.planning.core.paths import Path, levels, shared_levels
 from orbax_nnx_handler.planning.likeness.links import Link, Tie
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, part_of
-from orbax_nnx_handler.planning.likeness.vocabulary import Concepts, Names, concepts, place_of
+from orbax_nnx_handler.planning.likeness.vocabulary import Concepts, Names, concepts, place_of, words
 from orbax_nnx_handler.planning.rules import Rule
 
 About = Literal["which", "how", "transposed"]
@@ -354,3 +355,65 @@ def in_list(names: Names) -> tuple[Names, Names]:
         if level.number is not None:
             return (*names[: at - level.width], level.base), names[at:]
     return (), ()
+
+
+def torn(links: Iterable[Link], left: Iterable[Names]) -> Mapping[Path, Link]:
+    """Returns links that nothing but shapes tell, of parts of a head of which nothing else is wanted.
+
+    Args:
+        links: What is found.
+        left: The stored parts that nothing is made from.
+    """
+
+    def head(name: Names) -> object:
+        # `vocab_transform` beside `vocab_layer_norm`, in a model that has no module for its head.
+        return name[:-1] or words(*name)[:1] if name else name
+
+    def shared(link: Link) -> Concepts:
+        # Every head is called one.
+        one, other = (concepts(part_of(leaf)[-2:]) for leaf in (link.target, link.source))
+        return one & other - {"head"}
+
+    known = {head(name) for name in left if name}
+    plain = (x for x in links if known and x.joint is None and x.layers is None)
+    told = [x for x in plain if x.grounds == "shapes" and not shared(x)]
+    apart = (x for x in told if all(level.number is None for level in levels(part_of(x.source))))
+    return {link.target.source: link for link in apart if head(part_of(link.source)) in known}
+
+
+def tie_of(
+    sides: tuple[Sequence[int], Sequence[int]],
+    names: Sequence[Sequence[Names]],
+    possible: Container[tuple[int, int]],
+    links: Callable[[int, int], Sequence[Link]],
+) -> Tie:
+    """Returns a question about some parts of both sides, with some ways to pair them.
+
+    Args:
+        sides: The parts, wanted and stored.
+        names: The paths of all parts of either side.
+        possible: The pairs that may be.
+        links: The leaves of a pair.
+    """
+    some = _pairings(*sides, possible)
+    readings = [tuple(itertools.chain.from_iterable(links(*pair) for pair in pairs)) for pairs in some]
+    # What names exclude may hide another reading of a few.
+    if len(readings) == 1 < min(map(len, sides)):
+        single = (links(*pair) for pair in itertools.product(*sides) if pair in possible)
+        readings += [tuple(each) for each in single if not {*each} <= {*readings[0]}]
+    ours, theirs = (tuple(some[at] for at in side) for some, side in zip(names, sides, strict=True))
+    return Tie(wanted=ours, stored=theirs, readings=tuple(readings))
+
+
+def _pairings(
+    ours: Sequence[int], theirs: Sequence[int], possible: Container[tuple[int, int]]
+) -> Iterator[list[tuple[int, int]]]:
+    """Yields some ways in which the parts of the shorter side may each be one of the other side's."""
+    shorter = min(len(ours), len(theirs))
+    several = (
+        list(zip(left, right, strict=True))
+        for left in itertools.islice(itertools.combinations(ours, shorter), _MOST_READINGS)
+        for right in itertools.islice(itertools.permutations(theirs, shorter), 120)
+    )
+    fitting = (pairs for pairs in several if all(pair in possible for pair in pairs))
+    yield from itertools.islice(fitting, _MOST_READINGS)

@@ -12,7 +12,7 @@ from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, segments
 from orbax_nnx_handler.planning.core.recipes import Read, reads, shape_of
 from orbax_nnx_handler.planning.layouts.layout import repeats_beside
-from orbax_nnx_handler.planning.likeness.assignment import Fit, fit_of, may_be, sizes_of_few, torn
+from orbax_nnx_handler.planning.likeness.assignment import Fit, fit_of, may_be, sizes_of_few
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie, leads, settle_turns
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, module_parts, part_of
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart, named_parts
@@ -24,7 +24,7 @@ from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.rules.values import steps_in
 from orbax_nnx_handler.planning.suggesting.link_groups import Precedents, apart_from_copies, with_moved_axes
 from orbax_nnx_handler.planning.suggesting.matching_layers import Context, match_context
-from orbax_nnx_handler.planning.suggesting.questions import contradicted, from_elsewhere
+from orbax_nnx_handler.planning.suggesting.questions import contradicted, from_elsewhere, torn
 from orbax_nnx_handler.planning.target.roles import Wanted
 
 

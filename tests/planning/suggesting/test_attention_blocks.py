@@ -247,3 +247,55 @@ def test_numbers_of_blocks_without_a_cross_attention_tell_nothing_of_those_that_
 
     assert found.questions
     check(made, {path: stored[values[path]] for path in made})
+
+
+def norms_in_blocks(stored, wanted):
+    """Returns what is proposed for two blocks with some norms, whatever else they hold."""
+    shapes = {f"layers_{at}/{name}/scale": (8,) for at in range(2) for name in stored}
+    others = {f"blocks/{at}/{name}/weight": (8,) for at in range(2) for name in wanted}
+    for at in range(2):
+        for name, shape in (("attn/qkv", (8, 24)), ("attn/proj", (8, 8)), ("mlp/fc1", (8, 16))):
+            shapes[f"layers_{at}/{name}/kernel"] = others[f"blocks/{at}/{name}/kernel"] = shape
+    found, _ = proposed(filled(shapes), others)
+    return found
+
+
+def asked_in(found):
+    """Returns the wanted paths that questions are about."""
+    return {"/".join(map(str, path)) for question in found.questions for path in question.wanted}
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted", "taken"),
+    [
+        (("attention_norm", "ffn_norm"), ("pre_norm", "norm", "attn/attn_sub_norm"), "attn/attn_sub_norm"),
+        (("norm_attn", "norm_mlp"), ("norm1", "norm2", "attn/norm", "mlp/norm"), "attn/norm"),
+        (("pre_norm", "attn/attn_sub_norm"), ("attention_norm",), "attention_norm"),
+        (
+            ("input_layernorm", "post_attention_layernorm"),
+            (
+                "input_layernorm",
+                "post_attention_layernorm",
+                "pre_feedforward_layernorm",
+                "post_feedforward_layernorm",
+            ),
+            "post_attention_layernorm",
+        ),
+        (("norm1", "norm2", "norm3"), ("norm1", "cross_norm", "norm2"), "norm2"),
+    ],
+)
+def test_a_norm_that_another_one_of_a_block_may_be_as_well_is_asked_about(stored, wanted, taken):
+    assert asked_in(norms_in_blocks(stored, wanted)) >= {f"blocks/{at}/{taken}/weight" for at in range(2)}
+
+
+def test_the_norm_of_a_layer_that_leads_out_is_not_the_last_one_beside_an_attention():
+    shapes = {f"Block_0/GroupNorm_{at}/scale": (8,) for at in range(3)}
+    shapes |= {f"Block_0/Conv_{at}/kernel": (3, 3, 8, 8) for at in range(2)}
+    shapes["Block_0/Dense_0/kernel"] = (8, 24)
+    names = ["in_norm", "out_norm", "attn/norm"]
+    wanted = {f"block/{name}/scale": (8,) for name in names} | {"block/attn/qkv/kernel": (8, 24)}
+    wanted |= {f"block/{name}/kernel": (3, 3, 8, 8) for name in ("in_conv", "out_conv")}
+
+    found, _ = proposed(filled(shapes), wanted)
+
+    assert asked_in(found) >= {f"block/{name}/scale" for name in ("out_norm", "attn/norm")}

@@ -314,8 +314,7 @@ class _Pairs:
     ) -> tuple[list[int], list[int], set[int], set[int]]:
         """Returns the parts of a tie on both sides, and what else could be in it: stored, wanted."""
         ours, theirs = sorted({at for at, _ in tie}), sorted({to for _, to in tie})
-        others = (pair for pair in group if (pair[0] in ours) != (pair[1] in theirs))
-        near = [pair for pair in others if self._comes_near(pair, group)]
+        near = [x for x in group if (x[0] in ours) != (x[1] in theirs) and self._comes_near(x, group)]
         taken = {at for at, _, _ in found}, {to for _, to, _ in found}
         rivals = {to for at, to in near if at in ours and to not in taken[1]}
         return ours, theirs, rivals, {at for at, to in near if to in theirs and at not in taken[0]}
@@ -352,9 +351,9 @@ class _Pairs:
 
     def _without_last(self, tie: _Choice, group: _Group, created: Created, found: _Found) -> Undecided:
         """Adds the norm of a block's only network, which comes last; returns the other ones' tie."""
-        ours, theirs, *_ = self._sides(tie, group, found)
+        ours, theirs, rivals, _ = self._sides(tie, group, found)
         last = last_of_block([self._wanted[at].place for at in ours])
-        right = None if last is None else in_order([self._stored[to] for to in theirs], (), to_last=True)
+        right = None if rivals else in_order([self._stored[to] for to in theirs], (), to_last=True)
         is_all = {at for at, to in group if to in theirs} == {*ours} and len(ours) == len(theirs)
         made = in_strict_order([created(self._wanted[at].part) for at in ours]) or [last]
         if last is None or right is None or not (is_all and made[-1] == last and self._are_siblings(tie)):
@@ -370,13 +369,14 @@ class _Pairs:
         """Returns the pairs of parts that both sides count alike: `conv2_1` and `blocks/1/convs/0`."""
         sides = (self._wanted, ours[0]), (self._stored, theirs[0])
         left, right = (ranks_of([role.part.names for role in roles], like) for roles, like in sides)
-        places = {at: place for place, at in left.items()}
-        is_all = left.keys() == right.keys() and {*ours} <= {*places} and free <= {*right.values()}
+        every = [(at, right.get(place, -1)) for place, at in left.items()]
+        are_alike = len(left) == len(right) > 1 and all(pair in self._fits for pair in every)
         roles = *(self._wanted[at] for at in ours), *(self._stored[to] for to in theirs)
-        if any(role.is_either for role in roles) or len(left) < 2 or not is_all:
+        if any(role.is_either for role in roles) or not are_alike:
             return None
-        pairs = [(at, right[places[at]]) for at in ours]
-        return pairs if all(pair in self._fits and pair[1] in free for pair in pairs) else None
+        pairs = [pair for pair in every if pair[0] in ours]
+        is_all = len(pairs) == len(ours) and {to for _, to in pairs} <= free <= {*right.values()}
+        return pairs if is_all else None
 
     def _in_order(
         self, ours: Sequence[int], theirs: Sequence[int], created: Created, found: _Found

@@ -299,3 +299,23 @@ def test_the_norm_of_a_layer_that_leads_out_is_not_the_last_one_beside_an_attent
     found, _ = proposed(filled(shapes), wanted)
 
     assert asked_in(found) >= {f"block/{name}/scale" for name in ("out_norm", "attn/norm")}
+
+
+def test_the_last_norm_of_a_block_is_asked_about_where_one_more_is_stored():
+    names = ("pre_attention_norm", "cross_attn_norm", "pre_feedforward_layernorm")
+    stored = filled({f"layers_{at}/LayerNorm_{k}/scale": (8,) for at in range(2) for k in range(4)})
+
+    found, _ = proposed(stored, {f"blocks/{at}/{name}/scale": (8,) for at in range(2) for name in names})
+
+    assert asked_in(found) == {f"blocks/{at}/{name}/scale" for at in range(2) for name in names}
+
+
+@pytest.mark.parametrize("layers", [("w_1", "w_2"), ("layers/0", "layers/2"), ("fc1", "fc2")])
+def test_a_network_is_not_made_of_the_halves_of_two(layers):
+    shapes = {"up": (8, 24), "down": (24, 8)}
+    stored = filled({f"ffn{k}/{name}/kernel": shapes[name] for k in (1, 2) for name in shapes})
+    wanted = {f"mlp/{name}/kernel": shape for name, shape in zip(layers, shapes.values(), strict=True)}
+
+    found, _ = proposed(stored, wanted)
+
+    assert asked_in(found) == {*wanted}

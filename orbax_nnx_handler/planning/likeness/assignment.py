@@ -236,11 +236,13 @@ def _compare_numbers(one: NamedPart, other: NamedPart) -> tuple[int, bool]:
 
 def _count_otherwise(one: NamedPart, other: NamedPart) -> bool:
     """Tells whether one side numbers more norms: `norm2` of three, or of `norm1, cross_norm, norm2`."""
-    norms = [role for role in (one, other) if role.part.is_norm and role.part.levels]
-    counted = [x.numbers[-1] for x in norms if x.part.levels[-1].number is not None]
+    counted = [
+        x.numbers[-1] for x in (one, other) if x.numbers and "norm" in meanings(x.part.levels[-1].base)
+    ]
     # The first one is the first one.
     are_first = all(level.number == numbers[0] for level, numbers in counted)
-    return len({len(numbers) for _, numbers in counted}) > 1 and not are_first
+    are_counted = all(x.part.levels[-1:] == (x.numbers[-1][0],) for x in (one, other) if x.numbers)
+    return are_counted and len({len(numbers) for _, numbers in counted}) > 1 and not are_first
 
 
 def _counts_through(one: NamedPart, other: NamedPart) -> bool:

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
+from orbax_nnx_handler.planning.core.folding import fold_paths
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path, render, shared_levels
 from orbax_nnx_handler.planning.core.recipes import Recipe, describe, shape_of
@@ -38,7 +39,7 @@ from orbax_nnx_handler.verifying.verification import (
     differing_settings,
     unit_name,
 )
-from orbax_nnx_handler.verifying.weights import with_features_in_order
+from orbax_nnx_handler.verifying.weights import heads_by_rotation, with_features_in_order
 
 _BEGINNING = 64
 
@@ -130,8 +131,7 @@ def called_like(one: Compared, other: Compared) -> str:
     )
 
 
-_MOST_TRIED = 200
-_MOST_OTHERS = 48
+_MOST_TRIED, _MOST_OTHERS = 200, 48
 
 
 def _has_another_constant(one: Compared, *, whatever: bool) -> bool:
@@ -239,15 +239,13 @@ class Search:
         if not _is_in_another_order(one):
             return False
         behind = (x for x in self.compared if x.nnx.call.order > one.nnx.call.order and not x.encloses(one))
-        doubted = (
-            x
-            for x in behind
-            if not self._gets_the_same(x) or (self._differs(x) and not _is_in_another_order(x))
-        )
-        following = next(doubted, None)
+        following = next((x for x in behind if self._is_doubted(x)), None)
         if following is None or self._gets_the_same(following):
             return following is not None
         return any(called_alike(following, self.compared))  # It has the weights of another one.
+
+    def _is_doubted(self, one: Compared) -> bool:
+        return not self._gets_the_same(one) or (self._differs(one) and not _is_in_another_order(one))
 
     def _around(self, one: Compared) -> list[Compared]:
         """Returns the calls that a call was made in: of each module around it the next to return."""
@@ -340,6 +338,7 @@ class Search:
         doubtful = {leaf: self.runner.recipe(leaf, layer) for leaf in self._doubtful(one, inside)}
         ways = itertools.chain(
             alternatives(doubtful, self._others(one.path, layer, doubtful), self.runner.shapes),
+            self._rotated(one, layer),
             exchanges(self.runner, [other for other in inside if other.found.outputs.compared], layer),
         )
         for way in itertools.islice(ways, _MOST_TRIED):
@@ -349,6 +348,15 @@ class Search:
             if self._agrees(one, way.recipes):
                 return _Proof(module=one, words=way.words, recipes=way.recipes)
         return None
+
+    def _rotated(self, one: Compared, layer: int | None) -> Iterator[Alternative]:
+        """Yields the queries and keys in a module for another way of turning them by their positions."""
+        recipes = {leaf: self.runner.recipe(leaf, layer) for leaf in one.pair.leaves if leaf in self.restored}
+        for changed in heads_by_rotation(recipes, self.runner.shapes):
+            words = (
+                f"{fold_paths(changed)}: the features of each head lie as other rotary positions pair them"
+            )
+            yield Alternative(words=words, recipes=changed)
 
     def _misplaced(self, inside: Sequence[Compared]) -> _Proof | None:
         """Returns the outermost module that is called with what another one is called with in Linen."""
@@ -365,10 +373,8 @@ class Search:
         try:
             for other in called_alike(one, self.compared):
                 recipes = weights_of(self.runner, other, one, self._layer(one))
-                if not recipes:
-                    continue
-                self.tried += 1
-                if self._agrees(one, recipes, other):
+                self.tried += bool(recipes)
+                if recipes and self._agrees(one, recipes, other):
                     return _Proof(module=one, words=called_like(one, other), recipes=recipes)
         except _CannotRunError:
             return None

@@ -342,6 +342,63 @@ def with_features_in_order(
     return simplify(Reshape(Transpose(Reshape(recipe, divided), tuple(turned)), shape), shapes)
 
 
+_HEAD_SIZES = (256, 192, 160, 128, 96, 80, 64, 48, 40, 32, 24, 16, 12, 8, 6, 4)
+"""How many features a head may have, of those that a matrix holds side by side."""
+
+
+def heads_by_rotation(recipes: Mapping[Path, Recipe], shapes: Shapes) -> Iterator[Mapping[Path, Recipe]]:
+    """Yields queries and keys whose features lie in each head as other rotary positions pair them.
+
+    Meta's Llama and EasyLM turn neighbours, (0, 1), (2, 3); Hugging Face's and most others turn halves,
+    (0, n/2), (1, n/2 + 1). Both compute the same from features in another order.
+
+    Args:
+        recipes: How the leaves of an attention are made, or of several.
+        shapes: The stored shapes.
+    """
+    # Where queries, keys and values are one array, each part by itself.
+    parts = {
+        (leaf, at): part
+        for leaf, recipe in recipes.items()
+        for at, part in enumerate(recipe.sources if isinstance(recipe, Concat) else (recipe,))
+    }
+    said = {
+        key: _role(part, None if isinstance(recipes[key[0]], Concat) else key[0])
+        for key, part in parts.items()
+    }
+    asked = {key: shape_of(part, shapes) for key, part in parts.items() if said[key] in ("q", "k")}
+    lasts = {shape[-1] for shape in asked.values() if shape}
+    most = max(map(len, asked.values()), default=0)
+    if {said[key] for key in asked} != {"q", "k"} or most < 2:
+        return
+    # Inputs, heads, features; else a matrix holds the heads side by side.
+    sizes = [min(lasts)] if most > 2 else [n for n in _HEAD_SIZES if all(last % n == 0 for last in lasts)]
+    for size, divided in itertools.product((n for n in sizes if n % 2 == 0), (True, False)):
+        pair = (2, size // 2) if divided else (size // 2, 2)
+        made = {
+            key: with_features_in_order(
+                parts[key], len(shape) - 1, (shape[-1] // size, *pair), (0, 2, 1), shapes
+            )
+            for key, shape in asked.items()
+            if shape
+        }
+        yield {leaf: _with_parts(leaf, recipes[leaf], made) for leaf in dict.fromkeys(key[0] for key in made)}
+
+
+def _role(part: Recipe, leaf: Path | None) -> str:
+    """Returns whether a part holds queries, keys or values, by its leaf or what is stored; else nothing."""
+    paths = [*([leaf] if leaf is not None else []), *reads(part)[:1]]
+    said = (concepts(segments(path)[-2:-1]) & frozenset("qkv") for path in paths)
+    return next((min(words) for words in said if len(words) == 1), "")
+
+
+def _with_parts(leaf: Path, recipe: Recipe, made: Mapping[tuple[Path, int], Recipe]) -> Recipe:
+    if not isinstance(recipe, Concat):
+        return made[leaf, 0]
+    sources = tuple(made.get((leaf, at), part) for at, part in enumerate(recipe.sources))
+    return dataclasses.replace(recipe, sources=sources)
+
+
 _HARDLY = 1e-3
 
 

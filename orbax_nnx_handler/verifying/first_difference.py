@@ -326,7 +326,7 @@ class Search:
         """Returns the leaves of a module that lie in no module within it that is compared by itself."""
         known = (other for other in inside if other.found.inputs.compared or not other.found.inputs.left)
         sure = {other.path for other in known if other.found.outputs.compared}
-        own = [leaf for leaf in one.pair.leaves if not any(leaf[: len(path)] == path for path in sure)]
+        own = (leaf for leaf in one.pair.leaves if not any(leaf[: len(path)] == path for path in sure))
         return [leaf for leaf in own if leaf in self.restored]
 
     def _proved(self, one: Compared, until: float) -> _Proof | None:
@@ -364,8 +364,7 @@ class Search:
         first = next((found for one in doubted if (found := self._with_others(one)) is not None), None)
         if first is None:
             return None
-        around = [one for one in doubted if one.encloses(first.module)]
-        around.sort(key=lambda one: len(one.path))
+        around = sorted((x for x in doubted if x.encloses(first.module)), key=lambda one: len(one.path))
         return next((found for one in around if (found := self._with_others(one)) is not None), first)
 
     def _with_others(self, one: Compared) -> _Proof | None:

@@ -375,3 +375,28 @@ def test_order_does_not_tell_which_of_two_layers_is_the_gate():
 
     (question,) = found.questions
     assert len(question.alternatives) == 2
+
+
+OPPOSITES = [
+    "hh=ih",
+    "theta=phi",
+    "policy/mean=value/mean",
+    "reward=value",
+    "value=advantage",
+    "energy=duration",
+    "hn=iz",
+    "io=ig",
+    "question_encoder/pooler=ctx_encoder/pooler",
+    "generator/out=critic/out",
+]
+
+
+@pytest.mark.parametrize("text", OPPOSITES)
+def test_the_only_two_parts_left_of_a_shape_are_no_pair_where_their_names_are_opposites(text):
+    for pair in (text, "=".join(reversed(text.split("=")))):
+        stored, wanted = pair.split("=")
+        tree = {"fc1/kernel": (4, 8)} | {f"{{}}/{name}": shape for name, shape in DENSE.items()}
+        sides = [{path.format(part): shape for path, shape in tree.items()} for part in (stored, wanted)]
+        _, values = proposed(filled(sides[0]), sides[1])
+
+        assert values.keys() == {"fc1/kernel"}, pair

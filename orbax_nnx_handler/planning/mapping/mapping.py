@@ -4,7 +4,8 @@ Also what is wrong with a user's rules once the whole mapping is known.
 """
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 
 from orbax_nnx_handler.planning.core.errors import RestoreError, RuleError
@@ -67,7 +68,7 @@ from orbax_nnx_handler.planning.target.roles import Wanted, of_role
 
 
 def rule_faults(
-    applied: RulesApplied, match: ModelMatch, found: Mapping[Path, Found]
+    applied: RulesApplied, match: ModelMatch, found: Mapping[Path, Found], wanted: Iterable[Wanted]
 ) -> Iterator[RestoreError]:
     """Yields the errors for parts that go nowhere and for axes that nothing asks for."""
     loose = loose_parts(applied.entries, (item.recipe for item in found.values()))
@@ -75,11 +76,14 @@ def rule_faults(
         parts = [Row(x.segments, (str(x.shape),), render_reads(x.recipe)) for x in loose]
         rows = [aligned(parts), *(f"  by {reason}" for reason in dict.fromkeys(x.reason for x in loose))]
         what = "{} of leaves that rules take apart {} no wanted leaf:"
+        lacking = {math.prod(item.leaf.shape) for item in wanted if item.leaf.path not in found}
+        is_lacked = any(math.prod(entry.shape) in lacking for entry in loose)  # Then none is left behind.
+        drop = "" if is_lacked else ", or leave them behind with Drop(name, reason)"
         head = what.format("1 part", "is") if len(loose) == 1 else what.format(f"{len(loose)} parts", "are")
         yield RuleError(
             "\n".join([head, *rows]),
             paths=[path for entry in loose for path in entry.sources],
-            hints=["correct their names, or leave them behind with Drop(name, reason)."],
+            hints=[f"correct their names{drop}."],
         )
     idle = [rule for rule in applied.axes if all(rule.tokens[-len(at) :] != at for at in match.groups)]
     if idle:
@@ -235,7 +239,7 @@ def _map(
         without_variable=_without_variable(match, optimizers, stored),
         discarded=_discarded(applied, optimizers, stored, found),
         applied=applied,
-        faults=tuple(rule_faults(applied, match, found)),
+        faults=tuple(rule_faults(applied, match, found, wanted)),
         stuck=tuple(stuck),
         states=tuple(one.states for one in followed),
         copied=_copied(applied, optimizers),

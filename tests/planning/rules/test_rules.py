@@ -335,6 +335,15 @@ def test_a_part_of_a_split_leaf_that_nobody_wants_is_an_error():
     np.testing.assert_array_equal(dropped["q"], stored["params"]["qk"][:2])
 
 
+def test_no_part_is_to_be_left_behind_while_a_wanted_leaf_of_its_size_is_missing():
+    stored = {"params": {"qk": normal(4)}}
+    rule = Split("qk", ("q", "kk"), axis=0)
+
+    assert "Drop" in failure({"q": (2,)}, stored, rule)
+    assert "Drop" not in failure({"q": (2,), "k": (2,)}, stored, rule)
+    assert "Drop" in failure({"q": (2,), "k": (3,)}, stored, rule)
+
+
 def test_two_rules_that_land_on_one_leaf_are_both_quoted():
     stored = {"params": {"a": normal(2), "b": normal(2)}}
 

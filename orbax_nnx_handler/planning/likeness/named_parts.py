@@ -51,6 +51,7 @@ class NamedPart:
         fact: The code base whose convention tells the order of `fused`, or the role.
         untold: The roles that it holds in one array, either side by side or head by head, or in turns.
         is_either: Whether programs differ in which comes first where a block counts them.
+        way_up: Its level's number on the way up of a U-Net, which programs count from either end.
     """
 
     part: ModulePart
@@ -61,6 +62,7 @@ class NamedPart:
     fact: str = ""
     untold: tuple[str, ...] = ()
     is_either: bool = False
+    way_up: int | None = None
 
     @property
     def place(self) -> float | None:
@@ -85,14 +87,11 @@ def named_parts(
 
 class _Context:
     def __init__(self, parts: Sequence[ModulePart], above: Concepts) -> None:
-        self._above = above
+        self._above, self._mixed = above, set[Names]()
         self._inside: dict[Names, set[Names]] = defaultdict(set)
         families: dict[tuple[Names, str, str], set[int]] = defaultdict(set)
-        self._held: dict[Names, set[str]] = defaultdict(set)
-        self._below: dict[Names, set[str]] = defaultdict(set)
-        self._bases: dict[Names, set[str]] = defaultdict(set)
-        self._mixed = set[Names]()
-        self._single: dict[Names, set[str]] = defaultdict(set)
+        empty = [defaultdict[Names, set[str]](set) for _ in range(4)]
+        self._held, self._below, self._bases, self._single = empty
         self._unknown: dict[tuple[Names, int], set[str]] = defaultdict(set)
         self._norms = Counter(part.module for part in parts if part.is_norm)
         self._layers = Counter(part.module for part in parts if not part.is_norm)
@@ -133,11 +132,14 @@ class _Context:
         self._has_attention = any("attn" in part.said or part.own >= _QKV for part in parts)
         # Deformable DETR numbers the norm of its cross attention first, RT-DETR that of its self attention.
         self._is_deformable = {"sampling", "cross"} <= {word for part in parts for word in part.said}
+        said = concepts(base for _, base, _ in self._families)
+        is_image = any(len(shape) > 3 for held in self._matrices.values() for shape in held)
+        self._way_up = {"up", "dec"} & said if is_image and said & {"down", "enc"} else set[str]()
         self._has_actor = any("actor" in part.said for part in parts)
         # In `nn.Dense(4)(nn.relu(nn.Dense(8)(x)))` Linen numbers the last layer first.
-        held = [(base, [each[at] for at in sorted(each)]) for (_, base), each in self._shapes.items()]
-        pairs = [(base, shapes) for base, shapes in held if base[:1].isupper() and len(shapes) == 2]
-        self._backwards = {base for base, two in pairs if not follow(*two) and follow(*two[::-1])}
+        counted = {x: [of[n] for n in sorted(of)] for x, of in self._shapes.items() if x[1][:1].isupper()}
+        backwards = {at for (at, _), x in counted.items() if not follow(*x) and follow(*x[::-1])}
+        self._backwards = {base for at, base in counted if at in backwards}
 
     def role(self, part: ModulePart) -> NamedPart:
         said = {*part.said, *self._above}
@@ -156,17 +158,18 @@ class _Context:
         untold = untold or (computed if len(computed) > 1 else ())
         if self._has_actor and not self._has_attention and "v" in said:
             said = (said - {"v"}) | {"critic"}  # The value of a state.
+        is_either = part.family[1] in self._backwards
         if part.is_norm:
             said -= STRONG - part.own
-            is_either = self._may_come_first(part, len(numbers[-1][1]) if numbers else 0)
+            is_either |= self._may_come_first(part, len(numbers[-1][1]) if numbers else 0)
         else:
             fact = self._resolve(part, said, numbers) or fact
             known = any((part.levels[-1].base, x[:_FEW]) in NUMBERED for _, x in numbers[-1:])  # `w3`, `w2`.
-            is_turned = known and said.isdisjoint(("gate", "up", *"qkvo"))
-            is_either = is_turned or part.family[1] in self._backwards
+            is_either |= known and said.isdisjoint(("gate", "up", *"qkvo"))
             is_either |= not fact and bool(numbers) and self._may_be_gated(part, numbers[-1][1])
+        way_up = next((x.number for _, x in counted if self._way_up & {*meanings(x.base)}), None)
         place = self._position(part, said)
-        return NamedPart(part, frozenset(said), numbers, place, fused, fact, untold, is_either)
+        return NamedPart(part, frozenset(said), numbers, place, fused, fact, untold, is_either, way_up)
 
     def _may_come_first(self, part: ModulePart, counted: int) -> bool:
         """Tells whether programs differ in how they count a norm: XCiT's `norm3` lies before `norm2`."""
@@ -263,9 +266,8 @@ class _Context:
         if "attn" not in part.said and self._around[part.module] >= {*_QKV, "out"}:
             said -= {"in", "out"}
             if own & {"out"}:
-                near = self._around[part.module]
-                in_names = networks_outputs(self._bases[part.module])
-                said.add("down" if "mlp" in named or "o" in near or last.base in in_names else "o")
+                near, outputs = self._around[part.module], networks_outputs(self._bases[part.module])
+                said.add("down" if "mlp" in named or "o" in near or last.base in outputs else "o")
             else:
                 self._resolve_mlp(said, own, family, last, is_counted=True)
             return ""
@@ -410,7 +412,8 @@ def in_order(
     is_counted = any(level.is_automatic for role in others for level in role.part.levels[-2:])
     is_open &= is_counted and not any("dec" in role.said for role in (*roles, *others))
     by_words = None if is_open else in_strict_order(placed(places) if are_norms else _around(places, roles))
-    is_either, told = not to_last and any(x.is_either for x in roles), telling([x.part.said for x in roles])
+    ups, told = {x.way_up for x in roles if is_counted} - {None}, telling([x.part.said for x in roles])
+    is_either = not to_last and (len(ups) > 1 or any(x.is_either for x in roles))
     by_ends = [order_word(words & _ENDS) or None for words in told]  # `ffn_start`, `ffn_end`.
     by_words = by_words or in_strict_order(by_ends) or in_strict_order(letters(told))
     counted = in_strict_order([None] if is_either else _number_keys(roles))

@@ -442,6 +442,7 @@ def _below_first(step: Step) -> tuple[int, ...]:
     return (0, *(axis + 1 for axis in step.axes)) if step.kind == "transpose" else ()
 
 
-def follow(first: Shape, second: Shape) -> bool:
-    """Tells whether a layer has as many outputs, or pairs of gated ones, as the next one has inputs."""
-    return len(first) != 2 or len(second) != 2 or first[1] in (second[0], 2 * second[0])
+def follow(*shapes: Shape) -> bool:
+    """Tells whether each layer has as many outputs, or pairs of gated ones, as the next one has inputs."""
+    pairs = itertools.pairwise(shapes)
+    return all(len(x) != 2 or len(y) != 2 or x[1] in (y[0], 2 * y[0]) for x, y in pairs)

@@ -160,12 +160,11 @@ class _Pairs:
             self._exclude(strays)
 
     def _settled(self, created: Created) -> tuple[_Found, list[Tie]]:
-        found, ties, undecided = _Found(), list[Tie](), list[Undecided]()
+        found, ties, undecided, before = _Found(), list[Tie](), list[Undecided](), -1
         waiting = [group for group in components(self._fits) if len(group) <= MOST_PAIRS]
         self._closed += filter(all, map(self._homes.shared, waiting))  # Modules that hold all of a group.
         for group in waiting:
             undecided += [(tie, group) for tie in self._settle(group, found)]
-        before = -1
         while undecided and len(found) > before:
             before = len(found)
             undecided = self._within_modules(undecided, found)
@@ -372,7 +371,8 @@ class _Pairs:
         every = [(at, right.get(place, -1)) for place, at in left.items()]
         are_alike = len(left) == len(right) > 1 and all(pair in self._fits for pair in every)
         roles = *(self._wanted[at] for at in ours), *(self._stored[to] for to in theirs)
-        if any(role.is_either for role in roles) or not are_alike:
+        ways_up = {role.way_up for role in roles} - {None}
+        if len(ways_up) > 1 or any(role.is_either for role in roles) or not are_alike:
             return None
         pairs = [pair for pair in every if pair[0] in ours]
         is_all = len(pairs) == len(ours) and {to for _, to in pairs} <= free <= {*right.values()}

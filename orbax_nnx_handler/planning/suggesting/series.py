@@ -144,15 +144,8 @@ def paired_series(ours: Sequence[Series], theirs: Sequence[Series]) -> Pairs:
     """Returns which groups of layers are the same, where no other pairing comes near."""
     scores = dict[tuple[int, int], float]()
     said, says = (telling([each.said for each in side]) for side in (ours, theirs))
-    places = [
-        {
-            id(one): (at, len(each))
-            for each in by_front(side).values()
-            for at, one in enumerate(each)
-            if each[1:]
-        }
-        for side in (ours, theirs)
-    ]
+    lists = [[each for each in by_front(side).values() if each[1:]] for side in (ours, theirs)]
+    places = [{id(x): (at, len(each)) for each in some for at, x in enumerate(each)} for some in lists]
     for at, one in enumerate(ours):
         for to, other in enumerate(theirs):
             if _may_be_one(one, other):
@@ -419,7 +412,9 @@ def by_level(links: Sequence[Link]) -> tuple[list[Link], list[list[list[Link]]]]
         is_image = any(len(link.source.shape) > 3 for link, *_ in group)
         is_told = is_image or all(match.re is _UP for _, *ends in group for match in ends)
         found = [reading for step in (1, -1) if is_told and (reading := _read(group, step))]
-        names = {match[2].replace("_", "") for _, *ends in group for match in ends}
+        # Of one name, levels that count from 1 may count from the other end.
+        sides = zip(*(ends for _, *ends in group), strict=True)
+        names = {(each[0][2].replace("_", ""), min(int(x[3]) for x in each)) for each in sides}
         if found:
             made |= {id(link): [] for link, *_ in group}
             is_told = len(found) == 1 or len(names) == 1

@@ -765,6 +765,36 @@ def test_of_two_layers_of_a_network_shapes_tell_which_one_linen_made_first(width
     assert found.questions == ()
 
 
+@pytest.mark.parametrize("is_backwards", [False, True])
+def test_where_a_layer_shows_that_linen_numbered_from_the_outside_no_number_tells_beside_it(is_backwards):
+    """Of three layers written inline `Dense_0` is the last one, and `LayerNorm_0` the last norm."""
+    shapes = {
+        "l1/kernel": (8, 8),
+        "l2/kernel": (8, 8),
+        "out/kernel": (8, 3),
+        "n1/scale": (8,),
+        "n2/scale": (8,),
+    }
+    counted = {"l1": "Dense_0", "l2": "Dense_1", "out": "Dense_2", "n1": "LayerNorm_0", "n2": "LayerNorm_1"}
+    if is_backwards:
+        counted = {
+            "l1": "Dense_2",
+            "l2": "Dense_1",
+            "out": "Dense_0",
+            "n1": "LayerNorm_1",
+            "n2": "LayerNorm_0",
+        }
+    sources = {path: path.replace(name := path.partition("/")[0], counted[name], 1) for path in shapes}
+    stored = filled({sources[path]: shape for path, shape in shapes.items()})
+    expected = {path: stored[source] for path, source in sources.items()}
+
+    found, values = proposed(stored, shapes)
+
+    told = {"out/kernel": expected["out/kernel"]} if is_backwards else expected
+    check(values, told)
+    assert [len(question.choices) for question in found.questions] == ([2, 2] if is_backwards else [])
+
+
 def maxvit(width):
     """Returns the leaves of a block by their names in a Linen MaxViT and in timm's words."""
     kernels = {"expand_conv": "conv1_1x1", "project_conv": "conv3_1x1", "depthwise_conv": "conv2_kxk"}

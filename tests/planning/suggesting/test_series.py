@@ -443,6 +443,46 @@ def test_blocks_in_a_row_of_one_size_may_be_levels_on_the_way_up_from_either_end
     assert sorted(right) == [False, True]
 
 
+@pytest.mark.parametrize("called", ["dec{}", "decoder/{}", "up{}"])
+@pytest.mark.parametrize("is_reversed", [True, False])
+def test_levels_on_the_way_up_tell_no_order_of_the_modules_that_linen_numbered(called, is_reversed):
+    """Linen numbers the lowest level first; a program may count its levels from the highest one."""
+    leads, names = ("encoder/{}" if "/" in called else "enc{}" if "dec" in called else "down{}"), []
+    for level, at in itertools.product(range(2), range(2)):
+        names.append(f"{leads.format(level + ('/' not in leads))}/conv{at + 1}")
+    names += [f"mid/conv{at + 1}" for at in range(2)]
+    for level in (1, 0) if is_reversed else (0, 1):
+        names += [f"{called.format(level + ('/' not in called))}/conv{at + 1}" for at in range(2)]
+    sizes = [3, 8, 8, 8, 8, 8, 16, 8, 16, 8]
+    held = dict(zip(names, sizes, strict=True))
+    expected = {
+        f"{name}/kernel": (f"Conv_{at}/kernel", (3, 3, held[name], 8)) for at, name in enumerate(held)
+    }
+    stored = filled(dict(expected.values()))
+
+    found, values = proposed(stored, {path: shape for path, (_, shape) in expected.items()})
+
+    assert values
+    check(values, {path: stored[name] for path, (name, _) in expected.items() if path in values})
+    asked = {"/".join(map(str, path)) for question in found.questions for path in question.wanted}
+    assert expected.keys() - values.keys() <= asked
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_levels_of_one_name_on_the_way_up_that_count_from_another_number_may_run_the_other_way(first):
+    stored, wanted = {"down_0/kernel": (3, 3, 4, 8), "down_1/kernel": (3, 3, 8, 8)}, {}
+    for level in range(2):
+        stored[f"up_{level}/kernel"] = wanted[f"up{level + first}/conv/kernel"] = (3, 3, 16, 8)
+        wanted[f"down{level + first}/conv/kernel"] = stored[f"down_{level}/kernel"]
+
+    found, values = proposed(stored := filled(stored), wanted)
+
+    ways_up = {} if first else {f"up{level}/conv/kernel": stored[f"up_{level}/kernel"] for level in range(2)}
+    downs = {f"down{level + first}/conv/kernel": stored[f"down_{level}/kernel"] for level in range(2)}
+    check(values, downs | ways_up)
+    assert [len(question.choices) for question in found.questions] == [2] * first
+
+
 @pytest.mark.parametrize("wanted", ["decoder/layers/", "encoder/layers/", "blocks/"])
 def test_a_block_that_is_called_encoderblock_is_a_decoders_too(wanted):
     layer = {"LayerNorm_0/scale": (4,), "Dense_0/kernel": (4, 12), "Dense_1/kernel": (12, 4)}

@@ -35,7 +35,7 @@ from orbax_nnx_handler.planning.core.recipes import (
 from orbax_nnx_handler.planning.rules import Rename, Rule, apply_rules, invert
 from orbax_nnx_handler.planning.rules.entries import Entries, Entry
 from orbax_nnx_handler.planning.rules.rename import has_inverse
-from orbax_nnx_handler.planning.rules.rule import Pattern, compiled
+from orbax_nnx_handler.planning.rules.rule import Pattern, Span, compiled
 
 _Known = tuple[Recipe, Recipe]
 """A recipe over stored leaves, and its value as a recipe over wanted ones."""
@@ -229,6 +229,26 @@ _UNCLEAR = (
 )
 
 
+_UNCLEAR_IN_PATH = (
+    'name more of the path on both sides, as ("params/word_embed", "params/embedding") does for '
+    "params/embedding/embedding, or save with the plan or the report of the restore instead."
+)
+
+
+def _unclear(back: Rename, met: Mapping[tuple[str, ...], Sequence[Span]]) -> tuple[str, ...]:
+    """Returns a path of which the rename back does not tell which name in it was another one, if any.
+
+    Args:
+        back: The rename from what was written to what was stored.
+        met: Each whole path that it rewrites, with where.
+    """
+    if back.pattern.replace("/", "_") == back.replacement.replace("/", "_"):
+        return ()  # Lists as Linen spells them, in lists too.
+    twice = next((names for names, spans in met.items() if len(spans) > 1), ())
+    leaves = [names for names, spans in met.items() if spans[-1].stop == len(names)]
+    return twice or (leaves[0] if 0 < len(leaves) < len(met) else ())
+
+
 class _Number(str):
     """A number that Linen joins to the name in front of it: `layers`, `0` of `layers_0`."""
 
@@ -253,6 +273,15 @@ def _applied(rule: Rule, entries: Sequence[Entry], *, may_miss: bool) -> Sequenc
     after = [known.get(id(entry)) or _apart(entry, None) for entry in again.entries]
     if not isinstance(rule, Rename):
         return after
+    met = [entry for entry, new in zip(entries, applied.entries, strict=True) if new is not entry]
+    met += [entry for entry, new in zip(joined, again.entries, strict=True) if new is not entry]
+    if unclear := _unclear(rule, {entry.whole: rule.spans(entry) for entry in met}):
+        raise RuleError(
+            f"{rule.inverse()} cannot be undone: it may have written {rule.pattern} in several places of "
+            f"{render(unclear)}, or as a module as well as a leaf, and nothing tells where it has.",
+            paths=[unclear],
+            hints=[_UNCLEAR_IN_PATH],
+        )
     changed = list(applied.entries) if applied.matched else list(entries)
     for at, entry in zip(left, after, strict=True):
         changed[at] = entry
@@ -385,6 +414,9 @@ def leads_back(rule: Rename, before: Sequence[Entry], after: Entries) -> bool:
     if not has_inverse(rule, left, right):
         return False
     found = set(right.among(after))
+    spans = {after[at].whole: [*right.spans(after[at].whole)] for at in found}
+    if _unclear(rule.inverse(), {names: some for names, some in spans.items() if some}):
+        return False
     if _NUMBER_AT_END.search(rule.replacement):
         # A save reads `norm_1` into `norm/1` too, which Linen may have joined.
         kept = (at for at in right.among(after, _joined_of) if after[at] is before[at])

@@ -32,6 +32,8 @@ from orbax_nnx_handler.planning.rules.rule import (
 )
 from orbax_nnx_handler.planning.rules.stacking import UnstackLayers
 
+_Written = tuple[Sequence[str], Sequence[bool], Sequence[bool]]
+
 
 @dataclasses.dataclass(frozen=True)
 class Rename(Rule):
@@ -149,17 +151,23 @@ class Rename(Rule):
             return "what it takes away can be put back in many places"
         return f"{self.replacement!r} does not hold every part that {self.pattern!r} leaves open"
 
-    def _rewrite(self, entry: Entry) -> Entry:
-        before = entry.whole
-        marks = entry.fixed or (False,) * len(before)
+    def spans(self, entry: Entry) -> list[Span]:
+        """Returns where the rule, which is no regular expression, rewrites an entry's whole path."""
+        return self._spans(entry.whole, entry.fixed or (False,) * len(entry.whole))[0]
 
-        made: dict[int, tuple[Sequence[str], Sequence[bool], Sequence[bool]]] = {}
+    def _spans(self, before: Names, marks: Sequence[bool]) -> tuple[list[Span], dict[int, _Written]]:
+        made: dict[int, _Written] = {}
 
         def accepts(span: Span) -> bool:
             made[span.start] = found = self._written(before, marks, span)
             return True not in found[2]  # What a rename has written stays.
 
-        spans = list(self._left.spans(before, accepts))
+        return list(self._left.spans(before, accepts)), made
+
+    def _rewrite(self, entry: Entry) -> Entry:
+        before = entry.whole
+        marks = entry.fixed or (False,) * len(before)
+        spans, made = self._spans(before, marks)
         if not spans:
             return entry
         end = spans[0].stop
@@ -192,9 +200,7 @@ class Rename(Rule):
             raise RuleError(f"{self} leaves no name for {'/'.join(entry.whole)}.")
         return entry.called(names, fixed, named=True, reason=reason_of(self, entry))
 
-    def _written(
-        self, before: Sequence[str], marks: Sequence[bool], span: Span
-    ) -> tuple[Sequence[str], Sequence[bool], Sequence[bool]]:
+    def _written(self, before: Sequence[str], marks: Sequence[bool], span: Span) -> _Written:
         """Returns what a match becomes, what of it is fixed then, and the marks that it would overwrite.
 
         What stands at both ends of the pattern and of the replacement is left as it is.

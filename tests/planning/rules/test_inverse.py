@@ -1,10 +1,15 @@
 """Recipes backwards, beside NumPy: what was read apart is put together again, element for element."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pytest
-from flax import nnx
+from flax import nnx, traverse_util
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
-from orbax_nnx_handler import Fuse, RuleError, to_linen
+from orbax_nnx_handler import Fuse, Rename, RuleError, from_linen, to_linen
 from orbax_nnx_handler.planning.core.recipes import (
     Concat,
     Fill,
@@ -17,8 +22,12 @@ from orbax_nnx_handler.planning.core.recipes import (
     Stack,
     Transpose,
 )
-from orbax_nnx_handler.planning.rules.inverse import inverse
-from tests.planning.plans import evaluate
+from orbax_nnx_handler.planning.layouts.linen import VARIABLES
+from orbax_nnx_handler.planning.rules import apply_rules
+from orbax_nnx_handler.planning.rules.entries import Entry, model_entries
+from orbax_nnx_handler.planning.rules.inverse import inverse, undo_rules
+from tests.planning.plans import evaluate, leaves_of, params, stored_of
+from tests.sampled import drawn
 
 A, B = Read(("a",)), Read(("b",))
 STORED = {
@@ -137,3 +146,85 @@ def test_a_fuse_whose_name_lacks_a_place_of_its_parts_cannot_be_undone() -> None
         f"{rule} cannot be undone, so it cannot save: "
         "'qk' does not hold every part that its patterns leave open."
     )
+
+
+LEAVES = ("kernel", "bias", "scale", "embedding")
+
+
+def _tree(*paths: str) -> dict[str, Any]:
+    leaves = {tuple(path.split("/")): np.full(3, at, "float32") for at, path in enumerate(paths)}
+    return {"params": traverse_util.unflatten_dict(leaves)}
+
+
+def _entries(tree: Any) -> list[Entry]:
+    return model_entries(VARIABLES.place(stored_of(leaves_of(tree))))
+
+
+def _saved_back(paths: Sequence[str], rule: tuple[str, str]) -> dict[str, Any]:
+    """Returns what is saved by the rule by which some stored paths were restored."""
+    tree = _tree(*paths)
+    wanted = {entry.segments: entry.shape for entry in apply_rules(_entries(tree), [Rename(*rule)]).entries}
+    target = nnx.State(params(traverse_util.unflatten_dict(wanted)))
+    return to_linen(from_linen(tree, target, renames=[rule]), renames=[rule])
+
+
+@pytest.mark.parametrize(
+    "stored", ["word_embed/{0}", "a/old/b/{0}", "old/new/{0}", "new/old/{0}", "old/new/x/{0}"]
+)
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_a_name_that_stands_in_a_path_twice_is_not_undone_where_nothing_tells_which_was_written(leaf, stored):
+    is_module = "new" in stored
+    old, new = ("old" if "old" in stored else "word_embed"), ("new" if is_module else leaf)
+
+    with pytest.raises(RuleError, match=r"cannot be undone: it may have written .* in several places") as e:
+        _saved_back([stored.format(leaf)], (old, new))
+
+    assert "name more of the path on both sides" in str(e.value)
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+@pytest.mark.parametrize("old", ["word_embed", "Norm_0"])
+def test_a_module_called_as_a_leaf_elsewhere_is_not_undone_in_that_leaf(leaf, old):
+    with pytest.raises(RuleError, match="or as a module as well as a leaf"):
+        _saved_back([f"{old}/w", f"other/{leaf}"], (old, leaf))
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+@pytest.mark.parametrize(
+    ("stored", "rule"),
+    [
+        ("word_embed/{0}", ("params/word_embed", "params/{0}")),
+        ("word_embed/{0}", ("word_embed/{0}", "{0}/{0}")),
+        ("a/encoder/enc/{0}", ("encoder/enc", "enc/enc")),
+        ("a/encoder/encoder/{0}", ("encoder/encoder", "enc/enc")),
+        ("layers_0/layers_1/{0}", ("layers_{{i}}", "layers/{{i}}")),
+        ("layers_0/{0}", ("layers_{{i}}/{0}", "layers/{{i}}/w")),
+        ("a/{0}", ("{0}", "w")),
+        ("a/w", ("w", "{0}")),
+    ],
+)
+def test_a_rule_that_tells_what_it_wrote_is_undone_in_nothing_else(leaf, stored, rule):
+    paths, (old, new) = [stored.format(leaf), f"beside/x/{leaf}x"], rule
+
+    saved = _saved_back(paths, (old.format(leaf), new.format(leaf)))
+
+    assert leaves_of(saved).keys() == leaves_of(_tree(*paths)).keys()
+
+
+NAMES = st.sampled_from(["a", "b", "kernel", "scale"])
+
+
+@settings(max_examples=drawn(60, 600), deadline=None)
+@given(st.lists(NAMES, min_size=2, max_size=4), st.lists(NAMES, min_size=1, max_size=2), NAMES)
+def test_a_leaf_is_saved_where_it_was_stored_or_refused_whatever_name_a_rule_repeats(path, pattern, new):
+    rule = Rename("/".join(pattern), new)
+    applied = rule.apply(_entries(_tree("/".join(path))))
+    assume(applied.matched)
+    restored = _tree("/".join(applied.entries[0].segments))
+
+    try:
+        saved = undo_rules(_entries(restored), [rule]).ways
+    except RuleError:
+        return
+
+    assert saved.keys() == {("params", *path)}

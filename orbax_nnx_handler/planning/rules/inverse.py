@@ -415,7 +415,9 @@ def leads_back(rule: Rename, before: Sequence[Entry], after: Entries) -> bool:
         return False
     found = set(right.among(after))
     spans = {after[at].whole: [*right.spans(after[at].whole)] for at in found}
-    if _unclear(rule.inverse(), {names: some for names, some in spans.items() if some}):
+    if _unclear(
+        Rename(rule.replacement, rule.pattern), {names: some for names, some in spans.items() if some}
+    ):
         return False
     if _NUMBER_AT_END.search(rule.replacement):
         # A save reads `norm_1` into `norm/1` too, which Linen may have joined.

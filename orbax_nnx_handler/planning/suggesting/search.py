@@ -327,7 +327,14 @@ class Settled:
         open_ = [tie for tie in self.before.found.ties if not self.answered & _wanted_by(tie)]
         # What one answer leaves out may get another stored leaf by a rule.
         whole = (t for t in open_ if all(len(paths_of(each)) == len(_wanted_by(t)) for each in t.readings))
-        return [tie for tie in whole if _of_siblings(tie) or self._is_as_stored(tie.readings)]
+        return [tie for tie in whole if _of_siblings(tie) or self._is_untouched(tie.readings)]
+
+    def _is_untouched(self, readings: Sequence[Sequence[Link]]) -> bool:
+        """Tells whether no rule touches what is stored, or its name alone where its arrangement is open."""
+        made = (self._made_of[leaf.source] for each in readings for link in each for leaf in link.stored)
+        is_plain = all(len(some) == 1 and isinstance(some[0].recipe, Read) for some in made)
+        is_how = is_plain and all(link.joint is not None for each in readings for link in each)
+        return is_how or self._is_as_stored(readings)
 
     def _is_as_stored(self, readings: Sequence[Sequence[Link]]) -> bool:
         """Tells whether no rule touches what is stored; which of it is meant, no other shape tells."""

@@ -42,7 +42,8 @@ def test_the_rules_for_an_unseen_pair_save_back_what_was_stored(restored):
     assert faults_of_save(name, state) == []
 
 
-@pytest.mark.parametrize("name", every(5, SAMPLE))
+# InternLM2: a settled output tells nothing of how one array holds queries, keys and values.
+@pytest.mark.parametrize("name", sorted({*every(5, SAMPLE), "internlm2"}))
 def test_a_part_of_the_rules_for_an_unseen_pair_is_built_upon_and_nothing_becomes_wrong(name):
     tree, found = proposed(name)
 

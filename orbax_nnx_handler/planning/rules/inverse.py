@@ -414,10 +414,8 @@ def leads_back(rule: Rename, before: Sequence[Entry], after: Entries) -> bool:
     if not has_inverse(rule, left, right):
         return False
     found = set(right.among(after))
-    spans = {after[at].whole: [*right.spans(after[at].whole)] for at in found}
-    if _unclear(
-        Rename(rule.replacement, rule.pattern), {names: some for names, some in spans.items() if some}
-    ):
+    spans = {names: some for at in found if (some := [*right.spans(names := after[at].whole)])}
+    if _unclear(Rename(rule.replacement, rule.pattern), spans):
         return False
     if _NUMBER_AT_END.search(rule.replacement):
         # A save reads `norm_1` into `norm/1` too, which Linen may have joined.

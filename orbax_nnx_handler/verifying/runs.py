@@ -147,7 +147,7 @@ def _call_by_call(linen: Sequence[Use], nnx: Sequence[Use]) -> Iterator[tuple[in
     what has no counterpart is left out.
     """
     left, pairs = dict(enumerate(linen)), dict[int, int]()
-    for at, use in enumerate(nnx if max(len(linen), len(nnx)) <= _MOST_CALLS else ()):
+    for at, use in enumerate(nnx if 1 < max(len(linen), len(nnx)) <= _MOST_CALLS else ()):
         # What is its own, where it may be; else the first one, as the program goes on.
         likely = sorted(left, key=lambda number: number != at)
         found = next((n for n in likely if _agree(compare_inputs(left[n].inputs, use.inputs))), None)

@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -154,27 +155,72 @@ def run_processes(module: str, count: int, directory: pathlib.Path) -> list[dict
 
     They have 8 devices in all.
     """
-    importer, said = _importer(module), directory / "said.txt"
-    print(json.dumps([_free_port(), count, str(directory)]), file=importer.stdin, flush=True)
-    if not select.select([importer.stdout], [], [], 300)[0]:
-        os.killpg(importer.pid, signal.SIGKILL)
-        _importer.cache_clear()
-    failed = importer.stdout.readline() != "0\n"
+    server, said = _server(), directory / "said.txt"
+    group = {"module": module, "port": _free_port(), "count": count, "directory": str(directory)}
+    print(json.dumps(group), file=server.stdin, flush=True)
+    if not select.select([server.stdout], [], [], 300)[0]:
+        os.killpg(server.pid, signal.SIGKILL)
+        _server.cache_clear()
+    failed = server.stdout.readline() != "0\n"
     assert not failed, said.read_text()[-8000:] if said.exists() else f"{module} was not imported"
     return [json.loads((directory / f"{number}.json").read_text()) for number in range(count)]
 
 
+class Forked:
+    """A program in a process of its own, which has imported what it needs before it was there.
+
+    As with `subprocess.Popen`, `wait` and `send_signal`; what it prints is in files, so that it never waits.
+
+    Args:
+        source: The program. What it runs has not touched JAX's devices, and nothing of JAX is changed.
+        arguments: What follows in `sys.argv`.
+    """
+
+    def __init__(self, source: str, *arguments: str) -> None:
+        self._said = tempfile.TemporaryDirectory()
+        self._server = _server()
+        asked = {"source": source, "words": ["-c", *arguments], "said": self._said.name}
+        print(json.dumps(asked), file=self._server.stdin, flush=True)
+        self.pid = int(self._server.stdout.readline())
+        self.returncode: int | None = None
+
+    @property
+    def stdout(self) -> str:
+        """What it has printed so far."""
+        return pathlib.Path(self._said.name, "1").read_text()
+
+    @property
+    def stderr(self) -> str:
+        """What it has said of errors so far."""
+        return pathlib.Path(self._said.name, "2").read_text()
+
+    def send_signal(self, number: int) -> None:
+        """Sends it a signal, while it has not been waited for."""
+        os.kill(self.pid, number)
+
+    def wait(self) -> int:
+        """Waits for its end; returns its status, or minus the signal that ended it."""
+        if self.returncode is None:
+            print(self.pid, file=self._server.stdin, flush=True)
+            self.returncode = int(self._server.stdout.readline())
+        return self.returncode
+
+
+COMMAND_LINE = "import runpy; runpy.run_module('orbax_nnx_handler', run_name='__main__', alter_sys=True)"
+"""The source of `python -m orbax_nnx_handler`."""
+
+
 @functools.cache
-def _importer(module: str) -> subprocess.Popen[str]:
-    """Starts the process that imports a module once for all its groups, and ends when this one does."""
+def _server() -> subprocess.Popen[str]:
+    """Starts the process that imports once for all groups and programs, and ends when this one does."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
         # JAX warns of it; nothing of JAX runs when `_serve` forks.
         "PYTHONWARNINGS": "ignore:os.fork:RuntimeWarning",
     }
-    importer = subprocess.Popen(
-        [sys.executable, "-m", "tests.processes", module],
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tests.processes"],
         cwd=ROOT,
         env=environment,
         stdin=subprocess.PIPE,
@@ -182,36 +228,60 @@ def _importer(module: str) -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
     )
-    atexit.register(importer.communicate)
-    return importer
+    atexit.register(server.communicate)
+    return server
 
 
-def _serve(module: str) -> None:
-    """Forks a group for each line of the input, and says how many of its processes failed."""
-    program = importlib.import_module(module).main
-    # What looks for a cause imports it late, and so would each process for itself.
-    importlib.import_module("scipy.optimize")
+def _serve() -> None:
+    """Forks what each line of the input asks for: a group or a program; a number waits for its program."""
+    for module in ("orbax.checkpoint", "orbax_nnx_handler.cli", "orbax_nnx_handler.handler", "jax.numpy"):
+        importlib.import_module(module)
+    gc.freeze()
+    for line in sys.stdin:
+        asked = json.loads(line)
+        if isinstance(asked, int):
+            print(os.waitstatus_to_exitcode(os.waitpid(asked, 0)[1]), flush=True)
+        elif "source" in asked:
+            print(_fork(_run_program, **asked), flush=True)
+        else:
+            # What looks for a cause imports it late, and so would each process for itself.
+            importlib.import_module("scipy.optimize")
+            importlib.import_module(asked["module"])
+            gc.freeze()
+            group = [_fork(_run_member, number=number, **asked) for number in range(asked["count"])]
+            print(sum(os.waitpid(process, 0)[1] != 0 for process in group), flush=True)
+
+
+def _fork(run: Callable[..., None], **what: Any) -> int:
+    process = os.fork()
+    if not process:
+        run(**what)
+        sys.exit()
+    return process
+
+
+def _run_program(source: str, words: list[str], said: str) -> None:
+    with pathlib.Path(os.devnull).open() as nothing:
+        os.dup2(nothing.fileno(), 0)
+    for number in (1, 2):
+        _say_in(pathlib.Path(said, str(number)), number)
+    sys.argv = words
+    exec(source, {"__name__": "__main__"})
+
+
+def _run_member(module: str, port: int, count: int, number: int, directory: str) -> None:
+    _say_in(pathlib.Path(directory) / "said.txt", 1, 2)
     share_lowering_context()
     spare_garbage_collector()
-    for line in sys.stdin:
-        port, count, directory = json.loads(line)
-        processes: list[int] = []
-        for number in range(count):
-            process = os.fork()
-            if not process:
-                _say_in(pathlib.Path(directory) / "said.txt")
-                os.environ["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={8 // count}"
-                program(str(port), str(count), str(number), directory)
-                sys.exit()
-            processes.append(process)
-        print(sum(os.waitpid(process, 0)[1] != 0 for process in processes), flush=True)
+    os.environ["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={8 // count}"
+    importlib.import_module(module).main(str(port), str(count), str(number), directory)
 
 
-def _say_in(path: pathlib.Path) -> None:
-    """Has what this process prints appended to a file."""
+def _say_in(path: pathlib.Path, *numbers: int) -> None:
+    """Has what this process prints and says of errors appended to a file."""
     with path.open("ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+        for number in numbers:
+            os.dup2(file.fileno(), number)
 
 
 def _free_port() -> int:
@@ -221,4 +291,4 @@ def _free_port() -> int:
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1])
+    _serve()

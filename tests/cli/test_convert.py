@@ -3,8 +3,6 @@
 import contextlib
 import pathlib
 import signal
-import subprocess
-import sys
 import time
 
 import jax
@@ -21,6 +19,7 @@ from orbax_nnx_handler.storage.converting.write import BlockWriter
 from tests.cases import load_case, problems
 from tests.cli import nnx_program
 from tests.cli.conftest import MODEL, stock
+from tests.processes import COMMAND_LINE, Forked
 
 MAXTEXT = load_case("llama2_scanned_to_scanned")
 LAYERS = 2
@@ -231,17 +230,15 @@ def test_an_interrupt_from_the_keyboard_or_a_scheduler_leaves_nothing(tmp_path, 
     ocp.PyTreeCheckpointer().save(tmp_path / "in", {"params": {"w": value}})
     out = tmp_path / "out"
     out.mkdir()
-    command = [sys.executable, "-m", "orbax_nnx_handler", "convert", str(tmp_path / "in"), str(out / "it")]
-    process = subprocess.Popen(command, cwd=MODEL.parents[2], stderr=subprocess.PIPE, text=True)
+    process = Forked(COMMAND_LINE, "convert", str(tmp_path / "in"), str(out / "it"))
     deadline = time.monotonic() + 60
     while not names_in(out) and time.monotonic() < deadline:
         time.sleep(0.01)
 
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
 
-    assert process.returncode == 130, errors
-    assert errors.endswith("interrupted: nothing was changed\n")
+    assert process.wait() == 130, process.stderr
+    assert process.stderr.endswith("interrupted: nothing was changed\n")
     assert names_in(out) == []
 
 

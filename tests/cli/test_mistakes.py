@@ -1,16 +1,13 @@
 """What a stranger gets wrong: one readable error, the right exit status, and nothing changed."""
 
-import os
 import pathlib
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from tests.cli.conftest import MODEL
+from tests.processes import COMMAND_LINE, Forked
 
 MISSING = "needs() missing 1 required positional argument: 'layers'\n"
 PROGRAM = """\
@@ -173,14 +170,11 @@ def test_a_source_damaged_in_the_middle_leaves_nothing(cli, tmp_path) -> None:
 @pytest.mark.parametrize("more", [[], ["--json"]])
 def test_a_reader_that_has_seen_enough_is_no_mistake(tmp_path, more: list[str]) -> None:
     ocp.PyTreeCheckpointer().save(tmp_path / "in", {"params": {"w": np.ones(3, np.float32)}})
-    reader, writer = os.pipe()
-    os.close(reader)
+    program = f"import os; reader, writer = os.pipe(); os.close(reader); os.dup2(writer, 1); {COMMAND_LINE}"
 
-    command = [sys.executable, "-m", "orbax_nnx_handler", "tree", str(tmp_path / "in"), *more]
-    done = subprocess.run(command, cwd=MODEL.parents[2], stdout=writer, stderr=subprocess.PIPE, text=True)
-    os.close(writer)
+    done = Forked(program, "tree", str(tmp_path / "in"), *more)
 
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.wait(), done.stderr) == (0, "")
 
 
 def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path) -> None:
@@ -194,14 +188,9 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path) -> None:
         "from orbax_nnx_handler.cli import main; sys.exit(main())"
     )
 
-    done = subprocess.run(
-        [sys.executable, "-c", program, "convert", str(tmp_path / "in"), str(out)],
-        cwd=MODEL.parents[2],
-        capture_output=True,
-        text=True,
-    )
+    done = Forked(program, "convert", str(tmp_path / "in"), str(out))
 
-    assert done.returncode == 1, done.stderr
+    assert done.wait() == 1, done.stderr
     assert done.stderr.startswith(f"RestoreError: {out} cannot be written: ")
     assert done.stderr.endswith("hint: nothing was left at the destination.\n")
     assert "Traceback" not in done.stderr

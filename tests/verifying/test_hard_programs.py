@@ -3,8 +3,6 @@
 import dataclasses
 import pathlib
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +17,7 @@ from flax import nnx
 from orbax_nnx_handler import UnstackLayers, Verification, VerificationError, suggest, verify
 from orbax_nnx_handler.planning.core.paths import render
 from orbax_nnx_handler.verifying.recording import run_linen
+from tests.processes import Forked
 
 X = np.random.default_rng(0).normal(size=(2, 4)).astype("f")
 
@@ -483,7 +482,8 @@ with jax.log_compiles():
 
 def test_one_operation_takes_every_layer_out_of_a_stack():
     # In a process of its own: the suite changes what is compiled.
-    made = subprocess.run([sys.executable, "-c", _OF_NINE_LAYERS], capture_output=True, text=True, check=True)
+    made = Forked(_OF_NINE_LAYERS)
+    assert made.wait() == 0, made.stderr
     compiled = re.findall(r"Finished XLA compilation of jit\((\w*slice)\)", made.stderr)
     assert len(compiled) == 1
 

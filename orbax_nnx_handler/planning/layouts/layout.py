@@ -267,7 +267,7 @@ def repeats_beside(model: Mapping[Tokens, object], named: Iterable[str]) -> set[
         named: The names of a target; what it calls so is no copy that it can do without.
     """
     said = set[str]().union(*map(_split, {*named}))
-    followed = {name: _followed(name) for name in {name for path in model for name in path[:-1]}}
+    followed = {name: _followed(name) for path in model for name in path[:-1]}
     copies = {name for name, words in followed.items() if words and said.isdisjoint(_split(name) - words)}
     held: dict[Tokens, dict[str, set[object]]] = defaultdict(lambda: defaultdict(set))
     for path, kind in model.items() if copies else ():

@@ -222,7 +222,9 @@ def links_of(whole: NamedPart, parts: Sequence[NamedPart], split: bool) -> list[
 
 def _joint(whole: Leaf, parts: Sequence[Leaf], split: bool, is_first: bool) -> Joint | None:
     options = list(joints([part.shape for part in parts], whole.shape, split=split))
-    kept = [joint for joint in options if joint.is_new] or options
+    # As many layers as parts: both may be stacks of them, and then each part lies in its layer as it is.
+    layers = [joint for joint in options if all(Way(()) in found for found in joint.parts)]
+    kept = [joint for joint in layers or options if joint.is_new] or layers or options
     if is_first and parts[0].shape[:1] != whole.shape[:1]:  # Else both may be stacks of layers.
         kept = [joint for joint in kept if joint.axis == 0]
     return kept[0] if len(kept) == 1 else None

@@ -565,6 +565,19 @@ def test_an_array_of_keys_and_values_has_them_in_the_order_of_its_name(order):
     check(values, expected)
 
 
+@pytest.mark.parametrize("layers", [3, 4])
+def test_as_many_stacked_layers_as_parts_are_not_taken_for_parts(layers):
+    stored = filled({f"layers/attn/w{name}/kernel": (layers, 8, 8) for name in "qkv"})
+    joined = np.concatenate([*stored.values()], -1)
+    stored |= filled({"layers/attn/wo/kernel": (layers, 8, 8)})
+
+    _, values = proposed(
+        stored, {"blocks/mix/qkv/kernel": joined.shape, "blocks/mix/o/kernel": (layers, 8, 8)}
+    )
+
+    np.testing.assert_array_equal(values["blocks/mix/qkv/kernel"], joined)
+
+
 def test_what_leads_from_tokens_to_an_image_does_not_become_what_leads_back():
     names = {
         "cross_attn_image_to_token": "image_to_token_attention",

@@ -83,7 +83,7 @@ class Compared:
     @property
     def gets_the_same(self) -> bool:
         """Whether the inputs agree."""
-        return _agree(self.found.inputs)
+        return agree(self.found.inputs)
 
     @property
     def agrees(self) -> bool:
@@ -150,7 +150,7 @@ def _call_by_call(linen: Sequence[Use], nnx: Sequence[Use]) -> Iterator[tuple[in
     for at, use in enumerate(nnx if 1 < max(len(linen), len(nnx)) <= _MOST_CALLS else ()):
         # What is its own, where it may be; else the first one, as the program goes on.
         likely = sorted(left, key=lambda number: number != at)
-        found = next((n for n in likely if _agree(compare_inputs(left[n].inputs, use.inputs))), None)
+        found = next((n for n in likely if agree(compare_inputs(left[n].inputs, use.inputs))), None)
         if found is not None:
             pairs[at] = found
             del left[found]
@@ -178,13 +178,13 @@ def _compared(pair: ModulePair, number: int, linen: Use, nnx: Use, calls: int) -
     return Compared(found=found, pair=pair, linen=linen, nnx=nnx, calls=calls)
 
 
-def _agree(inputs: Distance) -> bool:
+def agree(inputs: Distance) -> bool:
     """Tells whether inputs agree; not where none could be compared, as one that is padded already."""
     return not exceeds(inputs, TOLERANCE) and bool(inputs.compared or not inputs.left)
 
 
 def _differs(inputs: Distance, outputs: Distance, calls: int) -> bool:
-    if not outputs.compared or not _agree(inputs):
+    if not outputs.compared or not agree(inputs):
         return False
     return changes_more_than_rounding(inputs, outputs, calls)
 

@@ -20,12 +20,12 @@ from orbax_nnx_handler.planning.core.recipes import Add, Recipe, reads
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.restore_plan import RestorePlan
 from orbax_nnx_handler.planning.rules import Rename, Rule
-from orbax_nnx_handler.planning.suggesting import Proposal, Remade, Suggestion
+from orbax_nnx_handler.planning.suggesting import Proposal, Question, Remade, Suggestion
 from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.verifying.comparison import compared
-from orbax_nnx_handler.verifying.pairing import compare_outputs
-from orbax_nnx_handler.verifying.runs import LINEN, NNX, Compared, Programs, Runs, run_both
+from orbax_nnx_handler.verifying.pairing import by_path, compare_inputs, compare_outputs
+from orbax_nnx_handler.verifying.runs import LINEN, NNX, Compared, Programs, Runs, agree, run_both
 from orbax_nnx_handler.verifying.single_module import lent
 from orbax_nnx_handler.verifying.verification import FirstDifference, Verification
 from orbax_nnx_handler.verifying.weights import layers_of, on_one_device
@@ -118,9 +118,12 @@ class Settling:
             verification = None
             if (found := self._rules(answers, changes)) == rules:
                 verification = compared(runs, plan, self.tolerance)
+                self._answer_by_inputs(verification, answers, plan, runs)
                 if verification.equal or verification.first is None:
                     break
-                self._answer_by(verification.first, answers, ways, runs)
+                # What was changed, was changed in a model under the answers so far.
+                free = {at: x for at, x in ways.items() if not self._is_changed(at, changes)}
+                self._answer_by(verification.first, answers, free, runs)
                 if (found := self._rules(answers, changes)) == rules:
                     changes += _made_otherwise(verification.first, plan)
                     found = self._rules(answers, changes)
@@ -248,6 +251,17 @@ class Settling:
                 self.allowed[number] = [*fitting, *rest]
                 answers[number] = fitting[0] if not fitting[1:] + rest else None
 
+    def _is_changed(self, number: int, changes: Sequence[Remade]) -> bool:
+        return any(change.leaf in self.suggestion.questions[number].wanted for change in changes)
+
+    def _answer_by_inputs(
+        self, verification: Verification, answers: list[int | None], plan: RestorePlan, runs: Runs
+    ) -> None:
+        """Answers as a model that is right was made, where what modules are called with tells them apart."""
+        for number, question in enumerate(self.suggestion.questions if verification.equal else ()):
+            if answers[number] is None and question.about == "which" and _are_told(question, plan, runs):
+                answers[number] = self.allowed[number][0]
+
     def _with(
         self, answers: Sequence[int | None], changes: Sequence[Remade], verification: Verification | None
     ) -> Suggestion:
@@ -305,6 +319,26 @@ def _stays_within(one: Compared, ways: _Ways, plan: RestorePlan) -> bool:
         for changed in ways.values()
     }
     return len(sources) == 1
+
+
+def _are_told(question: Question, plan: RestorePlan, runs: Runs) -> bool:
+    """Tells whether Linen calls each module of a question with something else than all others that it may be.
+
+    Of two that change places, the first one in the order of the run would be called as in the model that
+    is right, and not with what Linen calls the other one with.
+    """
+    location, called = runs.linen.weights.location, by_path(runs.linen.calls)
+    linen = {source: called.get(location.get(source, ())[:-1], ()) for source in question.stored}
+    for leaf in question.wanted:
+        own = {*reads(plan.restored[leaf].recipe)} if leaf in plan.restored else set[Path]()
+        calls = runs.runner.calls.get(leaf[:-1], ())
+        if len(own) != 1 or len(calls) != 1 or not own <= linen.keys():
+            return False
+        for source, others in linen.items():
+            is_own = location[source][:-1] == location[next(iter(own))][:-1]
+            if len(others) != 1 or agree(compare_inputs(others[0].inputs, calls[0].inputs)) != is_own:
+                return False
+    return len(question.choices) > 1
 
 
 def _tells(best: float, next_: float) -> bool:

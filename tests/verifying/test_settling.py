@@ -407,6 +407,35 @@ def test_of_all_orders_of_four_parts_the_one_is_found_that_outputs_tell_and_none
         assert (found.renames, found.confidence) == ((), "open")
 
 
+class Chain(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        for name in "fghkmn":
+            x = nn.tanh(nn.Dense(8, name=name)(x))
+        return x
+
+
+class ChainTwin(nnx.Module):
+    def __init__(self, rngs):
+        self.t1, self.t2, self.t3, self.t4, self.t5, self.t6 = (nnx.Linear(8, 8, rngs=rngs) for _ in range(6))
+
+    def __call__(self, x):
+        for layer in (self.t4, self.t1, self.t6, self.t2, self.t5, self.t3):
+            x = nnx.tanh(layer(x))
+        return x
+
+
+def test_of_more_orders_than_a_question_lists_the_one_is_found_that_modules_inputs_tell(saved: Save):
+    x = np.random.default_rng(8).normal(size=(4, 8)).astype("f")
+    twin = Twin(name="chain", linen=Chain(), make=lambda: ChainTwin(nnx.Rngs(0)), inputs=(x,), rules=[])
+
+    found = settled(twin, saved(twin))
+
+    assert found.confidence == "certain", found
+    right = zip("fghkmn", (4, 1, 6, 2, 5, 3), strict=True)
+    assert sorted(map(str, found.renames)) == [f"('{name}', 't{at}')" for name, at in right]
+
+
 @pytest.mark.parametrize("given", [5, (), (lambda *_: 0, lambda *_: 0), "programs.py:PAIR", {"inputs": ()}])
 def test_what_is_no_pair_of_programs_is_told_before_anything_is_searched(given: Any):
     with pytest.raises(VerificationError, match=r"verify is a .*: it takes \(linen_apply"):

@@ -175,16 +175,14 @@ class NNXLinenHandler(ocp.PyTreeCheckpointHandler):
         super().save(directory, args=given)
 
     def _save_args(self, directory: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Returns what stock Orbax is to save: `PyTreeSave`, or `StandardSave` where that was given.
-
-        The handler's own rules are undone where the save names none: it restores with them again.
-        """
+        """Returns what stock Orbax is to save; undoes the handler's own rules where the save names none."""
         given = kwargs.get("args")
         if given is None:
             older = dict(zip(("item", "save_args"), args, strict=False)) | kwargs
             given = NNXLinenSave(older.get("item"), older.get("save_args"))
         own = isinstance(given, NNXLinenSave)
         undone = given.renames if own else None
+        since = self.report if undone is None else None
         if undone is None:
             undone = self._options.renames if is_nnx(given.item) or (own and _are_arrays(given.item)) else ()
         if not is_nnx(given.item) and not undone:
@@ -192,7 +190,7 @@ class NNXLinenHandler(ocp.PyTreeCheckpointHandler):
         check_writable(epath.Path(directory))
         stock, in_folders = _as_pytree_save(given), self._in_folders and not is_url(directory)
         flavour, tx = (given.layout, given.tx) if own else ("linen", None)
-        return linen_save(stock, flavour, tx, undone, in_folders=in_folders)
+        return linen_save(stock, flavour, tx, undone, in_folders=in_folders, since=since)
 
     def close(self) -> None:
         """Closes the handler; Orbax's checkpointers call it."""

@@ -1,5 +1,7 @@
 """A save undoes the rules that its handler restores with; random streams alone are an item."""
 
+import shutil
+
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -7,7 +9,16 @@ import pytest
 from flax import nnx
 from orbax.checkpoint import v1 as ocp_v1
 
-from orbax_nnx_handler import NNXLinenHandler, NNXLinenRestore, NNXLinenSave, Transpose, restore, save, v1
+from orbax_nnx_handler import (
+    NNXLinenHandler,
+    NNXLinenRestore,
+    NNXLinenSave,
+    RuleError,
+    Transpose,
+    restore,
+    save,
+    v1,
+)
 from tests.laws.worlds import Branch, Numbers, check, flat, model_target
 
 RULES = [("old", "new"), Transpose("new/kernel", (1, 0))]
@@ -42,6 +53,31 @@ def test_a_save_that_names_no_rules_undoes_none_of_its_handler(tmp_path):
     with ocp.PyTreeCheckpointer() as checkpointer:
         stored = checkpointer.restore(tmp_path / "1" / "default")
     np.testing.assert_array_equal(stored["params"]["new"]["kernel"], tree["new"]["kernel"])
+
+
+def test_rules_that_do_not_lead_back_to_what_was_restored_are_refused_with_two_ways_out(tmp_path):
+    numbers = Numbers()
+    tree = {"encoder": {"norm": {"scale": numbers(4)}}, "decoder": {"norm": {"scale": numbers(6)}}}
+    stored = {"encoder": {"ln": tree["encoder"]["norm"]}, "decoder": tree["decoder"]}
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "1" / "default", {"params": stored})
+
+    def saved(rules, **arguments):
+        handler = NNXLinenHandler(renames=rules)
+        with ocp.CheckpointManager(tmp_path, item_handlers=handler) as manager:
+            found = manager.restore(1, args=NNXLinenRestore(model_target(tree)))
+            check(found, tree)
+            given = dict.fromkeys(arguments, handler.report)
+            manager.save(2, args=NNXLinenSave(found, **given), force=True)
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            made = checkpointer.restore(tmp_path / "2" / "default")
+        shutil.rmtree(tmp_path / "2")
+        return made["params"]
+
+    with pytest.raises(RuleError, match="decoder/norm/scale would be stored as params/decoder/ln/scale"):
+        saved([("ln", "norm")])
+    for made in (saved([("encoder/ln", "encoder/norm")]), saved([("ln", "norm")], renames=True)):
+        jax.tree.map(np.testing.assert_array_equal, made, stored)
 
 
 def test_v1_undoes_the_rules_of_its_context(tmp_path):

@@ -59,6 +59,7 @@ from orbax_nnx_handler.storage.saving.undo import (
     Copies,
     SavedLeaves,
     as_restored,
+    check_lead_back,
     streams_as_stored,
     without_rules,
 )
@@ -274,6 +275,7 @@ def linen_save(
     undone: RulesOrRestore = (),
     *,
     in_folders: bool = False,
+    since: RestoreReport | None = None,
 ) -> ocp.args.PyTreeSave:
     """Returns the save arguments for NNX state in the layout of a Linen program.
 
@@ -281,10 +283,11 @@ def linen_save(
     recurrent cells, which Linen stores one by one; arrays stay where they are, for
     Orbax to write in the background.
 
-    With `in_folders`, each array gets a directory on this machine.
+    With `in_folders`, each array gets a directory on this machine. With the report of a restore before it,
+    `since`, the same rules have to lead back from there.
 
     Raises:
-        RuleError: See `plan_save`.
+        RuleError: See `plan_save` and `check_lead_back`.
         DtypeMismatchError: The step is beyond int32.
         RestoreError: An array has no element, or no dtype of TensorStore's; see `plan_save`, `check_folders`.
         ValueError: A leaf is a `jax.ShapeDtypeStruct`; see `plan_save` and `add_leftovers`.
@@ -292,6 +295,8 @@ def linen_save(
     if not is_nnx(given.item) and not undone:
         return given
     plan = plan_save(given.item, flavour, tx, undone)
+    if since is not None and not isinstance(undone, RestorePlan | RestoreReport):
+        check_lead_back(plan.leaves, as_rules(undone), since.plan)
     if in_folders:
         check_folders(plan.leaves)
     _check_values(plan)

@@ -10,7 +10,7 @@ from flax import nnx
 
 from orbax_nnx_handler.planning.core.errors import RuleError
 from orbax_nnx_handler.planning.core.leaves import COPIES, OF_GRADIENTS, Shape, StoredLeaf, WantedLeaf
-from orbax_nnx_handler.planning.core.paths import Path, render, segments
+from orbax_nnx_handler.planning.core.paths import Path, canonical, render, segments
 from orbax_nnx_handler.planning.core.recipes import (
     Fill,
     Read,
@@ -151,6 +151,37 @@ def _lost(entries: Mapping[Path, Entry], stored: Mapping[Path, Entry], rules: Se
 
 def _as(copy: SavedLeaf, made: SavedLeaf) -> SavedLeaf:
     return copy.through(made.recipe, made.shape)
+
+
+def check_lead_back(leaves: SavedLeaves, rules: Sequence[Rule], plan: RestorePlan) -> None:
+    """Checks that rules undone store each leaf under the name that a restore by them has read it from.
+
+    Rules alone do not tell: of `encoder/ln` and `decoder/norm`, `("ln", "norm")` makes two `norm`.
+
+    Raises:
+        RuleError: A leaf would get another name.
+    """
+    if tuple(rules) != tuple(plan.renames):
+        return
+    places = {leaf.like: at for at, leaf in leaves.items() if leaf.recipe == Read(leaf.like)}
+    rows = dict[str, Path]()
+    for path, item in plan.restored.items():
+        at, source = places.get(path), item.recipe
+        if at is None or not isinstance(source, Read):
+            continue
+        # A save has levels of its own above the model.
+        now, then = canonical(at)[::-1], plan.sides.placements[source.path].tokens[::-1]
+        if any(one != other for one, other in zip(now, then, strict=False)):
+            rows[f"  {render(source.path)} would be stored as {render(at)}"] = path
+    if rows:
+        raise RuleError(
+            "these rules do not lead back to what the restore has read:\n" + "\n".join([*rows][:20]),
+            paths=[*rows.values()],
+            hints=[
+                "a name that a rule writes was there before: name more of the path on both of its sides.",
+                "or undo what the restore did, leaf by leaf: NNXLinenSave(item, renames=handler.report).",
+            ],
+        )
 
 
 def as_restored(leaves: SavedLeaves, empty: Empty, plan: RestorePlan) -> tuple[SavedLeaves, Empty, Copies]:

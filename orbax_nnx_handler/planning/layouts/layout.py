@@ -216,6 +216,26 @@ FOLLOWERS = frozenset({"teacher", "target", "slow"})
 """Words of a network that is trained by nothing: it is set to another one's weights, or follows them."""
 
 _AVERAGES = frozenset({"ema", "swa", "polyak", "avg", "average", "averages", "averaged"})
+_FOLLOWING = (
+    _AVERAGES
+    | FOLLOWERS
+    | {
+        *(
+            "old",
+            "prev",
+            "previous",
+            "backup",
+            "momentum",
+            "shadow",
+            "ref",
+            "reference",
+            "lagged",
+            "bar",
+            "frozen",
+        )
+    }
+)
+"""Words of a network that a target may want in the place of the one that it follows."""
 
 
 def words_of(name: str) -> set[str]:
@@ -267,6 +287,8 @@ def repeats_beside(model: Mapping[Tokens, object], named: Iterable[str]) -> set[
         named: The names of a target; what it calls so is no copy that it can do without.
     """
     said = set[str]().union(*map(_split, {*named}))
+    if said & _FOLLOWING:
+        return set()  # Whichever the target calls so may be any of them.
     followed = {name: _followed(name) for path in model for name in path[:-1]}
     copies = {name for name, words in followed.items() if words and said.isdisjoint(_split(name) - words)}
     held: dict[Tokens, dict[str, set[object]]] = defaultdict(lambda: defaultdict(set))

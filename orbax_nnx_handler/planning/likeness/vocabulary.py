@@ -167,7 +167,10 @@ _MEANING = {
     for spelling in spellings.split()
 }
 _LONGEST = max(map(len, _PHRASES))
-_WORD = re.compile(r"\d+x\d+|\d+[a-z](?![A-Za-z])|\d+|conv(?=[a-rt-z](?![a-z]))|[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+_WORD = re.compile(
+    r"[A-Z](?=to[A-Z])|to(?=[A-Z])|\d+x\d+|\d+[a-z](?![A-Za-z])|\d+|conv(?=[a-rt-z](?![a-z]))|[A-Z]+(?![a-z])"
+    r"|[A-Z]?[a-z]+"
+)
 
 
 @functools.lru_cache(maxsize=65536)

@@ -67,6 +67,7 @@ DOUBTFUL = [
     "odd=uneven even=paired",
     "major=main minor=secondary",
     "prev=older next=newer",
+    "G_A=gen_AtoB G_B=gen_BtoA",
     "spatial=space_mix temporal=time_mix",
     "content=what position=where",
     "row=horizontal column=vertical",

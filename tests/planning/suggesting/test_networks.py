@@ -413,6 +413,26 @@ def test_a_module_that_no_name_says_is_followed_is_asked_about(names):
     assert {*found.unmatched_wanted} >= {("net", name, "kernel") for name in layers}
 
 
+@pytest.mark.parametrize(
+    ("stored", "wanted"),
+    [
+        (("encoder", "encoder_ema"), "target_encoder"),
+        (("policy", "policy_old"), "prev_policy"),
+        (("model", "ema_model"), "shadow_model"),
+        (("actor", "actor_target"), "slow_actor"),
+    ],
+    ids=str,
+)
+def test_where_the_target_wants_what_follows_no_module_that_does_is_left_out(stored, wanted):
+    layers = {"fc1": (4, 24), "fc2": (24, 24)}
+    target = nnx.eval_shape(lambda: Model({wanted: {name: {"kernel": x} for name, x in layers.items()}}))
+
+    found = suggest({"params": followed(*stored)}, target)
+
+    assert found.confidence == "open"
+    assert {path[1] for question in found.questions for path in question.stored} == {*stored}
+
+
 def test_a_module_with_a_place_of_its_own_in_the_target_is_no_copy_that_may_be_left_out():
     tree = {"params": followed("embedder", "target_embedder", Dense_2=(24, 3))}
     layers = {"fc1": (4, 24), "fc2": (24, 24)}

@@ -2,7 +2,7 @@
 
 import argparse
 import dataclasses
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -143,7 +143,8 @@ def _by_segments(checkpoint: Checkpoint, rules: Sequence[Rule] = ()) -> dict[Pat
 def _paired(ours: Collection[Path], theirs: Collection[Path]) -> Mapping[Path, Path]:
     """Returns their path of each of ours: the same, or with a collection in front that the other side lacks.
 
-    Linen variables have it, and an `nnx.State` does not; no two paths become one.
+    Linen variables have it, and an `nnx.State` does not; a train state has a level for its model (`model`).
+    No two paths become one.
     """
     found = {key: key for key in ours if key in theirs}
     left = [[key for key in side if key not in found] for side in (ours, theirs)]
@@ -151,7 +152,17 @@ def _paired(ours: Collection[Path], theirs: Collection[Path]) -> Mapping[Path, P
     plain = [{key: key for key in keys} for keys in left]
     for one, other in ((inside[0], plain[1]), (plain[0], inside[1])):
         found |= {one[key]: other[key] for key in one.keys() & other.keys() if key not in found}
+    if not found:
+        found |= {inside[0][key]: path for key, path in _below_level(left[1], inside[0]).items()}
+        found |= {path: inside[1][key] for key, path in _below_level(left[0], inside[1]).items()}
     return found
+
+
+def _below_level(paths: Iterable[Path], others: Collection[Path]) -> Mapping[Path, Path]:
+    """Returns paths by what they are below the one first key under which the most are the other side's."""
+    levels = Counter(path[0] for path in paths if path[1:] in others)
+    level = max(levels, key=levels.__getitem__, default=None)
+    return {path[1:]: path for path in paths if path[0] == level and path[1:] in others}
 
 
 def _without_collection(paths: Iterable[Path]) -> Mapping[Path, Path]:

@@ -178,8 +178,9 @@ def test_a_hugging_face_directory_is_compared_with_an_nnx_state(cli, tmp_path) -
     assert (said.status, said.out.splitlines()[-1]) == (0, "Nothing differs in values: 2 leaves.")
 
 
+@pytest.mark.parametrize("level", ["", "model"], ids=["alone", "in a train state"])
 @pytest.mark.parametrize("turned", [False, True], ids=["A is Linen's", "B is Linen's"])
-def test_linen_variables_are_compared_with_an_nnx_state(cli, tmp_path, turned) -> None:
+def test_linen_variables_are_compared_with_an_nnx_state(cli, tmp_path, turned, level) -> None:
     params = {"dense": {"kernel": np.arange(6.0).reshape(2, 3)}, "norm": {"scale": np.ones(3)}}
     averages = {"norm": {"mean": np.arange(3.0)}}
     state = {
@@ -188,7 +189,7 @@ def test_linen_variables_are_compared_with_an_nnx_state(cli, tmp_path, turned) -
     }
     with ocp.PyTreeCheckpointer() as stock:
         stock.save(tmp_path / "linen", {"params": params, "batch_stats": averages})
-        stock.save(tmp_path / "nnx", state)
+        stock.save(tmp_path / "nnx", {level: state} if level else state)
     paths = [tmp_path / "linen", tmp_path / "nnx"]
 
     said = cli("diff", *(paths[::-1] if turned else paths), "--values", "--json")

@@ -41,26 +41,23 @@ from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.planning.verdict.leaf_verdicts import check_readable
 from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
-from orbax_nnx_handler.storage.converting.blocks import Written
+from orbax_nnx_handler.storage.converting.blocks import Written, check_paths_distinct
 from orbax_nnx_handler.storage.converting.planned_leaves import (
+    WITHOUT_COLLECTIONS,
     check_codes,
-    check_paths_distinct,
+    check_linen_names,
+    every_leaf,
     fit,
+    in_layout,
     in_linen,
     in_nnx,
+    owner_left_out,
+    reading_of,
     rounded,
     weights_only,
     with_dtype,
 )
 from orbax_nnx_handler.storage.converting.regroup import Regrouping, in_order, regroup
-from orbax_nnx_handler.storage.converting.source import (
-    WITHOUT_COLLECTIONS,
-    check_linen_names,
-    every_leaf,
-    in_layout,
-    owner_left_out,
-    reading_of,
-)
 from orbax_nnx_handler.storage.converting.write import Conversion, check_free, write_converted
 from orbax_nnx_handler.storage.restoring.restore import check_values
 from orbax_nnx_handler.storage.stores.locations import absolute

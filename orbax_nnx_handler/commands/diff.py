@@ -29,7 +29,7 @@ from orbax_nnx_handler.planning.verdict.leaf_verdicts import check_readable
 from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
 from orbax_nnx_handler.storage.converting.blocks import Difference, Written, as_stored, differences, window_of
-from orbax_nnx_handler.storage.converting.source import reading_of
+from orbax_nnx_handler.storage.converting.planned_leaves import reading_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

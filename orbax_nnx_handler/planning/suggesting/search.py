@@ -17,6 +17,7 @@ from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie, leads
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, module_parts, part_of
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart, named_parts
 from orbax_nnx_handler.planning.likeness.norms_of_layers import with_counted_parts
+from orbax_nnx_handler.planning.likeness.recurrent_cells import as_fused
 from orbax_nnx_handler.planning.likeness.shapes import Way, ways
 from orbax_nnx_handler.planning.likeness.vocabulary import Names, concepts
 from orbax_nnx_handler.planning.mapping.cells_and_wrappers import derive
@@ -46,10 +47,9 @@ class Searched:
 def search(wanted: Sequence[Leaf], stored: Sequence[Leaf], order: Mapping[Tokens, Sequence[str]]) -> Searched:
     """Searches what each wanted leaf is made from; `order` is that of creation, by module."""
     if any(leaf.collection is None for leaf in (*wanted, *stored)):
-        wanted, stored = (
-            [dataclasses.replace(x, collection=None) for x in some] for some in (wanted, stored)
-        )
-    found = match_model(Context(wanted=wanted, stored=stored, order=order))
+        wanted, stored = ([dataclasses.replace(x, collection=None) for x in y] for y in (wanted, stored))
+    cells = as_fused(wanted, stored)
+    found = cells.apart(match_model(Context(wanted=cells.wanted, stored=cells.stored, order=order)))
     found.add(_tied(wanted, stored, found))
     found.links.extend(match_leftovers(wanted, stored, found.links))
     asked = [link for tie in found.ties for reading in tie.readings for link in reading]
@@ -169,8 +169,7 @@ def _tied(wanted: Sequence[Leaf], stored: Sequence[Leaf], found: Findings) -> Fi
         links.append(Link(wanted=(bias,), stored=(fitting[0],), grounds="names", ways=((Way(()),),)))
     if "head" in heads[0].said:
         return Findings(links=links)
-    names = heads[0].names, part_of(leaf)
-    return Findings(ties=[Tie(wanted=names[:1], stored=names[1:], readings=(tuple(links),))])
+    return Findings(ties=[Tie(wanted=(heads[0].names,), stored=(part_of(leaf),), readings=(tuple(links),))])
 
 
 def _as_head(table: Leaf, head: Leaf) -> tuple[Way, ...]:

@@ -9,14 +9,14 @@ import math
 import pathlib
 import resource
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.leaves import Shape
-from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, reads
 from orbax_nnx_handler.planning.core.regions import Region, shape_of_region
 from orbax_nnx_handler.planning.layouts.layout import Section
@@ -355,3 +355,27 @@ def _combined(one: Difference, other: Difference) -> Difference:
     # `np.maximum` hands a NaN on, which `max` may lose.
     largest = float(np.maximum(one.largest, other.largest))
     return Difference(unequal=one.unequal + other.unequal, largest=largest)
+
+
+# Leaves that stand in the way.
+
+
+def check_paths_distinct(leaves: Iterable[Written]) -> None:
+    """Raises where two leaves would be written to one path.
+
+    Raises:
+        RestoreError: Names the paths.
+    """
+    seen: set[Path] = set()
+    twice: list[Path] = []
+    for leaf in leaves:
+        (twice.append if leaf.path in seen else seen.add)(leaf.path)
+    if twice:
+        raise refusal("leaves would be written to a path that another leaf has", twice)
+
+
+def refusal(what: str, paths: list[Path], hint: str = "") -> RestoreError:
+    """Returns the error for a conversion that some leaves stand in the way of."""
+    shown = "\n".join(f"  {render(path)}" for path in paths[:20])
+    rest = f"\n  ... and {len(paths) - 20} more" if len(paths) > 20 else ""
+    return RestoreError(f"{len(paths)} {what}:\n{shown}{rest}", paths=paths, hints=[hint] if hint else [])

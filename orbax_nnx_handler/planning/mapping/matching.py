@@ -163,14 +163,20 @@ class Matcher:
         readings = [(tokens, entry) for entry in free for tokens in self._readings(entry)]
         rivals += stored_twice(fitting, self.wanted, self._below, readings, self.layout.scans)
         derived, without_variable = self._derived(free)
-        restacked, clashes, unclear, groups, moved = self._restacked(left, [*free, *derived.values()])
+        # What a cell's gates make under its own path is as good as a leaf there.
+        whole = {
+            w.leaf.path: e for w in left if (e := self._made_for(w, derived)) and e.shape == w.leaf.shape
+        }
+        rest = [item for item in left if item.leaf.path not in whole]
+        made = set(map(id, whole.values()))
+        others = [*free, *(entry for entry in derived.values() if id(entry) not in made)]
+        restacked, clashes, unclear, groups, moved = self._restacked(rest, others)
         doubtful = self._stacks_in(moved, fitting)
         if doubtful:
             return self.match(apart | doubtful)
         found = {path: self._found(entry) for path, entry in fitting.items()}
         for item in left:
-            by_structure = derived.get(self._below[item.leaf.path])
-            if by_structure is not None and self.collections.may_give(by_structure, item):
+            if (by_structure := self._made_for(item, derived)) is not None:
                 found[item.leaf.path] = Found(
                     recipe=by_structure.recipe,
                     reason=by_structure.reason,
@@ -188,6 +194,11 @@ class Matcher:
             without_variable=tuple(_in_fused(without_variable, found)),
             groups=frozenset(groups),
         )
+
+    def _made_for(self, item: Wanted, derived: Mapping[Tokens, Entry]) -> Entry | None:
+        """Returns what is made of a module's leaves under a wanted path."""
+        made = derived.get(self._below[item.leaf.path])
+        return made if made is not None and self.collections.may_give(made, item) else None
 
     def _stacks_in(self, groups: Collection[Group], paths: Collection[Path]) -> frozenset[Path]:
         """Returns the stacks of some groups among wanted leaves.

@@ -113,6 +113,39 @@ def test_gates_of_different_widths_are_not_fused() -> None:
     assert sorted(by_path(derived)) == ["dense_h/bias", "dense_h/kernel"]
 
 
+@pytest.mark.parametrize("list_name", ["layers", "cells"])
+def test_cells_in_a_list_that_take_inputs_of_different_widths_are_each_their_own(list_name: str) -> None:
+    def held(inputs: int, first: float) -> dict[str, dict[str, np.ndarray[Any, Any]]]:
+        kernels = {f"i{gate}": np.full((inputs, 4), first + at, "f4") for at, gate in enumerate("ifgo")}
+        kernels |= {f"h{gate}": np.full((4, 4), first + at, "f4") for at, gate in enumerate("ifgo")}
+        cell = {name: {"kernel": kernel} for name, kernel in kernels.items()}
+        for at, gate in enumerate("ifgo"):
+            cell[f"h{gate}"]["bias"] = np.full(4, first + at, "f4")
+        return cell
+
+    widths = (3, 4, 4)
+    cells = {str(at): {"cell": held(inputs, 10.0 * at)} for at, inputs in enumerate(widths)}
+    target = nnx.from_flat_state(
+        [
+            (("enc", list_name, at, "cell", *path), nnx.Param(jax.ShapeDtypeStruct(shape, "float32")))
+            for at, inputs in enumerate(widths)
+            for path, shape in {
+                ("dense_i", "kernel"): (inputs, 16),
+                ("dense_h", "kernel"): (4, 16),
+                ("dense_h", "bias"): (16,),
+            }.items()
+        ]
+    )
+
+    found = from_linen({"params": {"enc": {list_name: cells}}}, target)
+
+    for at, inputs in enumerate(widths):
+        row = np.repeat(10.0 * at + np.arange(4), 4)
+        cell = found["enc"][list_name][at]["cell"]
+        np.testing.assert_array_equal(cell["dense_i"]["kernel"][...], np.tile(row, (inputs, 1)))
+        np.testing.assert_array_equal(cell["dense_h"]["bias"][...], row)
+
+
 def test_a_minimal_gated_unit_is_taken_for_no_other_cell() -> None:
     assert derive(stored(nn.MGUCell(4), CARRY, X)) == ([], [])
 

@@ -32,8 +32,11 @@ from orbax_nnx_handler.planning.likeness.vocabulary import (
     telling,
 )
 
+_Counted = Sequence[tuple[Level, tuple[int, ...]]]
 _QKV, _MLP = frozenset("qkv"), frozenset(("up", "down", "gate"))
 _ENDS, _FEW = frozenset(("pre", "post", "first", "last")), 5  # More numbers than any in `NUMBERED`.
+_MIXED = {"token": -1, "patch": -1, "temporal": -1, "channel": 1, "feature": 1}  # A Mixer's order.
+_IN_DIFFUSERS = {"attn1": "self", "attn2": "cross"}
 _EITHER = {"qkv": "proj_out", "qkv_proj": "wo"}
 """What stands beside arrays by head: guided diffusion's, InternLM2's; CodeGen has `fc_in`, UvA `linear`."""
 
@@ -195,6 +198,8 @@ class _Context:
     def _other_attention(self, part: ModulePart) -> set[str]:
         """Returns what an attention is whose neighbours all say it: `attn` beside `cross_attn`."""
         own = [names for names in containers(part) if names in self._attentions]
+        if any({(*x[:-1], name) for name in _IN_DIFFUSERS} <= self._attentions for x in own):
+            return {_IN_DIFFUSERS[x[-1]] for x in own if x[-1] in _IN_DIFFUSERS}
         near = [(names, self._inside[names[:-1]] & self._attentions) for names in own]
         beside = [x for names, attentions in near for x in attentions if x != names]
         kinds = {frozenset({"self", "cross"} & {*meanings(names[-1])}) for names in beside}
@@ -244,9 +249,7 @@ class _Context:
         roles = COMPUTED.get(tuple(size / max(sizes[-1], 1) for size in sizes), ())
         return roles[last.number] if len(roles) == len(shapes) == max(shapes) + 1 else ()
 
-    def _resolve(
-        self, part: ModulePart, said: set[str], numbers: Sequence[tuple[Level, tuple[int, ...]]]
-    ) -> str:
+    def _resolve(self, part: ModulePart, said: set[str], numbers: _Counted) -> str:
         """Adds the role that a name has only in its surroundings; returns the convention used."""
         last = part.levels[-1] if part.levels else Level("")
         # `output/dense` is called by its module, the two layers of an `out_block` are not.
@@ -297,9 +300,8 @@ class _Context:
         is_turned = "main" not in part.leaves or part.leaves["main"].names[-1] != "kernel"
         are_next = follow(*shapes) or (is_turned and follow(*(shape[::-1] for shape in shapes)))
         # Of two that Linen numbered, one that leads to more and one back, shapes tell which is which.
-        is_back_and_forth = part.family[1][:1].isupper() and shapes[0] == shapes[1][::-1] != shapes[1]
-        is_either = is_back_and_forth and "bias" in part.leaves
-        return are_next and not is_either and part.family[1] not in self._backwards
+        is_back = part.family[1][:1].isupper() and shapes[0] == shapes[1][::-1] != shapes[1]
+        return are_next and not (is_back and "bias" in part.leaves) and part.family[1] not in self._backwards
 
     def _may_be_gated(self, part: ModulePart, family: Sequence[int]) -> bool:
         """Tells whether two layers may be a gate and what it gates: `w2` is Qwen's gate, `fc_1` Lit-GPT's."""
@@ -344,7 +346,8 @@ class _Context:
         around = set[str]().union(*names) - ({"attn"} if "mlp" in inner else set())
         around |= said & {"cross"} if "attn" in around else set()
         # Of `norm_slots` in an attention nothing is told, nor by what a module with both is called.
-        is_plain = not own - PLACING - {"norm"} and not self._holds_both(part.module)
+        near = concepts(x[-1] for x in self._inside[part.module]) if part.module else frozenset[str]()
+        is_plain = not own - PLACING - {"norm"} and not near >= {"attn", "mlp"}
         place = component(own) or (component(around) if side <= 0 and is_plain else None)
         if place is None and not side:
             place = component(self._beside(part, own - {"norm"}))  # `spatial_norm`, `spatial_attention`.
@@ -374,10 +377,6 @@ class _Context:
         if (is_third or any("self" in words for words in behind)) and not part.own & {"self", "cross"}:
             return BEFORE_NETWORK  # GLM-4's `post_attention_layernorm` beside `post_self_attn_layernorm`.
         return place + (1 if behind or any("mlp" in x and "post" not in x for x in norms) else 2)
-
-    def _holds_both(self, module: Names) -> bool:
-        """Tells whether a module holds an attention and a network."""
-        return bool(module) and concepts(names[-1] for names in self._inside[module]) >= {"attn", "mlp"}
 
     def _beside(self, part: ModulePart, own: set[str]) -> set[str]:
         """Returns what the modules beside a part are that share a word with it."""
@@ -414,7 +413,8 @@ def in_order(
     by_words = None if is_open else in_strict_order(placed(places) if are_norms else _around(places, roles))
     ups, told = {x.way_up for x in roles if is_counted} - {None}, telling([x.part.said for x in roles])
     is_either = not to_last and (len(ups) > 1 or any(x.is_either for x in roles))
-    by_ends = [order_word(words & _ENDS) or None for words in told]  # `ffn_start`, `ffn_end`.
+    mixed = _MIXED if are_norms or all("mlp" in role.said for role in roles) else dict[str, int]()
+    by_ends = [order_word(x & _ENDS) or mixed.get("".join(x)) for x in told]  # `ffn_start`, `ffn_end`.
     by_words = by_words or in_strict_order(by_ends) or in_strict_order(letters(told))
     counted = in_strict_order([None] if is_either else _number_keys(roles))
     return by_words or counted if None in (by_words, counted) or by_words == counted else None

@@ -65,6 +65,7 @@ _SPELLINGS = {
     "imag": "imag im imaginary",
     "shortcut": "shortcut skip residual",
     "conv": "conv convolution convolutions conv1d conv2d",
+    "conv deconv": "deconv convtranspose tconv",
     "downsample": "downsampler downsamplers downsampling",
     "downsample shortcut": "downsample",
     "upsample": "upsample upsampler upsamplers upsampling",
@@ -105,7 +106,8 @@ _TOGETHER = (
     "layer scale: layerscale, conv proj: conv shortcut, norm proj: norm shortcut, src attn: cross attn, "
     "log std: std, log var: logvar, actor critic:, add q: enc text added q, add k: enc text added k, "
     "add v: enc text added v, add out: enc text added out, w pack: q k v, score model:, score net:, "
-    "score network:, score unet:, sa norm: self attn norm, sa layer norm: self attn norm"
+    "score network:, score unet:, sa norm: self attn norm, sa layer norm: self attn norm, r w: rel content, "
+    "r r: rel pos, g encoder: goal enc, conv pw: conv pw, conv transpose: conv deconv"
 )
 _PHRASES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     tuple(words.split()): tuple(said.split())
@@ -115,7 +117,7 @@ _PHRASES: Mapping[tuple[str, ...], tuple[str, ...]] = {
 `embed_out`: NeoX; `attn_vec_einsum`: Gemma; `DenseReluDense`: T5; `encoder_attn`: Bart and Whisper;
 `conv_proj`: Flax's ResNet; `src_attn`: The Annotated Transformer; `add_q_proj`, `norm_added_q`,
 `to_add_out`: diffusers' tokens of a text encoder; `W_pack`: Baichuan; `fc1_g`, `fc1_x`: timm's SwiGLU;
-`ln_f`: GPT-2; `sa_layer_norm`: DistilBERT."""
+`ln_f`: GPT-2; `sa_layer_norm`: DistilBERT; `r_w_bias`: Transformer-XL; `conv_pw`: timm's, may expand."""
 
 _APART = (
     "q k v o, up down gate, in out, pre post, first last, enc dec, self cross, attn mlp, vision text audio, "
@@ -392,8 +394,6 @@ PLACING = frozenset(("pre", "post", "first", "last", "in", "out", "attn", "mlp",
 """The words that tell where a norm stands in its block."""
 
 _SELF, _CROSS, _MLP, END = 10.0, 20.0, 30.0, 100.0
-
-
 BEFORE_NETWORK, OF_EITHER = _MLP - 1, (_SELF + 2, _CROSS + 2)  # Behind the attention, or there.
 
 

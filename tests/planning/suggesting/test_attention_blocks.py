@@ -1,5 +1,7 @@
 """Attention in blocks: of two streams that look at each other, and beside a network in one list."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -319,3 +321,35 @@ def test_a_network_is_not_made_of_the_halves_of_two(layers):
     found, _ = proposed(stored, wanted)
 
     assert asked_in(found) == {*wanted}
+
+
+def test_attn1_and_attn2_in_one_block_are_the_self_and_the_cross_attention_of_diffusers():
+    dense = {"kernel": (8, 8), "bias": (8,)}
+    stored = filled(
+        {
+            f"blocks_{at}/{name}/{kind}": (*shape[:-1], count * 8)
+            for at in range(2)
+            for name, count in {
+                "attn/qkv": 3,
+                "attn/proj": 1,
+                "cross_attn/q_linear": 1,
+                "cross_attn/kv_linear": 2,
+                "cross_attn/proj": 1,
+            }.items()
+            for kind, shape in dense.items()
+        }
+    )
+    expected = {}
+    for at, kind in itertools.product(range(2), dense):
+        ours, block = f"transformer_blocks/{at}", f"blocks_{at}"
+        parts = np.split(stored[f"{block}/attn/qkv/{kind}"], 3, axis=-1)
+        parts.append(stored[f"{block}/cross_attn/q_linear/{kind}"])
+        parts += np.split(stored[f"{block}/cross_attn/kv_linear/{kind}"], 2, axis=-1)
+        names = [f"attn{number}/to_{role}" for number in (1, 2) for role in "qkv"]
+        expected |= {f"{ours}/{name}/{kind}": part for name, part in zip(names, parts, strict=True)}
+        expected[f"{ours}/attn1/to_out/0/{kind}"] = stored[f"{block}/attn/proj/{kind}"]
+        expected[f"{ours}/attn2/to_out/0/{kind}"] = stored[f"{block}/cross_attn/proj/{kind}"]
+
+    _, values = proposed(stored, {path: value.shape for path, value in expected.items()})
+
+    check(values, expected)

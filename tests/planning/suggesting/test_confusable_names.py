@@ -401,3 +401,80 @@ def test_the_only_two_parts_left_of_a_shape_are_no_pair_where_their_names_are_op
         _, values = proposed(filled(sides[0]), sides[1])
 
         assert values.keys() == {"fc1/kernel"}, pair
+
+
+@pytest.mark.parametrize("numbered", ["LayerNorm_{}", "norm{}"])
+@pytest.mark.parametrize(("first", "last"), [("tokens", "channels"), ("time", "feature")])
+def test_a_mixer_mixes_tokens_before_channels(numbered, first, last):
+    names = [numbered.format(at + (numbered[0] == "n")) for at in range(2)]
+    stored = filled({f"Block_{at}/{name}/scale": (8,) for at in range(2) for name in names})
+    expected = {
+        f"blocks/{at}/{word}_norm/scale": stored[f"Block_{at}/{name}/scale"]
+        for at in range(2)
+        for word, name in zip((last, first), reversed(names), strict=True)
+    }
+
+    _, values = proposed(stored, {path: value.shape for path, value in expected.items()})
+
+    check(values, expected)
+
+
+def test_which_layer_is_for_tokens_is_asked_outside_of_a_mixer():
+    stored = filled({f"Dense_{at}/kernel": (8, 8) for at in range(2)})
+
+    found, values = proposed(stored, {f"{word}_proj/kernel": (8, 8) for word in ("token", "channel")})
+
+    assert values == {}
+    assert len(found.questions) == 1
+
+
+def test_a_transposed_convolution_is_what_is_called_one():
+    names = {"ConvTranspose_0": "deconv1", "ConvTranspose_1": "deconv2", "Conv_0": "out"}
+    stored = filled({f"decoder/{name}/kernel": (3, 3, 8, 8) for name in names})
+    expected = {f"dec/{ours}/kernel": stored[f"decoder/{name}/kernel"] for name, ours in names.items()}
+
+    _, values = proposed(stored, {path: value.shape for path, value in expected.items()})
+
+    check(values, expected)
+
+
+def test_the_convolution_that_expands_is_conv_pw_in_timm():
+    shapes = {"expand_conv": (1, 1, 8, 32), "depthwise_conv": (3, 3, 1, 32), "project_conv": (1, 1, 32, 8)}
+    called = {"expand_conv": "conv_pw", "depthwise_conv": "conv_dw", "project_conv": "conv_pwl"}
+    stored = filled(
+        {f"MBConv_{at}/{name}/kernel": shape for at in range(2) for name, shape in shapes.items()}
+    )
+    expected = {
+        f"blocks/{at}/{ours}/kernel": stored[f"MBConv_{at}/{name}/kernel"]
+        for at in range(2)
+        for name, ours in called.items()
+    }
+
+    _, values = proposed(stored, {path: value.shape for path, value in expected.items()})
+
+    check(values, expected)
+
+
+def test_biases_of_content_and_of_positions_are_those_of_transformer_xl():
+    stored = filled(
+        {f"attention_{at}/{name}": (1, 4, 1, 8) for at in range(2) for name in ("r_w_bias", "r_r_bias")}
+    )
+    expected = {
+        f"layers/{at}/rel_{word}_bias": stored[f"attention_{at}/{name}"]
+        for at in range(2)
+        for word, name in (("pos", "r_r_bias"), ("content", "r_w_bias"))
+    }
+
+    _, values = proposed(stored, {path: value.shape for path, value in expected.items()})
+
+    check(values, expected)
+
+
+def test_an_encoder_of_goals_holds_no_gate():
+    widths = (6, 8, 8, 8)
+    stored = filled({f"g_encoder/Dense_{at}/kernel": (width, 8) for at, width in enumerate(widths)})
+    expected = {f"goal/trunk/{at}/kernel": stored[f"g_encoder/Dense_{at}/kernel"] for at in range(4)}
+
+    _, values = proposed(stored, {path: value.shape for path, value in expected.items()})
+
+    check(values, expected)

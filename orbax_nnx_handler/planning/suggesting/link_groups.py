@@ -15,6 +15,7 @@ from orbax_nnx_handler.planning.core.leaves import Move, MovedGroup, Pair, moved
 from orbax_nnx_handler.planning.core.paths import Path, is_number, levels, shared_levels
 from orbax_nnx_handler.planning.core.recipes import Read, Shapes
 from orbax_nnx_handler.planning.layouts.layout import is_copy_level
+from orbax_nnx_handler.planning.likeness import in_list
 from orbax_nnx_handler.planning.likeness.joined_parts import Remade, kept_by_head, remade_links
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, is_alone, kinds_of_modules, part_of
@@ -22,7 +23,6 @@ from orbax_nnx_handler.planning.likeness.shapes import Way, transposed
 from orbax_nnx_handler.planning.likeness.vocabulary import Names, may_hold_otherwise, meanings, words
 from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS, Roots
 from orbax_nnx_handler.planning.rules.entries import Entry, from_entries
-from orbax_nnx_handler.planning.suggesting.questions import in_list
 from orbax_nnx_handler.planning.suggesting.series import by_level
 
 

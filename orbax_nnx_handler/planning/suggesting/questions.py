@@ -9,11 +9,12 @@ import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence, Set
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Literal
 
 from orbax_nnx_handler.planning.core.folding import Row, fold, fold_names, list_paths, plain_names
 from orbax_nnx_handler.planning.core.paths import Path, levels, shared_levels
+from orbax_nnx_handler.planning.likeness import have_other_purposes, in_list, purposes
 from orbax_nnx_handler.planning.likeness.links import Link, Tie
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, part_of
 from orbax_nnx_handler.planning.likeness.vocabulary import Concepts, Names, concepts, place_of, words
@@ -336,7 +337,48 @@ def _are_of_a_list(meanings: Mapping[Names, Sequence[Link]]) -> bool:
     return len(names) == 1 and all(len(links) == 1 for links in meanings.values())
 
 
-def from_elsewhere(links: Sequence[Link], left: Iterable[Names]) -> Mapping[Path, Link]:
+def coincidences(links: Sequence[Link], left: Set[Names], missing: Set[Names]) -> Mapping[Path, Link]:
+    """Returns links that are rather asked about: what a program drops fits what it has anew by chance.
+
+    Args:
+        links: What is found.
+        left: The stored parts that nothing is made from.
+        missing: The wanted parts that nothing becomes.
+    """
+    plain = [link for link in links if link.joint is None and link.layers is None]
+    odd = [link for link in plain if have_other_purposes(part_of(link.target), part_of(link.source))]
+    found = {link.target.source: link for link in (*odd, *_half_used(links, plain, left, missing))}
+    return {**found, **_torn(links, left), **_from_elsewhere(links, left)}
+
+
+def _half_used(
+    links: Iterable[Link], plain: Iterable[Link], left: Iterable[Names], missing: Iterable[Names]
+) -> Iterator[Link]:
+    """Yields links of a module that is not all used, into one of another name that is not its alone."""
+    homes, sources = defaultdict[Names, set[Names]](set), defaultdict[Names, set[Names]](set)
+    for one, other in ((part_of(x), part_of(y)) for link in links for x in link.wanted for y in link.stored):
+        for at in range(1, len(one)):
+            sources[one[:at]].add(other)
+        for at in range(1, len(other)):
+            homes[other[:at]].add(one[:-1])
+    held = {part[:at] for part in left for at in range(1, len(part) + 1)}
+    lacking = {part[:-1] for part in missing}
+    for link in plain:
+        into, part = part_of(link.target)[:-1], part_of(link.source)
+        module = next((part[:at] for at in range(len(part) - 1, 0, -1) if part[:at] in held), ())
+        if (
+            not (into and module)
+            or homes[module] != {into}
+            or any(map(str.isdecimal, words("/".join(module))))
+        ):
+            continue
+        alike = concepts(part_of(link.target)) & concepts(module) - {"head", "norm"}
+        is_other = into in lacking or any(each[: len(module)] != module for each in sources[into])
+        if is_other and not (alike or purposes(into) & purposes(module)):
+            yield link
+
+
+def _from_elsewhere(links: Sequence[Link], left: Iterable[Names]) -> Mapping[Path, Link]:
     """Returns links of the only part that is used of a list: a decoder's, where its encoder is wanted."""
     used = Counter(in_list(names)[0] for names in {part_of(leaf) for x in links for leaf in x.stored})
     # By what leads into each layer: one layer alone is no list.
@@ -346,18 +388,7 @@ def from_elsewhere(links: Sequence[Link], left: Iterable[Names]) -> Mapping[Path
     return {link.target.source: link for link in found if in_list(part_of(link.source))[0] in lone}
 
 
-@lru_cache(maxsize=1 << 18)  # Asked several times of each leaf.
-def in_list(names: Names) -> tuple[Names, Names]:
-    """Returns the outermost list that a part is in, and its path in a layer; nothing where it is in none."""
-    at = 0
-    for level in levels(names):
-        at += level.width
-        if level.number is not None:
-            return (*names[: at - level.width], level.base), names[at:]
-    return (), ()
-
-
-def torn(links: Iterable[Link], left: Iterable[Names]) -> Mapping[Path, Link]:
+def _torn(links: Iterable[Link], left: Iterable[Names]) -> Mapping[Path, Link]:
     """Returns links that nothing but shapes tell, of parts of a head of which nothing else is wanted.
 
     Args:

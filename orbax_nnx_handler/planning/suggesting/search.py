@@ -25,7 +25,7 @@ from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.rules.values import steps_in
 from orbax_nnx_handler.planning.suggesting.link_groups import Precedents, apart_from_copies, with_moved_axes
 from orbax_nnx_handler.planning.suggesting.matching_layers import Context, match_context
-from orbax_nnx_handler.planning.suggesting.questions import contradicted, from_elsewhere, torn
+from orbax_nnx_handler.planning.suggesting.questions import coincidences, contradicted
 from orbax_nnx_handler.planning.target.roles import Wanted
 
 
@@ -52,10 +52,11 @@ def search(wanted: Sequence[Leaf], stored: Sequence[Leaf], order: Mapping[Tokens
     found = cells.apart(match_model(Context(wanted=cells.wanted, stored=cells.stored, order=order)))
     found.add(_tied(wanted, stored, found))
     found.links.extend(match_leftovers(wanted, stored, found.links))
-    asked = [link for tie in found.ties for reading in tie.readings for link in reading]
-    used = {part_of(leaf) for link in (*found.links, *asked) for leaf in link.stored}
-    left = {part_of(leaf) for leaf in stored} - used
-    found = _asking(found, {**torn(found.links, left), **from_elsewhere(found.links, left)})
+    every = [*found.links, *(link for tie in found.ties for reading in tie.readings for link in reading)]
+    used = {part_of(leaf) for link in every for leaf in link.stored}
+    made = {part_of(leaf) for link in found.links for leaf in link.wanted}
+    left = {part_of(leaf) for leaf in stored} - used, {part_of(leaf) for leaf in wanted} - made
+    found = _asking(found, coincidences(found.links, *left))
     plain, copies = apart_from_copies((found := with_moved_axes(found)).links, stored)
     found.ties.extend(copies)
     settled, turns = settle_turns(plain)

@@ -478,3 +478,45 @@ def test_an_encoder_of_goals_holds_no_gate():
     _, values = proposed(stored, {path: value.shape for path, value in expected.items()})
 
     check(values, expected)
+
+
+PURPOSES = ["lm_head=value_head", "mlm_head=classifier", "pooler=projection", "qa_outputs=reward_head"]
+
+
+@pytest.mark.parametrize("text", PURPOSES)
+def test_a_head_for_one_purpose_is_at_most_asked_about_for_another_one(text):
+    for pair in (text, "=".join(reversed(text.split("=")))):
+        stored, wanted = pair.split("=")
+        trees = [
+            {"body/kernel": (4, 8), f"{name}/kernel": (8, 9), f"{name}/bias": (9,)}
+            for name in (stored, wanted)
+        ]
+
+        _, values = proposed(filled(trees[0]), trees[1])
+
+        assert values.keys() == {"body/kernel"}, pair
+
+
+def test_what_is_left_of_a_dropped_module_is_at_most_asked_about_in_another_one():
+    encoder = {f"encoder/Dense_{at}/kernel": shape for at, shape in enumerate([(6, 8), (8, 5)])}
+    dropped = {f"decoder/Dense_{at}/kernel": shape for at, shape in enumerate([(5, 8), (8, 7), (7, 6)])}
+    body = {f"encoder/fc{at}/kernel": encoder[f"encoder/Dense_{at}/kernel"] for at in range(2)}
+    new = {"top/fc1/kernel": (5, 8), "top/fc2/kernel": (8, 3)}
+
+    found, values = proposed(filled(encoder | dropped), body | new)
+
+    assert values.keys() == body.keys()
+    assert len(found.questions) == 1
+
+
+def test_a_norm_of_a_dropped_module_is_at_most_asked_about_in_a_module_that_is_made_of_another_one():
+    norm = {"scale": (8,), "bias": (8,)}
+    shapes = {f"encoder/Dense_{at}/kernel": shape for at, shape in enumerate([(6, 8), (8, 8)])}
+    dropped = {"projector/Dense_0/kernel": (8, 9), "projector/Dense_1/kernel": (9, 7)}
+    dropped |= {f"projector/LayerNorm_0/{kind}": shape for kind, shape in norm.items()}
+    body = {f"backbone/layers/{at}/kernel": shape for at, shape in enumerate(shapes.values())}
+    new = {f"backbone/final_norm/{kind}": shape for kind, shape in norm.items()}
+
+    _, values = proposed(filled(shapes | dropped), body | new)
+
+    assert values.keys() == body.keys()

@@ -113,7 +113,7 @@ def test_every_order_is_said_only_where_every_order_is_possible():
 
 def test_what_is_one_in_a_stack_is_named_in_all_layers():
     block = {"LayerNorm_0": NORM, "LayerNorm_1": NORM, "wide": {"kernel": (8, 3)}}
-    stacked = {name: {"scale": (3, 8), "bias": (3, 8)} for name in ("token_norm", "channel_norm")}
+    stacked = {name: {"scale": (3, 8), "bias": (3, 8)} for name in ("left_norm", "right_norm")}
 
     found = proposal(
         {"blocks": {**stacked, "wide": {"kernel": (3, 8, 3)}}}, {f"MixerBlock_{at}": block for at in range(3)}

@@ -226,7 +226,7 @@ def _role(names: Names, keras: Collection[Names]) -> tuple[Names, Names, Names, 
             "PyTorch",
         )
     is_parameter = last in ("kernel", "weight", "bias") and len(names) > 1
-    said = words(names[-2] if is_parameter else last)
+    said = words(above[-1] if is_parameter else last)
     side = next((side for word in said for side, of in _SIDES.items() if word in of), "")
     kind = "bias" if {"bias", "b"} & {last, *said} else "kernel"
     above = above[:-1] if is_parameter and side else above

@@ -1,12 +1,14 @@
 """Rules that stack layers, take stacks apart, say which axis a scan used, or use a leaf twice."""
 
 import dataclasses
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
 
 from orbax_nnx_handler.planning.core import recipes
 from orbax_nnx_handler.planning.core.errors import RuleError, check_kinds
+from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Tokens, canonical, is_index, parse
 from orbax_nnx_handler.planning.core.recipes import RecipeError
 from orbax_nnx_handler.planning.rules.entries import Entry
@@ -302,3 +304,42 @@ def stacked_in_parts(
     for below in whole_parts(used, held, depth):
         pattern, into = ("/".join((*parse(path), *below)) for path in (rule.pattern, rule.into))
         yield StackLayers(pattern, into, rule.axis), below
+
+
+def nested_stacks(
+    entries: Iterable[Entry], wanted: Iterable[tuple[Tokens, Shape]]
+) -> Iterator[UnstackLayers]:
+    """Yields rules for stacks of layers that hold stacks of parts, where the target has lists of lists.
+
+    All that lies in the stack has one axis as long as the list, and is as large as it: `layers` with experts
+    in `layers/moe/experts`, of which `blocks/{0..23}/moe/experts/{0..7}` is made.
+
+    Args:
+        entries: The stored model.
+        wanted: The paths and shapes of the wanted leaves.
+    """
+    lists: dict[Tokens, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    inner: dict[Tokens, set[str]] = defaultdict(set)
+    for names, shape in wanted:
+        counted = [at for at, name in enumerate(names) if name.isdecimal()]
+        if counted:
+            lists[names[: counted[0]]][names[counted[0]]] += math.prod(shape)
+            inner[names[: counted[0]]].update(names[at] for at in counted[1:2])
+    below: dict[Tokens, list[Shape]] = defaultdict(list)
+    for entry in entries:
+        for at in range(1, len(entry.segments)):
+            below[entry.segments[:at]].append(entry.shape)
+    done = set[Tokens]()
+    for above, sizes in lists.items():
+        count, total = len(sizes), sum(sizes.values())
+        if not inner[above] or sorted(map(int, sizes)) != [*range(count)] or count < 2:
+            continue
+        for module, shapes in sorted(below.items(), key=lambda item: len(item[0])):
+            is_it = sum(map(math.prod, shapes)) == total and not any(
+                module[:at] in done for at in range(len(module))
+            )
+            axes = range(min(map(len, shapes)) if is_it else 0)
+            axes = [axis for axis in axes if all(shape[axis] == count for shape in shapes)]
+            if len(axes) == 1:
+                done.add(module)
+                yield UnstackLayers("/".join(module), "/".join((*above, "{i}")), axes[0])

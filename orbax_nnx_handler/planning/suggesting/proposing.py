@@ -21,6 +21,7 @@ from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.rules import Rename, Rule
 from orbax_nnx_handler.planning.rules.entries import Entries, Entry, loose_parts
 from orbax_nnx_handler.planning.rules.rename import by_network, copies_as_roots, keys_as_names
+from orbax_nnx_handler.planning.rules.stacking import nested_stacks
 from orbax_nnx_handler.planning.rules.values import steps_in
 from orbax_nnx_handler.planning.suggesting.link_groups import (
     agrees,
@@ -108,8 +109,7 @@ class _Proposing:
     @cached_property
     def _found(self) -> dict[Path, Restored]:
         """What is restored without a proposal, and no law speaks against."""
-        doubted = {path for fault in self._base.faults for path in fault.paths}
-        doubted |= self._base.counted_otherwise
+        doubted = {p for fault in self._base.faults for p in fault.paths} | self._base.counted_otherwise
         return {path: item for path, item in self._base.restored.items() if path not in doubted}
 
     @cached_property
@@ -143,8 +143,10 @@ class _Proposing:
             with contextlib.suppress(RestoreError):
                 found = min(found, made(*copies), key=open_ends)
         keys, turns = keys_as_names(entries), layers_in_turns(entries)
-        with contextlib.suppress(RestoreError):
-            found = min(found, self._behind(*turns, fact="Gemma 2") if turns else found, key=open_ends)
+        wanted = ((segments(x.leaf.path), x.leaf.shape) for x in self._model)
+        for rules, fact in ((turns, "Gemma 2"), *(((rule,), "") for rule in nested_stacks(entries, wanted))):
+            with contextlib.suppress(RestoreError):
+                found = min(found, self._behind(*rules, fact=fact) if rules else found, key=open_ends)
         if not keys:
             return found
         alone: dict[str, Suggestion] = {}
@@ -178,8 +180,7 @@ class _Proposing:
     def _with_copy(self, copy: Rename) -> Suggestion:
         """Returns what is proposed for the model alone, and so for a copy of it under the same rules."""
         above = tuple(copy.pattern.split("/"))
-        leaves = self.target.leaves.items()
-        others = {path: leaf for path, leaf in leaves if segments(path)[0] != copy.replacement}
+        others = {p: x for p, x in self.target.leaves.items() if segments(p)[0] != copy.replacement}
         stored = {
             path: self.stored[path] for path, names in self._called.items() if names[: len(above)] != above
         }
@@ -192,7 +193,7 @@ class _Proposing:
         tried = self._suggested(self._judged((), dict.fromkeys(found.renames, ()), 0, ()), found.questions)
         return dataclasses.replace(tried, proposals=found.proposals, settle=found.settle)
 
-    def _behind(self, *rules: Rename, fact: str = "") -> Suggestion:
+    def _behind(self, *rules: Rule, fact: str = "") -> Suggestion:
         """Returns what is proposed behind some rules, together with them."""
         options = dataclasses.replace(self.options, renames=(*self.options.renames, *rules))
         return behind(rules, dataclasses.replace(self, options=options).suggestion(), fact)
@@ -365,8 +366,7 @@ class _Proposing:
             and steps.get(path) in (None, steps_in(verdict.restored[path].recipe))
         }
         wrong = [path for path in wanted if path not in right]
-        before = ((path, item) for path, item in self._found.items() if path not in wanted)
-        wrong += [path for path, item in before if got.get(path) != {*reads(item.recipe)}]
+        wrong += [p for p, x in self._found.items() if p not in wanted and got.get(p) != {*reads(x.recipe)}]
         others = {item.leaf.path for item in self._model} - wanted.keys() - self._base.restored.keys()
         ends = {(at, x.segments[-2:]) for x in (self._applied if others else ()) for at in x.sources}
         wrong += [

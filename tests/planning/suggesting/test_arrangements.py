@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx, traverse_util
 
-from orbax_nnx_handler import Rename, suggest
+from orbax_nnx_handler import Rename, UnstackLayers, suggest
 from tests.planning.suggesting.proposals import abstract, check, filled, proposed, restored
 
 HEADS = {"query": (12, 3, 4), "key": (12, 3, 4), "value": (12, 3, 4), "out": (3, 4, 12)}
@@ -881,3 +881,43 @@ def test_a_convolution_over_one_place_is_no_patch():
     why = {str(item.rule): item.why for item in found.proposals}
     assert "of a patch" in why["Reshape(pattern='patches/kernel', shape=(12, 8), before=(2, 2, 3, 8))"]
     assert why["Reshape(pattern='squeeze/kernel', shape=(8, 2), before=(1, 1, 8, 2))"] == ""
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("experts", [4, 3])
+@pytest.mark.parametrize("is_module", [True, False])
+def test_layers_that_are_scanned_with_experts_that_are_stacked_become_lists_in_a_list(
+    axis, experts, is_module
+):
+    def stacked(*shape):
+        return (*shape[:axis], 3, *shape[axis:])
+
+    called = "moe/experts/{}/kernel" if is_module else "moe/{}"
+    held = {called.format("wi"): (experts, 5, 7), called.format("wo"): (experts, 7, 5)}
+    plain = {"attn/query/kernel": (5, 6), "attn/key/kernel": (5, 2), "norm/scale": (5,)}
+    plain["moe/router/kernel"] = (5, experts)
+    stored = filled({f"layers/{name}": stacked(*shape) for name, shape in (held | plain).items()})
+    names = {"attn/query/kernel": "self_attn/q_proj/kernel", "attn/key/kernel": "self_attn/k_proj/kernel"}
+    expected = {}
+    for at in range(3):
+        for name in plain:
+            expected[f"blocks/{at}/{names.get(name, name)}"] = np.take(stored[f"layers/{name}"], at, axis)
+        for name, number in itertools.product(held, range(experts)):
+            part = "fc1" if "wi" in name else "fc2"
+            layer = np.take(stored[f"layers/{name}"], at, axis)
+            expected[f"blocks/{at}/moe/experts/{number}/{part}/kernel"] = layer[number]
+
+    found, values = proposed(stored, {path: value.shape for path, value in expected.items()})
+
+    check(values, expected)
+    assert found.questions == ()
+
+
+def test_a_stack_of_stacks_that_shapes_allow_along_two_axes_is_not_taken_apart():
+    stored = filled({"layers/norm/scale": (3, 3), "layers/experts/wi/kernel": (3, 3, 3, 3)})
+    wanted = {f"blocks/{at}/norm/scale": (3,) for at in range(3)}
+    wanted |= {f"blocks/{at}/experts/{number}/wi/kernel": (3, 3) for at in range(3) for number in range(3)}
+
+    found = suggest({"params": traverse_util.unflatten_dict(stored, sep="/")}, abstract(wanted))
+
+    assert not any(isinstance(rule, UnstackLayers) for rule in found.renames)

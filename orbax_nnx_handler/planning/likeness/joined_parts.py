@@ -46,9 +46,6 @@ from orbax_nnx_handler.planning.rules.split_and_fuse import cut_alike
 _READINGS = 6
 
 
-# Several in one array.
-
-
 def joined_parts(
     wanted: Sequence[NamedPart], stored: Sequence[NamedPart]
 ) -> tuple[list[Link], list[Tie], list[NamedPart], list[NamedPart]]:
@@ -110,7 +107,9 @@ def _claims(wholes: Sequence[NamedPart], singles: Sequence[NamedPart], split: bo
         score, parts = _single_parts(named, singles) if named.fused and not is_there else (0.0, [])
         found, tie = links_of(named, parts, split) if parts else [], None
         readings = _by_head(found, whole.untold, split=split) if whole.untold else ()
-        if parts and not found and split:
+        if parts and not found:
+            readings = _along_either(named, parts, split)
+        if parts and not (found or readings) and split:
             readings, score = _repeated(whole, parts), score - 100  # What fits as it is goes first.
         if readings:
             ours = tuple(part.part.names for part in parts)
@@ -195,16 +194,24 @@ def _by_mark(whole: NamedPart, members: Sequence[NamedPart]) -> Iterator[tuple[C
                 yield mark, [marked[mark] for marked in marks]
 
 
-def links_of(whole: NamedPart, parts: Sequence[NamedPart], split: bool) -> list[Link]:
-    """Returns the links of a fused part, leaf by leaf; nothing where shapes do not come out."""
+def _along_either(whole: NamedPart, parts: Sequence[NamedPart], split: bool) -> tuple[tuple[Link, ...], ...]:
+    """Returns how parts lie in an array with two axes as long as they are many, as three heads have."""
+    made = [[(x, x.joint) for x in links_of(whole, parts, split, nth)] for nth in (0, 1)]
+    told = (tuple(dataclasses.replace(x, told=f"along axis {y.axis}") for x, y in each if y) for each in made)
+    return tuple(told) if all(made) else ()
+
+
+def links_of(whole: NamedPart, parts: Sequence[NamedPart], split: bool, nth: int | None = None) -> list[Link]:
+    """Returns the links of a fused part, along the only axis that shapes allow, or along the `nth` of two."""
     found: list[Link] = []
     for kind, leaf in whole.part.leaves.items():
         singles = [part.part.leaves[kind] for part in parts if kind in part.part.leaves]
         if not singles and kind != "main":
             continue
-        joint = _joint(leaf, singles, split, whole.fact == "Gemma") if len(singles) == len(parts) else None
-        if joint is None:
+        joints = _joints(leaf, singles, split, whole.fact == "Gemma") if len(singles) == len(parts) else []
+        if len(joints) != (1 if nth is None else 2):
             return []
+        joint = joints[nth or 0]
         if joint.is_new:
             joint = _with_named_axes(joint, leaf, parts, singles, split)
         found.append(
@@ -220,14 +227,14 @@ def links_of(whole: NamedPart, parts: Sequence[NamedPart], split: bool) -> list[
     return found
 
 
-def _joint(whole: Leaf, parts: Sequence[Leaf], split: bool, is_first: bool) -> Joint | None:
+def _joints(whole: Leaf, parts: Sequence[Leaf], split: bool, is_first: bool) -> list[Joint]:
     options = list(joints([part.shape for part in parts], whole.shape, split=split))
     # As many layers as parts: both may be stacks of them, and then each part lies in its layer as it is.
     layers = [joint for joint in options if all(Way(()) in found for found in joint.parts)]
     kept = [joint for joint in layers or options if joint.is_new] or layers or options
     if is_first and parts[0].shape[:1] != whole.shape[:1]:  # Else both may be stacks of layers.
         kept = [joint for joint in kept if joint.axis == 0]
-    return kept[0] if len(kept) == 1 else None
+    return kept
 
 
 def _with_named_axes(

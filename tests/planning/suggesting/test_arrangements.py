@@ -921,3 +921,22 @@ def test_a_stack_of_stacks_that_shapes_allow_along_two_axes_is_not_taken_apart()
     found = suggest({"params": traverse_util.unflatten_dict(stored, sep="/")}, abstract(wanted))
 
     assert not any(isinstance(rule, UnstackLayers) for rule in found.renames)
+
+
+@pytest.mark.parametrize("is_plain", [True, False])
+def test_along_which_axis_queries_keys_and_values_of_three_heads_lie_is_asked(is_plain):
+    stored = filled({"attn/qkv/kernel": (12, 3, 3, 4), "attn/out/kernel": (3, 4, 12)})
+    wanted = {f"attn/{role}_proj/kernel": (12, 12) if is_plain else (12, 3, 4) for role in "qkv"}
+    wanted["attn/o_proj/kernel"] = (12, 12)
+
+    found, values = proposed(stored, wanted)
+
+    assert values.keys() == {"attn/o_proj/kernel"}
+    (question,) = found.questions
+    assert question.choices == ("along axis 1", "along axis 2")
+    for axis, rules in zip((1, 2), question.alternatives, strict=True):
+        state = restored(stored, wanted, rules)
+        for at, role in enumerate("qkv"):
+            path = f"attn/{role}_proj/kernel"
+            part = np.take(stored["attn/qkv/kernel"], at, axis)
+            np.testing.assert_array_equal(state[path], part.reshape(wanted[path]))

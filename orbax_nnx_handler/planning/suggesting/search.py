@@ -168,7 +168,7 @@ def _tied(wanted: Sequence[Leaf], stored: Sequence[Leaf], found: Findings) -> Fi
     fitting = [one for one in free if bias is not None and one.shape == bias.shape]
     if bias is not None and len(fitting) == 1:
         links.append(Link(wanted=(bias,), stored=(fitting[0],), grounds="names", ways=((Way(()),),)))
-    if "head" in heads[0].said:
+    if "head" in heads[0].said and len(links) == len(heads[0].leaves):  # Else it is a new one.
         return Findings(links=links)
     return Findings(ties=[Tie(wanted=(heads[0].names,), stored=(part_of(leaf),), readings=(tuple(links),))])
 

@@ -520,3 +520,15 @@ def test_a_norm_of_a_dropped_module_is_at_most_asked_about_in_a_module_that_is_m
     _, values = proposed(filled(shapes | dropped), body | new)
 
     assert values.keys() == body.keys()
+
+
+def test_a_head_with_a_bias_that_nothing_stored_is_may_be_a_new_one():
+    stored = filled({"embed/embedding": (9, 8), "body/kernel": (8, 7)})
+    wanted = {"tok_embed/embedding": (9, 8), "body/kernel": (8, 7), "lm_head/kernel": (8, 9)}
+
+    _, tied = proposed(stored, wanted)
+    found, values = proposed(stored, wanted | {"lm_head/bias": (9,)})
+
+    assert tied.keys() == wanted.keys()
+    assert values.keys() == wanted.keys() - {"lm_head/kernel"}
+    assert len(found.questions) == 1

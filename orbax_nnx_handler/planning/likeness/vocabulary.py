@@ -279,7 +279,8 @@ def same_number(one: Level, held: tuple[int, ...], other: Level, others: tuple[i
     """Tells whether two levels have one number among those of their siblings; None where nothing tells."""
     in_turns = len(held) == len(others) and {one.style, other.style} == {"_", "/"}  # Of layers and functions.
     in_turns |= len(held) != len(others)  # Its sibling has another name.
-    is_shifted = len(held) == len(others) > 1 and held != others and is_count(held) and is_count(others)
+    is_shifted = len(held) == len(others) > 1 and held != others
+    is_shifted &= (is_count(held) and is_count(others)) or {*held}.isdisjoint(others)
     are_called_so = (one.base, one.style) == (other.base, other.style) and not is_shifted  # From 0, from 1.
     if (held[0] == others[0] and not in_turns) or are_called_so:
         return one.number == other.number
@@ -314,9 +315,6 @@ def arm(names: Iterable[str]) -> int:
     """Returns where a U-Net computes a module: on the way down, in the middle, or on the way up."""
     said = concepts(names)
     return bool(said & {"up", "dec", "out", "last"}) - bool(said & {"down", "enc", "in", "first"})
-
-
-# What known programs call parts that hold several.
 
 
 FUSED: Mapping[str, tuple[tuple[str, ...], str]] = {
@@ -366,9 +364,6 @@ COMPUTED: Mapping[tuple[float, ...], tuple[tuple[str, ...], ...]] = {
     (1.0, 2.0, 1.0): (("q",), ("k", "v"), ("o",)),
 }
 """What the layers that Linen numbered in an attention hold, by how much larger each is than the last one."""
-
-
-# Parts and the modules around them.
 
 
 def place_of(names: Names) -> tuple[Names, str]:
@@ -439,9 +434,13 @@ def last_of_block(places: Sequence[float | None]) -> int | None:
 
 
 def placed(positions: Sequence[float | None]) -> list[float | None]:
-    """Returns places, the only unknown one at the other end: `layer_norm` beside `final_layer_norm`."""
+    """Returns places, the only unknown one at the other end: `layer_norm` beside `final_layer_norm`.
+
+    Of two norms in a block, the one beside that of its network comes first: `filter_norm`, `mlp_norm`.
+    """
     known = {position for position in positions if position is not None}
-    if positions.count(None) == 1 and known and all(abs(position) >= 100 for position in known):
+    ends = (_MLP - 1, _MLP) if len(positions) == 2 else ()
+    if positions.count(None) == 1 and known and all(abs(x) >= END or x in ends for x in known):
         return [0.0 if position is None else position for position in positions]
     return list(positions)
 

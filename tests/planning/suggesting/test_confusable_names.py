@@ -532,3 +532,26 @@ def test_a_head_with_a_bias_that_nothing_stored_is_may_be_a_new_one():
     assert tied.keys() == wanted.keys()
     assert values.keys() == wanted.keys() - {"lm_head/kernel"}
     assert len(found.questions) == 1
+
+
+@pytest.mark.parametrize("other", ["filter_norm", "conv_norm", "norm"])
+def test_of_two_norms_the_one_of_the_network_comes_last(other):
+    stored = filled({f"blocks_{at}/norm{number}/scale": (8,) for at in range(2) for number in (1, 2)})
+    expected = {
+        f"layers/{at}/{name}/scale": stored[f"blocks_{at}/norm{number}/scale"]
+        for at in range(2)
+        for number, name in ((2, "mlp_norm"), (1, other))
+    }
+
+    _, values = proposed(stored, {path: value.shape for path, value in expected.items()})
+
+    check(values, expected)
+
+
+def test_layers_that_two_programs_count_from_far_apart_are_told_by_their_rank():
+    stored = filled({"box_head/fc0/kernel": (40, 8), "box_head/fc1/kernel": (8, 8)})
+    expected = {f"heads/box_head/fc{at + 6}/kernel": stored[f"box_head/fc{at}/kernel"] for at in range(2)}
+
+    _, values = proposed(stored, {path: value.shape for path, value in expected.items()})
+
+    check(values, expected)

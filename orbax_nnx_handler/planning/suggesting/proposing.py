@@ -131,8 +131,7 @@ class _Proposing:
     @cached_property
     def _called(self) -> Mapping[Path, Names]:
         """What the settled rules call the stored leaves."""
-        entries = self._chosen.mapping.applied.entries
-        return {path: entry.whole for entry in entries for path in entry.sources}
+        return {path: x.whole for x in self._chosen.mapping.applied.entries for path in x.sources}
 
     def best(self) -> Suggestion:
         """Returns the proposal, or that for a model of which several networks are parts by their keys."""
@@ -356,9 +355,10 @@ class _Proposing:
             verdict = judge(self.target, self.stored, options) if rules else self._base
         except RestoreError as error:
             return Tried(rules=rules, verdict=None, problem=str(error), right=-1)
-        problem = "\n".join(str(fault) for fault in verdict.faults if not self._is_old(fault))
+        faults = [fault for fault in verdict.faults if not self._is_old(fault)]
+        problem, blamed = "\n".join(map(str, faults)), {path for fault in faults for path in fault.paths}
         wanted, steps = paths_of(links), steps_by_leaf(links)
-        got = {path: set(reads(item.recipe)) for path, item in verdict.restored.items()}
+        got = {p: {*reads(x.recipe)} for p, x in verdict.restored.items() if p not in blamed}
         right = {
             path
             for path, sources in wanted.items()

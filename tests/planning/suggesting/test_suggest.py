@@ -1,5 +1,6 @@
 """Proposals on trees: what structure, shapes, order and names tell, and what they leave open."""
 
+import dataclasses
 import html
 import re
 import time
@@ -10,8 +11,9 @@ import pytest
 from flax import nnx
 
 from orbax_nnx_handler import Rename, StackLayers, Transpose, UnstackLayers, from_linen, suggest
+from orbax_nnx_handler.planning.core.errors import AmbiguousMappingError
 from orbax_nnx_handler.planning.options import RestoreOptions
-from orbax_nnx_handler.planning.suggesting import creation_order, propose
+from orbax_nnx_handler.planning.suggesting import creation_order, propose, proposing
 from orbax_nnx_handler.planning.target.target import flatten_target
 from tests.planning.plans import leaves_of, params, stored_of
 from tests.planning.suggesting.proposals import DENSE, OTHER, proposal
@@ -558,3 +560,23 @@ def test_fewer_keys_than_queries_in_one_array_may_lie_in_groups(name):
 def test_arrays_that_hold_parts_in_an_order_of_their_own_are_asked_about(stored, wanted):
     assert proposal(wanted, stored).confidence == "open"
     assert proposal(wanted, wanted).confidence == "certain"
+
+
+def test_rules_that_a_plan_speaks_against_cost_only_their_own_leaves(monkeypatch):
+    judge = proposing.judge
+
+    def doubting(*args, **options):
+        verdict = judge(*args, **options)
+        doubted = [path for path in verdict.restored if path[0] == "enc"]
+        faults = (AmbiguousMappingError("nothing tells", paths=doubted),) if doubted else ()
+        return dataclasses.replace(verdict, faults=(*verdict.faults, *faults))
+
+    monkeypatch.setattr(proposing, "judge", doubting)
+
+    found = proposal(
+        {"enc": {"fc": DENSE}, "dec": {"fc": OTHER}},
+        {"encoder": {"linear": DENSE}, "decoder": {"linear": OTHER}},
+    )
+
+    assert [str(rule) for rule in found.renames] == ["('decoder/linear', 'dec/fc')"]
+    assert {path[0] for path in found.unmatched_wanted} == {"enc"}

@@ -281,7 +281,8 @@ def same_number(one: Level, held: tuple[int, ...], other: Level, others: tuple[i
     in_turns |= len(held) != len(others)  # Its sibling has another name.
     is_shifted = len(held) == len(others) > 1 and held != others
     is_shifted &= (is_count(held) and is_count(others)) or {*held}.isdisjoint(others)
-    are_called_so = (one.base, one.style) == (other.base, other.style) and not is_shifted  # From 0, from 1.
+    bases = [x.base if x.style else x.base.lower() for x in (one, other)]  # `Q1` is no `q2`.
+    are_called_so = bases[0] == bases[1] and one.style == other.style and not is_shifted  # From 0, from 1.
     if (held[0] == others[0] and not in_turns) or are_called_so:
         return one.number == other.number
     if len(held) == len(others) and one.number is not None and other.number is not None:

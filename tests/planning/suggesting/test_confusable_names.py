@@ -555,3 +555,13 @@ def test_layers_that_two_programs_count_from_far_apart_are_told_by_their_rank():
     _, values = proposed(stored, {path: value.shape for path, value in expected.items()})
 
     check(values, expected)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_network_of_one_number_is_none_of_another_one(number):
+    stored = filled({f"critic/Q1/Dense_{at}/kernel": shape for at, shape in enumerate([(6, 8), (8, 1)])})
+    wanted = {f"critic/q{number}/fc{at + 1}/kernel": shape for at, shape in enumerate([(6, 8), (8, 1)])}
+
+    _, values = proposed(stored, wanted)
+
+    assert values.keys() == (wanted.keys() if number == 1 else set())

@@ -1,13 +1,17 @@
 """How like each other the parts of two models are: by names, shapes and order.
 
-Here what a whole path says of a part: what it is for, and the list that it is in.
+Here what a whole path says of a part: what it is for, and the list that it is in. Then which matrices may
+take features of several positions as one axis, which no name tells.
 """
 
 import functools
 import re
+from collections import defaultdict
+from collections.abc import Iterable, Set
 
-from orbax_nnx_handler.planning.core.paths import levels
-from orbax_nnx_handler.planning.likeness.vocabulary import Names, words
+from orbax_nnx_handler.planning.core.paths import Path, levels
+from orbax_nnx_handler.planning.likeness.module_parts import Leaf
+from orbax_nnx_handler.planning.likeness.vocabulary import Concepts, Names, concepts, place_of, words
 
 _PURPOSES = tuple(
     re.compile(rf"(?:^|_)(?:{spellings})(?:_|$)")
@@ -45,3 +49,59 @@ def in_list(names: Names) -> tuple[Names, Names]:
         if level.number is not None:
             return (*names[: at - level.width], level.base), names[at:]
     return (), ()
+
+
+_SIDES = frozenset(("enc", "dec"))
+_OF_AN_IMAGE = 4
+"""Up to as many channels are an input's own, of which no layer makes several positions."""
+_Kernel = tuple[int, int, Path, Concepts]
+
+
+def flattened(leaves: Iterable[Leaf], own: Set[Path]) -> set[Path]:
+    """Returns stored matrices that may take or make features of several positions; not only `own` leaves.
+
+    Nothing gives as many inputs, and they are several times what a convolution returns. Or nothing takes
+    as many outputs, and they are several times what a convolution takes that nothing gives. Between
+    an encoder and a decoder lies what each has of its own.
+    """
+    given: dict[int, set[Concepts]] = defaultdict(set)
+    taken: dict[int, set[Concepts]] = defaultdict(set)
+    images: list[_Kernel] = []
+    matrices: list[_Kernel] = []
+    for leaf in leaves:
+        said, (*above, inputs, outputs) = concepts(leaf.names), (1, 1, *leaf.shape)
+        side, spans, is_named = said & _SIDES, above[2:], leaf.names[-1] == "kernel"
+        is_kernel = len(above) > 1 and (is_named or leaf.names[-1] == "w")
+        is_layered = is_named and len(spans) == 1 and spans[0] < min(inputs, outputs)
+        is_image = is_named and len(spans) > 1 and len({*spans}) == 1
+        kernel = inputs, outputs, leaf.source, side
+        given[outputs].add(side)
+        if is_image or (is_kernel and spans and "conv" in said):
+            images.append(kernel)
+        elif is_kernel and (is_layered or not spans):
+            matrices += [kernel] * said.isdisjoint(("attn", "q", "k", "v"))
+            given[outputs // 2].add(side)  # The other half may be a gate.
+        elif spans:
+            given[inputs].add(side)  # Gemma's gate has its outputs first.
+        if is_kernel or place_of(leaf.names)[1] != "bias":
+            taken[inputs if is_kernel else outputs].add(side)
+    returned, needed = defaultdict[int, set[Path]](set), defaultdict[int, set[Path]](set)
+    for inputs, outputs, path, side in images:
+        returned[outputs].add(path)
+        if inputs > _OF_AN_IMAGE and not _explain(given[inputs], side):
+            needed[inputs].add(path)
+    return {
+        path
+        for inputs, outputs, path, side in matrices
+        for size, others, widths in ((inputs, given, returned), (outputs, taken, needed))
+        if not _explain(others[size], side)
+        and any(
+            size in range(2 * width, size + 1, width) and not own >= {path, *paths}
+            for width, paths in widths.items()
+            if width > 1
+        )
+    }
+
+
+def _explain(sides: Iterable[Concepts], side: Concepts) -> bool:
+    return any(not (other and side) or other == side for other in sides)

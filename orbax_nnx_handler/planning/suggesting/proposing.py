@@ -11,8 +11,9 @@ from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.paths import Path, segments
 from orbax_nnx_handler.planning.core.recipes import Read, Shapes, reads
 from orbax_nnx_handler.planning.layouts.layout import Stored, is_copy_beside
+from orbax_nnx_handler.planning.likeness import flattened
 from orbax_nnx_handler.planning.likeness.joined_parts import Remade
-from orbax_nnx_handler.planning.likeness.links import Findings, Link, readings_of, simplest
+from orbax_nnx_handler.planning.likeness.links import Findings, Link, simplest
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf
 from orbax_nnx_handler.planning.likeness.shapes import Way
 from orbax_nnx_handler.planning.likeness.vocabulary import Names
@@ -26,13 +27,12 @@ from orbax_nnx_handler.planning.rules.values import steps_in
 from orbax_nnx_handler.planning.suggesting.link_groups import (
     agrees,
     as_one,
-    by_module,
     of_few_layers,
     possible_roots,
     remade_behind,
     without_strays,
 )
-from orbax_nnx_handler.planning.suggesting.questions import Choice, Question, flattened, held_by, is_turned
+from orbax_nnx_handler.planning.suggesting.questions import Choice, Question, held_by, is_turned, of_turns
 from orbax_nnx_handler.planning.suggesting.rule_writing import Writer
 from orbax_nnx_handler.planning.suggesting.search import (
     Searched,
@@ -425,9 +425,7 @@ class _Proposing:
             for link in (*searched.links, *searched.turns)
             if self._is_doubted(link) and link.target.names[-1] in called
         ]
-        for group in by_module(turns).values():
-            plain, turned = zip(*map(readings_of, group), strict=True)
-            found.append(Choice("transposed", (plain, turned)))
+        found += of_turns(turns)
         return sorted(found, key=lambda item: len(item.readings) == 1)[:_QUESTIONS]
 
     def _suggested(self, tried: Tried, questions: Sequence[Question]) -> Suggestion:

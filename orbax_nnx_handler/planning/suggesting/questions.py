@@ -1,7 +1,7 @@
 """What a proposal leaves open, as questions: which part is which, how an array is made, what is turned.
 
-Then features of several positions that may be one axis, which no name tells; ties as one question. Last,
-links that are rather asked about, since others of their lists say otherwise.
+Then ties as one question. Last, links that are rather asked about: others of their lists say otherwise, or
+what is dropped fits what is new by chance.
 """
 
 import dataclasses
@@ -15,10 +15,11 @@ from typing import Literal
 from orbax_nnx_handler.planning.core.folding import Row, fold, fold_names, list_paths, plain_names
 from orbax_nnx_handler.planning.core.paths import Path, levels, shared_levels
 from orbax_nnx_handler.planning.likeness import have_other_purposes, in_list, purposes
-from orbax_nnx_handler.planning.likeness.links import Link, Tie
+from orbax_nnx_handler.planning.likeness.links import Link, Tie, readings_of
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, part_of
-from orbax_nnx_handler.planning.likeness.vocabulary import Concepts, Names, concepts, place_of, words
+from orbax_nnx_handler.planning.likeness.vocabulary import Concepts, Names, concepts, words
 from orbax_nnx_handler.planning.rules import Rule
+from orbax_nnx_handler.planning.suggesting.link_groups import by_module
 
 About = Literal["which", "how", "transposed"]
 
@@ -157,6 +158,13 @@ class Choice:
         return tuple(_way_in_words(reading[0], with_order=len(orders) > 1) for reading in self.readings)
 
 
+def of_turns(turns: Iterable[Link]) -> Iterator[Choice]:
+    """Yields whether square matrices are transposed, those of one name in all layers as one question."""
+    for group in by_module(turns).values():
+        plain, turned = zip(*map(readings_of, group), strict=True)
+        yield Choice("transposed", (plain, turned))
+
+
 _Called = Mapping[tuple[Path, Names], Names]
 """What a question calls each leaf, or the module that it is of."""
 
@@ -230,62 +238,6 @@ def _of(parts: Iterable[str], pairs: Mapping[str, str]) -> tuple[str | None, ...
     return tuple(pairs.get(part) for part in parts)
 
 
-_SIDES = frozenset(("enc", "dec"))
-_OF_AN_IMAGE = 4
-"""Up to as many channels are an input's own, of which no layer makes several positions."""
-_Kernel = tuple[int, int, Path, Concepts]
-
-
-def flattened(leaves: Iterable[Leaf], own: Set[Path]) -> set[Path]:
-    """Returns stored matrices that may take or make features of several positions; not only `own` leaves.
-
-    Nothing gives as many inputs, and they are several times what a convolution returns. Or nothing takes
-    as many outputs, and they are several times what a convolution takes that nothing gives. Between
-    an encoder and a decoder lies what each has of its own.
-    """
-    given: dict[int, set[Concepts]] = defaultdict(set)
-    taken: dict[int, set[Concepts]] = defaultdict(set)
-    images: list[_Kernel] = []
-    matrices: list[_Kernel] = []
-    for leaf in leaves:
-        said, (*above, inputs, outputs) = concepts(leaf.names), (1, 1, *leaf.shape)
-        side, spans, is_named = said & _SIDES, above[2:], leaf.names[-1] == "kernel"
-        is_kernel = len(above) > 1 and (is_named or leaf.names[-1] == "w")
-        is_layered = is_named and len(spans) == 1 and spans[0] < min(inputs, outputs)
-        is_image = is_named and len(spans) > 1 and len({*spans}) == 1
-        kernel = inputs, outputs, leaf.source, side
-        given[outputs].add(side)
-        if is_image or (is_kernel and spans and "conv" in said):
-            images.append(kernel)
-        elif is_kernel and (is_layered or not spans):
-            matrices += [kernel] * said.isdisjoint(("attn", "q", "k", "v"))
-            given[outputs // 2].add(side)  # The other half may be a gate.
-        elif spans:
-            given[inputs].add(side)  # Gemma's gate has its outputs first.
-        if is_kernel or place_of(leaf.names)[1] != "bias":
-            taken[inputs if is_kernel else outputs].add(side)
-    returned, needed = defaultdict[int, set[Path]](set), defaultdict[int, set[Path]](set)
-    for inputs, outputs, path, side in images:
-        returned[outputs].add(path)
-        if inputs > _OF_AN_IMAGE and not _explain(given[inputs], side):
-            needed[inputs].add(path)
-    return {
-        path
-        for inputs, outputs, path, side in matrices
-        for size, others, widths in ((inputs, given, returned), (outputs, taken, needed))
-        if not _explain(others[size], side)
-        and any(
-            size in range(2 * width, size + 1, width) and not own >= {path, *paths}
-            for width, paths in widths.items()
-            if width > 1
-        )
-    }
-
-
-def _explain(sides: Iterable[Concepts], side: Concepts) -> bool:
-    return any(not (other and side) or other == side for other in sides)
-
-
 _ModulePairs = frozenset[tuple[Names, Names]]
 
 
@@ -338,16 +290,12 @@ def _are_of_a_list(meanings: Mapping[Names, Sequence[Link]]) -> bool:
 
 
 def coincidences(links: Sequence[Link], left: Set[Names], missing: Set[Names]) -> Mapping[Path, Link]:
-    """Returns links that are rather asked about: what a program drops fits what it has anew by chance.
-
-    Args:
-        links: What is found.
-        left: The stored parts that nothing is made from.
-        missing: The wanted parts that nothing becomes.
-    """
+    """Returns links rather asked about: one of stored parts that are left may fit a missing one by chance."""
     plain = [link for link in links if link.joint is None and link.layers is None]
     odd = [link for link in plain if have_other_purposes(part_of(link.target), part_of(link.source))]
-    found = {link.target.source: link for link in (*odd, *_half_used(links, plain, left, missing))}
+    found = {
+        link.target.source: link for link in (*odd, *_astray(plain), *_half_used(links, plain, left, missing))
+    }
     return {**found, **_torn(links, left), **_from_elsewhere(links, left)}
 
 
@@ -376,6 +324,25 @@ def _half_used(
         is_other = into in lacking or any(each[: len(module)] != module for each in sources[into])
         if is_other and not (alike or purposes(into) & purposes(module)):
             yield link
+
+
+def _astray(links: Sequence[Link]) -> Iterator[Link]:
+    """Yields links of the only part that two modules share, where each has the rest in another one."""
+    pairs = {(part_of(link.target), part_of(link.source)): link for link in links}
+    depths = [len(shared_levels(side, own=2)) for side in zip(*pairs, strict=True)]
+    tops = {pair: tuple(map(_called_above, pair, depths)) for pair in pairs}
+    counts = Counter(each for each in tops.values() if all(each))
+    several = [Counter(side) for side in zip(*counts, strict=True)]
+    lone = {
+        each for each, count in counts.items() if count == 1 and several[0][each[0]] > 1 < several[1][each[1]]
+    }
+    yield from (link for link in links if tops[part_of(link.target), part_of(link.source)] in lone)
+
+
+def _called_above(names: Names, depth: int) -> str:
+    """Returns what the module at a depth is called; nothing for a part, and for what a program counts."""
+    name = names[depth] if len(names) > depth + 1 else ""
+    return "" if any(map(str.isdecimal, words(name))) else name
 
 
 def _from_elsewhere(links: Sequence[Link], left: Iterable[Names]) -> Mapping[Path, Link]:

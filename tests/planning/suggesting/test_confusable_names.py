@@ -565,3 +565,22 @@ def test_a_network_of_one_number_is_none_of_another_one(number):
     _, values = proposed(stored, wanted)
 
     assert values.keys() == (wanted.keys() if number == 1 else set())
+
+
+def test_a_part_that_alone_goes_from_one_module_into_anothers_is_at_most_asked_about():
+    shapes = {"Dense_0": (6, 8), "Dense_1": (8, 5)}
+    stored = {f"representation/{name}/kernel": shape for name, shape in shapes.items()}
+    stored |= {f"dynamics/{name}/kernel": (shape[0] + 1, shape[1] + 2) for name, shape in shapes.items()}
+    body = {
+        f"{net}_net/fc{at}/kernel": stored[f"{module}/Dense_{at}/kernel"]
+        for net, module in (("repr", "representation"), ("dyn", "dynamics"))
+        for at in range(2)
+    }
+    norm = {"stem/{}/scale": (9,), "stem/{}/bias": (9,)}
+    stored |= {f"representation/{path.format('LayerNorm_0')}": shape for path, shape in norm.items()}
+    new = {f"dyn_net/{path.format('ln')}": shape for path, shape in norm.items()}
+
+    found, values = proposed(filled(stored), body | new)
+
+    assert values.keys() == body.keys()
+    assert len(found.questions) == 1

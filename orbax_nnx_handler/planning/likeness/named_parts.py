@@ -36,7 +36,7 @@ _Counted = Sequence[tuple[Level, tuple[int, ...]]]
 _QKV, _MLP = frozenset("qkv"), frozenset(("up", "down", "gate"))
 _ENDS, _FEW = frozenset(("pre", "post", "first", "last")), 5  # More numbers than any in `NUMBERED`.
 _MIXED = {"token": -1, "patch": -1, "temporal": -1, "channel": 1, "feature": 1}  # A Mixer's order.
-_IN_DIFFUSERS = {"attn1": "self", "attn2": "cross"}
+_SELF_AND_CROSS = ("attn1", "attn2"), ("sa", "ca")  # In diffusers, and in short.
 _EITHER = {"qkv": "proj_out", "qkv_proj": "wo"}
 """What stands beside arrays by head: guided diffusion's, InternLM2's; CodeGen has `fc_in`, UvA `linear`."""
 
@@ -125,7 +125,7 @@ class _Context:
         self._around = {module: concepts(bases) for module, bases in self._bases.items()}
         # BERT has a `self` in its `crossattention`, too.
         self._empty = {"self"} if sum(names[-1] == "self" for names in self._held) > 1 else set[str]()
-        called = [names for names in self._held if "attn" in meanings(levels(names)[-1].base)]
+        called = [x for x in self._held if "attn" in meanings(levels(x)[-1].base) or x[-1] in ("sa", "ca")]
         self._attentions = {names for names in called if {"q", "k"} <= self._held[names]}
         # Of two attentions that do not say which one they are, neither is known to be the first.
         unsaid = [x for x in called if x[:-1] not in called and {"self", "cross"}.isdisjoint(concepts(x))]
@@ -198,8 +198,9 @@ class _Context:
     def _other_attention(self, part: ModulePart) -> set[str]:
         """Returns what an attention is whose neighbours all say it: `attn` beside `cross_attn`."""
         own = [names for names in containers(part) if names in self._attentions]
-        if any({(*x[:-1], name) for name in _IN_DIFFUSERS} <= self._attentions for x in own):
-            return {_IN_DIFFUSERS[x[-1]] for x in own if x[-1] in _IN_DIFFUSERS}
+        for x, pair in itertools.product(own, _SELF_AND_CROSS):
+            if x[-1] in pair and {(*x[:-1], name) for name in pair} <= self._attentions:
+                return {("self", "cross")[pair.index(x[-1])]}
         near = [(names, self._inside[names[:-1]] & self._attentions) for names in own]
         beside = [x for names, attentions in near for x in attentions if x != names]
         kinds = {frozenset({"self", "cross"} & {*meanings(names[-1])}) for names in beside}
@@ -397,10 +398,7 @@ class _Context:
 def in_order(
     roles: Sequence[NamedPart], others: Sequence[NamedPart], *, to_last: bool = False
 ) -> list[int] | None:
-    """Returns the parts in the order of computation, where their names tell it without contradiction.
-
-    Beside those of the other side; `to_last`: whether only which one is the last has to be told.
-    """
+    """Returns parts, beside others, in the order of computation that names tell; `to_last`: the last one."""
     places = [role.position for role in roles]
     are_norms = all(role.part.is_norm for role in roles)
     if not are_norms and all("attn" in role.said and role.said & {"self", "cross"} for role in roles):

@@ -418,15 +418,16 @@ TURNS = ("local", "global")
 def layers_in_turns(entries: Iterable[Entry]) -> tuple[Rename, ...]:
     """Returns rules under which the parts of layers that take turns in one block are layers by number.
 
-    `self_attention_local` and `self_attention_global` in each block of a stack: every part is there twice.
+    `self_attention_local` and `self_attention_global` in each block of a stack, or `local_layer` and
+    `global_layer`: every part is there twice.
     """
     blocks: dict[Names, dict[Names, dict[str, tuple[str, Shape]]]] = defaultdict(lambda: defaultdict(dict))
     held: dict[Names, int] = defaultdict(int)
     for entry in entries:
         for at, name in enumerate(entry.segments[:-1]):
             held[entry.segments[:at]] += 1
-            base, _, turn = name.rpartition("_")
-            if at and base and turn in TURNS:
+            base, turn = _in_turn(name)
+            if at and turn:
                 blocks[entry.segments[:at]][base, *entry.segments[at + 1 :]][turn] = name, entry.shape
     found: dict[Rename, None] = {}
     for above, parts in blocks.items():
@@ -435,6 +436,14 @@ def layers_in_turns(entries: Iterable[Entry]) -> tuple[Rename, ...]:
         if kinds == {1} and held[above] == sum(map(len, parts.values())) == count:
             for (base, *_), each in parts.items():
                 for number, turn in enumerate(TURNS):
-                    aim = *above, f"{above[-1]}_{number}", base
+                    aim = *above, f"{above[-1]}_{number}", *filter(None, [base])
                     found[Rename("/".join((*above, each[turn][0])), "/".join(aim))] = None
     return tuple(found)
+
+
+def _in_turn(name: str) -> tuple[str, str]:
+    """Returns what a name says beside its turn, and its turn: nothing and `local` of `local_layer`."""
+    words = name.split("_")
+    turn = next((word for word in (words[-1], words[0]) if word in TURNS), "")
+    base = "_".join(word for word in words if word != turn)
+    return "" if base in ("layer", "block") else base, turn

@@ -353,3 +353,39 @@ def test_attn1_and_attn2_in_one_block_are_the_self_and_the_cross_attention_of_di
     _, values = proposed(stored, {path: value.shape for path, value in expected.items()})
 
     check(values, expected)
+
+
+def test_sa_and_ca_in_one_block_are_the_self_and_the_cross_attention():
+    names = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj"}
+    kinds = {"self_attn": "sa", "cross_attn": "ca"}
+    paths = [f"layers_{at}/{kind}/{name}/kernel" for at in range(2) for kind in kinds for name in names]
+    stored = filled(dict.fromkeys(paths, (8, 8)))
+    expected = {
+        f"blocks/{at}/{kinds[kind]}/{ours}/kernel": stored[f"layers_{at}/{kind}/{name}/kernel"]
+        for at in range(2)
+        for kind in kinds
+        for name, ours in names.items()
+    }
+
+    _, values = proposed(stored, {path: value.shape for path, value in expected.items()})
+
+    check(values, expected)
+
+
+@pytest.mark.parametrize("names", [("local_layer", "global_layer"), ("local", "global")])
+def test_local_and_global_layers_in_each_block_of_a_stack_take_turns_as_in_gemma(names):
+    shapes = {"attn/q/kernel": (8, 6), "attn/k/kernel": (8, 4), "norm/scale": (8,)}
+    stored = filled(
+        {f"layers/{name}/{path}": (3, *shape) for name in names for path, shape in shapes.items()}
+    )
+    expected = {
+        f"layers/{2 * block + turn}/{path}": stored[f"layers/{name}/{path}"][block]
+        for turn, name in enumerate(names)
+        for block in range(3)
+        for path in shapes
+    }
+
+    found, values = proposed(stored, {path: value.shape for path, value in expected.items()})
+
+    check(values, expected)
+    assert any(each.fact == "Gemma 2" for each in found.proposals)

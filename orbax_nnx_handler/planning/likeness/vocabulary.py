@@ -132,7 +132,8 @@ _APART = (
     "width height depth, hidden visible, encode decode, sender receiver, head tail, subject object, "
     "question answer, text question, premise hypothesis, anchor positive, input target, ih hh, "
     "theta phi gate o, ir iz in hr hz hn, ii if ig io hi hf hg ho, actor v, reward v, reward critic, "
-    "reward actor, v advantage, pitch energy duration, question ctx, critic generator"
+    "reward actor, v advantage, pitch energy duration, question ctx, critic generator, prior posterior, "
+    "ext int, hstack vstack, in o"
 )
 _EXCLUSIVE = tuple(frozenset(words.split()) for words in _APART.split(", "))
 """Words of which one never becomes another."""
@@ -286,8 +287,7 @@ def same_number(one: Level, held: tuple[int, ...], other: Level, others: tuple[i
     if (held[0] == others[0] and not in_turns) or are_called_so:
         return one.number == other.number
     if len(held) == len(others) and one.number is not None and other.number is not None:
-        # A lone `norm2` is no first one, whatever its sibling is called.
-        is_told = len(held) > 1 or {one.number, other.number} == {0, 1}
+        is_told = len(held) > 1 or {one.number, other.number} == {0, 1}  # A lone `norm2` is no first one.
         return held.index(one.number) == others.index(other.number) if is_told else None
     return None
 

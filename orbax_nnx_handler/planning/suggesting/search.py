@@ -165,9 +165,9 @@ def _tied(wanted: Sequence[Leaf], stored: Sequence[Leaf], found: Findings) -> Fi
     leaf, way = options[0]
     links = [Link(wanted=(head,), stored=(leaf,), grounds="names", ways=(way,), copied=True)]
     bias = heads[0].leaves.get("bias")
-    fitting = [one for one in free if bias is not None and one.shape == bias.shape]
+    fitting = [(one, how) for one in free if bias is not None and (how := ways(one.shape, bias.shape))]
     if bias is not None and len(fitting) == 1:
-        links.append(Link(wanted=(bias,), stored=(fitting[0],), grounds="names", ways=((Way(()),),)))
+        links.append(Link(wanted=(bias,), stored=fitting[0][:1], grounds="names", ways=fitting[0][1:]))
     if "head" in heads[0].said and len(links) == len(heads[0].leaves):  # Else it is a new one.
         return Findings(links=links)
     return Findings(ties=[Tie(wanted=(heads[0].names,), stored=(part_of(leaf),), readings=(tuple(links),))])

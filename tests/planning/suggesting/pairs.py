@@ -24,7 +24,7 @@ OPEN = {
     "nerf": 48,
     "recurrentgemma": 28,
     "dinov2_giant": 12,
-    "transformer_xl_ppo": 28,
+    "transformer_xl_ppo": 24,
     "hypernerf": 4,
     "segformer": 16,
     "gpt_oss": 8,

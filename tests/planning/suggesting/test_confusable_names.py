@@ -389,6 +389,9 @@ OPPOSITES = [
     "io=ig",
     "question_encoder/pooler=ctx_encoder/pooler",
     "generator/out=critic/out",
+    "prior_out=posterior_out",
+    "v_ext=v_int",
+    "attn/proj_in=attn/proj_out",
 ]
 
 

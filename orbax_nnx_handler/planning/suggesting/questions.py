@@ -15,7 +15,7 @@ from typing import Literal
 from orbax_nnx_handler.planning.core.folding import Row, fold, fold_names, list_paths, plain_names
 from orbax_nnx_handler.planning.core.paths import Path, levels, shared_levels
 from orbax_nnx_handler.planning.likeness import have_other_purposes, in_list, purposes
-from orbax_nnx_handler.planning.likeness.links import Link, Tie, readings_of
+from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie, readings_of
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, part_of
 from orbax_nnx_handler.planning.likeness.vocabulary import Concepts, Names, concepts, words
 from orbax_nnx_handler.planning.rules import Rule
@@ -287,6 +287,24 @@ def _are_of_a_list(meanings: Mapping[Names, Sequence[Link]]) -> bool:
     """Tells whether each block's part is another block's: `stage1_block0/fc` is `stage1/block0/fc`."""
     names = {(*(name.rstrip("0123456789") for name in each[:-2]), *each[-2:]) for each in meanings}
     return len(names) == 1 and all(len(links) == 1 for links in meanings.values())
+
+
+def of_one_tower(found: Findings, stored: Sequence[Leaf]) -> Sequence[Leaf]:
+    """Returns the stored leaves without towers of which nothing is told, where all that is comes from one.
+
+    An image's `patch_embed` tells that `blocks` are those of `vision_model`, not of `text_model`.
+    """
+    asked = [link for tie in found.ties for reading in tie.readings for link in reading]
+    depth = len(shared_levels([part_of(leaf) for leaf in stored], own=2)) if asked else 0
+    tops = {part: part[depth] for part in map(part_of, stored if asked else ()) if len(part) > depth + 1}
+    told = {part for link in found.links for part in map(part_of, link.stored) if part in tops}
+    own = {tops[part] for part in told}
+    for tie in found.ties:
+        parts = {part_of(leaf) for reading in tie.readings for link in reading for leaf in link.stored}
+        if len(told) < 2 or len(own) != 1 or len([x for x in parts if tops.get(x) in own]) < len(tie.wanted):
+            return stored
+    others = {tops[part] for link in asked for part in map(part_of, link.stored) if part in tops} - own
+    return [leaf for leaf in stored if tops.get(part_of(leaf)) not in others]
 
 
 def coincidences(links: Sequence[Link], left: Set[Names], missing: Set[Names]) -> Mapping[Path, Link]:

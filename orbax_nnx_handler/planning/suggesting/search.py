@@ -25,7 +25,7 @@ from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.rules.values import steps_in
 from orbax_nnx_handler.planning.suggesting.link_groups import Precedents, apart_from_copies, with_moved_axes
 from orbax_nnx_handler.planning.suggesting.matching_layers import Context, match_context
-from orbax_nnx_handler.planning.suggesting.questions import coincidences, contradicted
+from orbax_nnx_handler.planning.suggesting.questions import coincidences, contradicted, of_one_tower
 from orbax_nnx_handler.planning.target.roles import Wanted
 
 
@@ -79,12 +79,7 @@ def wanted_leaves(items: Iterable[Wanted]) -> list[Leaf]:
 
 
 def stored_leaves(entries: Iterable[Entry], arranged: bool) -> list[Leaf]:
-    """Returns the stored leaves of a model.
-
-    Args:
-        entries: The stored model.
-        arranged: Whether the gates of recurrent cells are fused, as NNX's cells have them.
-    """
+    """Returns the stored leaves of a model; `arranged`: the gates of cells fused, as NNX's have them."""
     model = [entry for entry in entries if entry.section == "model"]
     return _arranged(model) if arranged else [_leaf(entry, entry.segments) for entry in model]
 
@@ -437,6 +432,9 @@ def match_model(context: Context) -> Findings:
         count, sure = len(found.ties) + len(odd), [x for x in found.links if x.target.source not in odd]
         known = Precedents(context.wanted, context.stored, sure).speak_for
         found = matched(dataclasses.replace(context, known=known))
+    if len(kept := of_one_tower(found, context.stored)) < len(context.stored):
+        alone = match_model(dataclasses.replace(context, stored=kept))
+        return alone if len(alone.links) > len(found.links) else _asking(found, odd)
     return _asking(found, odd)
 
 

@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from orbax_nnx_handler import Copy, from_linen, plan_restore, suggest
-from tests.planning.suggesting.proposals import Model
+from tests.planning.suggesting.proposals import Model, check, filled, proposed
 from tests.sampled import sampled
 
 SHAPES = {"Dense_0": (4, 8), "Dense_1": (8, 8), "Dense_2": (8, None)}
@@ -443,3 +443,28 @@ def test_a_module_with_a_place_of_its_own_in_the_target_is_no_copy_that_may_be_l
 
     asked = {path[1] for question in found.questions for path in question.stored}
     assert asked >= {"embedder", "target_embedder"}
+
+
+def test_layers_are_those_of_the_tower_that_all_the_rest_comes_from():
+    layer = {"attn/q/kernel": (8, 8), "attn/k/kernel": (8, 8), "norm/scale": (8,)}
+    places = [f"{tower}/layers/{number}" for tower in ("text", "image") for number in range(2)]
+    stored = {f"{place}/{path}": shape for place in places for path, shape in layer.items()}
+    stored |= {"text/tokens/embedding": (9, 8), "image/pos_embed": (5, 8)}
+    stored["image/patch_embed/kernel"] = (4, 4, 3, 8)
+    arrays = filled(stored)
+    expected = {
+        f"blocks/{number}/{path}": arrays[f"image/layers/{number}/{path}"]
+        for number in range(2)
+        for path in layer
+    }
+    expected |= {path: arrays[f"image/{path}"] for path in ("patch_embed/kernel", "pos_embed")}
+    wanted = {path: value.shape for path, value in expected.items()}
+
+    found, values = proposed(arrays, wanted)
+    del wanted["pos_embed"], wanted["patch_embed/kernel"]
+    unknown, none = proposed(arrays, wanted)
+
+    check(values, expected)
+    assert found.questions == ()
+    assert none == {}
+    assert unknown.questions

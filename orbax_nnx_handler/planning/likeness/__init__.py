@@ -7,9 +7,11 @@ take features of several positions as one axis, which no name tells.
 import functools
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Set
+from collections.abc import Collection, Iterable, Set
 
+from orbax_nnx_handler.planning.core.folding import plain_names
 from orbax_nnx_handler.planning.core.paths import Path, levels
+from orbax_nnx_handler.planning.likeness.links import Link
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf
 from orbax_nnx_handler.planning.likeness.vocabulary import Concepts, Names, concepts, place_of, words
 
@@ -49,6 +51,18 @@ def in_list(names: Names) -> tuple[Names, Names]:
         if level.number is not None:
             return (*names[: at - level.width], level.base), names[at:]
     return (), ()
+
+
+def turned_lists(links: Iterable[Link]) -> Collection[tuple[Names, str]]:
+    """Returns lists with a parameter, all of whose matrices but the squares, of several names, are turned."""
+    turned: dict[tuple[Names, str], dict[Names, bool]] = defaultdict(dict)
+    for link in links:
+        shape, names = link.target.shape, link.target.names
+        if (list_ := in_list(names)[0]) and len({*shape}) == len(shape) > 1:
+            is_turned = any(way.turned for several in link.ways for way in several)
+            held = turned[list_, names[-1]]
+            held[plain_names(names)] = is_turned and held.get(plain_names(names), True)
+    return {key for key, held in turned.items() if len(held) > 1 and all(held.values())}
 
 
 _SIDES = frozenset(("enc", "dec"))

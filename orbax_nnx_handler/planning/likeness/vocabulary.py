@@ -133,7 +133,7 @@ _APART = (
     "question answer, text question, premise hypothesis, anchor positive, input target, ih hh, "
     "theta phi gate o, ir iz in hr hz hn, ii if ig io hi hf hg ho, actor v, reward v, reward critic, "
     "reward actor, v advantage, pitch energy duration, question ctx, critic generator, prior posterior, "
-    "ext int, hstack vstack, in o"
+    "ext int, hstack vstack"
 )
 _EXCLUSIVE = tuple(frozenset(words.split()) for words in _APART.split(", "))
 """Words of which one never becomes another."""

@@ -4,14 +4,14 @@ import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 
 from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.paths import Path, segments
 from orbax_nnx_handler.planning.core.recipes import Read, Shapes, reads
 from orbax_nnx_handler.planning.layouts.layout import Stored, is_copy_beside
-from orbax_nnx_handler.planning.likeness import flattened
+from orbax_nnx_handler.planning.likeness import flattened, in_list, turned_lists
 from orbax_nnx_handler.planning.likeness.joined_parts import Remade
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, simplest
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf
@@ -288,8 +288,8 @@ class _Proposing:
         """Returns the links without those that speak against what a plan without rules finds by name."""
         paths = (item.leaf.path for item in self._model if item.leaf.path in self._found)
         settled = {path: set(reads(self._found[path].recipe)) for path in paths}
-        claimed = {path for sources in settled.values() for path in sources}
-        kept = [x for x in links if agrees(x, settled, claimed, self._free) and not self._is_doubted(x)]
+        used, told = {path for sources in settled.values() for path in sources}, turned_lists(links)
+        kept = [x for x in links if agrees(x, settled, used, self._free) and not self._is_doubted(x, told)]
         ours = {leaf.source: leaf for leaf in self._ours}
         kept = without_strays(kept, self._ours, self._theirs)
         made = {x.recipe: leaf for x, leaf in zip(self._entries, self._theirs, strict=True)}
@@ -301,11 +301,12 @@ class _Proposing:
                 kept.append(Link(wanted=wanted, stored=stored, grounds="shapes", ways=((Way(()),),)))
         return kept
 
-    def _is_doubted(self, link: Link) -> bool:
+    def _is_doubted(self, link: Link, told: Collection[tuple[Names, str]]) -> bool:
         """Tells whether a square matrix may be transposed that a plan without rules restores as it is."""
-        found = self._found.get(link.target.source)
-        is_square = link.joint is None and link.source.shape == link.target.shape and is_turned([link])
-        return is_square and found is not None and "transpose" not in steps_in(found.recipe)
+        x, names = self._found.get(link.target.source), link.target.names
+        is_known = x is None or "transpose" in steps_in(x.recipe) or (in_list(names)[0], names[-1]) in told
+        is_square = link.joint is None and link.source.shape == link.target.shape
+        return is_square and not is_known and is_turned([link])
 
     def _best(self, links: Sequence[Link], searched: Searched) -> Tried:
         """Returns the rules under which the most leaves are what the search says, and none is another."""
@@ -419,11 +420,11 @@ class _Proposing:
             is_joined = len(readings) > 1 and all(link.joint or link.told for link in readings[0])
             found.append(Choice("how" if is_joined else "which", tuple(map(tuple, readings))))
         turns = [link for link in searched.turns if covered.isdisjoint(leaf.source for leaf in link.wanted)]
-        called = {link.target.names[-1] for link in links if is_turned([link])}
+        called, told = {link.target.names[-1] for link in links if is_turned([link])}, turned_lists(links)
         turns += [
             dataclasses.replace(link, ways=((Way(()), *link.ways[0]),))
             for link in (*searched.links, *searched.turns)
-            if self._is_doubted(link) and link.target.names[-1] in called
+            if self._is_doubted(link, told) and link.target.names[-1] in called
         ]
         found += of_turns(turns)
         return sorted(found, key=lambda item: len(item.readings) == 1)[:_QUESTIONS]

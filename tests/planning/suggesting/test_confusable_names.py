@@ -391,7 +391,6 @@ OPPOSITES = [
     "generator/out=critic/out",
     "prior_out=posterior_out",
     "v_ext=v_int",
-    "attn/proj_in=attn/proj_out",
 ]
 
 

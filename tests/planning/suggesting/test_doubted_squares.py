@@ -199,3 +199,14 @@ def test_a_stack_of_squares_is_asked_about_beside_a_turned_matrix_that_lies_apar
     assert values.keys() == {names[f"{turned}/kernel"]}
     check(values, {path: expected[path] for path in values})
     assert [question.about for question in found.questions] == ["transposed"]
+
+
+def test_squares_of_a_block_whose_other_matrices_are_all_transposed_are_too_also_under_the_same_names():
+    shapes = {"attn/c_attn": (8, 24), "attn/c_proj": (8, 8), "mlp/c_fc": (8, 32), "mlp/c_proj": (32, 8)}
+    wanted = {f"h/{at}/{name}/kernel": shape for at in range(2) for name, shape in shapes.items()}
+    stored = filled({f"transformer/{path}": shape[::-1] for path, shape in wanted.items()})
+
+    found, values = proposed(stored, wanted)
+
+    check(values, {path: stored[f"transformer/{path}"].T for path in wanted})
+    assert found.questions == ()

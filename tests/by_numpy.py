@@ -33,6 +33,15 @@ _EXACT: dict[str, Callable[..., Any]] = {
     "gt": np.greater,
     "ge": np.greater_equal,
 }
+# By the name of jax.numpy's functions, which are programs of their own.
+_UFUNCS: dict[str, Callable[..., Any]] = {
+    "add": np.add,
+    "subtract": np.subtract,
+    "multiply": np.multiply,
+    "maximum": np.maximum,
+    "minimum": np.minimum,
+    "negative": np.negative,
+}
 
 
 def move_and_combine_by_numpy() -> None:
@@ -59,6 +68,7 @@ def move_and_combine_by_numpy() -> None:
         _carry_out(lax.div_p, lambda x, y: _combined(np.divide, x, y) if x.dtype == np.float32 else None)
         _carry_out(lax.integer_pow_p, lambda x, y: _combined(np.square, x) if y == 2 else None)
         _carry_out(lax.reduce_max_p, _largest)
+        _carry_out_ufuncs()
 
 
 def _carry_out(primitive: Any, move: Callable[..., Any]) -> None:
@@ -66,7 +76,7 @@ def _carry_out(primitive: Any, move: Callable[..., Any]) -> None:
 
     def implementation(*operands: Any, **how: Any) -> Any:
         arrays = [_elements(operand) for operand in operands]
-        places = {each.sharding for each in operands if getattr(each, "committed", False)}
+        places = _places(operands)
         plain = not any(array is None for array in arrays) and len(places) < 2 and not how.get("sharding")
         found = move(*arrays, **how) if plain and jax.sharding.get_abstract_mesh().empty else None
         if found is None:
@@ -74,6 +84,56 @@ def _carry_out(primitive: Any, move: Callable[..., Any]) -> None:
         return _placed(np.array(found), next(iter(places), None))
 
     primitive.def_impl(implementation)
+
+
+def _carry_out_ufuncs() -> None:
+    from jax._src.core import trace_state_clean
+    from jax._src.numpy.ufunc_api import ufunc
+
+    original = ufunc.__call__
+
+    def call(self: Any, *operands: Any, **how: Any) -> Any:
+        combine = _UFUNCS.get(self.__name__)
+        # In a trace, what is known is a part of the program too.
+        if combine and not how and trace_state_clean() and _is_as_ever():
+            places, found = _places(operands), _together(combine, operands)
+            if found is not None and len(places) < 2:
+                return _placed(np.array(found), next(iter(places), None))
+        return original(self, *operands, **how)
+
+    ufunc.__call__ = call
+
+
+def _is_as_ever() -> bool:
+    """Tells whether nothing is set that has JAX refuse or check what it combines."""
+    config = jax.config
+    promotion = (config.jax_numpy_dtype_promotion, config.jax_numpy_rank_promotion) == ("standard", "allow")
+    return promotion and not config.jax_debug_nans and jax.sharding.get_abstract_mesh().empty
+
+
+def _places(operands: tuple[Any, ...]) -> set[Any]:
+    return {each.sharding for each in operands if getattr(each, "committed", False)}
+
+
+def _together(combine: Callable[..., Any], operands: tuple[Any, ...]) -> Any:
+    """Combines arrays of one type and Python's numbers, which take that type; shapes are brought together."""
+    arrays = [None if type(each) in (int, float) else _elements(each) for each in operands]
+    kinds = {array.dtype for array in arrays if array is not None}
+    if len(kinds) != 1:
+        return None
+    (kind,) = kinds
+    for at, each in enumerate(operands):
+        if type(each) is float and kind == np.float32:
+            arrays[at] = np.asarray(each, np.float32)
+        elif type(each) is int and kind in (np.float32, np.int32) and abs(each) < 1 << 24:
+            arrays[at] = np.asarray(each, kind)
+    if any(array is None for array in arrays):
+        return None
+    try:
+        arrays = np.broadcast_arrays(*arrays)
+    except ValueError:
+        return None  # JAX says what does not fit.
+    return _combined(combine, *arrays) if arrays[0].size <= _SMALL else None
 
 
 def _placed(elements: np.ndarray[Any, Any], place: Any) -> Any:

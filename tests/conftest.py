@@ -10,11 +10,14 @@ import tempfile
 from typing import Any
 
 from tests.processes import (
+    draw_keys_in_one_step,
     hasty_flags,
     leave_origins_unsaid,
     quick_directory,
     remember_initial_shapes,
     remember_kinds_of_values,
+    remember_traced_initializers,
+    run_in_place,
     share_lowering_context,
     spare_garbage_collector,
 )
@@ -51,9 +54,12 @@ from tests.by_numpy import move_and_combine_by_numpy
 
 share_lowering_context()
 leave_origins_unsaid()
+remember_traced_initializers()  # Before Flax is imported, which has made some then.
 remember_initial_shapes()
+draw_keys_in_one_step()
 remember_kinds_of_values()
 move_and_combine_by_numpy()
+run_in_place()
 spare_garbage_collector()
 
 # Both were looked up before.

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tomllib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "orbax_nnx_handler"
@@ -53,22 +53,32 @@ def parsed(file: pathlib.Path) -> ast.Module:
 
 
 @functools.cache
+def nodes(file: pathlib.Path) -> list[ast.AST]:
+    return list(ast.walk(parsed(file)))
+
+
+@functools.cache
 def imports(file: pathlib.Path) -> list[tuple[str, int]]:
     """Returns each imported name in full, with its line."""
-    return list(_imports(parsed(file)))
+    return list(_imports(nodes(file)))
 
 
-def _imports(tree: ast.AST) -> Iterator[tuple[str, int]]:
-    for node in ast.walk(tree):
+def _imports(nodes: Iterable[ast.AST]) -> Iterator[tuple[str, int]]:
+    for node in nodes:
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
 
 
+@functools.cache
+def import_statements(file: pathlib.Path) -> list[ast.Import | ast.ImportFrom]:
+    return [node for node in nodes(file) if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
 def functions(file: pathlib.Path) -> Iterator[tuple[str, int]]:
     """Yields each function with its lines of code, the docstring not counted."""
-    for node in ast.walk(parsed(file)):
+    for node in nodes(file):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             described = ast.get_docstring(node) is not None and node.body[0]
             docstring = described.end_lineno - described.lineno + 1 if described else 0
@@ -104,10 +114,10 @@ def module_of(file: pathlib.Path) -> str:
     return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def modules_imported(tree: ast.AST, known: set[str]) -> set[str]:
+def modules_imported(nodes: Iterable[ast.AST], known: set[str]) -> set[str]:
     """Returns our own modules that some code imports: a name that is a module's stands for that module."""
     found: set[str] = set()
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names} & known
         elif isinstance(node, ast.ImportFrom) and node.module in known:
@@ -119,7 +129,7 @@ def modules_imported(tree: ast.AST, known: set[str]) -> set[str]:
 def graph() -> dict[str, set[str]]:
     """Returns what each module imports of the others, imports inside functions and for types included."""
     known = {module_of(file) for file in MODULES}
-    return {module_of(file): modules_imported(parsed(file), known) - {module_of(file)} for file in MODULES}
+    return {module_of(file): modules_imported(nodes(file), known) - {module_of(file)} for file in MODULES}
 
 
 def circle_in(edges: dict[str, set[str]]) -> list[str]:
@@ -140,11 +150,13 @@ def test_an_import_inside_a_function_is_there_for_the_time_that_a_start_takes():
     inside = [
         (module_of(file), node)
         for file in MODULES
-        for node in ast.walk(parsed(file))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        for function in nodes(file)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in import_statements(file)
+        if function.lineno <= node.lineno <= function.end_lineno
     ]
-    ours = {(module, name) for module, node in inside for name in modules_imported(node, known)}
-    others = {(module, name) for module, node in inside for name, _ in _imports(node)}
+    ours = {(module, name) for module, node in inside for name in modules_imported([node], known)}
+    others = {(module, name) for module, node in inside for name, _ in _imports([node])}
     start = f"{PACKAGE.name}."
 
     assert {tuple(name.removeprefix(start) for name in pair) for pair in ours} == LOCAL_IMPORTS
@@ -231,7 +243,7 @@ def test_no_private_module_is_reached_through_an_attribute():
     reached = [
         (name_of(file), ast.unparse(node))
         for file in MODULES
-        for node in ast.walk(parsed(file))
+        for node in nodes(file)
         if isinstance(node, ast.Attribute) and node.attr == "_src"
         if not has_reason(file.read_text().splitlines(), node.lineno)
     ]

@@ -2,14 +2,13 @@
 
 import pathlib
 import re
-import subprocess
-import sys
 import time
 
 import pytest
 
 from orbax_nnx_handler import RestoreError, restore
 from tests.campaigns import corruption, crafted, hostile
+from tests.processes import Forked
 from tests.sampled import drawn
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -29,11 +28,12 @@ def test_hostile_checkpoints_are_refused_in_bounded_time_and_memory(tmp_path):
 
 @pytest.mark.parametrize(("campaign", "trials"), [("kill", 3), ("pressure", 6)])
 def test_processes_that_are_killed_or_short_of_something(campaign, trials):
-    words = [sys.executable, "-m", "tests.campaigns", campaign, "--trials", str(trials), "--seconds", "60"]
+    program = "import runpy; runpy.run_module('tests.campaigns', run_name='__main__', alter_sys=True)"
 
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = Forked(program, campaign, "--trials", str(trials), "--seconds", "60")
 
-    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert done.wait() == 0, done.stdout + done.stderr[-2000:]
+    assert done.stdout.endswith("\nheld\n")
 
 
 def test_there_are_hundreds_of_hostile_cases(tmp_path):

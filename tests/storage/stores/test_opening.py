@@ -49,12 +49,14 @@ def _watch(event, arguments):
             names.add(str(arguments[0]))
 
 
-# An audit hook cannot be taken away again.
-sys.addaudithook(_watch)
+@pytest.fixture(scope="session")
+def watched():
+    """Has files noted: an audit hook cannot be taken away again, and delays every test that follows."""
+    sys.addaudithook(_watch)
 
 
 @pytest.fixture
-def opened():
+def opened(watched):
     """The files that this process opens."""
     _watching.append(set())
     yield _watching[-1]

@@ -101,10 +101,10 @@ _TOGETHER = (
     "encoder attention: cross attn, feed forward: mlp, dense relu dense: mlp, dense gated: mlp, "
     "layer norm: norm, rms norm: norm, batch norm: norm, group norm: norm, lm head: head, embed out: head, "
     "token type: type, cls token: cls, class token: cls, class embedding: cls, mask token: mask, c fc: up, "
-    "fc 1 g: gate, fc 1 x: up, dense h to 4h: up, dense 4h to h: down, attn vec: attn o, "
-    "c attn: attn q k v, in proj: in, down sample: downsample, up sample: upsample, "
-    "layer scale: layerscale, conv proj: conv shortcut, norm proj: norm shortcut, src attn: cross attn, "
-    "log std: std, log var: logvar, actor critic:, add q: enc text added q, add k: enc text added k, "
+    "fc 1 g: gate, fc 1 x: up, dense h to 4h: up, dense 4h to h: down, attn vec: attn o, c attn: attn q k v, "
+    "in proj: in, down sample: downsample, up sample: upsample, layer scale: layerscale, "
+    "conv proj: conv shortcut, norm proj: norm shortcut, src attn: cross attn, log std: std, "
+    "log var: logvar, actor critic:, add q: enc text added q, add k: enc text added k, "
     "add v: enc text added v, add out: enc text added out, w pack: q k v, score model:, score net:, "
     "score network:, score unet:, sa norm: self attn norm, sa layer norm: self attn norm, r w: rel content, "
     "r r: rel pos, g encoder: goal enc, conv pw: conv pw, conv transpose: conv deconv"
@@ -262,9 +262,7 @@ def parameter_of(name: str) -> str:
 @functools.lru_cache(maxsize=65536)
 def directions(names: tuple[str, ...]) -> frozenset[tuple[Sequence[str], Sequence[str]]]:
     """Returns what leads to what by a path's names: `image_to_token` never is `token_to_image`."""
-    around = (
-        each for name in names for each in zip(words(name), words(name)[1:], words(name)[2:], strict=False)
-    )
+    around = (each for x in names for each in zip(words(x), words(x)[1:], words(x)[2:], strict=False))
     return frozenset((meanings(at), meanings(to)) for at, middle, to in around if middle in ("to", "2"))
 
 
@@ -435,10 +433,7 @@ def last_of_block(places: Sequence[float | None]) -> int | None:
 
 
 def placed(positions: Sequence[float | None]) -> list[float | None]:
-    """Returns places, the only unknown one at the other end: `layer_norm` beside `final_layer_norm`.
-
-    Of two norms in a block, the one beside that of its network comes first: `filter_norm`, `mlp_norm`.
-    """
+    """Returns places, the only unknown one at the other end: `norm` beside `final_norm`, or `mlp_norm`."""
     known = {position for position in positions if position is not None}
     ends = (_MLP - 1, _MLP) if len(positions) == 2 else ()
     if positions.count(None) == 1 and known and all(abs(x) >= END or x in ends for x in known):

@@ -6,16 +6,16 @@ other, so both sides are taken apart into layers.
 
 import dataclasses
 import itertools
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path, natural_key
-from orbax_nnx_handler.planning.core.recipes import Recipe
+from orbax_nnx_handler.planning.core.recipes import Recipe, Shapes
 from orbax_nnx_handler.verifying.recording import Array, Call
-from orbax_nnx_handler.verifying.weights import Atom, Atoms, layers_of
+from orbax_nnx_handler.verifying.weights import Atom, Atoms, layers_seen
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,35 +71,47 @@ def calls_in(calls: Mapping[Path, Sequence[Call]]) -> dict[Path, int]:
 def scanned_axes(calls: Mapping[Path, Sequence[Call]], wanted: Mapping[Path, Shape]) -> dict[Path, int]:
     """Returns the axis of each leaf that the module did not see when it was called."""
     axes: dict[Path, int] = {}
-    for module, found in calls.items():
-        for name, seen in found[0].shapes.items():
-            whole = wanted.get((*module, name))
-            if whole is not None and len(whole) == len(seen) + 1:
-                fits = [axis for axis in range(len(whole)) if (*whole[:axis], *whole[axis + 1 :]) == seen]
-                axes |= {(*module, name): fits[0]} if fits else {}
+    for leaf, seen in _seen(calls).items():
+        whole = wanted.get(leaf, ())
+        fits = [axis for axis in range(len(whole)) if (*whole[:axis], *whole[axis + 1 :]) == seen]
+        axes |= {leaf: fits[0]} if fits else {}
     return axes
+
+
+def _seen(calls: Mapping[Path, Sequence[Call]]) -> dict[Path, Shape]:
+    """Returns the shape of each leaf that the module saw when it was called."""
+    return {(*path, name): shape for path, found in calls.items() for name, shape in found[0].shapes.items()}
 
 
 def pair_modules(
     recipes: Mapping[Path, Recipe],
+    shapes: tuple[Mapping[Path, Shape], Shapes],
     location: Mapping[Path, Path],
-    nnx_calls: Collection[Call],
-    linen_calls: Collection[Call],
+    nnx_calls: Mapping[Path, Sequence[Call]],
+    linen_calls: Mapping[Path, Sequence[Call]],
 ) -> list[ModulePair]:
     """Returns the modules that hold the same stored elements, of those that were called.
 
+    What a module sees as one array is not taken apart: parts joined on an axis are no layers of a scan.
+
     Args:
         recipes: How each wanted leaf of the model is made.
+        shapes: Of each wanted leaf, and of each stored one.
         location: Where each stored leaf lies in the Linen program: keys of the module and the leaf's name.
-        nnx_calls: The calls of the one program.
+        nnx_calls: The calls of the one program, by module.
         linen_calls: The calls of the other.
     """
-    layered = {path: layers_of(recipe) for path, recipe in recipes.items()}
+    ours, stored = shapes
+    axes, seen, seen_by_linen = scanned_axes(nnx_calls, ours), _seen(nnx_calls), _seen(linen_calls)
+    layered = {
+        path: layers_seen(recipe, axes.get(path), stored, is_whole=seen.get(path) == ours[path])
+        for path, recipe in recipes.items()
+    }
     used = {atom for layers in layered.values() for atoms in layers for atom in atoms}
-    nnx_counts, linen_counts = (Counter(call.path for call in calls) for calls in (nnx_calls, linen_calls))
-    nnx = _nnx_units(layered, nnx_counts)
-    linen = _linen_units(used, location, linen_counts)
-    within = _leaves_within(recipes, nnx_counts)
+    whole = {path for path, place in location.items() if seen_by_linen.get(place) == stored[path]}
+    nnx = _nnx_units(layered, nnx_calls)
+    linen = _linen_units(used, location, linen_calls, whole)
+    within = _leaves_within(recipes, nnx_calls)
     pairs: list[ModulePair] = []
     for atoms, wanted in nnx.items():
         if atoms and atoms in linen:
@@ -118,27 +130,27 @@ def _leaves_within(leaves: Iterable[Path], modules: Collection[Path]) -> dict[Pa
     return found
 
 
-def _nnx_units(layered: Mapping[Path, Sequence[Atoms]], calls: Mapping[Path, int]) -> dict[Atoms, list[Unit]]:
+def _nnx_units(
+    layered: Mapping[Path, Sequence[Atoms]], calls: Mapping[Path, Sequence[Call]]
+) -> dict[Atoms, list[Unit]]:
     units: dict[Atoms, list[Unit]] = defaultdict(list)
     for module, leaves in _leaves_within(layered, calls).items():
         counts = {len(layered[leaf]) for leaf in leaves}
         count = counts.pop() if len(counts) == 1 else 1
-        if calls[module] % count:  # It holds the scan.
+        if count == 1 or len(calls[module]) % count:  # It is in no scan, or holds it.
             whole = frozenset[Atom]().union(*(atoms for leaf in leaves for atoms in layered[leaf]))
             units[whole].append(Unit(path=module))
-        for layer in range(count):
-            atoms = frozenset[Atom]().union(
-                *(
-                    layered[leaf][layer] if count > 1 else frozenset[Atom]().union(*layered[leaf])
-                    for leaf in leaves
-                )
-            )
-            units[atoms].append(Unit(path=module, layer=layer if count > 1 else None, layers=count))
+        for layer in range(count if count > 1 else 0):
+            atoms = frozenset[Atom]().union(*(layered[leaf][layer] for leaf in leaves))
+            units[atoms].append(Unit(path=module, layer=layer, layers=count))
     return {atoms: sorted(found, key=lambda unit: len(unit.path)) for atoms, found in units.items()}
 
 
 def _linen_units(
-    used: Iterable[Atom], location: Mapping[Path, Path], calls: Mapping[Path, int]
+    used: Iterable[Atom],
+    location: Mapping[Path, Path],
+    calls: Mapping[Path, Sequence[Call]],
+    whole: set[Path],
 ) -> dict[Atoms, list[Unit]]:
     within: dict[Path, set[Atom]] = defaultdict(set)
     for atom in used:
@@ -150,13 +162,11 @@ def _linen_units(
     for module, atoms in within.items():
         by_layer: dict[tuple[int, ...], set[Atom]] = defaultdict(set)
         for atom in atoms:
-            by_layer[atom[1]].add(atom)
-        if () in by_layer or len({len(layer) for layer in by_layer}) > 1:
+            by_layer[() if atom[0] in whole else atom[1]].add(atom)
+        is_one = () in by_layer or len({len(layer) for layer in by_layer}) > 1
+        if is_one or len(calls[module]) % len(by_layer):  # It is in no scan, or holds it.
             units[frozenset(atoms)].append(Unit(path=module))
-            continue
-        if calls[module] % len(by_layer):  # It holds the scan.
-            units[frozenset(atoms)].append(Unit(path=module))
-        for number, layer in enumerate(sorted(by_layer)):
+        for number, layer in enumerate([] if is_one else sorted(by_layer)):
             unit = Unit(path=module, layer=number, layers=len(by_layer))
             units[frozenset(by_layer[layer])].append(unit)
     return {atoms: sorted(found, key=lambda unit: len(unit.path)) for atoms, found in units.items()}

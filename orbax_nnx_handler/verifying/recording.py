@@ -43,7 +43,7 @@ class Call:
         outputs: The arrays that it returned.
         places: Where each lies in what it returned: keys, numbers and names of attributes.
         settings: The module's own numbers, flags and functions, by name.
-        shapes: The shapes of the module's own Variables in this call: without the axis of a scan around it.
+        shapes: The shapes of the module's own variables in this call: without the axis of a scan around it.
         arguments: Its arguments, with `Held` for each array.
         function: What the module is run with, where that is not the module itself: the caller's program.
     """
@@ -172,6 +172,9 @@ def _is_array(leaf: Any) -> bool:
 
 
 def _shapes_of(module: Any) -> dict[str, Shape]:
+    if isinstance(module, nn.Module):
+        held = [item for collection in module.variables.values() for item in collection.items()]
+        return {name: np.shape(value) for name, value in held if _is_array(value)}
     members = cast("Mapping[str, Any]", getattr(module, "__dict__", {}))
     own = {name: cast(Any, value) for name, value in members.items() if isinstance(value, nnx.Variable)}
     return {name: tuple(np.shape(value.get_raw_value())) for name, value in own.items()}

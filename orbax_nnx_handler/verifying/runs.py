@@ -328,16 +328,12 @@ def run_both(
             hints=["run the model that nnx_apply gets: lambda model, x: model(x)."],
         )
     recipes = _recipes_of_model(plan, linen.weights.location)
-    pairs = pair_modules(recipes, linen.weights.location, nnx_calls, linen.calls)
-    calls = by_path(nnx_calls)
+    calls, wanted = by_path(nnx_calls), {leaf: each.shape for leaf, each in parts.leaves.items()}
+    shapes = (wanted, {path: leaf.shape for path, leaf in checkpoint.leaves.items()})
+    pairs = pair_modules(recipes, shapes, linen.weights.location, calls, by_path(linen.calls))
     hidden = [leaf for leaf in recipes if not any(path and leaf[: len(path)] == path for path in calls)]
-    runner = ModuleRunner(
-        model=model,
-        checkpoint=checkpoint,
-        recipes=recipes,
-        axes=scanned_axes(calls, {leaf: wanted.shape for leaf, wanted in parts.leaves.items()}),
-        calls=calls,
-    )
+    axes = scanned_axes(calls, wanted)
+    runner = ModuleRunner(model=model, checkpoint=checkpoint, recipes=recipes, axes=axes, calls=calls)
     return Runs(
         outputs=outputs,
         compared=compare_modules(pairs, linen.calls, nnx_calls),

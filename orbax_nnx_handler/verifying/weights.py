@@ -288,6 +288,25 @@ def layers_of(recipe: Recipe) -> list[Atoms]:
             return layers_of(recipe.source)
 
 
+def layers_seen(recipe: Recipe, axis: int | None, shapes: Shapes, *, is_whole: bool) -> list[Atoms]:
+    """Returns what each layer of a leaf is made from that its module saw one by one.
+
+    Args:
+        recipe: How the leaf is made.
+        axis: The axis that the module did not see, where it is known.
+        shapes: The stored shapes.
+        is_whole: Whether the module saw all of the leaf.
+    """
+    found = layers_of(recipe)
+    if len(found) > 1 and axis is not None:
+        count = shape_of(recipe, shapes)[axis]
+        layers = [layers_of(simplify(layer_of(recipe, axis, at, shapes), shapes)) for at in range(count)]
+        found = [frozenset[Atom]().union(*parts) for parts in layers]
+        # Where each layer reads the same leaves, they are stacked in the checkpoint too.
+        is_whole = len({frozenset(atom[0] for atom in layer) for layer in found}) == 1
+    return [frozenset[Atom]().union(*found)] if is_whole else found
+
+
 def layer_of(recipe: Recipe, axis: int, layer: int, shapes: Shapes) -> Recipe:
     """Returns the recipe of one element of a leaf along an axis."""
     match recipe:

@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import Transpose, Verification, suggest, verify
+from orbax_nnx_handler import Fuse, Scale, Split, Transpose, Verification, suggest, verify
 from orbax_nnx_handler.verifying.pairing import Use, same_numbers
 from orbax_nnx_handler.verifying.runs import Compared
 
@@ -325,3 +325,63 @@ def test_of_a_module_that_one_program_calls_more_often_the_same_calls_are_compar
     lines = str(found).splitlines()
     called = next(at for at, line in enumerate(lines) if "called 3 times in Linen and 2 times in NNX" in line)
     assert called < next(at for at, line in enumerate(lines) if "hint:" in line)
+
+
+class LinenGated(nn.Module):
+    """Two matrices apart, or one array of both."""
+
+    is_joined: bool = False
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        if self.is_joined:
+            both = nn.DenseGeneral((2, 6), name="both")(x)
+            gate, up = both[..., 0, :], both[..., 1, :]
+        else:
+            gate, up = (nn.Dense(6, name=name)(x) for name in ("gate", "up"))
+        return nn.Dense(8, name="down")(nn.silu(gate) * up)
+
+
+class Gated(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs, *, is_joined: bool):
+        if is_joined:
+            self.both = nnx.LinearGeneral(8, (2, 6), rngs=rngs)
+        else:
+            self.gate, self.up = (nnx.Linear(8, 6, rngs=rngs) for _ in range(2))
+        self.down = nnx.Linear(6, 8, rngs=rngs)
+        self.is_joined = is_joined
+
+    def __call__(self, x: Any) -> Any:
+        both = self.both(x) if self.is_joined else None
+        gate, up = (self.gate(x), self.up(x)) if both is None else (both[..., 0, :], both[..., 1, :])
+        return self.down(nnx.silu(gate) * up)
+
+
+@pytest.mark.parametrize("is_joined", [True, False], ids=["joined", "separated"])
+def test_as_many_parts_as_examples_are_not_taken_for_layers(tmp_path: pathlib.Path, is_joined: bool):
+    x = np.random.default_rng(0).normal(size=(2, 5, 8)).astype(np.float32)
+    linen = LinenGated(is_joined=not is_joined)
+    target = nnx.eval_shape(lambda: Gated(nnx.Rngs(0), is_joined=is_joined))
+    path = save(tmp_path, linen.init(jax.random.key(1), x))
+
+    def found(*more: Any, order: tuple[str, str] = ("gate", "up")) -> Verification:
+        rules = list[Any]()
+        for leaf, axis in (("kernel", 1), ("bias", 0)):
+            parts = [f"{name}/{leaf}" for name in order]
+            if is_joined:
+                rules.append(Fuse(parts, f"both/{leaf}", axis=axis, new_axis=True))
+            else:
+                rules.append(Split(f"both/{leaf}", parts, axis=axis, drop_axis=True))
+        return verify(path, target, linen.apply, lambda m, x: m(x), (x,), renames=[*more, *rules])
+
+    right, later = found(), found(Scale("down/kernel", 2.0)).first
+    assert right.equal
+    assert right.remarks == ()
+    assert later is not None
+    assert later.path == "down"
+    assert later.proved
+    wrong = found(order=("up", "gate")).first
+    assert wrong is not None
+    if is_joined:
+        assert wrong.path == "both"
+        assert "joined in another order" in wrong.proved

@@ -9,12 +9,7 @@ from orbax_nnx_handler.planning.core.leaves import record, with_fields
 from orbax_nnx_handler.planning.core.paths import canonical, levels
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, part_of
 from orbax_nnx_handler.planning.likeness.shapes import Joint, Steps, Way
-from orbax_nnx_handler.planning.likeness.vocabulary import (
-    PYTORCHS,
-    Names,
-    concepts,
-    parameter_of,
-)
+from orbax_nnx_handler.planning.likeness.vocabulary import PYTORCHS, Names, concepts, parameter_of
 from orbax_nnx_handler.planning.rules.entries import PathIndex
 from orbax_nnx_handler.planning.rules.rule import compiled, shared_ends, with_places
 
@@ -152,6 +147,11 @@ class Findings:
     links: list[Link] = dataclasses.field(default_factory=list[Link])
     ties: list[Tie] = dataclasses.field(default_factory=list[Tie])
     groups: list[tuple[Names, Names]] = dataclasses.field(default_factory=list[tuple[Names, Names]])
+
+    @property
+    def every(self) -> list[Link]:
+        """All links, those of possible readings too."""
+        return [*self.links, *(link for tie in self.ties for each in tie.readings for link in each)]
 
     def mapped(self, change: Callable[[Sequence[Link]], Iterable[Link]]) -> "Findings":
         """Returns the same with every list of links changed, those of possible readings too."""

@@ -16,6 +16,7 @@ from orbax_nnx_handler.planning.likeness.assignment import Fit, fit_of, may_be, 
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie, leads, settle_turns
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, module_parts, part_of
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart, named_parts
+from orbax_nnx_handler.planning.likeness.networks import with_networks_apart
 from orbax_nnx_handler.planning.likeness.norms_of_layers import with_counted_parts
 from orbax_nnx_handler.planning.likeness.recurrent_cells import as_fused
 from orbax_nnx_handler.planning.likeness.shapes import Way, ways
@@ -417,6 +418,15 @@ def _turns(way: Way) -> int:
 
 
 def match_model(context: Context) -> Findings:
+    """Matches a model, networks that hold the same by themselves where parts of them would be crossed."""
+
+    def match(wanted: Sequence[Leaf], stored: Sequence[Leaf]) -> Findings:
+        return _match_whole(dataclasses.replace(context, wanted=wanted, stored=stored))
+
+    return with_networks_apart(match(context.wanted, context.stored), context.wanted, context.stored, match)
+
+
+def _match_whole(context: Context) -> Findings:
     """Matches a model; blocks of one kind, of which shapes or names tell some, tell the others.
 
     What is made of a name in few blocks of a list and not in most is asked about, where those do not tell.

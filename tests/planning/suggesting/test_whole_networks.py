@@ -1,0 +1,137 @@
+"""Models of several networks of one width: what each holds tells which it is, and none is torn apart."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx, traverse_util
+
+from orbax_nnx_handler import from_linen, suggest
+
+WIDTH = 8
+KERNELS = {"Dense": (WIDTH, WIDTH), "Conv": (3, 3, WIDTH, WIDTH), "ConvTranspose": (3, 3, WIDTH, WIDTH)}
+NORMS = {"BatchNorm": ("mean", "var"), "LayerNorm": ()}
+
+
+def leaves_of(name, outputs=WIDTH):
+    """Returns the leaves of a module by collection and name, with their shapes."""
+    kind = name.split("/")[-1].rsplit("_", 1)[0]
+    if kind in NORMS:
+        both = {("params", leaf): (WIDTH,) for leaf in ("scale", "bias")}
+        return both | {("batch_stats", leaf): (WIDTH,) for leaf in NORMS[kind]}
+    return {("params", "kernel"): (*KERNELS[kind][:-1], outputs), ("params", "bias"): (outputs,)}
+
+
+def pair_of(*modules):
+    """Returns a stored tree, a target, and which stored leaf each wanted leaf is.
+
+    Args:
+        modules: The stored and the wanted path of each module, with the outputs of a last layer behind it.
+    """
+    stored, wanted, right, first = {}, [], {}, 0
+    kinds = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
+    for one, other, *outputs in modules:
+        for (collection, leaf), shape in leaves_of(one, *outputs).items():
+            path = tuple(int(key) if key.isdecimal() else key for key in (*other.split("/"), leaf))
+            size = int(np.prod(shape))
+            stored[collection, *one.split("/"), leaf] = np.arange(
+                first, first + size, dtype="float32"
+            ).reshape(shape)
+            wanted.append((path, kinds[collection](jax.ShapeDtypeStruct(shape, "float32"))))
+            right[path] = stored[collection, *one.split("/"), leaf]
+            first += size
+    return traverse_util.unflatten_dict(stored), nnx.from_flat_state(wanted), right
+
+
+def wrong_under(rules, tree, target, right):
+    """Returns the leaves that rules make of another stored leaf."""
+    state = from_linen(tree, target, renames=rules, policy="warn", unexpected="ignore")
+    made = {path: np.asarray(leaf.get_value()) for path, leaf in nnx.to_flat_state(state)}
+    return {path for path, value in made.items() if value.any() and not np.array_equal(value, right[path])}
+
+
+def layers(stored, wanted, count, *others):
+    """Returns modules that Linen counts beside each other, one after another in a wanted list."""
+    return [
+        (f"{stored}/{kind}_{at}", f"{wanted}/{at}/{inner}") for kind, inner in others for at in range(count)
+    ]
+
+
+NETWORKS = {
+    "layers of another class": [
+        *layers("q_network", "q/blocks", 3, ("ConvTranspose", "up"), ("BatchNorm", "norm")),
+        *((f"image_encoder/Conv_{at}", f"vision/conv{at + 1}") for at in range(3)),
+    ],
+    "norms of another network": [
+        *layers("embedding_net", "embedder/blocks", 3, ("ConvTranspose", "deconv"), ("BatchNorm", "norm")),
+        ("embedding_net/Dense_0", "embedder/out", 6),
+        *layers("disc", "discriminator/blocks", 3, ("ConvTranspose", "deconv"), ("BatchNorm", "norm")),
+    ],
+    "a module beside a last layer": [
+        *layers("actor/MLP_0", "policy/layers", 2, ("Dense", "linear"), ("LayerNorm", "norm")),
+        ("actor/Dense_0", "policy/out", 6),
+        *layers("continue_head/MLP_0", "cont/layers", 2, ("Dense", "linear"), ("LayerNorm", "norm")),
+        ("continue_head/Dense_0", "cont/out", 1),
+    ],
+    "the same in both, told by names": [
+        *layers("reward_head/MLP_0", "reward/layers", 2, ("Dense", "linear"), ("LayerNorm", "norm")),
+        ("reward_head/Dense_0", "reward/out", 6),
+        *layers("critic/MLP_0", "value/layers", 2, ("Dense", "linear"), ("LayerNorm", "norm")),
+        ("critic/Dense_0", "value/out", 6),
+    ],
+}
+
+
+@pytest.mark.parametrize("modules", NETWORKS.values(), ids=NETWORKS)
+def test_each_network_is_found_as_a_whole_by_what_it_holds(modules):
+    tree, target, right = pair_of(*modules)
+
+    found = suggest(tree, target)
+
+    assert not found.unmatched_wanted
+    assert not found.questions
+    assert wrong_under(found.renames, tree, target, right) == set()
+
+
+def test_networks_that_hold_the_same_are_one_question_where_no_name_tells():
+    names = {"alpha": "one", "omega": "two"}
+    tree, target, right = pair_of(
+        *(
+            module
+            for stored, wanted in names.items()
+            for module in layers(stored, f"{wanted}/layers", 2, ("Dense", "linear"), ("LayerNorm", "norm"))
+        )
+    )
+
+    found = suggest(tree, target)
+
+    (question,) = found.questions
+    assert len(question.choices) == 2
+    assert {*question.wanted} == {*found.unmatched_wanted} == right.keys()
+    answers = [wrong_under(rules, tree, target, right) for rules in question.alternatives]
+    assert sorted(map(len, answers)) == [0, len(right)]
+
+
+def test_what_is_left_of_two_networks_of_the_same_sizes_may_be_elsewhere():
+    # A decoder's logits are as large as the table that another decoder keeps for itself.
+    table, logits = (11, WIDTH), (WIDTH, 11)
+    plain = [
+        *layers("decoder", "decoder/blocks", 2, ("Dense", "linear"), ("LayerNorm", "norm")),
+        *layers("encoder", "encoder/blocks", 3, ("Dense", "linear"), ("LayerNorm", "norm")),
+    ]
+    tree, target, right = pair_of(*plain)
+    tree["params"]["embed"] = {"embedding": np.full(table, 0.5, "float32")}
+    tree["params"]["decoder"]["logits"] = {"kernel": np.full(logits, 1.5, "float32")}
+    more = {("decoder", "embed", "embedding"): table, ("lm_head", "kernel"): logits}
+    target = nnx.from_flat_state(
+        [
+            *nnx.to_flat_state(target),
+            *((path, nnx.Param(jax.ShapeDtypeStruct(shape, "float32"))) for path, shape in more.items()),
+        ]
+    )
+    right |= {("decoder", "embed", "embedding"): tree["params"]["embed"]["embedding"]}
+    right |= {("lm_head", "kernel"): tree["params"]["decoder"]["logits"]["kernel"]}
+
+    found = suggest(tree, target)
+
+    assert not found.unmatched_wanted
+    assert wrong_under(found.renames, tree, target, right) == set()

@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from orbax_nnx_handler import NotACheckpointError
+from orbax_nnx_handler.storage.checkpoint import FieldError
 from orbax_nnx_handler.storage.checkpoint.checkpoint import parse_encoding
-from orbax_nnx_handler.storage.checkpoint.fields import FieldError
 from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
 from orbax_nnx_handler.storage.checkpoint.stored_random import read_leftovers
 from orbax_nnx_handler.storage.stores.ocdbt import (

@@ -267,6 +267,16 @@ def _module_pairs(reading: Iterable[Link]) -> _ModulePairs:
     return frozenset((one[: depths[0]], other[: depths[1]]) for one, other in parts)
 
 
+def as_questions(found: Findings, odd: Mapping[Path, Link]) -> Findings:
+    """Returns what is known with some links as questions, those of one part as one."""
+    kept = [link for link in found.links if link.target.source not in odd]
+    asked: dict[tuple[Names, Names], list[Link]] = defaultdict(list)
+    for link in odd.values():
+        asked[part_of(link.target), part_of(link.source)].append(link)
+    ties = [Tie(wanted=key[:1], stored=key[1:], readings=(tuple(some),)) for key, some in asked.items()]
+    return dataclasses.replace(found, links=kept, ties=[*found.ties, *ties])
+
+
 def contradicted(links: Iterable[Link]) -> Mapping[Path, Link]:
     """Returns links in which a stored name means another part than in most blocks of its list.
 

@@ -26,7 +26,12 @@ from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.rules.values import steps_in
 from orbax_nnx_handler.planning.suggesting.link_groups import Precedents, apart_from_copies, with_moved_axes
 from orbax_nnx_handler.planning.suggesting.matching_layers import Context, match_context
-from orbax_nnx_handler.planning.suggesting.questions import coincidences, contradicted, of_one_tower
+from orbax_nnx_handler.planning.suggesting.questions import (
+    as_questions,
+    coincidences,
+    contradicted,
+    of_one_tower,
+)
 from orbax_nnx_handler.planning.target.roles import Wanted
 
 
@@ -53,11 +58,10 @@ def search(wanted: Sequence[Leaf], stored: Sequence[Leaf], order: Mapping[Tokens
     found = cells.apart(match_model(Context(wanted=cells.wanted, stored=cells.stored, order=order)))
     found.add(_tied(wanted, stored, found))
     found.links.extend(match_leftovers(wanted, stored, found.links))
-    every = [*found.links, *(link for tie in found.ties for reading in tie.readings for link in reading)]
-    used = {part_of(leaf) for link in every for leaf in link.stored}
+    used = {part_of(leaf) for link in found.every for leaf in link.stored}
     made = {part_of(leaf) for link in found.links for leaf in link.wanted}
     left = {part_of(leaf) for leaf in stored} - used, {part_of(leaf) for leaf in wanted} - made
-    found = _asking(found, coincidences(found.links, *left))
+    found = as_questions(found, coincidences(found.links, *left))
     plain, copies = apart_from_copies((found := with_moved_axes(found)).links, stored)
     found.ties.extend(copies)
     settled, turns = settle_turns(plain)
@@ -139,9 +143,8 @@ def _tied(wanted: Sequence[Leaf], stored: Sequence[Leaf], found: Findings) -> Fi
 
     What is not called a head is only asked about.
     """
-    asked = [link for tie in found.ties for reading in tie.readings for link in reading]
-    covered = {leaf.source for link in (*found.links, *asked) for leaf in link.wanted}
-    used = {leaf.source for link in (*found.links, *asked) for leaf in link.stored}
+    covered = {leaf.source for link in found.every for leaf in link.wanted}
+    used = {leaf.source for link in found.every for leaf in link.stored}
     settled = {leaf.source for link in found.links for leaf in link.stored}
     left = module_parts(leaf for leaf in wanted if leaf.source not in covered)
     layers = [x for x in left if {"main"} <= x.leaves.keys() <= {"main", "bias"} and not x.is_vector]
@@ -442,17 +445,6 @@ def _match_whole(context: Context) -> Findings:
         count, sure = len(found.ties) + len(odd), [x for x in found.links if x.target.source not in odd]
         known = Precedents(context.wanted, context.stored, sure).speak_for
         found = matched(dataclasses.replace(context, known=known))
-    if len(kept := of_one_tower(found, context.stored)) < len(context.stored):
-        alone = match_model(dataclasses.replace(context, stored=kept))
-        return alone if len(alone.links) > len(found.links) else _asking(found, odd)
-    return _asking(found, odd)
-
-
-def _asking(found: Findings, odd: Mapping[Path, Link]) -> Findings:
-    """Returns what is known with some links as questions, those of one part as one."""
-    kept = [link for link in found.links if link.target.source not in odd]
-    asked: dict[tuple[Names, Names], list[Link]] = defaultdict(list)
-    for link in odd.values():
-        asked[part_of(link.target), part_of(link.source)].append(link)
-    ties = [Tie(wanted=key[:1], stored=key[1:], readings=(tuple(some),)) for key, some in asked.items()]
-    return dataclasses.replace(found, links=kept, ties=[*found.ties, *ties])
+    kept, every = of_one_tower(found, context.stored), context.stored
+    alone = match_model(dataclasses.replace(context, stored=kept)) if len(kept) < len(every) else found
+    return alone if len(alone.links) > len(found.links) else as_questions(found, odd)

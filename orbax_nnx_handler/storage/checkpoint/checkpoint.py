@@ -23,7 +23,7 @@ from orbax_nnx_handler.planning.core.lines import sized
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.regions import Region, whole
 from orbax_nnx_handler.planning.verdict.leaf_verdicts import Unreadable
-from orbax_nnx_handler.storage.checkpoint.fields import (
+from orbax_nnx_handler.storage.checkpoint import (
     FieldError,
     object_of,
     objects_of,

@@ -22,8 +22,8 @@ from typing import Any
 
 from etils import epath
 
+from orbax_nnx_handler.storage.checkpoint import FieldError, parse_object
 from orbax_nnx_handler.storage.checkpoint.checkpoint import METADATA_KEY
-from orbax_nnx_handler.storage.checkpoint.fields import FieldError, parse_object
 from orbax_nnx_handler.storage.stores.files import Files, ReadFile
 from orbax_nnx_handler.storage.stores.locations import parents_of
 

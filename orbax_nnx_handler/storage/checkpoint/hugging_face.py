@@ -27,16 +27,7 @@ from orbax_nnx_handler.planning.core.errors import NotACheckpointError
 from orbax_nnx_handler.planning.core.folding import fold_paths
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, spelled
-from orbax_nnx_handler.storage.checkpoint.checkpoint import Checkpoint, Encoding, StoredArray
-from orbax_nnx_handler.storage.checkpoint.directories import (
-    HUGGING_FACE_INDEX,
-    HUGGING_FACE_SAFETENSORS,
-    first_unnamed,
-    first_weights,
-    is_weights_file,
-    read_config,
-)
-from orbax_nnx_handler.storage.checkpoint.fields import (
+from orbax_nnx_handler.storage.checkpoint import (
     FieldError,
     check_paths,
     each_once,
@@ -45,6 +36,15 @@ from orbax_nnx_handler.storage.checkpoint.fields import (
     parse_object,
     shape_field,
     text_of,
+)
+from orbax_nnx_handler.storage.checkpoint.checkpoint import Checkpoint, Encoding, StoredArray
+from orbax_nnx_handler.storage.checkpoint.directories import (
+    HUGGING_FACE_INDEX,
+    HUGGING_FACE_SAFETENSORS,
+    first_unnamed,
+    first_weights,
+    is_weights_file,
+    read_config,
 )
 from orbax_nnx_handler.storage.checkpoint.trees import STRING_TYPE, UNKNOWN_TYPE, packed_tree
 from orbax_nnx_handler.storage.checkpoint.wrong_paths import damaged

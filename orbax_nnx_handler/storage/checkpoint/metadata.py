@@ -27,7 +27,7 @@ from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.layouts.linen import AUX
 from orbax_nnx_handler.storage import naming_shortage, paused_collection
-from orbax_nnx_handler.storage.checkpoint import fields, hugging_face, npz
+from orbax_nnx_handler.storage.checkpoint import FieldError, hugging_face, npz, optional_object, parse_object
 from orbax_nnx_handler.storage.checkpoint.checkpoint import (
     METADATA_KEY,
     Checkpoint,
@@ -436,8 +436,8 @@ def _read_step_metadata(directory: epath.Path, files: Files) -> Mapping[str, Any
         if content is None:
             continue
         try:
-            return fields.optional_object(fields.parse_object(content), "custom_metadata")
-        except fields.FieldError as error:
+            return optional_object(parse_object(content), "custom_metadata")
+        except FieldError as error:
             # Nothing of the restore depends on it, so a damaged file is no reason to stop.
             _logger.warning("going on without %s: %s", folder / STEP_FILE, error)
             return {}

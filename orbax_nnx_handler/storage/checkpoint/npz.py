@@ -31,8 +31,8 @@ from orbax_nnx_handler.planning.core.dtypes import is_array_dtype
 from orbax_nnx_handler.planning.core.errors import NotACheckpointError
 from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, render
+from orbax_nnx_handler.storage.checkpoint import FieldError, check_paths, keys_of, shape_field
 from orbax_nnx_handler.storage.checkpoint.checkpoint import Checkpoint, Encoding, StoredArray
-from orbax_nnx_handler.storage.checkpoint.fields import FieldError, check_paths, keys_of, shape_field
 from orbax_nnx_handler.storage.checkpoint.trees import STRING_TYPE, UNKNOWN_TYPE
 from orbax_nnx_handler.storage.checkpoint.wrong_paths import damaged
 from orbax_nnx_handler.storage.stores import kvstore

@@ -31,8 +31,7 @@ from etils import epath
 from orbax_nnx_handler.planning.core.dtypes import is_array_dtype
 from orbax_nnx_handler.planning.core.errors import NotACheckpointError
 from orbax_nnx_handler.planning.core.paths import Path, is_index
-from orbax_nnx_handler.storage.checkpoint.checkpoint import METADATA_KEY
-from orbax_nnx_handler.storage.checkpoint.fields import (
+from orbax_nnx_handler.storage.checkpoint import (
     MOST_LEAVES,
     FieldError,
     check_depth,
@@ -45,6 +44,7 @@ from orbax_nnx_handler.storage.checkpoint.fields import (
     shape_field,
     text_of,
 )
+from orbax_nnx_handler.storage.checkpoint.checkpoint import METADATA_KEY
 from orbax_nnx_handler.storage.checkpoint.wrong_paths import ANY_KIND, COPY_AGAIN, damaged
 from orbax_nnx_handler.storage.stores.files import ANYWHERE, Files
 from orbax_nnx_handler.storage.stores.kvstore import Store

@@ -23,20 +23,21 @@ from orbax_nnx_handler.verifying.pairing import (
     compare_inputs,
     compare_outputs,
     exceeds,
-    nearest_modules,
     same_numbers,
 )
+from orbax_nnx_handler.verifying.recording import Array
 from orbax_nnx_handler.verifying.runs import Compared
 from orbax_nnx_handler.verifying.single_module import (
     Alternative,
     ModuleRunner,
     alternatives,
-    lent,
 )
 from orbax_nnx_handler.verifying.verification import (
     CALLED_IN_ANOTHER_ORDER,
     FirstDifference,
+    called_like,
     differing_settings,
+    lent,
     unit_name,
 )
 from orbax_nnx_handler.verifying.weights import heads_by_rotation, with_features_in_order
@@ -57,10 +58,14 @@ def called_alike(one: Compared, compared: Sequence[Compared]) -> Iterator[Compar
             or [array.size for array in other.linen.outputs] != sizes
         ):
             continue
-        if _begin_alike(one, other):
-            inputs = compare_inputs(other.linen.inputs, one.nnx.inputs)
-            if inputs.compared and not inputs.left and not exceeds(inputs, TOLERANCE):
-                yield other
+        if _begin_alike(one, other) and _are_the_same(other.linen.inputs, one.nnx.inputs):
+            yield other
+
+
+def _are_the_same(reference: Sequence[Array], others: Sequence[Array]) -> bool:
+    """Tells whether inputs are the same, each of the reference's met by one of its size."""
+    inputs = compare_inputs(reference, others)
+    return bool(inputs.compared) and not inputs.left and not exceeds(inputs, TOLERANCE)
 
 
 def _begin_alike(one: Compared, other: Compared) -> bool:
@@ -120,18 +125,7 @@ def _shapes(recipes: Mapping[Path, Recipe], runner: ModuleRunner) -> dict[Path, 
     return {name: shape_of(recipe, runner.shapes) for name, recipe in recipes.items()}
 
 
-def called_like(one: Compared, other: Compared) -> str:
-    """Returns what it means that a module is called like another one."""
-    nnx, linen, other_nnx, other_linen = map(
-        unit_name, (one.pair.nnx, one.pair.linen, other.pair.nnx, other.pair.linen)
-    )
-    return (
-        f"{nnx} is called with what Linen calls {other_linen} with, and has the weights of {linen}. "
-        f"It needs those that {other_nnx} was given"
-    )
-
-
-_MOST_TRIED, _MOST_OTHERS = 200, 48
+_MOST_TRIED, _MOST_BEFORE = 200, 8
 
 
 def _has_another_constant(one: Compared, *, whatever: bool) -> bool:
@@ -158,11 +152,13 @@ class _Proof:
         module: The module.
         words: What has to be otherwise.
         recipes: The leaves that change.
+        other: The module whose weights it needs, if another's.
     """
 
     module: Compared
     words: str
     recipes: Mapping[Path, Recipe]
+    other: Compared | None = None
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -333,11 +329,11 @@ class Search:
         inside = self._inside(one)
         known = self._misplaced(inside) or self._in_another_order(inside)
         if known is not None:
-            return known
+            return self._in_its_branch(known, one, inside)
         layer = self._layer(one)
         doubtful = {leaf: self.runner.recipe(leaf, layer) for leaf in self._doubtful(one, inside)}
         ways = itertools.chain(
-            alternatives(doubtful, self._others(one.path, layer, doubtful), self.runner.shapes),
+            alternatives(doubtful, self.runner.likes(one.path, layer, doubtful), self.runner.shapes),
             self._rotated(one, layer),
             exchanges(self.runner, [other for other in inside if other.found.outputs.compared], layer),
         )
@@ -347,6 +343,28 @@ class Search:
             self.tried += 1
             if self._agrees(one, way.recipes):
                 return _Proof(module=one, words=way.words, recipes=way.recipes)
+        return None
+
+    def _in_its_branch(self, known: _Proof, one: Compared, inside: Sequence[Compared]) -> _Proof | None:
+        """Returns the exchange with which all of a module agrees, where two have each other's inputs.
+
+        In two branches either these have each other's weights, or those before them that get the same have.
+        """
+        here, there = known.module, known.other
+        if there is None or not _are_the_same(here.linen.inputs, there.nnx.inputs):
+            return known
+        end = max(here.nnx.call.order, there.nnx.call.order)
+        before = [each for each in reversed(inside) if each.agrees and each.nnx.call.order < end]
+        pairs = itertools.combinations(before, 2)
+        alike = [pair for pair in pairs if _are_the_same(pair[0].nnx.inputs, pair[1].nnx.inputs)]
+        if not alike:
+            return known
+        for pair in [(here, there), *alike[:_MOST_BEFORE]]:
+            for way in exchanges(self.runner, pair, self._layer(one)):
+                self.tried += 1
+                if self._agrees(one, way.recipes):
+                    proof = _Proof(module=one, words=way.words, recipes=way.recipes)
+                    return known if pair[0] is here else proof
         return None
 
     def _rotated(self, one: Compared, layer: int | None) -> Iterator[Alternative]:
@@ -374,7 +392,9 @@ class Search:
                 recipes = weights_of(self.runner, other, one, self._layer(one))
                 self.tried += bool(recipes)
                 if recipes and self._agrees(one, recipes, other):
-                    return _Proof(module=one, words=called_like(one, other), recipes=recipes)
+                    return _Proof(
+                        module=one, words=called_like(one.found, other.found), recipes=recipes, other=other
+                    )
         except _CannotRunError:
             return None
         return None
@@ -417,30 +437,6 @@ class Search:
             raise _CannotRunError from error
         found = compare_outputs((other or one).linen, one.nnx, outputs)
         return bool(found.compared) and not changes_more_than_rounding(Distance(), found, one.calls)
-
-    def _others(
-        self, module: Path, layer: int | None, doubtful: Mapping[Path, Recipe]
-    ) -> dict[Path, Mapping[Path, Recipe]]:
-        """Returns the weights of other modules, and of other layers of this one, with the same leaves."""
-        shapes = self.runner.shapes
-        names = {leaf[len(module) :]: shape_of(recipe, shapes) for leaf, recipe in doubtful.items()}
-        found: dict[Path, Mapping[Path, Recipe]] = {}
-        for path in nearest_modules(module, self._modules_like(set(names))):
-            for at in self.runner.layers(path, layer):
-                if len(found) >= _MOST_OTHERS or (path, at) == (module, layer):
-                    continue
-                recipes = {name: self.runner.recipe((*path, *name), at) for name in names}
-                if all(shape_of(recipe, shapes) == names[name] for name, recipe in recipes.items()):
-                    label = path if at is None else (*path, f"[{at}]")
-                    found[label] = {(*module, *name): recipe for name, recipe in recipes.items()}
-        return found
-
-    def _modules_like(self, names: set[Path]) -> list[Path]:
-        if not names:
-            return []
-        end = next(iter(names))
-        above = [leaf[: -len(end)] for leaf in self.runner.recipes if leaf[-len(end) :] == end]
-        return [path for path in above if all((*path, *name) in self.runner.recipes for name in names)]
 
 
 def _is_padding(one: Compared, inside: Sequence[Compared]) -> bool:

@@ -26,8 +26,7 @@ from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.verifying.comparison import compared
 from orbax_nnx_handler.verifying.pairing import by_path, compare_inputs, compare_outputs
 from orbax_nnx_handler.verifying.runs import LINEN, NNX, Compared, Programs, Runs, agree, run_both
-from orbax_nnx_handler.verifying.single_module import lent
-from orbax_nnx_handler.verifying.verification import FirstDifference, Verification
+from orbax_nnx_handler.verifying.verification import FirstDifference, Verification, lent
 from orbax_nnx_handler.verifying.weights import layers_of, on_one_device
 
 _MOST_TOGETHER = 64

@@ -33,13 +33,14 @@ from orbax_nnx_handler.planning.core.recipes import (
 from orbax_nnx_handler.storage.arithmetic import evaluate
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.storage.reading import read_values
-from orbax_nnx_handler.verifying.pairing import ROUNDING, distance
+from orbax_nnx_handler.verifying.pairing import nearest_modules
 from orbax_nnx_handler.verifying.recording import Array, Call, Held, arrays_by_place
 from orbax_nnx_handler.verifying.weights import layer_of
 
 _MOST_AXES = 4
 _MOST_PARTS = 4
 _MOST_GROUPS = 32
+_MOST_OTHERS = 48
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -350,6 +351,29 @@ class ModuleRunner:
             found += [at for at in dict.fromkeys((middle - away, middle + away)) if 0 <= at < count]
         return found
 
+    def likes(
+        self, module: Path, layer: int | None, leaves: Mapping[Path, Recipe]
+    ) -> dict[Path, Mapping[Path, Recipe]]:
+        """Returns the weights of other modules, and of other layers, that fit leaves of a module."""
+        names = {leaf[len(module) :]: shape_of(recipe, self.shapes) for leaf, recipe in leaves.items()}
+        found: dict[Path, Mapping[Path, Recipe]] = {}
+        for path in nearest_modules(module, self._holding(set(names))):
+            for at in self.layers(path, layer):
+                if len(found) >= _MOST_OTHERS or (path, at) == (module, layer):
+                    continue
+                recipes = {name: self.recipe((*path, *name), at) for name in names}
+                if all(shape_of(recipe, self.shapes) == names[name] for name, recipe in recipes.items()):
+                    label = path if at is None else (*path, f"[{at}]")
+                    found[label] = {(*module, *name): recipe for name, recipe in recipes.items()}
+        return found
+
+    def _holding(self, names: set[Path]) -> list[Path]:
+        if not names:
+            return []
+        end = next(iter(names))
+        above = [leaf[: -len(end)] for leaf in self.recipes if leaf[-len(end) :] == end]
+        return [path for path in above if all((*path, *name) in self.recipes for name in names)]
+
     def _count(self, module: Path) -> int | None:
         """Returns how many layers a scan around a module has."""
         leaf = next((leaf for leaf in self.axes if leaf[: len(module)] == module), None)
@@ -417,34 +441,3 @@ class ModuleRunner:
                     value = value[(*[slice(None)] * axis, layer)]
             flat.append((keys, variable.replace(value) if hasattr(variable, "replace") else value))
         return nnx.merge(graphdef, nnx.from_flat_state(flat))
-
-
-def lent(own: Sequence[Array], reference: Sequence[Array], *, whatever: bool = False) -> list[Array]:
-    """Returns a call's inputs with Linen's numbers, where they are the same ones but for their digits.
-
-    Args:
-        own: The inputs.
-        reference: Linen's.
-        whatever: Whether Linen's of the same size are taken also where they differ, in their order.
-    """
-    if whatever:
-        left = [array for array in reference if array.dtype.kind == "f"]
-        return [_next_of_size(array, left) if array.dtype.kind == "f" else array for array in own]
-    lent: list[Array] = []
-    for array in own:
-        near = [
-            other
-            for other in reference
-            if other.size == array.size and other.dtype.kind == array.dtype.kind == "f"
-        ]
-        nearest = min(near, key=lambda other: distance(other, array)[0], default=None)
-        close = nearest is not None and distance(nearest, array)[0] <= ROUNDING * 1000
-        lent.append(
-            nearest.reshape(array.shape).astype(array.dtype) if nearest is not None and close else array
-        )
-    return lent
-
-
-def _next_of_size(array: Array, left: list[Array]) -> Array:
-    at = next((at for at, other in enumerate(left) if other.size == array.size), None)
-    return array if at is None else left.pop(at).reshape(array.shape).astype(array.dtype)

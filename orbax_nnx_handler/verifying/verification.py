@@ -26,8 +26,16 @@ from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import Recipe, describe, reads
 from orbax_nnx_handler.planning.rendering.display import line_on_console
 from orbax_nnx_handler.planning.verdict.outcomes import Restored
-from orbax_nnx_handler.verifying.pairing import TOLERANCE, Distance, Unit, compare, exceeds
-from orbax_nnx_handler.verifying.recording import Call
+from orbax_nnx_handler.verifying.pairing import (
+    ROUNDING,
+    TOLERANCE,
+    Distance,
+    Unit,
+    compare,
+    distance,
+    exceeds,
+)
+from orbax_nnx_handler.verifying.recording import Array, Call
 from orbax_nnx_handler.verifying.weights import mixed_sources
 
 
@@ -109,6 +117,37 @@ _NUMBERS = "biufcV"
 
 def _structure(tree: Any) -> Any:
     return cast(Any, jax.tree.structure(tree))
+
+
+def lent(own: Sequence[Array], reference: Sequence[Array], *, whatever: bool = False) -> list[Array]:
+    """Returns a call's inputs with Linen's numbers, where they are the same ones but for their digits.
+
+    Args:
+        own: The inputs.
+        reference: Linen's.
+        whatever: Whether Linen's of the same size are taken also where they differ, in their order.
+    """
+    if whatever:
+        left = [array for array in reference if array.dtype.kind == "f"]
+        return [_next_of_size(array, left) if array.dtype.kind == "f" else array for array in own]
+    lent: list[Array] = []
+    for array in own:
+        near = [
+            other
+            for other in reference
+            if other.size == array.size and other.dtype.kind == array.dtype.kind == "f"
+        ]
+        nearest = min(near, key=lambda other: distance(other, array)[0], default=None)
+        close = nearest is not None and distance(nearest, array)[0] <= ROUNDING * 1000
+        lent.append(
+            nearest.reshape(array.shape).astype(array.dtype) if nearest is not None and close else array
+        )
+    return lent
+
+
+def _next_of_size(array: Array, left: list[Array]) -> Array:
+    at = next((at for at, other in enumerate(left) if other.size == array.size), None)
+    return array if at is None else left.pop(at).reshape(array.shape).astype(array.dtype)
 
 
 def differing_settings(linen: Call, nnx: Call) -> dict[str, tuple[Any, Any]]:
@@ -377,6 +416,15 @@ def unit_name(unit: Unit) -> str:
     """Returns a module as a person calls it: `blocks/attn, layer 3`."""
     path = render(unit.path)
     return path if unit.layer is None else f"{path}, layer {unit.layer}"
+
+
+def called_like(one: ModuleComparison, other: ModuleComparison) -> str:
+    """Returns what it means that a module is called like another one."""
+    nnx, linen, other_nnx, other_linen = map(unit_name, (one.nnx, one.linen, other.nnx, other.linen))
+    return (
+        f"{nnx} is called with what Linen calls {other_linen} with, and has the weights of {linen}. "
+        f"It needs those that {other_nnx} was given"
+    )
 
 
 def _row(module: ModuleComparison) -> Folded:

@@ -385,3 +385,38 @@ def test_as_many_parts_as_examples_are_not_taken_for_layers(tmp_path: pathlib.Pa
     if is_joined:
         assert wrong.path == "both"
         assert "joined in another order" in wrong.proved
+
+
+class LinenBranches(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        def branch(name: str, width: int) -> Any:
+            y = nn.tanh(nn.Dense(8, name=f"{name}1")(x))
+            return nn.Dense(width, name=f"{name}3")(nn.tanh(nn.Dense(8, name=f"{name}2")(y)))
+
+        return branch("pi", 6), branch("v", 1)
+
+
+class Branches(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.pi1, self.pi2, self.v1, self.v2 = (nnx.Linear(8, 8, rngs=rngs) for _ in range(4))
+        self.pi3, self.v3 = nnx.Linear(8, 6, rngs=rngs), nnx.Linear(8, 1, rngs=rngs)
+
+    def __call__(self, x: Any) -> Any:
+        pi, v = nnx.tanh(self.pi1(x)), nnx.tanh(self.v1(x))
+        return self.pi3(nnx.tanh(self.pi2(pi))), self.v3(nnx.tanh(self.v2(v)))
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_of_two_branches_the_modules_are_named_with_which_all_agrees(tmp_path: pathlib.Path, number: int):
+    x = np.random.default_rng(0).normal(size=(3, 8)).astype(np.float32)
+    linen, target = LinenBranches(), nnx.eval_shape(lambda: Branches(nnx.Rngs(0)))
+    path = save(tmp_path, linen.init(jax.random.key(1), x))
+    rules = [(f"pi{number}", f"v{number}"), (f"v{number}", f"pi{number}")]
+
+    first = verify(path, target, linen.apply, lambda m, x: m(x), (x,), renames=rules).first
+
+    assert first is not None
+    assert first.path == f"pi{number}"
+    assert first.proved
+    assert {leaf[0] for leaf in first.changes} <= {f"pi{number}", f"v{number}"}

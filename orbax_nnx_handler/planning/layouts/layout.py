@@ -289,7 +289,7 @@ def repeats_beside(model: Mapping[Tokens, object], named: Iterable[str]) -> set[
     said = set[str]().union(*map(_split, {*named}))
     if said & _FOLLOWING:
         return set()  # Whichever the target calls so may be any of them.
-    followed = {name: _followed(name) for path in model for name in path[:-1]}
+    followed = {name: _followed(name) for name in {name for path in model for name in path[:-1]}}
     copies = {name for name, words in followed.items() if words and said.isdisjoint(_split(name) - words)}
     held: dict[Tokens, dict[str, set[object]]] = defaultdict(lambda: defaultdict(set))
     for path, kind in model.items() if copies else ():

@@ -1,6 +1,7 @@
 """Which of the possible readings of a stored tree a restore goes by; two that are as good are an error."""
 
 import dataclasses
+import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
@@ -390,12 +391,16 @@ _TELLING_KEYS = frozenset[str]().union(*(layout.keys for layout in layouts.LAYOU
 
 
 def _may_be_plain(weights: Sequence[Wanted], options: RestoreOptions) -> bool:
-    """Tells whether a model may hold a module that is called like a part of a train state.
+    """Tells whether a model may hold a module that is called like a part of a train state, or a rule may.
 
     A second mapping is as dear as the first, and nearly every model has no such module.
     """
-    return bool(options.renames) or any(
-        item.leaf.kind is None or not _TELLING_KEYS.isdisjoint(item.tokens[:-1]) for item in weights
+    rules = options.renames
+    names = (name for rule in rules for name in re.findall(r"\w+", str(rule)))
+    return (
+        any(isinstance(rule, Rename) and rule.regex for rule in rules)
+        or not _TELLING_KEYS.isdisjoint(names)
+        or any(item.leaf.kind is None or not _TELLING_KEYS.isdisjoint(item.tokens[:-1]) for item in weights)
     )
 
 

@@ -143,7 +143,8 @@ def owner_of(tokens: Tokens, owners: Collection[Tokens]) -> Tokens | None:
 def below_model(entries: Sequence[Entry], wanted: Iterable[Tokens]) -> Sequence[Entry]:
     """Returns the entries, those that rules call by the target's whole path below the model as others are.
 
-    `("dense", "model/up")` leaves a weight in its collection, where no other one has `model` above it.
+    `("dense", "model/up")` leaves a weight in its collection, where no other one has `model` above it. What
+    holds a wrapper's value, which Linen stores in one key with slashes, is a module itself.
     """
     tops: dict[str, list[Tokens]] = defaultdict(list)
     for path in wanted:
@@ -154,7 +155,8 @@ def below_model(entries: Sequence[Entry], wanted: Iterable[Tokens]) -> Sequence[
     if level and is_number(below[0][len(level)]):
         level = level[:-1]  # The name of a list is none of a module above the model.
     named = [entry for entry in entries if level and entry.named and entry.prefix]
-    moved = {id(entry) for entry in named if canonical(entry.segments[: len(level)]) == level}
+    named = [entry for entry in named if canonical(entry.segments[: len(level)]) == level]
+    moved = {id(entry) for entry in named if not _is_of_wrapper(entry, len(level))}
     if not moved:
         return entries
     others: dict[Tokens, set[Tokens]] = defaultdict(set)
@@ -171,6 +173,11 @@ def below_model(entries: Sequence[Entry], wanted: Iterable[Tokens]) -> Sequence[
         with_fields(entry, segments=entry.segments[depths[entry.owner] :]) if id(entry) in moved else entry
         for entry in entries
     ]
+
+
+def _is_of_wrapper(entry: Entry, depth: int) -> bool:
+    key = str(entry.sources[0][-1])
+    return "/" in key and "/".join(entry.segments[depth:]) == key
 
 
 def of_root(entries: Sequence[Entry]) -> Sequence[Entry]:

@@ -27,12 +27,15 @@ _PURPOSES = tuple(
     )
 )
 """What heads and the like are for, by the words of each: to tell tokens, a class, a value, ...."""
+_ANY_PURPOSE = re.compile("|".join(purpose.pattern for purpose in _PURPOSES))
 
 
 @functools.lru_cache(maxsize=1 << 16)
 def purposes(names: Names) -> frozenset[int]:
     """Returns what a part is for, by its path; nothing for most."""
     path = "_".join(words("_".join(names)))
+    if _ANY_PURPOSE.search(path) is None:
+        return frozenset()  # Nearly every part.
     return frozenset(at for at, purpose in enumerate(_PURPOSES) if purpose.search(path))
 
 

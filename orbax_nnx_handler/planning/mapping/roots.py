@@ -176,8 +176,7 @@ def below_model(entries: Sequence[Entry], wanted: Iterable[Tokens]) -> Sequence[
 
 
 def _is_of_wrapper(entry: Entry, depth: int) -> bool:
-    key = str(entry.sources[0][-1])
-    return "/" in key and "/".join(entry.segments[depth:]) == key
+    return "/" in (key := str(entry.sources[0][-1])) and "/".join(entry.segments[depth:]) == key
 
 
 def of_root(entries: Sequence[Entry]) -> Sequence[Entry]:

@@ -273,9 +273,8 @@ class _Proposing:
     def _search(self, entries: Sequence[Entry]) -> Searched:
         ours, model = self._ours, [entry for entry in entries if entry.section == "model"]
         arranged = any("dense_i" in leaf.names[-2:-1] for leaf in ours)
-        theirs = stored_leaves(
-            self._entries if entries is self._applied else without_repeats(ours, model), arranged
-        )
+        kept = self._entries if entries is self._applied else without_repeats(ours, model)
+        theirs = stored_leaves(kept, arranged)
         sizes = [sum(math.prod(x.shape) for x in some) for some in (ours, theirs, model)]
         try:
             found = search(ours, theirs, self.order)

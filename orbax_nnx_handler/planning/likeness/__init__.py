@@ -5,9 +5,10 @@ take features of several positions as one axis, which no name tells.
 """
 
 import functools
+import itertools
 import re
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Set
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Set
 
 from orbax_nnx_handler.planning.core.folding import plain_names
 from orbax_nnx_handler.planning.core.paths import Path, levels
@@ -54,6 +55,35 @@ def in_list(names: Names) -> tuple[Names, Names]:
         if level.number is not None:
             return (*names[: at - level.width], level.base), names[at:]
     return (), ()
+
+
+def renumbered(links: Iterable[Link]) -> list[Link]:
+    """Returns links that nothing but order tells, of parts with another number under one word.
+
+    `conv2_0` in `blocks/1/conv1`: where both sides count alike, no layer is what a part is numbered.
+    """
+    some = [link for link in links if link.grounds in ("order", "shapes")]
+    both = [(link, _numbers(link.target.names), _numbers(link.source.names)) for link in some]
+    held: dict[str, tuple[set[str], set[str]]] = defaultdict(lambda: (set(), set()))
+    for _, ours, theirs in both:
+        for word in ours.keys() & theirs.keys():
+            held[word][0].add(ours[word])
+            held[word][1].add(theirs[word])
+    alike = {word for word, (ours, theirs) in held.items() if ours == theirs}
+    return [
+        link
+        for link, ours, theirs in both
+        if any(ours[word] != theirs[word] for word in alike & ours.keys() & theirs.keys())
+    ]
+
+
+@functools.lru_cache(maxsize=1 << 18)
+def _numbers(names: Names) -> Mapping[str, str]:
+    """Returns the number behind each word of a path that has one number."""
+    said = [pair for name in names for pair in itertools.pairwise(words(name))]
+    found = [(word, number) for word, number in said if number.isdecimal() and not word.isdecimal()]
+    counts = Counter(word for word, _ in found)
+    return {word: number for word, number in found if counts[word] == 1}
 
 
 def turned_lists(links: Iterable[Link]) -> Collection[tuple[Names, str]]:

@@ -542,3 +542,22 @@ def test_norms_called_by_the_letters_of_what_they_follow_are_those_of_attention_
 
     assert not found.questions
     check(values, {aims[path]: x for path, x in stored.items()})
+
+
+@pytest.mark.parametrize(
+    ("own", "theirs", "parts"),
+    [
+        ("{part}_{layer}/kernel", "blocks/{layer}/{part}/kernel", ("conv1", "conv2", "skip")),
+        ("{part}/{layer}/kernel", "layers/{layer}/{part}/kernel", ("fc1", "fc2")),
+    ],
+    ids=["numbers in one name", "lists of layers"],
+)
+def test_of_as_many_layers_as_numbered_parts_none_is_taken_for_the_other(own, theirs, parts):
+    names = [{"part": part, "layer": layer} for part, layer in itertools.product(parts, range(2))]
+    stored = filled({own.format(**each): (8, 8) for each in names})
+    expected = {theirs.format(**each): stored[own.format(**each)] for each in names}
+
+    _, values = proposed(stored, {path: value.shape for path, value in expected.items()})
+
+    assert values
+    check(values, {path: expected[path] for path in values})

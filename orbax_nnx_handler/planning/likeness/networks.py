@@ -49,6 +49,8 @@ _NUMBER = 2.0
 """Of two networks that count alike: `q1` and `critic1`."""
 _MOST = 4
 """Of more networks that hold the same, not every order can be chosen."""
+_FEW = 32
+"""A model of more modules that hold the same is none of several networks, but a list without numbers."""
 
 
 def with_networks_apart(
@@ -145,8 +147,9 @@ def _paired(wanted: Sequence[Leaf], stored: Sequence[Leaf]) -> Iterator[_Pair]:
     sides = [wanted, stored]
     while True:
         ours, theirs = map(_by_contents, sides)
-        both = ((ours[held], theirs[held]) for held in ours.keys() & theirs.keys())
-        found = [pair for some in both if len(some[0]) == len(some[1]) for pair in _by_names(*some)]
+        both = [(ours[held], theirs[held]) for held in ours.keys() & theirs.keys()]
+        both = [(one, other) for one, other in both if len(one) == len(other) <= _FEW]
+        found = [pair for some in both for pair in _by_names(*some)]
         if not found:
             return
         yield from sorted(found, key=lambda pair: pair[0][0].names)

@@ -17,7 +17,7 @@ from orbax_nnx_handler.planning.core.paths import Path, levels, shared_levels
 from orbax_nnx_handler.planning.likeness import have_other_purposes, in_list, purposes, renumbered
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie, readings_of
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, part_of
-from orbax_nnx_handler.planning.likeness.vocabulary import Concepts, Names, concepts, words
+from orbax_nnx_handler.planning.likeness.vocabulary import Concepts, Names, concepts, counts_of, words
 from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.planning.suggesting.link_groups import by_module
 
@@ -332,27 +332,28 @@ def _half_used(
     links: Iterable[Link], plain: Iterable[Link], left: Iterable[Names], missing: Iterable[Names]
 ) -> Iterator[Link]:
     """Yields links of a module that is not all used, into one of another name that is not its alone."""
-    homes, sources = defaultdict[Names, set[Names]](set), defaultdict[Names, set[Names]](set)
-    for one, other in ((part_of(x), part_of(y)) for link in links for x in link.wanted for y in link.stored):
-        for at in range(1, len(one)):
-            sources[one[:at]].add(other)
-        for at in range(1, len(other)):
-            homes[other[:at]].add(one[:-1])
     held = {part[:at] for part in left for at in range(1, len(part) + 1)}
-    lacking = {part[:-1] for part in missing}
-    for link in plain:
-        into, part = part_of(link.target)[:-1], part_of(link.source)
+    some = dict[tuple[Names, Names], list[Link]]()
+    for link in plain if held else ():
+        part = part_of(link.source)
         module = next((part[:at] for at in range(len(part) - 1, 0, -1) if part[:at] in held), ())
-        if (
-            not (into and module)
-            or homes[module] != {into}
-            or any(map(str.isdecimal, words("/".join(module))))
-        ):
-            continue
-        alike = concepts(part_of(link.target)) & concepts(module) - {"head", "norm"}
+        if (into := part_of(link.target)[:-1]) and module and not counts_of("/".join(module)):
+            some.setdefault((into, module), []).append(link)
+    intos, modules = ({pair[side] for pair in some} for side in (0, 1))
+    homes, sources = defaultdict[Names, set[Names]](set), defaultdict[Names, set[Names]](set)
+    for one, other in (
+        (part_of(x), part_of(y)) for link in (links if some else ()) for x in link.wanted for y in link.stored
+    ):
+        for above in (one[:at] for at in range(1, len(one)) if one[:at] in intos):
+            sources[above].add(other)
+        for above in (other[:at] for at in range(1, len(other)) if other[:at] in modules):
+            homes[above].add(one[:-1])
+    lacking = {part[:-1] for part in missing}
+    for into, module in some:
         is_other = into in lacking or any(each[: len(module)] != module for each in sources[into])
-        if is_other and not (alike or purposes(into) & purposes(module)):
-            yield link
+        if homes[module] == {into} and is_other and not purposes(into) & purposes(module):
+            own = concepts(module) - {"head", "norm"}
+            yield from (x for x in some[into, module] if not concepts(part_of(x.target)) & own)
 
 
 def _astray(links: Sequence[Link]) -> Iterator[Link]:

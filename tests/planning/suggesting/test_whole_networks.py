@@ -6,6 +6,9 @@ import pytest
 from flax import nnx, traverse_util
 
 from orbax_nnx_handler import from_linen, suggest
+from orbax_nnx_handler.planning.likeness.links import Findings
+from orbax_nnx_handler.planning.likeness.module_parts import Leaf
+from orbax_nnx_handler.planning.likeness.networks import with_networks_apart
 
 WIDTH = 8
 KERNELS = {"Dense": (WIDTH, WIDTH), "Conv": (3, 3, WIDTH, WIDTH), "ConvTranspose": (3, 3, WIDTH, WIDTH)}
@@ -135,3 +138,30 @@ def test_what_is_left_of_two_networks_of_the_same_sizes_may_be_elsewhere():
 
     assert not found.unmatched_wanted
     assert wrong_under(found.renames, tree, target, right) == set()
+
+
+@pytest.mark.parametrize(("count", "apart"), [(3, True), (40, False)])
+def test_a_list_of_modules_without_numbers_is_matched_once(count, apart):
+    def side(form):
+        return [
+            Leaf(
+                names=tuple(form.format(chr(97 + at % 26) * (1 + at // 26), name).split("/")),
+                collection="params",
+                shape=(WIDTH, WIDTH),
+                number="floating",
+                source=(form, at, name),
+            )
+            for at in range(count)
+            for name in ("first", "second")
+        ]
+
+    wanted, stored = side("module{}/{}/kernel"), side("{}_module/{}/kernel")
+    matched = []
+
+    def match(ours, theirs):
+        matched.append((len(ours), len(theirs)))
+        return Findings()
+
+    with_networks_apart(Findings(), wanted, stored, match)
+
+    assert bool(matched) == apart

@@ -1,5 +1,7 @@
 """Models of several networks of one width: what each holds tells which it is, and none is torn apart."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -145,17 +147,17 @@ def test_a_list_of_modules_without_numbers_is_matched_once(count, apart):
     def side(form):
         return [
             Leaf(
-                names=tuple(form.format(chr(97 + at % 26) * (1 + at // 26), name).split("/")),
+                names=tuple(form.format(word, name).split("/")),
                 collection="params",
                 shape=(WIDTH, WIDTH),
                 number="floating",
-                source=(form, at, name),
+                source=(form, word, name),
             )
-            for at in range(count)
+            for word in itertools.islice(map("".join, itertools.product("bdgk", "aeiou", "mnt")), count)
             for name in ("first", "second")
         ]
 
-    wanted, stored = side("module{}/{}/kernel"), side("{}_module/{}/kernel")
+    wanted, stored = side("net_{}/{}/kernel"), side("{}_net/{}/kernel")
     matched = []
 
     def match(ours, theirs):

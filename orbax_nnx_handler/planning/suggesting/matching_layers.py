@@ -227,9 +227,7 @@ class _Matching:
         """
         ours, theirs = self._left()
         for least in (2, 1):  # At last lists of single parts: `skips/{i}` of `layers/{i}`.
-            asked = [link for tie in self._found.ties for reading in tie.readings for link in reading]
-            links = (*self._found.links, *asked)
-            used = {id(leaf) for link in links for leaf in (*link.wanted, *link.stored)}
+            used = {id(leaf) for link in self._found.every for leaf in (*link.wanted, *link.stored)}
             within = self._taken - used
             rests = [
                 series_of([leaf for leaf in leaves if id(leaf) in within], above, least)
@@ -310,8 +308,7 @@ class _Matching:
         rest: set[int] = set()
         for share in found:
             matched, inside = _matched_stack(share, stacks, self._context), share[-1]
-            asked = [link for tie in matched.ties for reading in tie.readings for link in reading]
-            links = [*matched.links, *asked]
+            links = matched.every
             used = {x.source for link in links for x in (link.wanted if stacks else link.stored)}
             rest |= {id(leaf) for leaf in inside if links}
             self._take(leaf for leaf in inside if leaf.source in used)

@@ -274,7 +274,7 @@ class _Proposing:
         ours, model = self._ours, [entry for entry in entries if entry.section == "model"]
         arranged = any("dense_i" in leaf.names[-2:-1] for leaf in ours)
         kept = self._entries if entries is self._applied else without_repeats(ours, model)
-        theirs = stored_leaves(kept, arranged)
+        theirs = stored_leaves(kept, arranged) if arranged or kept is not self._entries else self._theirs
         sizes = [sum(math.prod(x.shape) for x in some) for some in (ours, theirs, model)]
         try:
             found = search(ours, theirs, self.order)

@@ -372,7 +372,7 @@ def _astray(links: Sequence[Link]) -> Iterator[Link]:
 def _called_above(names: Names, depth: int) -> str:
     """Returns what the module at a depth is called; nothing for a part, and for what a program counts."""
     name = names[depth] if len(names) > depth + 1 else ""
-    return "" if any(map(str.isdecimal, words(name))) else name
+    return "" if counts_of(name) else name
 
 
 def _from_elsewhere(links: Sequence[Link], left: Iterable[Names]) -> Mapping[Path, Link]:

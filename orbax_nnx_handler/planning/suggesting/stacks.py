@@ -296,8 +296,7 @@ def _stacked(leaves: Iterable[Leaf]) -> list[StackedModule]:
 
 def in_stacks(found: Findings, one: StackedModule, other: StackedModule) -> Findings | None:
     """Returns what is found of one layer for all layers of two stacks; None where that cannot be said."""
-    ties = [link for tie in found.ties for reading in tie.readings for link in reading]
-    if any(x.layers is not None or x.copied or x.source.made for x in (*found.links, *ties)):
+    if any(x.layers is not None or x.copied or x.source.made for x in found.every):
         return None
     wanted, stored = ({leaf.names: leaf for leaf in each.leaves} for each in (one, other))
     count = one.leaves[0].shape[one.axis]

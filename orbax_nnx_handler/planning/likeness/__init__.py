@@ -1,20 +1,23 @@
 """How like each other the parts of two models are: by names, shapes and order.
 
-Here what a whole path says of a part: what it is for, and the list that it is in. Then which matrices may
-take features of several positions as one axis, which no name tells.
+Here what a whole path says of a part: what it is for, the list that it is in, the layer that a norm belongs
+to, and which matrices are transposed. Then which may take features of several positions as one axis, which
+no name tells.
 """
 
 import functools
 import itertools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 
 from orbax_nnx_handler.planning.core.folding import plain_names
-from orbax_nnx_handler.planning.core.paths import Path, levels
+from orbax_nnx_handler.planning.core.paths import Path, is_index, levels
+from orbax_nnx_handler.planning.likeness.assignment import Fit
 from orbax_nnx_handler.planning.likeness.links import Link
-from orbax_nnx_handler.planning.likeness.module_parts import Leaf
-from orbax_nnx_handler.planning.likeness.vocabulary import Concepts, Names, concepts, place_of, words
+from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart
+from orbax_nnx_handler.planning.likeness.named_parts import NamedPart
+from orbax_nnx_handler.planning.likeness.vocabulary import STRONG, Concepts, Names, concepts, place_of, words
 
 _PURPOSES = tuple(
     re.compile(rf"(?:^|_)(?:{spellings})(?:_|$)")
@@ -96,6 +99,95 @@ def turned_lists(links: Iterable[Link]) -> Collection[tuple[Names, str]]:
             held = turned[list_, names[-1]]
             held[plain_names(names)] = is_turned and held.get(plain_names(names), True)
     return {key for key, held in turned.items() if len(held) > 1 and all(held.values())}
+
+
+_KINDS = frozenset(
+    words(
+        "conv convs convolution bn bns norm norms batchnorm batch layernorm ln lns groupnorm gn group "
+        "instance rms rmsnorm linear linears lin lins fc fcs dense layer layers"
+    )
+)
+"""Words that say what a part is, and not where it is."""
+
+Couples = Mapping[Names, ModulePart]
+"""The norm of each layer, by the layer's path."""
+
+
+def companions(parts: Sequence[ModulePart]) -> Couples:
+    """Returns the norm of each layer that names say belongs to it."""
+    found: dict[Names, ModulePart] = {}
+    called: dict[Names, tuple[list[ModulePart], list[ModulePart]]] = defaultdict(lambda: ([], []))
+    lists: dict[Names, list[ModulePart]] = defaultdict(list)
+    for part in parts:
+        if "main" in part.leaves and (part.is_layer or part.is_vector):
+            called[_place(part.names)][part.is_vector].append(part)
+        if part.names and is_index(part.names[-1]):
+            lists[part.names[:-1]].append(part)
+    for layers, norms in called.values():
+        if len(layers) == len(norms) == 1:
+            found[layers[0].names] = norms[0]
+    taken = {norm.names for norm in found.values()}
+    for held in lists.values():
+        left = [x for x in held if x.names not in found and x.names not in taken]
+        found.update(_in_turns(sorted(left, key=lambda part: int(part.names[-1]))))
+    return found
+
+
+def norms_told(pairs: Iterable[tuple[int, int]], sides: Sequence[Sequence[ModulePart]]) -> Mapping[int, int]:
+    """Returns which wanted norm is which stored one, by the layers that names say they belong to.
+
+    Args:
+        pairs: The places of the wanted and the stored parts that are each other's.
+        sides: All parts of either side.
+    """
+    places = [{id(part): at for at, part in enumerate(parts)} for parts in sides]
+    # What Linen numbers it counts by class: `LayerNorm_0` is none of `Dense_0`.
+    norms = [
+        companions([x for x in parts if not any(y.is_automatic for y in x.levels[-1:])]) for parts in sides
+    ]
+    found: dict[int, int] = {}
+    for at, to in pairs:
+        layer, one, other = sides[0][at], norms[0].get(sides[0][at].names), norms[1].get(sides[1][to].names)
+        if one is not None and other is not None and {"main"} <= layer.leaves.keys() & one.leaves.keys():
+            width = one.leaves["main"].shape[-1:]
+            if width in (layer.leaves["main"].shape[-2:-1], layer.leaves["main"].shape[-1:]):
+                found[places[0][id(one)]] = places[1][id(other)]
+    return found
+
+
+def _place(names: Names) -> Names:
+    """Returns a path without the words that say what the part is."""
+    kept = ("_".join(word for word in words(name) if word not in _KINDS) for name in names)
+    return tuple(filter(None, kept))
+
+
+def _in_turns(parts: Sequence[ModulePart]) -> Iterator[tuple[Names, ModulePart]]:
+    """Yields the layers and norms of a list in which the one comes behind the other, all through."""
+    if len(parts) % 2 or len({part.is_vector for part in parts[::2]}) > 1:
+        return
+    for one, other in zip(parts[::2], parts[1::2], strict=True):
+        if one.is_vector != other.is_vector:
+            yield (other.names, one) if one.is_vector else (one.names, other)
+
+
+def beside_turned(
+    fits: Mapping[tuple[int, int], Fit], wanted: Sequence[NamedPart], stored: Sequence[NamedPart]
+) -> list[tuple[int, int]]:
+    """Returns pairs of matrices as they are, where those of one role on both sides only fit transposed.
+
+    Of Praxis' `ffn_layer1` and `ffn_layer2` either has the shape of the other one, transposed.
+    """
+    told: dict[tuple[str, str], set[bool]] = defaultdict(set)
+    as_they_are: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
+    for pair, fit in fits.items():
+        for one, other, options in fit.pairs:
+            if min(len(one.shape), len(other.shape)) > 1 == len(options):
+                names, is_turned = (one.names[-1], other.names[-1]), options[0].turned
+                if wanted[pair[0]].said & stored[pair[1]].said & STRONG:
+                    told[names].add(is_turned)
+                elif not is_turned and len(one.shape) == len(other.shape):
+                    as_they_are[names].append(pair)
+    return [pair for names, held in as_they_are.items() if told[names] == {True} for pair in held]
 
 
 _SIDES = frozenset(("enc", "dec"))

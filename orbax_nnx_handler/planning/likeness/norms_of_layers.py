@@ -17,7 +17,8 @@ import operator
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
-from orbax_nnx_handler.planning.core.paths import Level, is_index, levels, shared_levels
+from orbax_nnx_handler.planning.core.paths import Level, levels, shared_levels
+from orbax_nnx_handler.planning.likeness import Couples, companions
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, PairGrounds, Tie
 from orbax_nnx_handler.planning.likeness.module_parts import (
     Leaf,
@@ -32,21 +33,10 @@ from orbax_nnx_handler.planning.likeness.shapes import ways
 from orbax_nnx_handler.planning.likeness.vocabulary import END, Names, arm, concepts, meanings, words
 from orbax_nnx_handler.planning.target.roles import Order, creation_place
 
-_KINDS = frozenset(
-    words(
-        "conv convs convolution bn bns norm norms batchnorm batch layernorm ln lns groupnorm gn group "
-        "instance rms rmsnorm linear linears lin lins fc fcs dense layer layers"
-    )
-)
-"""Words that say what a part is, and not where it is."""
-
 _Pair = tuple[ModulePart, ModulePart]
 """A wanted part and the stored one that it is made from."""
 
 _SIDES = operator.attrgetter("wanted"), operator.attrgetter("stored")
-
-_Couples = Mapping[Names, ModulePart]
-"""The norm of each layer, by the layer's path."""
 
 
 def with_counted_parts(
@@ -63,11 +53,11 @@ def with_counted_parts(
     if not (counts := _counted(stored)):
         return found
     sides = module_parts(wanted), module_parts(stored)
-    companions = _companions(sides[0])
+    named = companions(sides[0])
     while True:
         homes = _homes(found)
-        modules = [x for classes in counts.values() for x in _couples_in(classes, homes, companions)]
-        pairs = [pair for couples in modules for pair in _told_by(couples, homes, companions)]
+        modules = [x for classes in counts.values() for x in _couples_in(classes, homes, named)]
+        pairs = [pair for couples in modules for pair in _told_by(couples, homes, named)]
         found = _replaced(found, pairs, "names")
         more = [*_told_by_order(counts, found, sides, order)]
         alike = [] if more else [*_told_by_sisters(counts, found, sides)]
@@ -100,7 +90,7 @@ def _counted(stored: Sequence[Leaf]) -> Mapping[Names, _Counted]:
     return counted
 
 
-def _couples_in(classes: _Counted, homes: Mapping[Names, Names], companions: _Couples) -> Iterator[_Couples]:
+def _couples_in(classes: _Counted, homes: Mapping[Names, Names], named: Couples) -> Iterator[Couples]:
     """Yields the layers and norms of a module in which Linen counts as many of both.
 
     Of layers that have gone where names give only some a norm, those are counted.
@@ -109,7 +99,7 @@ def _couples_in(classes: _Counted, homes: Mapping[Names, Names], companions: _Co
     layers = [x for x in classes.values() if all(part.is_layer for part in x.values())]
     fitting = [(x, y) for x in layers for y in norms if _are_couples(x, y)]
     if not fitting and len(norms) == 1 and all(part.names in homes for x in layers for part in x.values()):
-        normed = [[part for _, part in sorted(x.items()) if homes[part.names] in companions] for x in layers]
+        normed = [[part for _, part in sorted(x.items()) if homes[part.names] in named] for x in layers]
         some = [dict(enumerate(parts)) for parts in normed if parts]
         fitting = [(x, norms[0]) for x in some if len(some) == 1 and _are_couples(x, norms[0])]
     if len(fitting) == 1:
@@ -127,45 +117,10 @@ def _are_couples(layers: Mapping[int, ModulePart], norms: Mapping[int, ModulePar
     return takes or all(shape[-1:] == width for shape, width in sizes)
 
 
-def _companions(parts: Sequence[ModulePart]) -> _Couples:
-    """Returns the norm of each layer of a target that names say belongs to it."""
-    found: dict[Names, ModulePart] = {}
-    called: dict[Names, tuple[list[ModulePart], list[ModulePart]]] = defaultdict(lambda: ([], []))
-    lists: dict[Names, list[ModulePart]] = defaultdict(list)
-    for part in parts:
-        if "main" in part.leaves and (part.is_layer or part.is_vector):
-            called[_place(part.names)][part.is_vector].append(part)
-        if part.names and is_index(part.names[-1]):
-            lists[part.names[:-1]].append(part)
-    for layers, norms in called.values():
-        if len(layers) == len(norms) == 1:
-            found[layers[0].names] = norms[0]
-    taken = {norm.names for norm in found.values()}
-    for held in lists.values():
-        left = [x for x in held if x.names not in found and x.names not in taken]
-        found.update(_in_turns(sorted(left, key=lambda part: int(part.names[-1]))))
-    return found
-
-
-def _place(names: Names) -> Names:
-    """Returns a path without the words that say what the part is."""
-    kept = ("_".join(word for word in words(name) if word not in _KINDS) for name in names)
-    return tuple(filter(None, kept))
-
-
-def _in_turns(parts: Sequence[ModulePart]) -> Iterator[tuple[Names, ModulePart]]:
-    """Yields the layers and norms of a list in which the one comes behind the other, all through."""
-    if len(parts) % 2 or len({part.is_vector for part in parts[::2]}) > 1:
-        return
-    for one, other in zip(parts[::2], parts[1::2], strict=True):
-        if one.is_vector != other.is_vector:
-            yield (other.names, one) if one.is_vector else (one.names, other)
-
-
-def _told_by(couples: _Couples, homes: Mapping[Names, Names], companions: _Couples) -> list[_Pair]:
+def _told_by(couples: Couples, homes: Mapping[Names, Names], named: Couples) -> list[_Pair]:
     """Returns the wanted norm of each layer of a module whose place is known, and the stored one."""
     told = [(homes[layer], norm) for layer, norm in couples.items() if layer in homes]
-    pairs = [(companions[home], norm) for home, norm in told if home in companions]
+    pairs = [(named[home], norm) for home, norm in told if home in named]
     # What is no norm of a layer may be one of none of them.
     is_whole = len(pairs) == len(couples) == len({one.names for one, _ in pairs})
     return pairs if is_whole and all(map(_fit, pairs)) else []

@@ -87,6 +87,7 @@ _SPELLINGS = {
     "depthwise conv": "dwconv",
     "pointwise": "pointwise pw pwl project",
     "probe": "probe latent",
+    "passage": "passage ctx document doc",
     "actor": "actor policy action pi",
     "online": "online student",
     "": "model models module modules transformer core net network backbone base layer layers block blocks h "
@@ -107,7 +108,8 @@ _TOGETHER = (
     "log var: logvar, actor critic:, add q: enc text added q, add k: enc text added k, "
     "add v: enc text added v, add out: enc text added out, w pack: q k v, score model:, score net:, "
     "score network:, score unet:, sa norm: self attn norm, sa layer norm: self attn norm, r w: rel content, "
-    "r r: rel pos, g encoder: goal enc, conv pw: conv pw, conv transpose: conv deconv"
+    "r r: rel pos, g encoder: goal enc, conv pw: conv pw, conv transpose: conv deconv, "
+    "query encoder: question enc, context encoder: passage enc"
 )
 _PHRASES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     tuple(words.split()): tuple(said.split())
@@ -132,7 +134,7 @@ _APART = (
     "width height depth, hidden visible, encode decode, sender receiver, head tail, subject object, "
     "question answer, text question, premise hypothesis, anchor positive, input target, ih hh, "
     "theta phi gate o, ir iz in hr hz hn, ii if ig io hi hf hg ho, actor v, reward v, reward critic, "
-    "reward actor, v advantage, pitch energy duration, question ctx, critic generator, prior posterior, "
+    "reward actor, v advantage, pitch energy duration, question passage, critic generator, prior posterior, "
     "ext int, hstack vstack"
 )
 _EXCLUSIVE = tuple(frozenset(words.split()) for words in _APART.split(", "))

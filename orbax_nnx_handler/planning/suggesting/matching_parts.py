@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from orbax_nnx_handler.planning.core.folding import Homes, lies_within
 from orbax_nnx_handler.planning.core.leaves import with_fields
 from orbax_nnx_handler.planning.core.paths import ascend, ranks_of, same_modules
+from orbax_nnx_handler.planning.likeness import beside_turned, norms_told
 from orbax_nnx_handler.planning.likeness.assignment import (
     MOST_PAIRS,
     Fit,
@@ -102,6 +103,7 @@ class _Pairs:
     ) -> None:
         self._wanted, self._stored = wanted, stored = sides
         self._partial, self._fits = partial, dict[tuple[int, int], Fit]()
+        self._parts = [[role.part for role in side] for side in sides]
         self._excluded, self._known = set[tuple[int, int]](), set[tuple[int, int]]()
         self._homes = Homes(*([role.part.names for role in side] for side in (wanted, stored)))
         sizes: dict[int, list[int]] = defaultdict(list)
@@ -119,8 +121,8 @@ class _Pairs:
                 elif fit is not None:
                     self._excluded.add((at, to))
         self._exclude([*beside_namesakes(self._fits, wanted, stored)])
-        self._exclude(_beside_turned(self._fits, wanted, stored))
-        self._exclude(without_place(self._fits, [[role.part for role in side] for side in sides]))
+        self._exclude(beside_turned(self._fits, wanted, stored))
+        self._exclude(without_place(self._fits, self._parts))
         modules, held = self._modules_told(), self._homes.held  # A module of one part is no whole one.
         self._told = {pair for pair in modules if min(held[0][pair[0]], held[1][pair[1]]) > 1}
         for pair, fit in self._fits.items():
@@ -215,15 +217,19 @@ class _Pairs:
     ) -> _Group | None:
         """Returns the pairs of a tie that what is known allows; None where that changes nothing.
 
-        Known modules hold what is theirs, and parts of one list were made in its order.
+        Known modules hold what is theirs, layers have their norms, and parts of one list were made in its
+        order.
         """
         ours, theirs, rivals, lone = map(set[int], self._sides(tie, group, found))
         sources = {other: one for one, other in modules.items()}
         among = {(at, to) for at, to in group if at in ours | lone and to in theirs | rivals}
+        norms = norms_told([pair[:2] for pair in found], self._parts)
+        told = {*norms.values()}
         kept: _Group = set()
         for at, to in among:
             one, other = self._homes.of(at, to)
             is_there = lies_within(one, other, modules) and lies_within(other, one, sources)
+            is_there &= norms.get(at, to) == to and (at in norms or to not in told)
             if is_there and self._ascends((at, to), found):
                 kept.add((at, to))
         is_whole = {at for at, _ in kept} >= ours and {to for _, to in kept} >= theirs
@@ -428,23 +434,3 @@ class _Pairs:
             Link(wanted=(one,), stored=(other,), grounds=kind, ways=(found,), fact=fact)
             for one, other, found in self._fits[at, to].pairs
         ]
-
-
-def _beside_turned(
-    fits: Mapping[tuple[int, int], Fit], wanted: Sequence[NamedPart], stored: Sequence[NamedPart]
-) -> list[tuple[int, int]]:
-    """Returns pairs of matrices as they are, where those of one role on both sides only fit transposed.
-
-    Of Praxis' `ffn_layer1` and `ffn_layer2` either has the shape of the other one, transposed.
-    """
-    told: dict[tuple[str, str], set[bool]] = defaultdict(set)
-    as_they_are: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
-    for pair, fit in fits.items():
-        for one, other, options in fit.pairs:
-            if min(len(one.shape), len(other.shape)) > 1 == len(options):
-                names, is_turned = (one.names[-1], other.names[-1]), options[0].turned
-                if wanted[pair[0]].said & stored[pair[1]].said & STRONG:
-                    told[names].add(is_turned)
-                elif not is_turned and len(one.shape) == len(other.shape):
-                    as_they_are[names].append(pair)
-    return [pair for names, held in as_they_are.items() if told[names] == {True} for pair in held]

@@ -165,14 +165,17 @@ def by_front(groups: Iterable[Series]) -> Mapping[tuple[str, str], list[Series]]
 
 
 def parts_of(series: Series) -> list[Series]:
-    """Returns the modules in the layers of a group as groups, where each layer holds the same ones alone."""
+    """Returns the modules that all layers of a group hold as groups, where these hold nothing else alone."""
     held: dict[str, dict[int, list[Leaf]]] = defaultdict(lambda: defaultdict(list))
     for number, leaves in series.members.items():
         for leaf in leaves:
             held["/".join(leaf.names[series.depth : -1][:1])][number].append(leaf)
-    if len(held) < 2 or "" in held or any(len(members) < len(series.members) for members in held.values()):
+    shared = {name: members for name, members in held.items() if len(members) == len(series.members)}
+    if len(shared) < 2 or "" in held:
         return []
-    return [Series((*series.template, name), (*series.base, name), members) for name, members in held.items()]
+    return [
+        Series((*series.template, name), (*series.base, name), members) for name, members in shared.items()
+    ]
 
 
 def lists_within(series: Series, others: Sequence[Series]) -> tuple[list[Pairs], bool]:
@@ -187,6 +190,9 @@ def lists_within(series: Series, others: Sequence[Series]) -> tuple[list[Pairs],
     like = [
         [at for at, y in enumerate(others) if y.sizes == x.sizes and not exclude(said, holds[at])]
         for x, said in zip(parts, held, strict=True)
+    ]
+    like = [
+        _called_so(one, others, options, parts) or options for one, options in zip(parts, like, strict=True)
     ]
     if not parts or not 0 < math.prod(map(len, like)) <= _MOST_WAYS:
         return [], False
@@ -204,6 +210,25 @@ def lists_within(series: Series, others: Sequence[Series]) -> tuple[list[Pairs],
 
 _MOST_WAYS, _UNCOUNTED = 24, str.maketrans("", "", "0123456789")
 _KINDS = frozenset(("self", "cross", "attn", "mlp", "conv"))
+
+
+def _called_so(
+    part: Series, others: Sequence[Series], places: Sequence[int], parts: Sequence[Series]
+) -> list[int]:
+    """Returns the lists that have a part's own name, with its number: `low1_{i}` of `levels/{i}/low1`.
+
+    Nothing where the parts are numbered as their blocks: `conv1_2` may lie in either `block1` or `block2`.
+    """
+    base = part.template[-1].translate(_UNCOUNTED)
+    beside = {counts_of(x.template[-1]) for x in parts if x.template[-1].translate(_UNCOUNTED) == base}
+    if sorted(beside) == [(str(number),) for number in part.numbers]:
+        return []
+    fronts = [("/".join(others[at].template).partition(PLACE), at) for at in places]
+    return [
+        at
+        for (front, _, rest), at in fronts
+        if not rest and words(front.rstrip("_/").rsplit("/", 1)[-1]) == words(part.template[-1])
+    ]
 
 
 def _may_be_within(pairs: Pairs) -> bool:

@@ -376,3 +376,25 @@ def test_what_two_modules_would_exchange_because_of_a_word_alone_they_keep():
     told = {path: name for path, (name, _) in expected.items() if not path.startswith("resnet/linear_in")}
     check(values, {path: stored[name] for path, name in told.items()})
     assert found.questions
+
+
+@pytest.mark.parametrize(
+    "names", [("up1", "low1", "low3"), ("conv1", "conv2", "skip"), ("fc1", "fc2", "gate")]
+)
+def test_lists_of_equal_layers_are_the_parts_of_blocks_that_have_their_names(names):
+    # As many layers as parts with a number: both numbers could be either.
+    paths = {
+        f"hg/{name}_{at}/{leaf}": f"levels/{at}/{name}/{leaf}"
+        for name in names
+        for at in range(2)
+        for leaf in SQUARE
+    }
+    paths |= {
+        f"hg/{names[0][:-1]}7_1/{leaf}": f"levels/1/bottom/{leaf}" for leaf in SQUARE
+    }  # In one block alone.
+    stored = filled({path: SQUARE[path.rsplit("/", 1)[1]] for path in paths})
+
+    found, values = proposed(stored, {aim: stored[path].shape for path, aim in paths.items()})
+
+    assert not found.questions
+    check(values, {aim: stored[path] for path, aim in paths.items()})

@@ -321,3 +321,50 @@ def test_two_parts_left_of_a_module_are_told_by_nothing():
         path = f"params/DecoderLayer_{at}/LayerNorm_3/scale"
         stored[path] = drawn(path, (8,))
     assert not settled_in(stored, truth) & {f"layers/{at}/2/norm/scale" for at in range(2)}
+
+
+BRANCHES = {"dense": (3, "3x3"), "1x1": (1, "1x1")}
+BATCH_NORM = {"scale": "params", "bias": "params", "mean": "batch_stats", "var": "batch_stats"}
+
+
+def named_layer(stored, truth, names, targets, kernel):
+    """Adds a convolution and its norm, both called by names."""
+    for name, target, leaves in zip(
+        names, targets, ({"kernel": "params"}, BATCH_NORM) if kernel else (BATCH_NORM,), strict=True
+    ):
+        for leaf, collection in leaves.items():
+            path = f"{collection}/{name}/{leaf}"
+            stored[path] = drawn(path, kernel if leaf == "kernel" else (8,))
+            truth[f"{target}/{leaf}"] = path
+
+
+def test_norms_of_branches_follow_the_convolutions_that_names_say_they_are_of():
+    # The kernels tell which branch is which, RepVGG's; the norms are all of one width.
+    stored, truth = {}, {}
+    for at in range(3):
+        for branch, (size, name) in BRANCHES.items():
+            names = (f"stage_{at}/rbr_{branch}/conv", f"stage_{at}/rbr_{branch}/bn")
+            targets = (f"stages/{at}/conv{name}", f"stages/{at}/bn{name}")
+            named_layer(stored, truth, names, targets, (size, size, 8, 8))
+        named_layer(stored, truth, (f"stage_{at}/rbr_identity",), (f"stages/{at}/bn_id",), None)
+
+    check(stored, truth)
+
+
+def test_the_norm_of_a_shortcut_leaves_those_of_the_block_in_their_order():
+    stored, truth = {}, {}
+    for at in range(3):
+        block, target = f"layer1_{at}", f"layer1/{at}"
+        named_layer(stored, truth, (f"{block}/bn_in",), (f"{target}/bn1",), None)
+        for number, norm in ((1, "bn_mid"), (2, "bn_out")):
+            names = (f"{block}/conv{number}", f"{block}/{norm}")
+            targets = (f"{target}/conv{number}", f"{target}/bn{number + 1}")
+            named_layer(stored, truth, names, targets, (3, 3, 8, 8))
+        if at == 0:
+            names, targets = (
+                (f"{block}/short_conv", f"{block}/short_bn"),
+                (f"{target}/downsample/0", f"{target}/downsample/1"),
+            )
+            named_layer(stored, truth, names, targets, (1, 1, 8, 8))
+
+    check(stored, truth)

@@ -83,6 +83,10 @@ NETWORKS = {
         *layers("critic/MLP_0", "value/layers", 2, ("Dense", "linear"), ("LayerNorm", "norm")),
         ("critic/Dense_0", "value/out", 6),
     ],
+    "the towers of a retriever": [
+        *layers("question_encoder", "query_encoder/layers", 2, ("Dense", "fc"), ("LayerNorm", "norm")),
+        *layers("ctx_encoder", "passage_encoder/layers", 2, ("Dense", "fc"), ("LayerNorm", "norm")),
+    ],
 }
 
 

@@ -168,10 +168,8 @@ def test_answers_that_are_shown_are_answers():
 def test_every_answer_alone_is_one_that_the_planner_takes():
     layer = {"self": {"query": {"kernel": (8, 8)}}, "up": {"dense": {"kernel": (8, 16)}}}
     block = {"attn": {"query": {"kernel": (8, 2, 4)}}, "fc1": {"kernel": (8, 16)}}
-    tree = {f"{name}_encoder": {"layer": {"0": layer, "1": layer}} for name in ("ctx", "question")}
-    target = nnx.State(
-        params({f"{name}_tower": {"layers": {0: block, 1: block}} for name in ("query", "passage")})
-    )
+    tree = {f"{name}_encoder": {"layer": {"0": layer, "1": layer}} for name in ("elm", "oak")}
+    target = nnx.State(params({f"{name}_tower": {"layers": {0: block, 1: block}} for name in ("fir", "yew")}))
     stored = jax.tree.map(np.asarray, {"params": arrays(tree)})
 
     found = suggest(stored, target)

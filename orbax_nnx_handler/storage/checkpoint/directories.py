@@ -54,9 +54,21 @@ def was_interrupted(item: epath.Path, files: Files) -> epath.Path | None:
     files.ask(*commit_questions(item))
     if is_noted_step(step, files) and lacks_commit(step, files):
         return step
-    if lacks_commit(item, files) and not _has_commit(step, files):
+    if _has_commit(step, files):
+        return None
+    if lacks_commit(item, files) or _has_begun_its_note(item, files):
         return item
     return None
+
+
+def _has_begun_its_note(item: epath.Path, files: Files) -> bool:
+    """Tells whether a save ended while it wrote the note of its beginning: the note is empty, no tree there.
+
+    Where the tree is there, the note was damaged later, and nothing else depends on it.
+    """
+    noted = (files.optional(folder / STEP_FILE) for folder in (item, item.parent))
+    is_empty = any(content is not None and not content.strip() for content in noted)
+    return is_empty and not _has_commit(item, files) and files.entries(item).keys().isdisjoint(_ITEM_FILES)
 
 
 def was_only_begun(directory: epath.Path, files: Files) -> epath.Path | None:

@@ -380,6 +380,22 @@ def test_a_save_that_was_killed_is_refused_or_whole(tmp_path, after):
                 restore(path, target, policy="warn")
 
 
+@pytest.mark.parametrize("of_step", [True, False])
+def test_a_save_that_ended_while_the_note_of_its_beginning_was_empty_is_refused(tmp_path, of_step):
+    item = save(tmp_path / "run" / "1" / "default", TREE, FILES)
+    note = item.parent / "_CHECKPOINT_METADATA" if of_step else item / "_CHECKPOINT_METADATA"
+    note.write_text("")
+    assert restore(item, TARGET)["a"].tolist() == [1, 1, 1]  # The tree is there: only the note is damaged.
+
+    for name in ("_METADATA", "commit_success.txt"):
+        (item / name).unlink()
+    shutil.rmtree(item / "b")
+
+    for path in (tmp_path / "run", item.parent, item):
+        with pytest.raises(NotACheckpointError, match="is a save that was interrupted"):
+            restore(path, TARGET, policy="warn")
+
+
 def test_damage_of_a_leaf_is_no_missing_leaf_under_a_rule_and_any_policy(tmp_path):
     tree = {"params": {f"l_{at}": {"w": np.full((4, 3), 5.0, np.float32)} for at in range(3)}}
     path = save(tmp_path / "item", tree, FILES)

@@ -5,7 +5,7 @@ result of a run before is kept. What is compiled once is compiled by that run, b
 Every value is checked.
 """
 
-from benchmarks.measuring import arguments, interleaved, report, settings_of, summary, table
+from benchmarks.measuring import arguments, interleaved, ratio, report, settings_of, summary, table
 from benchmarks.models import sized, write
 
 
@@ -27,7 +27,7 @@ def main() -> None:
             of_kind = {name: summary(model, trials) for name, trials in found.items()}
             for row in of_kind.values():
                 for figure in ("seconds", "cpu_seconds"):
-                    row[f"{figure} x copy"] = row[figure] / of_kind[names[-1]][figure]
+                    row[f"{figure} x copy"] = ratio(row[figure], of_kind[names[-1]][figure])
             rows |= of_kind
         results[title] = rows
         heading = f"**{title}**: {model.layers * model.projections} parameters, {model.nbytes / 1e9:.3g} GB"

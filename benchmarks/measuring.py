@@ -143,16 +143,21 @@ def compared(model: Model, found: Mapping[str, Sequence[Row]], *references: str)
         for reference in references:
             rounds = list(zip(trials, found.get(reference, ()), strict=False))
             if rounds:
-                ratios = [own["seconds"] / other["seconds"] for own, other in rounds]
+                ratios = [ratio(own["seconds"], other["seconds"]) for own, other in rounds]
                 rows[name] |= {
                     f"x {reference}": statistics.median(ratios),
                     f"x {reference}, from-to": [min(ratios), max(ratios)],
                     # On a machine with other work to do, processor time is the fairer figure.
                     f"cpu x {reference}": statistics.median(
-                        own["cpu_seconds"] / other["cpu_seconds"] for own, other in rounds
+                        ratio(own["cpu_seconds"], other["cpu_seconds"]) for own, other in rounds
                     ),
                 }
     return rows
+
+
+def ratio(own: float, other: float) -> float:
+    """Returns how often one time goes into another; a toy may take no processor time that is counted."""
+    return own / other if other else float("nan")
 
 
 def command(*words: str) -> list[str]:

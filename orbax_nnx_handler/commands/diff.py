@@ -107,7 +107,7 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
     if arguments.json:
         screen.json(compared.to_dict())
     else:
-        _show(compared, screen, with_values=arguments.values)
+        _show(compared, screen, with_values=arguments.values, with_rules=bool(rules))
     return 0 if compared.is_same else 1
 
 
@@ -232,7 +232,7 @@ def _values(
         return differences((left, sides[0]), (right, sides[1]), window, progress)
 
 
-def _show(compared: Comparison, screen: Screen, *, with_values: bool) -> None:
+def _show(compared: Comparison, screen: Screen, *, with_values: bool, with_rules: bool) -> None:
     screen.facts([("A", str(compared.left.directory)), ("B", str(compared.right.directory))])
     _list(screen, "only in A", ((leaf.path, _columns(leaf)) for leaf in compared.only_left))
     _list(screen, "only in B", ((leaf.path, _columns(leaf)) for leaf in compared.only_right))
@@ -246,10 +246,8 @@ def _show(compared: Comparison, screen: Screen, *, with_values: bool) -> None:
         leaves = count(compared.count, "leaf", "leaves")
         screen.say(f"Nothing differs in {what}: {leaves}.", "bold green")
     elif with_values and not compared.values:
-        screen.say(
-            "No path has leaves of one shape on both sides: no values were compared; with --rules, "
-            "A's leaves have B's names."
-        )
+        way = " under these rules." if with_rules else "; with --rules, A's leaves have B's names."
+        screen.say(f"No path has leaves of one shape on both sides: no values were compared{way}")
     elif with_values:
         equal = len(compared.values) - len(unequal)
         screen.say(f"{count(equal, 'leaf has', 'leaves have')} equal values, {len(unequal)} differ.")

@@ -1,10 +1,11 @@
 """The command line; and that no benchmark is without a test."""
 
+import math
 import pathlib
 
 import pytest
 
-from benchmarks.measuring import program
+from benchmarks.measuring import program, ratio
 from tests.benchmarks import toys
 
 _TESTED = {
@@ -42,6 +43,11 @@ def test_a_program_is_measured_by_itself_and_its_exit_status_checked() -> None:
     assert row["cpu_seconds"] > 0
     with pytest.raises(RuntimeError, match="ended with 1, not 0"):
         program(["-c", "raise SystemExit(1)"], 0)
+
+
+def test_a_time_that_is_too_short_to_be_counted_has_no_ratio() -> None:
+    assert ratio(0.5, 0.25) == 2
+    assert math.isnan(ratio(0.5, 0.0))
 
 
 def test_every_benchmark_is_tested() -> None:

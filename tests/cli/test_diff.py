@@ -120,7 +120,12 @@ def test_where_no_path_is_shared_it_is_said_that_no_values_were_compared(cli, tm
     said = cli("diff", tmp_path / "a", tmp_path / "b", "--values")
 
     assert said.status == 1
-    assert "No path has leaves of one shape on both sides: no values were compared;" in said.out
+    assert "No path has leaves of one shape on both sides: no values were compared; with --rules" in said.out
+
+    said = cli("diff", tmp_path / "a", tmp_path / "b", "--values", "--rename", "a=c")
+
+    last = "No path has leaves of one shape on both sides: no values were compared under these rules."
+    assert said.out.splitlines()[-1] == last
 
 
 @pytest.mark.parametrize(

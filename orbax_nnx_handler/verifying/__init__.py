@@ -1,1 +1,186 @@
-"""Both programs run on one input and compared: their outputs, and module by module."""
+"""Both programs run on one input and compared: their outputs, and module by module.
+
+Here how far arrays lie apart, and what of it is rounding.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+ROUNDING = 3e-6
+"""What two ways of computing one module in float32 differ by, and no more, from equal inputs."""
+
+
+TOLERANCE = 1e-5
+"""How far apart two whole programs in float32 may be that compute the same."""
+
+
+_MOST_ROUNDINGS = 5
+"""How much more a whole program may differ by rounding than one module in it."""
+
+
+_GROWTH = 16
+"""How much a module may enlarge a difference that its inputs have already."""
+
+
+_MOST_AXES = 5
+
+
+MASK = 1e6
+"""Values beyond it are a mask's, and say nothing about how large the others are."""
+_LARGE = 1e3
+"""From here on, a number that comes several times is a mask's too."""
+
+
+_COARSE = {"bfloat16": 2e-2, "float16": 2e-3}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Distance:
+    """How far arrays lie apart.
+
+    Attributes:
+        relative: The largest difference of two elements, divided by the larger of the element and the mean
+            magnitude of its array.
+        absolute: The largest difference itself.
+        compared: How many arrays met one of the same size.
+        left: How many met none.
+        coarse: What a difference may be because the arrays were computed in fewer digits; 0 for float32.
+    """
+
+    relative: float = 0.0
+    absolute: float = 0.0
+    compared: int = 0
+    left: int = 0
+    coarse: float = 0.0
+
+
+def distance(reference: Array, other: Array) -> tuple[float, float]:
+    """Returns the relative and the absolute difference of two arrays of one size, element by element."""
+    a, b = _numbers(reference).reshape(-1), _numbers(other).reshape(-1)
+    if not a.size:
+        return 0.0, 0.0
+    with np.errstate(all="ignore"):
+        apart = np.abs(a - b)
+        apart[(a == b) | (np.isnan(a) & np.isnan(b))] = 0
+        if not np.isfinite(apart).all():
+            return float("inf"), float("inf")
+        if {reference.dtype.kind, other.dtype.kind} <= set("biu"):
+            largest = float(apart.max())  # Of the words 200000 and 200001 none is nearly right.
+            return largest, largest
+        size = np.abs(a)
+        usual = _usual(size)
+        mean = float(usual.mean(dtype=np.float64)) if usual.size else 1.0
+        relative = apart / np.maximum(size, max(mean, float(np.finfo(np.float32).tiny)))
+        relative[apart == 0] = 0  # Where both are no number too.
+    return float(relative.max()), float(apart.max())
+
+
+def _usual(size: Array) -> Array:
+    """Returns magnitudes without a mask's: beyond all numbers, or large and several times the same."""
+    usual = size[size < MASK]
+    while usual.size and (largest := usual.max()) >= _LARGE and 1 < (usual == largest).sum() < usual.size:
+        usual = usual[usual < largest]
+    return usual
+
+
+def _numbers(array: Array) -> Array:
+    if array.dtype == np.float64 or array.dtype.kind in "iu":
+        return array.astype(np.float64)
+    return array.astype(np.complex64 if array.dtype.kind == "c" else np.float32)
+
+
+def compare(reference: Sequence[Array], others: Sequence[Array]) -> Distance:
+    """Compares arrays, each with one of its size, whatever its shape: the nearest with each other."""
+    pairs = [
+        (*_nearest(array, other), one, at)
+        for one, array in enumerate(reference)
+        for at, other in enumerate(others)
+        if comparable(array, other)
+    ]
+    relative = absolute = coarse = 0.0
+    met, taken = set[int](), set[int]()
+    for apart, largest, one, at in sorted(pairs, key=lambda pair: max(ROUNDING, pair[0])):
+        if one in met or at in taken:
+            continue
+        relative, absolute = max(relative, apart), max(absolute, largest)
+        coarse = max(coarse, *(_COARSE.get(str(array.dtype), 0.0) for array in (reference[one], others[at])))
+        met.add(one)
+        taken.add(at)
+    left = sum(array.dtype.kind != "b" for one, array in enumerate(reference) if one not in met)
+    return Distance(relative=relative, absolute=absolute, compared=len(met), left=left, coarse=coarse)
+
+
+def together(found: Sequence[Distance]) -> Distance:
+    """Returns how far several pairs of arrays lie apart, the furthest of them."""
+    return Distance(
+        relative=max((one.relative for one in found), default=0.0),
+        absolute=max((one.absolute for one in found), default=0.0),
+        compared=sum(one.compared for one in found),
+        left=sum(one.left for one in found),
+        coarse=max((one.coarse for one in found), default=0.0),
+    )
+
+
+def compare_inputs(reference: Sequence[Array], others: Sequence[Array]) -> Distance:
+    """Compares what two modules are called with: floats alone where both have some.
+
+    Masks and positions are a matter of taste: one side has them where the other works them out.
+    """
+    floats = [[array for array in arrays if array.dtype.kind not in "biu"] for arrays in (reference, others)]
+    return compare(*floats) if all(floats) else compare(reference, others)
+
+
+def _nearest(reference: Array, other: Array) -> tuple[float, float]:
+    """Returns how far two arrays lie apart, with their axes in whichever order is nearest: NCHW is NHWC.
+
+    Axes of one element are none: a bias of positions is (1, heads, queries, keys) or (queries, keys, heads).
+    """
+    apart = distance(reference, other)
+    one, two = (tuple(length for length in array.shape if length != 1) for array in (reference, other))
+    if apart[0] <= ROUNDING or one == two or not 2 < len(one) == len(two) <= _MOST_AXES:
+        return apart
+    orders = itertools.permutations(range(len(two)))
+    turned = [order for order in orders if tuple(two[axis] for axis in order) == one]
+    return min([apart, *(distance(reference, other.reshape(two).transpose(order)) for order in turned)])
+
+
+def comparable(one: Array, other: Array) -> bool:
+    """Tells whether two arrays are of one size and both floats, or neither."""
+    return one.size == other.size and (one.dtype.kind in "biu") == (other.dtype.kind in "biu")
+
+
+def exceeds(distance: Distance, limit: float) -> bool:
+    """Tells whether a difference is more than a limit, where the arrays have the digits for it."""
+    return distance.relative > max(limit, distance.coarse)
+
+
+def changes_more_than_rounding(inputs: Distance, outputs: Distance, calls: int = 1) -> bool:
+    """Tells whether outputs lie further apart than rounding explains.
+
+    Args:
+        inputs: How far the inputs lie apart.
+        outputs: How far the outputs do.
+        calls: Of how many modules, one after the other, the outputs come: each rounds.
+    """
+    rounding = ROUNDING * min(_MOST_ROUNDINGS, calls**0.5)
+    return exceeds(outputs, max(rounding, _GROWTH * inputs.relative))
+
+
+def same_numbers(reference: Sequence[Array], others: Sequence[Array]) -> bool:
+    """Tells whether the arrays, each in its place, hold the same numbers, some of them in another order."""
+    pairs = [*zip(reference, others, strict=False)]
+    if len(reference) != len(others) or not all(itertools.starmap(comparable, pairs)):
+        return False
+    pairs = [(_flat(a), _flat(b)) for a, b in pairs]
+    moved = [(a, b) for a, b in pairs if distance(a, b)[0] > 10 * ROUNDING]
+    return bool(moved) and all(distance(np.sort(a), np.sort(b))[0] <= 10 * ROUNDING for a, b in moved)
+
+
+def _flat(array: Array) -> Array:
+    return _numbers(array).reshape(-1)

@@ -27,9 +27,8 @@ from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
 from orbax_nnx_handler.storage.stores.kvstore import files_at
 from orbax_nnx_handler.storage.stores.locations import as_path
+from orbax_nnx_handler.verifying import MASK, TOLERANCE, Array, Distance, exceeds, same_numbers
 from orbax_nnx_handler.verifying.first_difference import Search
-from orbax_nnx_handler.verifying.pairing import MASK, TOLERANCE, Distance, exceeds, same_numbers
-from orbax_nnx_handler.verifying.recording import Array
 from orbax_nnx_handler.verifying.runs import Compared, Programs, Runs, called_otherwise, run_both
 from orbax_nnx_handler.verifying.verification import FirstDifference, Verification, is_dataclass
 from orbax_nnx_handler.verifying.weights import flat_state, has_near_zero, is_weight, on_one_device

@@ -15,17 +15,17 @@ from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path, render, shared_levels
 from orbax_nnx_handler.planning.core.recipes import Recipe, describe, shape_of
 from orbax_nnx_handler.planning.verdict.outcomes import Restored
-from orbax_nnx_handler.verifying.pairing import (
+from orbax_nnx_handler.verifying import (
     TOLERANCE,
+    Array,
     Distance,
     changes_more_than_rounding,
     compare,
     compare_inputs,
-    compare_outputs,
     exceeds,
     same_numbers,
 )
-from orbax_nnx_handler.verifying.recording import Array
+from orbax_nnx_handler.verifying.pairing import compare_outputs
 from orbax_nnx_handler.verifying.runs import Compared
 from orbax_nnx_handler.verifying.single_module import (
     Alternative,

@@ -9,13 +9,75 @@ import itertools
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-import numpy as np
-
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path, natural_key
-from orbax_nnx_handler.planning.core.recipes import Recipe, Shapes
-from orbax_nnx_handler.verifying.recording import Array, Call
-from orbax_nnx_handler.verifying.weights import Atom, Atoms, layers_seen
+from orbax_nnx_handler.planning.core.recipes import (
+    Concat,
+    Fill,
+    Index,
+    Read,
+    Recipe,
+    Shapes,
+    Slice,
+    Stack,
+    shape_of,
+    simplify,
+)
+from orbax_nnx_handler.planning.core.regions import layer_of
+from orbax_nnx_handler.verifying import TOLERANCE, Array, Distance, comparable, compare, exceeds, together
+from orbax_nnx_handler.verifying.recording import Call
+
+Atom = tuple[Path, tuple[int, ...], tuple[tuple[int, int, int], ...]]
+"""A stored leaf, the layer in it, and the part of that layer: axis, start and size of each cut."""
+Atoms = frozenset[Atom]
+
+
+def layers_of(recipe: Recipe) -> list[Atoms]:
+    """Returns what each layer of a stacked leaf is made from, or one set for a leaf that is not stacked."""
+    match recipe:
+        case Read(path):
+            return [frozenset({(path, (), ())})]
+        case Fill():
+            return [frozenset()]
+        case Stack(sources, _):
+            return [layer for source in sources for layer in layers_of(source)]
+        case Concat(sources, _):
+            parts = [layers_of(source) for source in sources]
+            counts = {len(part) for part in parts}
+            if len(counts) == 1:
+                return [frozenset[Atom]().union(*same) for same in zip(*parts, strict=True)]
+            return [frozenset[Atom]().union(*(layer for part in parts for layer in part))]
+        case Index(source, _, index):
+            return [
+                frozenset((path, (*layer, index), cuts) for path, layer, cuts in atoms)
+                for atoms in layers_of(source)
+            ]
+        case Slice(source, axis, start, size):
+            return [
+                frozenset((path, layer, (*cuts, (axis, start, size))) for path, layer, cuts in atoms)
+                for atoms in layers_of(source)
+            ]
+        case _:
+            return layers_of(recipe.source)
+
+
+def layers_seen(recipe: Recipe, axis: int | None, shapes: Shapes, *, is_whole: bool) -> list[Atoms]:
+    """Returns what each layer of a leaf is made from that its module saw one by one.
+
+    Args:
+        recipe: How the leaf is made.
+        axis: The axis that the module did not see, where it is known.
+        shapes: The stored shapes.
+        is_whole: Whether the module saw all of the leaf.
+    """
+    found = layers_of(recipe)
+    if len(found) > 1 and axis is not None:
+        count = shape_of(recipe, shapes)[axis]
+        layers = [layers_of(simplify(layer_of(recipe, axis, at, shapes), shapes)) for at in range(count)]
+        found = [frozenset[Atom]().union(*parts) for parts in layers]
+        # Where each layer reads the same leaves, they are stacked in the checkpoint too.
+        is_whole = len({frozenset(atom[0] for atom in layer) for layer in found}) == 1
+    return [frozenset[Atom]().union(*found)] if is_whole else found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,7 +202,7 @@ def _nnx_units(
         if count == 1 or len(calls[module]) % count:  # It is in no scan, or holds it.
             whole = frozenset[Atom]().union(*(atoms for leaf in leaves for atoms in layered[leaf]))
             units[whole].append(Unit(path=module))
-        for layer in range(count if count > 1 else 0):
+        for layer in range(count if count > 1 and _runs_in_layers(calls[module], count) else 0):
             atoms = frozenset[Atom]().union(*(layered[leaf][layer] for leaf in leaves))
             units[atoms].append(Unit(path=module, layer=layer, layers=count))
     return {atoms: sorted(found, key=lambda unit: len(unit.path)) for atoms, found in units.items()}
@@ -166,10 +228,16 @@ def _linen_units(
         is_one = () in by_layer or len({len(layer) for layer in by_layer}) > 1
         if is_one or len(calls[module]) % len(by_layer):  # It is in no scan, or holds it.
             units[frozenset(atoms)].append(Unit(path=module))
+        is_one = is_one or not _runs_in_layers(calls[module], len(by_layer))
         for number, layer in enumerate([] if is_one else sorted(by_layer)):
             unit = Unit(path=module, layer=number, layers=len(by_layer))
             units[frozenset(by_layer[layer])].append(unit)
     return {atoms: sorted(found, key=lambda unit: len(unit.path)) for atoms, found in units.items()}
+
+
+def _runs_in_layers(calls: Sequence[Call], count: int) -> bool:
+    """Tells whether calls are those of so many layers: one by one, or all in one call."""
+    return len(calls) % count == 0 or any(_is_batched(call, count) for call in calls)
 
 
 def _chained(wanted: Sequence[Unit], stored: Sequence[Unit]) -> Iterable[tuple[Unit, Unit, bool]]:
@@ -233,7 +301,7 @@ def uses_of(unit: Unit, calls: Mapping[Path, Sequence[Call]], sizes: Collection[
 
 def _is_batched(call: Call, layers: int) -> bool:
     """Tells whether all layers were computed in one call, by `jax.vmap`."""
-    return bool(call.outputs) and all(array.shape[:1] == (layers,) for array in call.outputs)
+    return call.is_batched and all(array.shape[:1] == (layers,) for array in call.outputs)
 
 
 def _layer(call: Call, layer: int, layers: int, sizes: Collection[int]) -> Use:
@@ -242,110 +310,6 @@ def _layer(call: Call, layer: int, layers: int, sizes: Collection[int]) -> Use:
         for array in call.inputs
     ]
     return Use(call=call, inputs=inputs, outputs=[array[layer] for array in call.outputs])
-
-
-ROUNDING = 3e-6
-"""What two ways of computing one module in float32 differ by, and no more, from equal inputs."""
-
-
-TOLERANCE = 1e-5
-"""How far apart two whole programs in float32 may be that compute the same."""
-
-
-_MOST_ROUNDINGS = 5
-"""How much more a whole program may differ by rounding than one module in it."""
-
-
-_GROWTH = 16
-"""How much a module may enlarge a difference that its inputs have already."""
-
-
-_MOST_AXES = 5
-
-
-MASK = 1e6
-"""Values beyond it are a mask's, and say nothing about how large the others are."""
-_LARGE = 1e3
-"""From here on, a number that comes several times is a mask's too."""
-
-
-_COARSE = {"bfloat16": 2e-2, "float16": 2e-3}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Distance:
-    """How far arrays lie apart.
-
-    Attributes:
-        relative: The largest difference of two elements, divided by the larger of the element and the mean
-            magnitude of its array.
-        absolute: The largest difference itself.
-        compared: How many arrays met one of the same size.
-        left: How many met none.
-        coarse: What a difference may be because the arrays were computed in fewer digits; 0 for float32.
-    """
-
-    relative: float = 0.0
-    absolute: float = 0.0
-    compared: int = 0
-    left: int = 0
-    coarse: float = 0.0
-
-
-def distance(reference: Array, other: Array) -> tuple[float, float]:
-    """Returns the relative and the absolute difference of two arrays of one size, element by element."""
-    a, b = _numbers(reference).reshape(-1), _numbers(other).reshape(-1)
-    if not a.size:
-        return 0.0, 0.0
-    with np.errstate(all="ignore"):
-        apart = np.abs(a - b)
-        apart[(a == b) | (np.isnan(a) & np.isnan(b))] = 0
-        if not np.isfinite(apart).all():
-            return float("inf"), float("inf")
-        if {reference.dtype.kind, other.dtype.kind} <= set("biu"):
-            largest = float(apart.max())  # Of the words 200000 and 200001 none is nearly right.
-            return largest, largest
-        size = np.abs(a)
-        usual = _usual(size)
-        mean = float(usual.mean(dtype=np.float64)) if usual.size else 1.0
-        relative = apart / np.maximum(size, max(mean, float(np.finfo(np.float32).tiny)))
-        relative[apart == 0] = 0  # Where both are no number too.
-    return float(relative.max()), float(apart.max())
-
-
-def _usual(size: Array) -> Array:
-    """Returns magnitudes without a mask's: beyond all numbers, or large and several times the same."""
-    usual = size[size < MASK]
-    while usual.size and (largest := usual.max()) >= _LARGE and 1 < (usual == largest).sum() < usual.size:
-        usual = usual[usual < largest]
-    return usual
-
-
-def _numbers(array: Array) -> Array:
-    if array.dtype == np.float64 or array.dtype.kind in "iu":
-        return array.astype(np.float64)
-    return array.astype(np.complex64 if array.dtype.kind == "c" else np.float32)
-
-
-def compare(reference: Sequence[Array], others: Sequence[Array]) -> Distance:
-    """Compares arrays, each with one of its size, whatever its shape: the nearest with each other."""
-    pairs = [
-        (*_nearest(array, other), one, at)
-        for one, array in enumerate(reference)
-        for at, other in enumerate(others)
-        if _comparable(array, other)
-    ]
-    relative = absolute = coarse = 0.0
-    met, taken = set[int](), set[int]()
-    for apart, largest, one, at in sorted(pairs, key=lambda pair: max(ROUNDING, pair[0])):
-        if one in met or at in taken:
-            continue
-        relative, absolute = max(relative, apart), max(absolute, largest)
-        coarse = max(coarse, *(_COARSE.get(str(array.dtype), 0.0) for array in (reference[one], others[at])))
-        met.add(one)
-        taken.add(at)
-    left = sum(array.dtype.kind != "b" for one, array in enumerate(reference) if one not in met)
-    return Distance(relative=relative, absolute=absolute, compared=len(met), left=left, coarse=coarse)
 
 
 def compare_outputs(linen: Use, nnx: Use, outputs: Sequence[Array] | None = None) -> Distance:
@@ -361,15 +325,15 @@ def compare_outputs(linen: Use, nnx: Use, outputs: Sequence[Array] | None = None
     """
     wanted = dict(zip(linen.call.places, linen.outputs, strict=False))
     found = dict(zip(nnx.call.places, nnx.outputs if outputs is None else outputs, strict=False))
-    if found.keys() == wanted.keys() and all(_comparable(wanted[at], found[at]) for at in wanted):
-        return _together([compare([array], [found[at]]) for at, array in wanted.items()])
+    if found.keys() == wanted.keys() and all(comparable(wanted[at], found[at]) for at in wanted):
+        return together([compare([array], [found[at]]) for at, array in wanted.items()])
     nearest = compare([*wanted.values()], [*found.values()])
     if exceeds(nearest, TOLERANCE):
         return nearest  # In whichever reading.
-    pairs = [pair for pair in itertools.product(wanted.values(), found.values()) if _comparable(*pair)]
+    pairs = [pair for pair in itertools.product(wanted.values(), found.values()) if comparable(*pair)]
     if all(isinstance(key, int) for place in (*wanted, *found) for key in place):
         pairs = _in_order([*wanted.values()], [*found.values()])
-    other = _together([compare([one], [two]) for one, two in pairs])
+    other = together([compare([one], [two]) for one, two in pairs])
     return Distance(left=len(wanted)) if exceeds(other, TOLERANCE) else nearest
 
 
@@ -377,74 +341,6 @@ def _in_order(reference: Iterable[Array], others: list[Array]) -> list[tuple[Arr
     """Returns each array with the next one of its size."""
     pairs = list[tuple[Array, Array]]()
     for array in reference:
-        at = next((at for at, other in enumerate(others) if _comparable(array, other)), None)
+        at = next((at for at, other in enumerate(others) if comparable(array, other)), None)
         pairs += [] if at is None else [(array, others.pop(at))]
     return pairs
-
-
-def _together(found: Sequence[Distance]) -> Distance:
-    return Distance(
-        relative=max((one.relative for one in found), default=0.0),
-        absolute=max((one.absolute for one in found), default=0.0),
-        compared=sum(one.compared for one in found),
-        left=sum(one.left for one in found),
-        coarse=max((one.coarse for one in found), default=0.0),
-    )
-
-
-def compare_inputs(reference: Sequence[Array], others: Sequence[Array]) -> Distance:
-    """Compares what two modules are called with: floats alone where both have some.
-
-    Masks and positions are a matter of taste: one side has them where the other works them out.
-    """
-    floats = [[array for array in arrays if array.dtype.kind not in "biu"] for arrays in (reference, others)]
-    return compare(*floats) if all(floats) else compare(reference, others)
-
-
-def _nearest(reference: Array, other: Array) -> tuple[float, float]:
-    """Returns how far two arrays lie apart, with their axes in whichever order is nearest: NCHW is NHWC.
-
-    Axes of one element are none: a bias of positions is (1, heads, queries, keys) or (queries, keys, heads).
-    """
-    apart = distance(reference, other)
-    one, two = (tuple(length for length in array.shape if length != 1) for array in (reference, other))
-    if apart[0] <= ROUNDING or one == two or not 2 < len(one) == len(two) <= _MOST_AXES:
-        return apart
-    orders = itertools.permutations(range(len(two)))
-    turned = [order for order in orders if tuple(two[axis] for axis in order) == one]
-    return min([apart, *(distance(reference, other.reshape(two).transpose(order)) for order in turned)])
-
-
-def _comparable(one: Array, other: Array) -> bool:
-    return one.size == other.size and (one.dtype.kind in "biu") == (other.dtype.kind in "biu")
-
-
-def exceeds(distance: Distance, limit: float) -> bool:
-    """Tells whether a difference is more than a limit, where the arrays have the digits for it."""
-    return distance.relative > max(limit, distance.coarse)
-
-
-def changes_more_than_rounding(inputs: Distance, outputs: Distance, calls: int = 1) -> bool:
-    """Tells whether outputs lie further apart than rounding explains.
-
-    Args:
-        inputs: How far the inputs lie apart.
-        outputs: How far the outputs do.
-        calls: Of how many modules, one after the other, the outputs come: each rounds.
-    """
-    rounding = ROUNDING * min(_MOST_ROUNDINGS, calls**0.5)
-    return exceeds(outputs, max(rounding, _GROWTH * inputs.relative))
-
-
-def same_numbers(reference: Sequence[Array], others: Sequence[Array]) -> bool:
-    """Tells whether the arrays, each in its place, hold the same numbers, some of them in another order."""
-    pairs = [*zip(reference, others, strict=False)]
-    if len(reference) != len(others) or not all(itertools.starmap(_comparable, pairs)):
-        return False
-    pairs = [(_flat(a), _flat(b)) for a, b in pairs]
-    moved = [(a, b) for a, b in pairs if distance(a, b)[0] > 10 * ROUNDING]
-    return bool(moved) and all(distance(np.sort(a), np.sort(b))[0] <= 10 * ROUNDING for a, b in moved)
-
-
-def _flat(array: Array) -> Array:
-    return _numbers(array).reshape(-1)

@@ -21,8 +21,7 @@ from jax.custom_batching import custom_vmap
 from orbax_nnx_handler.planning.core.dtypes import is_key
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path
-
-Array = np.ndarray[Any, Any]
+from orbax_nnx_handler.verifying import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +45,7 @@ class Call:
         shapes: The shapes of the module's own variables in this call: without the axis of a scan around it.
         arguments: Its arguments, with `Held` for each array.
         function: What the module is run with, where that is not the module itself: the caller's program.
+        is_batched: Whether it is several calls in one, made by `jax.vmap`.
     """
 
     path: Path
@@ -57,6 +57,7 @@ class Call:
     shapes: Mapping[str, Shape]
     arguments: tuple[Any, Mapping[str, Any]]
     function: Callable[..., Any] | None = None
+    is_batched: bool = False
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -71,6 +72,7 @@ class _Traced:
     outputs: list[list[Array]]
     places: list[Path] = dataclasses.field(default_factory=list[Path])
     orders: list[int] = dataclasses.field(default_factory=list[int])
+    ranks: list[int] = dataclasses.field(default_factory=list[int])
     function: Callable[..., Any] | None = None
 
 
@@ -111,6 +113,7 @@ class Recorder:
             self.running.pop()
         results = arrays_by_place(result)
         made.places, made.outputs = [*results], [list[Array]() for _ in results]
+        made.ranks = [np.ndim(array) for array in results.values()]
         for number, (place, array) in enumerate(zip(made.outputs, results.values(), strict=True)):
             _observe(functools.partial(self._returned, made, place, first=number == 0), array)
         return result
@@ -143,6 +146,7 @@ class Recorder:
                 shapes=made.shapes,
                 arguments=made.arguments,
                 function=made.function,
+                is_batched=[place[at].ndim for place in made.outputs[:1] if at < len(place)] > made.ranks[:1],
             )
             for made in self.traced
             for at, order in enumerate(made.orders)

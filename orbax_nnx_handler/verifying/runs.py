@@ -22,21 +22,23 @@ from orbax_nnx_handler.planning.restore_plan import RestorePlan
 from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.storage.checkpoint.checkpoint import Checkpoint
 from orbax_nnx_handler.storage.restoring.restore import carry_out
-from orbax_nnx_handler.verifying.pairing import (
+from orbax_nnx_handler.verifying import (
     TOLERANCE,
     Distance,
+    changes_more_than_rounding,
+    compare,
+    compare_inputs,
+    distance,
+    exceeds,
+    same_numbers,
+)
+from orbax_nnx_handler.verifying.pairing import (
     ModulePair,
     Use,
     by_path,
     calls_in,
-    changes_more_than_rounding,
-    compare,
-    compare_inputs,
     compare_outputs,
-    distance,
-    exceeds,
     pair_modules,
-    same_numbers,
     scanned_axes,
     uses_of,
 )

@@ -8,26 +8,29 @@ still differs proves of its weights becomes a rule too, and both programs run ag
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from orbax_nnx_handler.planner import decide
 from orbax_nnx_handler.planning.core.errors import RestoreError, UnreadableLeafError, VerificationError
 from orbax_nnx_handler.planning.core.folding import fold_paths
 from orbax_nnx_handler.planning.core.lines import Sentence, counted, listed
-from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import Add, Recipe, reads
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.restore_plan import RestorePlan
 from orbax_nnx_handler.planning.rules import Rename, Rule
+from orbax_nnx_handler.planning.rules.split_and_fuse import rules_making
 from orbax_nnx_handler.planning.suggesting import Proposal, Question, Remade, Suggestion
 from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
+from orbax_nnx_handler.verifying import compare_inputs
 from orbax_nnx_handler.verifying.comparison import compared
-from orbax_nnx_handler.verifying.pairing import by_path, compare_inputs, compare_outputs
+from orbax_nnx_handler.verifying.pairing import by_path, compare_outputs, layers_of
 from orbax_nnx_handler.verifying.runs import LINEN, NNX, Compared, Programs, Runs, agree, run_both
+from orbax_nnx_handler.verifying.single_module import ModuleRunner
 from orbax_nnx_handler.verifying.verification import FirstDifference, Verification, lent
-from orbax_nnx_handler.verifying.weights import layers_of, on_one_device
+from orbax_nnx_handler.verifying.weights import on_one_device
 
 _MOST_TOGETHER = 64
 _MOST_RUNS = 16
@@ -69,6 +72,7 @@ class Settling:
         tolerance: What outputs may be apart, as `verify` takes it.
         allowed: The answers to each question that are still possible; programs run under the first.
         missing: The wanted leaves that nothing was found for when both programs ran last.
+        remade: Rules behind all others: what outputs prove and those cannot say of how leaves are made.
     """
 
     checkpoint: Checkpoint
@@ -80,6 +84,7 @@ class Settling:
     tolerance: float | None = None
     allowed: list[Sequence[int]] = dataclasses.field(init=False)
     missing: Sequence[Path] = ()
+    remade: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
         self.allowed = [range(len(question.choices)) for question in self.suggestion.questions]
@@ -120,22 +125,47 @@ class Settling:
                 self._answer_by_inputs(verification, answers, plan, runs)
                 if verification.equal or verification.first is None:
                     break
-                # What was changed, was changed in a model under the answers so far.
-                free = {at: x for at, x in ways.items() if not self._is_changed(at, changes)}
-                self._answer_by(verification.first, answers, free, runs)
-                if (found := self._rules(answers, changes)) == rules:
-                    changes += _made_otherwise(verification.first, plan)
-                    found = self._rules(answers, changes)
+                found = self._corrected(verification.first, answers, changes, ways, plan, runs)
                 if found == rules:
                     break
             rules = found
         return self._with(answers, changes, verification)
 
+    def _corrected(
+        self,
+        first: FirstDifference,
+        answers: list[int | None],
+        changes: list[Remade],
+        ways: Mapping[int, _Ways],
+        plan: RestorePlan,
+        runs: Runs,
+    ) -> tuple[Rule, ...]:
+        """Returns the rules with what outputs prove of the first module that differs, if any says it."""
+        rules = self._rules(answers, changes)
+        # What was changed, was changed in a model under the answers so far.
+        free = {at: way for at, way in ways.items() if not self._is_changed(at, changes)}
+        self._answer_by(first, answers, free, runs)
+        if (found := self._rules(answers, changes)) == rules:
+            changes += _made_otherwise(first, plan)
+            found = self._rules(answers, changes)
+            left = self._unchanged(first.changes, plan, found)
+            self.remade += _rules_for({leaf: first.changes[leaf] for leaf in left}, plan, runs.runner)
+        return self._rules(answers, changes)
+
+    def _unchanged(self, leaves: Iterable[Path], plan: RestorePlan, rules: tuple[Rule, ...]) -> list[Path]:
+        """Returns the leaves that are made under other rules as they were under a plan's."""
+        try:
+            other, _ = self._decided(rules, check=False)
+        except RestoreError:
+            return []
+        pairs = ((leaf, plan.restored.get(leaf), other.restored.get(leaf)) for leaf in leaves)
+        return [leaf for leaf, one, two in pairs if one and two and one.recipe == two.recipe]
+
     def _rules(self, answers: Sequence[int | None], changes: Sequence[Remade]) -> tuple[Rule, ...]:
         """Returns all rules, the first possible answer taken to what has none yet."""
         pairs = zip(answers, self.allowed, strict=True)
         first = [possible[0] if answer is None else answer for answer, possible in pairs]
-        return (*self.options.renames, *self.suggestion.answered(first, changes))
+        return (*self.options.renames, *self.suggestion.answered(first, changes), *self.remade)
 
     def _decided(self, rules: tuple[Rule, ...], *, check: bool = True) -> tuple[RestorePlan, Target]:
         options = dataclasses.replace(self.options, renames=rules, init=self.init)
@@ -266,7 +296,7 @@ class Settling:
     ) -> Suggestion:
         """Returns the proposal under the answers, and what both programs return under its rules."""
         questions = self.suggestion.questions
-        rules = self.suggestion.answered(answers, changes)
+        rules = (*self.suggestion.answered(answers, changes), *self.remade)
         known = {proposal.rule: proposal for proposal in self.suggestion.proposals}
         plan, _ = self._decided((*self.options.renames, *rules), check=False)
         left = [question for question, answer in zip(questions, answers, strict=True) if answer is None]
@@ -300,6 +330,21 @@ def _made_otherwise(first: FirstDifference, plan: RestorePlan) -> list[Remade]:
         if taker and leaf not in made and item.wanted.shape == restored[taker].wanted.shape:
             made[leaf] = restored[taker].recipe
     return [Remade(leaf=leaf, layer=layer, recipe=recipe) for leaf, recipe in made.items()]
+
+
+def _rules_for(changes: Mapping[Path, Recipe], plan: RestorePlan, runner: ModuleRunner) -> tuple[Rule, ...]:
+    """Returns the rules that make leaves as outputs prove, in all layers, out of what they are now."""
+    found = list[Rule]()
+    for leaf, recipe in changes.items():
+        letters, axis = iter("ijklmn"), runner.axes.get(leaf)
+        name = render(tuple(f"{{{next(letters)}}}" if isinstance(key, int) else key for key in leaf))
+        count = plan.restored[leaf].wanted.shape[0] if axis == 0 else None
+        for layer in (None,) if axis is None else range(count or 0):
+            made = rules_making(recipe, runner.recipe(leaf, layer), name, runner.shapes, count)
+            if made:
+                found += [rule for rule in made if rule not in found]
+                break
+    return tuple(found)
 
 
 def _touches(one: Compared, ways: _Ways) -> bool:

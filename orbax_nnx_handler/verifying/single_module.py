@@ -30,12 +30,13 @@ from orbax_nnx_handler.planning.core.recipes import (
     shape_of,
     simplify,
 )
+from orbax_nnx_handler.planning.core.regions import layer_of
 from orbax_nnx_handler.storage.arithmetic import evaluate
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.storage.reading import read_values
+from orbax_nnx_handler.verifying import Array
 from orbax_nnx_handler.verifying.pairing import nearest_modules
-from orbax_nnx_handler.verifying.recording import Array, Call, Held, arrays_by_place
-from orbax_nnx_handler.verifying.weights import layer_of
+from orbax_nnx_handler.verifying.recording import Call, Held, arrays_by_place
 
 _MOST_AXES = 4
 _MOST_PARTS = 4

@@ -26,16 +26,9 @@ from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import Recipe, describe, reads
 from orbax_nnx_handler.planning.rendering.display import line_on_console
 from orbax_nnx_handler.planning.verdict.outcomes import Restored
-from orbax_nnx_handler.verifying.pairing import (
-    ROUNDING,
-    TOLERANCE,
-    Distance,
-    Unit,
-    compare,
-    distance,
-    exceeds,
-)
-from orbax_nnx_handler.verifying.recording import Array, Call
+from orbax_nnx_handler.verifying import ROUNDING, TOLERANCE, Array, Distance, compare, distance, exceeds
+from orbax_nnx_handler.verifying.pairing import Unit
+from orbax_nnx_handler.verifying.recording import Call
 from orbax_nnx_handler.verifying.weights import mixed_sources
 
 

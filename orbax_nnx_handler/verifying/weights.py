@@ -5,8 +5,10 @@ And what each layer of a weight is made from.
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from fractions import Fraction
+from typing import Any, TypeGuard, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +20,10 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path, nested, render, segments
 from orbax_nnx_handler.planning.core.recipes import (
-    Add,
     Concat,
-    Fill,
-    Index,
     Read,
     Recipe,
     Reshape,
-    Scale,
     Shapes,
     Slice,
     Stack,
@@ -254,85 +252,6 @@ def is_weight(leaf: Any) -> bool:
     return isinstance(leaf, nnx.Variable) and bool(jnp.issubdtype(leaf.dtype, jnp.floating))
 
 
-Atom = tuple[Path, tuple[int, ...], tuple[tuple[int, int, int], ...]]
-"""A stored leaf, the layer in it, and the part of that layer: axis, start and size of each cut."""
-Atoms = frozenset[Atom]
-
-
-def layers_of(recipe: Recipe) -> list[Atoms]:
-    """Returns what each layer of a stacked leaf is made from, or one set for a leaf that is not stacked."""
-    match recipe:
-        case Read(path):
-            return [frozenset({(path, (), ())})]
-        case Fill():
-            return [frozenset()]
-        case Stack(sources, _):
-            return [layer for source in sources for layer in layers_of(source)]
-        case Concat(sources, _):
-            parts = [layers_of(source) for source in sources]
-            counts = {len(part) for part in parts}
-            if len(counts) == 1:
-                return [frozenset[Atom]().union(*same) for same in zip(*parts, strict=True)]
-            return [frozenset[Atom]().union(*(layer for part in parts for layer in part))]
-        case Index(source, _, index):
-            return [
-                frozenset((path, (*layer, index), cuts) for path, layer, cuts in atoms)
-                for atoms in layers_of(source)
-            ]
-        case Slice(source, axis, start, size):
-            return [
-                frozenset((path, layer, (*cuts, (axis, start, size))) for path, layer, cuts in atoms)
-                for atoms in layers_of(source)
-            ]
-        case _:
-            return layers_of(recipe.source)
-
-
-def layers_seen(recipe: Recipe, axis: int | None, shapes: Shapes, *, is_whole: bool) -> list[Atoms]:
-    """Returns what each layer of a leaf is made from that its module saw one by one.
-
-    Args:
-        recipe: How the leaf is made.
-        axis: The axis that the module did not see, where it is known.
-        shapes: The stored shapes.
-        is_whole: Whether the module saw all of the leaf.
-    """
-    found = layers_of(recipe)
-    if len(found) > 1 and axis is not None:
-        count = shape_of(recipe, shapes)[axis]
-        layers = [layers_of(simplify(layer_of(recipe, axis, at, shapes), shapes)) for at in range(count)]
-        found = [frozenset[Atom]().union(*parts) for parts in layers]
-        # Where each layer reads the same leaves, they are stacked in the checkpoint too.
-        is_whole = len({frozenset(atom[0] for atom in layer) for layer in found}) == 1
-    return [frozenset[Atom]().union(*found)] if is_whole else found
-
-
-def layer_of(recipe: Recipe, axis: int, layer: int, shapes: Shapes) -> Recipe:
-    """Returns the recipe of one element of a leaf along an axis."""
-    match recipe:
-        case Stack(sources, at) if at == axis:
-            return sources[layer]
-        case Stack(sources, at):
-            inner = axis - (at < axis)
-            parts = tuple(layer_of(source, inner, layer, shapes) for source in sources)
-            return Stack(parts, at - (axis < at))
-        case Transpose(source, permutation):
-            inner = permutation[axis]
-            rest = tuple(at - (at > inner) for at in permutation if at != inner)
-            return Transpose(layer_of(source, inner, layer, shapes), rest)
-        case Reshape(source, shape) if axis == 0 and shape_of(source, shapes)[:1] == shape[:1]:
-            return Reshape(layer_of(source, 0, layer, shapes), shape[1:])
-        case Concat(sources, at) if at != axis:
-            parts = tuple(layer_of(source, axis, layer, shapes) for source in sources)
-            return Concat(parts, at - (axis < at))
-        case Scale(source, factor):
-            return Scale(layer_of(source, axis, layer, shapes), factor)
-        case Add(source, constant):
-            return Add(layer_of(source, axis, layer, shapes), constant)
-        case _:
-            return Index(recipe, axis, layer)
-
-
 def orders_of_features(size: int) -> Iterator[tuple[Shape, tuple[int, ...]]]:
     """Yields every way to divide an axis into two or three parts, with every other order of them."""
     divisors = [length for length in range(2, size // 2 + 1) if size % length == 0]
@@ -344,7 +263,7 @@ def orders_of_features(size: int) -> Iterator[tuple[Shape, tuple[int, ...]]]:
 
 
 def with_features_in_order(
-    recipe: Recipe, axis: int, lengths: Shape, order: Sequence[int], shapes: Shapes
+    recipe: Recipe, axis: int, lengths: Shape, order: Sequence[int], shapes: Shapes, *, plainly: bool = True
 ) -> Recipe:
     """Returns a recipe with one axis in another order: of features that were made one, as by a flatten.
 
@@ -354,11 +273,13 @@ def with_features_in_order(
         lengths: What it is divided into.
         order: Which of these parts comes where.
         shapes: The stored shapes.
+        plainly: Whether it is said in the fewest steps.
     """
     shape = shape_of(recipe, shapes)
     divided = (*shape[:axis], *lengths, *shape[axis + 1 :])
     turned = [*range(axis), *(axis + at for at in order), *range(axis + len(order), len(divided))]
-    return simplify(Reshape(Transpose(Reshape(recipe, divided), tuple(turned)), shape), shapes)
+    made = Reshape(Transpose(Reshape(recipe, divided), tuple(turned)), shape)
+    return simplify(made, shapes) if plainly else made
 
 
 _HEAD_SIZES = (256, 192, 160, 128, 96, 80, 64, 48, 40, 32, 24, 16, 12, 8, 6, 4)
@@ -375,44 +296,85 @@ def heads_by_rotation(recipes: Mapping[Path, Recipe], shapes: Shapes) -> Iterato
         recipes: How the leaves of an attention are made, or of several.
         shapes: The stored shapes.
     """
-    # Where queries, keys and values are one array, each part by itself.
+    # Where rules join queries, keys and values, each part by itself.
     parts = {
         (leaf, at): part
         for leaf, recipe in recipes.items()
-        for at, part in enumerate(recipe.sources if isinstance(recipe, Concat) else (recipe,))
+        for at, part in enumerate(recipe.sources if _is_joined(recipe) else (recipe,))
     }
-    said = {
-        key: _role(part, None if isinstance(recipes[key[0]], Concat) else key[0])
-        for key, part in parts.items()
-    }
-    asked = {key: shape_of(part, shapes) for key, part in parts.items() if said[key] in ("q", "k")}
-    lasts = {shape[-1] for shape in asked.values() if shape}
+    said = {key: _roles(part, None if _is_joined(recipes[key[0]]) else key[0]) for key, part in parts.items()}
+    asked = {key: shape_of(part, shapes) for key, part in parts.items() if said[key] & {"q", "k"}}
+    asked = {key: shape for key, shape in asked.items() if shape}
     most = max(map(len, asked.values()), default=0)
-    if {said[key] for key in asked} != {"q", "k"} or most < 2:
+    if not {"q", "k"} <= frozenset().union(*(said[key] for key in asked)) or most < 2:
         return
+    lasts = {shape[-1] for shape in asked.values()}
     # Inputs, heads, features; else a matrix holds the heads side by side.
-    sizes = [min(lasts)] if most > 2 else [n for n in _HEAD_SIZES if all(last % n == 0 for last in lasts)]
-    for size, divided in itertools.product((n for n in sizes if n % 2 == 0), (True, False)):
+    by_head = [min(lasts)] if most > 2 else []
+    if most == 2 or any(len(said[key]) > 1 for key in asked):
+        by_head += [n for n in _HEAD_SIZES if n not in by_head and all(last % n == 0 for last in lasts)]
+    for size, divided in itertools.product((n for n in by_head if n % 2 == 0), (True, False)):
         pair = (2, size // 2) if divided else (size // 2, 2)
-        made = {
-            key: with_features_in_order(
-                parts[key], len(shape) - 1, (shape[-1] // size, *pair), (0, 2, 1), shapes
-            )
-            for key, shape in asked.items()
-            if shape
-        }
-        yield {leaf: _with_parts(leaf, recipes[leaf], made) for leaf in dict.fromkeys(key[0] for key in made)}
+        for way in _ways_to_hold(max(map(len, said.values())), min(lasts) // size):
+            places = {key: _place(shape, said[key], size, way) for key, shape in asked.items()}
+            made = {key: _turned(parts[key], place, pair, shapes) for key, place in places.items() if place}
+            if len(made) == len(asked):
+                leaves = dict.fromkeys(key[0] for key in made)
+                yield {leaf: _with_parts(leaf, recipes[leaf], made) for leaf in leaves}
 
 
-def _role(part: Recipe, leaf: Path | None) -> str:
+def _is_joined(recipe: Recipe) -> TypeGuard[Concat | Stack]:
+    return isinstance(recipe, Concat | Stack)
+
+
+def _ways_to_hold(count: int, heads: int) -> Sequence[int | Fraction]:
+    """Returns how queries, keys and values may lie in one array.
+
+    By an axis of their own, counted from the end; side by side, by the share of the values; 0: head by head.
+    """
+    fewer = [n for n in range(heads // 3, 0, -1) if count == 3 and heads % n == 0]  # Several queries a key.
+    shares = dict.fromkeys([Fraction(1, count), *(Fraction(n, heads) for n in fewer)])
+    return (-2, -3, -4, 0, *shares) if count > 1 else (0,)
+
+
+def _place(
+    shape: Shape, roles: frozenset[str], size: int, way: int | Fraction
+) -> tuple[Shape, int, int] | None:
+    """Returns how an array is divided, on which axis its parts lie, and where queries and keys end there."""
+    *others, last = shape
+    count, heads, axis = len(roles), last // size, len(shape)
+    if last % size or "v" not in roles:
+        return None if last % size else (shape, axis - 1, last)
+    if isinstance(way, Fraction):
+        end = last - last * way
+        return (shape, axis - 1, int(end)) if end % size == 0 else None
+    if way == 0:
+        return ((*others, heads // count, count, size), axis, count - 1) if heads % count == 0 else None
+    return (shape, axis + way, count - 1) if axis >= -way and shape[way] == count else None
+
+
+def _turned(part: Recipe, place: tuple[Shape, int, int], pair: tuple[int, int], shapes: Shapes) -> Recipe:
+    """Returns queries and keys with each head's features in the other order; values stay as they are."""
+    shape, (divided, axis, end) = shape_of(part, shapes), place
+    whole = part if divided == shape else Reshape(part, divided)
+    both = whole if end == divided[axis] else Slice(whole, axis, 0, end)
+    *_, length = shape_of(both, shapes)
+    lengths = (length // math.prod(pair), *pair)
+    turned = with_features_in_order(both, len(divided) - 1, lengths, (0, 2, 1), shapes, plainly=False)
+    if both is not whole:
+        turned = Concat((turned, Slice(whole, axis, end, divided[axis] - end)), axis)
+    return turned if divided == shape else Reshape(turned, shape)
+
+
+def _roles(part: Recipe, leaf: Path | None) -> frozenset[str]:
     """Returns whether a part holds queries, keys or values, by its leaf or what is stored; else nothing."""
     paths = [*([leaf] if leaf is not None else []), *reads(part)[:1]]
-    said = (concepts(segments(path)[-2:-1]) & frozenset("qkv") for path in paths)
-    return next((min(words) for words in said if len(words) == 1), "")
+    said = [concepts(segments(path)[-2:-1]) & frozenset("qkv") for path in paths]
+    return next((roles for roles in sorted(said, key=len) if roles), frozenset[str]())
 
 
 def _with_parts(leaf: Path, recipe: Recipe, made: Mapping[tuple[Path, int], Recipe]) -> Recipe:
-    if not isinstance(recipe, Concat):
+    if not _is_joined(recipe):
         return made[leaf, 0]
     sources = tuple(made.get((leaf, at), part) for at, part in enumerate(recipe.sources))
     return dataclasses.replace(recipe, sources=sources)

@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 
 from orbax_nnx_handler import Fuse, Scale, Split, Transpose, Verification, suggest, verify
-from orbax_nnx_handler.verifying.pairing import Use, same_numbers
+from orbax_nnx_handler.verifying import same_numbers
+from orbax_nnx_handler.verifying.pairing import Use
 from orbax_nnx_handler.verifying.runs import Compared
 
 

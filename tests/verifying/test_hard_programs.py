@@ -472,7 +472,7 @@ def test_a_scan_is_the_same_layer_by_layer(reverse: bool):
 
 _OF_NINE_LAYERS = """
 import jax, numpy as np
-from orbax_nnx_handler.verifying.recording import run_linen
+from orbax_nnx_handler.verifying.recording import (run_linen)
 
 stack = np.ones((9, 5, 7), np.float32)
 with jax.log_compiles():

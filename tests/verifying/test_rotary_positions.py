@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import Fuse, suggest, verify
+from orbax_nnx_handler import Fuse, restore, suggest, to_linen, verify
 
 HEADS, SIZE, WIDTH = 2, 8, 16
 X = np.random.default_rng(0).normal(size=(3, 6, WIDTH)).astype(np.float32)
@@ -121,3 +121,53 @@ def test_what_is_right_stays_as_it_is(tmp_path) -> None:
     found = verify(path, target, *pair, renames=[*cast(Any, rules), ("layers_{i}", "layers/{i}")])
     assert found.equal
     assert found.first is None
+
+
+def in_one(y: Any, arrangement: str) -> list[Any]:
+    """Returns queries, keys and values out of one array."""
+    if arrangement == "heads":
+        y = jnp.moveaxis(y.reshape(*y.shape[:2], HEADS, 3, SIZE), 3, 2).reshape(*y.shape[:2], -1)
+    return jnp.split(y.reshape(*y.shape[:2], -1), 3, -1)
+
+
+class LinenInOne(nn.Module):
+    arrangement: str
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        features = (3, HEADS, SIZE) if self.arrangement == "axis" else 3 * HEADS * SIZE
+        y = nn.DenseGeneral(features, name="qkv")(x)
+        return x + nn.Dense(WIDTH, name="wo")(attended(*in_one(y, self.arrangement), halves=False))
+
+
+class InOne(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs, arrangement: str):
+        self.arrangement = arrangement
+        self.qkv_proj, self.out_proj = nnx.Linear(WIDTH, 48, rngs=rngs), nnx.Linear(WIDTH, WIDTH, rngs=rngs)
+
+    def __call__(self, x: Any) -> Any:
+        return x + self.out_proj(attended(*in_one(self.qkv_proj(x), self.arrangement), halves=True))
+
+
+@pytest.mark.parametrize("arrangement", ["axis", "heads", "side by side"])
+def test_of_one_stored_array_queries_and_keys_alone_are_put_in_the_other_order(tmp_path, arrangement) -> None:
+    linen, random = LinenInOne(arrangement), np.random.default_rng(1)
+    variables = jax.tree.map(
+        lambda leaf: np.asarray(leaf + 0.3 * random.normal(size=leaf.shape), np.float32),
+        linen.init(jax.random.key(0), X),
+    )
+    with ocp.StandardCheckpointer() as stock:
+        stock.save(tmp_path / "checkpoint", variables)
+    target = nnx.eval_shape(lambda: InOne(nnx.Rngs(0), arrangement))
+
+    found = suggest(tmp_path / "checkpoint", target, verify=(linen.apply, lambda model, x: model(x), (X,)))
+
+    assert found.is_proved
+    model = restore(tmp_path / "checkpoint", target, renames=found.renames)
+    stored, made = (
+        in_one(np.asarray(kernel).reshape(1, WIDTH, -1), arrangement)
+        for kernel in (variables["params"]["qkv"]["kernel"], model.qkv_proj.kernel.get_value())
+    )
+    assert [np.array_equal(*pair) for pair in zip(stored, made, strict=True)] == [False, False, True]
+    saved = to_linen(model, renames=found.renames)
+    assert jax.tree.all(jax.tree.map(np.array_equal, saved, variables))

@@ -5,7 +5,7 @@ one shard down through a recipe and returns the parts of stored leaves it is mad
 of. Stack, unstack, fuse, split and transpose only rename axes, so a part is read
 straight into its place in the shard's buffer: there is no second copy. Below a
 reshape a region is no rectangle; there the smallest rectangle that holds it is read.
-`runs` tells which bytes of a stored array a region is.
+`runs` tells which bytes of a stored array a region is, and `layer_of` how one element along an axis is made.
 """
 
 import dataclasses
@@ -326,6 +326,34 @@ def _cut_reshape(source: Recipe, shape: Shape, region: Region, stored: Mapping[P
     place_in_region = shift(region, starts(region))
     axes = tuple(range(len(shape)))
     return [Piece(source=folded, source_region=inside, region=place_in_region, axes=axes)]
+
+
+def layer_of(recipe: Recipe, axis: int, layer: int, shapes: recipes.Shapes) -> Recipe:
+    """Returns the recipe of one element of a leaf along an axis."""
+    match recipe:
+        case recipes.Stack(sources, at) if at == axis:
+            return sources[layer]
+        case recipes.Stack(sources, at):
+            inner = axis - (at < axis)
+            parts = tuple(layer_of(source, inner, layer, shapes) for source in sources)
+            return recipes.Stack(parts, at - (axis < at))
+        case recipes.Transpose(source, permutation):
+            inner = permutation[axis]
+            rest = tuple(at - (at > inner) for at in permutation if at != inner)
+            return recipes.Transpose(layer_of(source, inner, layer, shapes), rest)
+        case recipes.Reshape(source, shape) if (
+            axis == 0 and recipes.shape_of(source, shapes)[:1] == shape[:1]
+        ):
+            return recipes.Reshape(layer_of(source, 0, layer, shapes), shape[1:])
+        case recipes.Concat(sources, at) if at != axis:
+            parts = tuple(layer_of(source, axis, layer, shapes) for source in sources)
+            return recipes.Concat(parts, at - (axis < at))
+        case recipes.Scale(source, factor):
+            return recipes.Scale(layer_of(source, axis, layer, shapes), factor)
+        case recipes.Add(source, constant):
+            return recipes.Add(layer_of(source, axis, layer, shapes), constant)
+        case _:
+            return recipes.Index(recipe, axis, layer)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -8,7 +8,7 @@ from functools import cached_property
 from orbax_nnx_handler.planning.core import recipes
 from orbax_nnx_handler.planning.core.errors import RuleError, check_kinds
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, shared_levels
-from orbax_nnx_handler.planning.core.recipes import RecipeError
+from orbax_nnx_handler.planning.core.recipes import Recipe, RecipeError, Shapes
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.rules.rule import (
     Applied,
@@ -24,6 +24,7 @@ from orbax_nnx_handler.planning.rules.rule import (
     replace_each,
 )
 from orbax_nnx_handler.planning.rules.stacking import stacked
+from orbax_nnx_handler.planning.rules.values import Reshape, Transpose
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,3 +236,63 @@ def cut_alike(parts: Sequence[Tokens], whole: Tokens, kept: int) -> tuple[list[T
     """Cuts what all paths share at their beginning; a kernel and a bias lie along other axes."""
     before = max(len(shared_levels([*parts, whole], own=1)) - kept, 0)
     return [path[before:] for path in parts], whole[before:]
+
+
+def rules_making(
+    recipe: Recipe, now: Recipe, name: str, shapes: Shapes, layers: int | None = None
+) -> tuple[Rule, ...] | None:
+    """Returns the rules that make a leaf by a recipe out of what it is made by now; None where none say it.
+
+    Args:
+        recipe: How it is to be made: `now`, its axes in another order, divided otherwise, or its parts so.
+        now: How it is made.
+        name: What it is called, as a pattern.
+        shapes: The stored shapes.
+        layers: How many layers lie in front of it, of which both make one; None where they make all.
+    """
+    before, front = ((), 0) if layers is None else ((layers,), 1)
+    if recipe == now:
+        return ()
+    if isinstance(recipe, recipes.Concat):
+        return _rejoining(recipe, now, name, shapes, layers)
+    if isinstance(recipe, recipes.Reshape):
+        shape = recipes.shape_of(recipe.source, shapes)
+        step: Rule = Reshape(name, (*before, *recipe.shape), (*before, *shape))
+    elif isinstance(recipe, recipes.Transpose):
+        step = Transpose(name, (*range(front), *(axis + front for axis in recipe.permutation)))
+    else:
+        return None
+    earlier = rules_making(recipe.source, now, name, shapes, layers)
+    return None if earlier is None else (*earlier, step)
+
+
+def _rejoining(
+    joint: recipes.Concat, now: Recipe, name: str, shapes: Shapes, layers: int | None
+) -> tuple[Rule, ...] | None:
+    """Returns the rules that cut a leaf into parts, arrange each, and join them again."""
+    cuts = list[recipes.Slice]()
+    for part in joint.sources:
+        while isinstance(part, recipes.Reshape | recipes.Transpose):
+            part = part.source
+        if not isinstance(part, recipes.Slice) or part.start != sum(cut.size for cut in cuts):
+            return None
+        cuts.append(part)
+    if len({(cut.source, cut.axis) for cut in cuts}) > 1:
+        return None
+    made = [rules_making(cuts[0].source, now, name, shapes, layers)]
+    names = tuple(f"{name}_{number}" for number, _ in enumerate(cuts))
+    made += [
+        rules_making(part, cut, own, shapes, layers)
+        for part, cut, own in zip(joint.sources, cuts, names, strict=True)
+    ]
+    if None in made:
+        return None
+    front = 0 if layers is None else 1
+    sizes = [
+        tuple(recipes.shape_of(part, shapes)[axis] for part in some)
+        for some, axis in ((cuts, cuts[0].axis), (joint.sources, joint.axis))
+    ]
+    split = Split(name, names, axis=cuts[0].axis + front, sizes=sizes[0])
+    fuse = Fuse(names, name, axis=joint.axis + front, sizes=sizes[1])
+    whole, *parts = [rules for rules in made if rules is not None]
+    return (*whole, split, *(rule for rules in parts for rule in rules), fuse)

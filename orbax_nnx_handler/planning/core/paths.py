@@ -356,12 +356,17 @@ _BEFORE = re.compile(rf"(\d{{1,{MAX_DIGITS}}})\.([A-Za-z_]+)")
 def levels(names: Tokens) -> tuple[Level, ...]:
     """Returns the levels of a path; a number by itself belongs to the name before it."""
     found: list[Level] = []
-    for name in names:
-        if is_index(name) and found and found[-1].number is None:
-            found[-1] = Level(found[-1].base, int(name), "/", 2)
+    for level in map(_level, names):
+        if not level.base and found and found[-1].number is None:
+            found[-1] = _with_number(found[-1].base, level.number)
         else:
-            found.append(_level(name))
+            found.append(level)
     return tuple(found)
+
+
+@functools.lru_cache(maxsize=16384)
+def _with_number(base: str, number: int | None) -> Level:
+    return Level(base, number, "/", 2)
 
 
 @functools.lru_cache(maxsize=16384)

@@ -17,30 +17,42 @@ from orbax_nnx_handler.planning.likeness.assignment import Fit
 from orbax_nnx_handler.planning.likeness.links import Link
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart
-from orbax_nnx_handler.planning.likeness.vocabulary import STRONG, Concepts, Names, concepts, place_of, words
-
-_PURPOSES = tuple(
-    re.compile(rf"(?:^|_)(?:{spellings})(?:_|$)")
-    for spellings in (
-        "lm|mlm|vocab|ctc|cls_predictions|predictions_transform|generator_predictions",
-        "nsp|seq_relationship|next_sentence",
-        "classifier|cls_head|probe",
-        "projector|(?<!out_)(?<!output_)projection",
-        *("pooler", "neck", "pre_logits", "critic|value", "reward", "policy|actor", "qa|span"),
-        *("bbox|box|boxes|det", "mask_head", "adapter|lora|prompt"),
-    )
+from orbax_nnx_handler.planning.likeness.vocabulary import (
+    STRONG,
+    Concepts,
+    Names,
+    concepts,
+    counts_of,
+    meanings,
+    place_of,
+    words,
 )
+
+_SPELLINGS = (
+    "lm|mlm|vocab|ctc|cls_predictions|predictions_transform|generator_predictions",
+    "nsp|seq_relationship|next_sentence",
+    "classifier|cls_head|probe",
+    "projector|(?<!out_)(?<!output_)projection",
+    *("pooler", "neck", "pre_logits", "critic|value", "reward", "policy|actor", "qa|span"),
+    *("bbox|box|boxes|det", "mask_head", "adapter|lora|prompt"),
+)
+_PURPOSES = tuple(re.compile(rf"(?:^|_)(?:{spellings})(?:_|$)") for spellings in _SPELLINGS)
 """What heads and the like are for, by the words of each: to tell tokens, a class, a value, ...."""
-_ANY_PURPOSE = re.compile("|".join(purpose.pattern for purpose in _PURPOSES))
+_FIRST_WORDS = frozenset(re.findall(r"(?:^|[|)])([a-z]+)", "|".join(_SPELLINGS)))
 
 
 @functools.lru_cache(maxsize=1 << 16)
 def purposes(names: Names) -> frozenset[int]:
     """Returns what a part is for, by its path; nothing for most."""
-    path = "_".join(words("_".join(names)))
-    if _ANY_PURPOSE.search(path) is None:
+    if not any(map(_begins_purpose, names)):
         return frozenset()  # Nearly every part.
+    path = "_".join(words("_".join(names)))
     return frozenset(at for at, purpose in enumerate(_PURPOSES) if purpose.search(path))
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _begins_purpose(name: str) -> bool:
+    return not _FIRST_WORDS.isdisjoint(words(name))
 
 
 def have_other_purposes(one: Names, other: Names) -> bool:
@@ -58,6 +70,53 @@ def in_list(names: Names) -> tuple[Names, Names]:
         if level.number is not None:
             return (*names[: at - level.width], level.base), names[at:]
     return (), ()
+
+
+def lists_in(parts: Iterable[Names]) -> Mapping[tuple[Names, str], set[int]]:
+    """Returns the numbers of each list, by where it is and what it is called."""
+    found: dict[tuple[Names, str], set[int]] = defaultdict(set)
+    for part in parts:
+        at = 0
+        for level in levels(part):
+            if level.number is not None:
+                found[part[:at], level.base].add(level.number)
+            at += level.width
+    return found
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def count_of(names: Names) -> int:
+    """Returns how many numbers a path has."""
+    return sum(map(str.isdecimal, itertools.chain(*map(words, names))))
+
+
+def elsewhere(
+    parts: Mapping[tuple[int, int], tuple[ModulePart, ModulePart]], modules: Iterable[tuple[Names, Names]]
+) -> Iterator[tuple[int, int]]:
+    """Yields pairs of parts of modules that are not each other's: `ffw2_norm` of `mlp2` and another.
+
+    Args:
+        parts: The wanted and the stored part of each pair.
+        modules: The wanted modules with the stored ones that they are.
+    """
+    known: dict[tuple[Names, Names], list[tuple[Names, Names]]] = defaultdict(list)
+    for one, other in modules:
+        known[one[:-1], other[:-1]].append((one, other))
+    for pair, both in parts.items():
+        beside = known.get((both[0].module, both[1].module), ())
+        for side in (0, 1) if beside else ():
+            own = {*words("".join(both[1 - side].names[-1:]))}
+            counted = {each for each in beside if _share_number(both[side].names, each[side])}
+            called = {each for each in beside if {*words(each[1 - side][-1])} <= own}
+            if counted and called and not counted & called:
+                yield pair
+                break
+
+
+def _share_number(part: Names, module: Names) -> bool:
+    """Tells whether a part has the number of a module and says what that is: `pre_ffw2_norm` and `mlp2`."""
+    names = "".join(part[-1:]), module[-1]
+    return counts_of(names[0]) == counts_of(names[1]) != () and {*meanings(names[1])} <= {*meanings(names[0])}
 
 
 def renumbered(links: Iterable[Link]) -> list[Link]:
@@ -120,7 +179,7 @@ def companions(parts: Sequence[ModulePart]) -> Couples:
     lists: dict[Names, list[ModulePart]] = defaultdict(list)
     for part in parts:
         if "main" in part.leaves and (part.is_layer or part.is_vector):
-            called[_place(part.names)][part.is_vector].append(part)
+            called[tuple(x for name in part.names if (x := _place(name)))][part.is_vector].append(part)
         if part.names and is_index(part.names[-1]):
             lists[part.names[:-1]].append(part)
     for layers, norms in called.values():
@@ -155,10 +214,10 @@ def norms_told(pairs: Iterable[tuple[int, int]], sides: Sequence[Sequence[Module
     return found
 
 
-def _place(names: Names) -> Names:
-    """Returns a path without the words that say what the part is."""
-    kept = ("_".join(word for word in words(name) if word not in _KINDS) for name in names)
-    return tuple(filter(None, kept))
+@functools.lru_cache(maxsize=65536)
+def _place(name: str) -> str:
+    """Returns a name without the words that say what the part is."""
+    return "_".join(word for word in words(name) if word not in _KINDS)
 
 
 def _in_turns(parts: Sequence[ModulePart]) -> Iterator[tuple[Names, ModulePart]]:

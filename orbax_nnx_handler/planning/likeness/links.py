@@ -405,9 +405,10 @@ class Move:
 
     def templates(self) -> Iterator[tuple[Names, Names]]:
         """Yields both paths with places for the numbers of layers: all, all but the innermost, and so on."""
-        for count in range(len(self.seats), -1, -1):
+        for count in range(len(self.seats), 0, -1):
             now, to = ([seat[side] for seat in self.seats[:count]] for side in (0, 1))
             yield with_places(self.names, now), with_places(self.aim, to)
+        yield self.names, self.aim
 
 
 def with_first(names: Names) -> Names:

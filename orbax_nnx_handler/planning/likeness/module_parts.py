@@ -26,7 +26,6 @@ from orbax_nnx_handler.planning.likeness.vocabulary import (
     Concepts,
     Names,
     concepts,
-    counts_of,
     meanings,
     place_of,
     words,
@@ -59,6 +58,11 @@ class Leaf:
     def part(self) -> tuple[Path, Names]:
         """What tells it from others: rules may make several of one stored leaf."""
         return self.source, self.names
+
+    @derived
+    def place(self) -> tuple[Names, str]:
+        """The part that it belongs to, and what it is there."""
+        return place_of(self.names)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -141,7 +145,7 @@ def module_parts(leaves: Iterable[Leaf], above: int = 0) -> list[ModulePart]:
     """
     found: dict[Names, dict[str, Leaf]] = defaultdict(dict)
     for leaf in leaves:
-        names, kind = place_of(leaf.names[above:])
+        names, kind = place_of(leaf.names[above:]) if above else leaf.place
         if kind in found[names] and leaf.names[-1] == "kernel":
             other = found[names].pop(kind)  # `scale` beside it, of weights that are normalised.
             found[other.names[above:]]["main"] = other
@@ -171,7 +175,7 @@ def _unsaid(names: Names, beside: Iterable[Names]) -> Concepts:
     """Returns what a letter does not say: of `U`, `V` and `W` none is a value."""
     if "".join(names[-1:]) not in ("v", "V"):
         return frozenset()
-    others = {other[-1].lower() for other in beside}
+    others = {name.lower() for other in beside for name in other[-1:]}
     is_letter = others >= {"u", "w"} and concepts(others).isdisjoint(("q", "k"))
     return frozenset("v") if is_letter else frozenset()
 
@@ -245,7 +249,7 @@ def _own_place(names: Names, held: Mapping[str, Leaf], modules: Collection[Names
 
 def part_of(leaf: Leaf) -> Names:
     """Returns the path of the part that a leaf belongs to."""
-    return place_of(leaf.names)[0]
+    return leaf.place[0]
 
 
 def prefixes(part: ModulePart) -> list[tuple[Names, Level]]:
@@ -256,35 +260,6 @@ def prefixes(part: ModulePart) -> list[tuple[Names, Level]]:
 def containers(part: ModulePart) -> Sequence[Names]:
     """Returns the modules around a part, the innermost first, the context itself left out."""
     return around(part.names)[::-1]
-
-
-def elsewhere(
-    parts: Mapping[tuple[int, int], tuple[ModulePart, ModulePart]], modules: Iterable[tuple[Names, Names]]
-) -> Iterator[tuple[int, int]]:
-    """Yields pairs of parts of modules that are not each other's: `ffw2_norm` of `mlp2` and another.
-
-    Args:
-        parts: The wanted and the stored part of each pair.
-        modules: The wanted modules with the stored ones that they are.
-    """
-    known: dict[tuple[Names, Names], list[tuple[Names, Names]]] = defaultdict(list)
-    for one, other in modules:
-        known[one[:-1], other[:-1]].append((one, other))
-    for pair, both in parts.items():
-        beside = known.get((both[0].module, both[1].module), ())
-        for side in (0, 1) if beside else ():
-            own = {*words("".join(both[1 - side].names[-1:]))}
-            counted = {each for each in beside if _share_number(both[side].names, each[side])}
-            called = {each for each in beside if {*words(each[1 - side][-1])} <= own}
-            if counted and called and not counted & called:
-                yield pair
-                break
-
-
-def _share_number(part: Names, module: Names) -> bool:
-    """Tells whether a part has the number of a module and says what that is: `pre_ffw2_norm` and `mlp2`."""
-    names = "".join(part[-1:]), module[-1]
-    return counts_of(names[0]) == counts_of(names[1]) != () and {*meanings(names[1])} <= {*meanings(names[0])}
 
 
 def without_place(

@@ -60,10 +60,9 @@ def with_counted_parts(
         pairs = [pair for couples in modules for pair in _told_by(couples, homes, named)]
         found = _replaced(found, pairs, "names")
         more = [*_told_by_order(counts, found, sides, order)]
-        alike = [] if more else [*_told_by_sisters(counts, found, sides)]
-        if not more and not alike:
+        if not (alike := more or [*_told_by_sisters(counts, found, sides)]):
             return found
-        found = _replaced(found, more or alike, "order" if more else "siblings")
+        found = _replaced(found, alike, "order" if more else "siblings")
 
 
 def _homes(found: Findings) -> Mapping[Names, Names]:
@@ -84,9 +83,9 @@ def _counted(stored: Sequence[Leaf]) -> Mapping[Names, _Counted]:
     counted: dict[Names, dict[str, dict[int, ModulePart]]] = defaultdict(lambda: defaultdict(dict))
     automatic = [leaf for leaf in stored if any(name[:1].isupper() for name in leaf.names)]
     for part in module_parts(automatic):
-        last = part.levels[-1] if part.levels else None
-        if last and last.is_automatic and last.number is not None and "main" in part.leaves:
-            counted[part.module][last.base][last.number] = part
+        for last in part.levels[-1:] if "main" in part.leaves else ():
+            if last.is_automatic and last.number is not None:
+                counted[part.module][last.base][last.number] = part
     return counted
 
 

@@ -94,13 +94,13 @@ class Pattern:
 
     def spans(self, names: Sequence[str], accepts: Callable[[Span], bool] | None = None) -> Iterator[Span]:
         """Yields the matches in a path, from left to right, that are accepted; none overlaps another."""
-        at, width, first = 0, self.width, self.templates[0]
-        is_open, last = first in self._open, len(names) - width
+        at, width, first, opened = 0, self.width, self.templates[0], self._open
+        is_open, last = first in opened, len(names) - width
         while at <= last:
             if names[at] != first and not (is_open and _bound(first, names[at])):  # Nearly everywhere.
                 at += 1
                 continue
-            bindings = self.match(names[at : at + width])
+            bindings = self.match(names[at : at + width]) if opened or width > 1 else _NOTHING
             span = None if bindings is None else Span(at, at + width, bindings)
             if span is None or (accepts is not None and not accepts(span)):
                 at += 1

@@ -15,7 +15,7 @@ from orbax_nnx_handler.planning.core.leaves import Move, MovedGroup, Pair, moved
 from orbax_nnx_handler.planning.core.paths import Path, is_number, levels, shared_levels
 from orbax_nnx_handler.planning.core.recipes import Read, Shapes
 from orbax_nnx_handler.planning.layouts.layout import is_copy_level
-from orbax_nnx_handler.planning.likeness import in_list
+from orbax_nnx_handler.planning.likeness import count_of, in_list, lists_in
 from orbax_nnx_handler.planning.likeness.joined_parts import Remade, kept_by_head, remade_links
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, is_alone, kinds_of_modules, part_of
@@ -110,27 +110,41 @@ def _is_plain(link: Link) -> bool:
 # Links of one kind in all layers.
 
 
+Kinds = Mapping[object, Sequence[tuple[Link, tuple[str, ...]]]]
+"""Links that only the numbers of layers tell apart, with those numbers."""
+
+
+def kinds_of_links(links: Sequence[Link]) -> Kinds:
+    """Returns the links of one leaf in all layers together; nothing where some are stacked."""
+    kinds: dict[object, list[tuple[Link, tuple[str, ...]]]] = defaultdict(list)
+    are_stacked = any(link.layers is not None or link.copied or link.source.made for link in links)
+    for link in () if are_stacked else links:
+        kind, numbers = _kind_of(link)
+        kinds[kind].append((link, numbers))
+    return kinds
+
+
 def of_few_layers(
-    links: Sequence[Link], entries: Sequence[Entry], whole: Iterable[Link] = ()
+    links: Sequence[Link], kinds: Kinds, entries: Sequence[Entry], whole: Iterable[Link] = ()
 ) -> tuple[Sequence[Link], Sequence[Entry]]:
-    """Returns the links of the first two and of the last layer of each kind; all where some are stacked.
+    """Returns the links of the first two and of the last layer of each kind; all where there are no kinds.
 
     Rules for them are most likely those for all, and take a fraction of the time to write.
 
     Args:
         links: The links.
+        kinds: The same, by kind.
         entries: The stored model; what only the other links use is left out.
         whole: Links whose modules are returned in all layers.
     """
-    if any(link.layers is not None or link.copied or link.source.made for link in links):
+    if not kinds:
         return links, entries
-    kinds: dict[object, list[tuple[Link, tuple[str, ...]]]] = defaultdict(list)
-    modules, every = {link.source.names[:-1] for link in whole}, set[object]()
-    for link in links:
-        kind, numbers = _kind_of(link)
-        kinds[kind].append((link, numbers))
-        every |= {kind} if link.source.names[:-1] in modules else set()
-    few = {id(link) for kind in kinds for link in _some_of(kinds[kind], is_whole=kind in every)}
+    modules = {link.source.names[:-1] for link in whole}
+    few = {
+        id(link)
+        for some in kinds.values()
+        for link in _some_of(some, is_whole=any(link.source.names[:-1] in modules for link, _ in some))
+    }
     if len(few) == len(links):
         return links, entries
     used = {leaf.source for link in links if id(link) in few for leaf in link.stored}
@@ -350,7 +364,7 @@ class Precedents:
     def __init__(self, wanted: Iterable[Leaf], stored: Iterable[Leaf], links: Iterable[Link]) -> None:
         parts = [{part_of(leaf) for leaf in leaves} for leaves in (wanted, stored)]
         self._wanted, self._stored = map(kinds_of_modules, parts)
-        self._counted = [*map(_lists, parts)]
+        self._counted = [*map(lists_in, parts)]
         self._alike: dict[object, bool] = {}
         self._forth: dict[object, set[object]] = defaultdict(set)
         self._back: dict[object, set[object]] = defaultdict(set)
@@ -390,8 +404,8 @@ class Precedents:
         ours, theirs = levels(wanted), levels(stored)
         if not ours or not theirs:
             return
-        sides = [[(at, _count(at)) for at in around(names)] for names in (wanted, stored)]
-        is_counted = _count(wanted) == _count(stored)
+        sides = [[(at, count_of(at)) for at in around(names)] for names in (wanted, stored)]
+        is_counted = count_of(wanted) == count_of(stored)
         for (one, count), (other, against) in itertools.product(*sides):
             if is_counted and count != against:
                 continue  # `down/1` and `down_1_block_0`: below them only one side still counts blocks.
@@ -424,27 +438,10 @@ class Precedents:
         return (ours, (*theirs, to - at)) if self._alike[key] else None
 
 
-def _lists(parts: Iterable[Names]) -> Mapping[tuple[Names, str], set[int]]:
-    """Returns the numbers of each list, by where it is and what it is called."""
-    found: dict[tuple[Names, str], set[int]] = defaultdict(set)
-    for part in parts:
-        at = 0
-        for level in levels(part):
-            if level.number is not None:
-                found[part[:at], level.base].add(level.number)
-            at += level.width
-    return found
-
-
-@functools.lru_cache(maxsize=16384)
+@functools.lru_cache(maxsize=65536)
 def _one_word_apart(one: str, other: str) -> Sequence[tuple[tuple[int, str], str]]:
     """Returns the first and the last word of two names, each where the others mean the same."""
     both = words(one), words(other)
     rests = ((at, [{*meanings("_".join(x[1:] if at == 0 else x[:-1]))} for x in both]) for at in (0, -1))
     told = (at for at, (left, right) in rests if left == right and left and not both[0][at].isdecimal())
     return [((at, both[0][at]), both[1][at]) for at in told]
-
-
-def _count(names: Names) -> int:
-    """Returns how many numbers a path has."""
-    return sum(map(str.isdecimal, itertools.chain(*map(words, names))))

@@ -85,6 +85,7 @@ class _Matching:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._sides = list(zip((context.wanted, context.stored), context.above, strict=True))
+        self._rest = [*map(list, (context.wanted, context.stored))]
         self._groups = [series_of(leaves, above) for leaves, above in self._sides]
         self._found = Findings()
         self._taken: set[int] = set()
@@ -152,7 +153,8 @@ class _Matching:
         return [[one for one in side if not self._is_taken(one)] for side in self._groups]
 
     def _free(self, side: int) -> list[Leaf]:
-        return [leaf for leaf in self._sides[side][0] if id(leaf) not in self._taken]
+        self._rest[side] = [leaf for leaf in self._rest[side] if id(leaf) not in self._taken]
+        return self._rest[side]
 
     def _is_taken(self, series: Series) -> bool:
         return any(id(leaf) in self._taken for leaf in series.leaves)

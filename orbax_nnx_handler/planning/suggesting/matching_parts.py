@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from orbax_nnx_handler.planning.core.folding import Homes, lies_within
 from orbax_nnx_handler.planning.core.leaves import with_fields
 from orbax_nnx_handler.planning.core.paths import ascend, ranks_of, same_modules
-from orbax_nnx_handler.planning.likeness import beside_turned, norms_told
+from orbax_nnx_handler.planning.likeness import beside_turned, elsewhere, norms_told
 from orbax_nnx_handler.planning.likeness.assignment import (
     MOST_PAIRS,
     Fit,
@@ -32,7 +32,7 @@ from orbax_nnx_handler.planning.likeness.links import (
     exchanged,
     together,
 )
-from orbax_nnx_handler.planning.likeness.module_parts import ModulePart, elsewhere, without_place
+from orbax_nnx_handler.planning.likeness.module_parts import ModulePart, without_place
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart, are_counted, in_order, named_parts
 from orbax_nnx_handler.planning.likeness.vocabulary import (
     MARGIN,
@@ -112,8 +112,7 @@ class _Pairs:
         few = sizes_of_few(Counter(x.part.main_size for x in side) for side in sides)
         for at, one in enumerate(wanted):
             for to in sizes[one.part.main_size] if one.part.main_size in few else ():
-                fit = fit_of(one, stored[to])
-                if fit is not None and may_be(fit, one, stored[to]):
+                if (fit := fit_of(one, stored[to])) and may_be(fit, one, stored[to]):
                     self._fits[at, to] = fit
                     if told := known(one.part.names, stored[to].part.names):
                         self._fits[at, to] = with_fields(fit, score=fit.score + _PRECEDENT * told)

@@ -27,6 +27,7 @@ from orbax_nnx_handler.planning.rules.values import steps_in
 from orbax_nnx_handler.planning.suggesting.link_groups import (
     agrees,
     as_one,
+    kinds_of_links,
     of_few_layers,
     possible_roots,
     remade_behind,
@@ -311,8 +312,7 @@ class _Proposing:
 
     def _best(self, links: Sequence[Link], searched: Searched) -> Tried:
         """Returns the rules under which the most leaves are what the search says, and none is another."""
-        nothing = Tried(verdict=self._base)
-        best, left = nothing, list(links)
+        best, left = Tried(verdict=self._base), list(links)
         for _ in range(_TRIES):
             lost: set[Path] = set()
             # A save knows `model` as the root of a model only beside an optimizer or a step.
@@ -339,9 +339,9 @@ class _Proposing:
 
     def _written(self, links: Sequence[Link], searched: Searched, root: int, below: Names) -> Tried:
         """Returns the rules of a few layers, or of all those that each need one, if they do for all."""
-        whole: Sequence[Link] = ()
+        kinds, whole = kinds_of_links(links), links[:0]
         while True:
-            few, entries = of_few_layers(links, self._entries, whole)
+            few, entries = of_few_layers(links, kinds, self._entries, whole)
             writer = Writer(Entries(entries), root, below)
             rules = writer.write(few, searched.found.groups)
             is_told = bool(whole) or few is links or not writer.by_layer

@@ -79,3 +79,15 @@ def test_the_hint_of_a_plan_is_no_rule_that_takes_what_is_only_called_like_layer
     assert "holds the same" in str(plan)
     assert "layer_{i}" not in str(plan)
     assert "suggest" in str(plan)
+
+
+def test_a_letter_beside_a_bare_parameter_at_the_root_is_read_as_any_other_name():
+    stored = {"dev/variance": (3,)}
+    wanted = {"variance": (3,)}
+    for at in range(3):
+        stored |= {f"lin{at}/weight_v": (4, 8), f"lin{at}/bias": (8,)}
+        wanted |= {f"layers/{at}/v": (4, 8), f"layers/{at}/bias": (8,)}
+    values = filled(stored)
+    _, found = proposed(values, wanted)
+    for at in range(3):
+        np.testing.assert_array_equal(found[f"layers/{at}/v"], values[f"lin{at}/weight_v"])

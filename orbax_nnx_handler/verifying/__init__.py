@@ -184,3 +184,14 @@ def same_numbers(reference: Sequence[Array], others: Sequence[Array]) -> bool:
 
 def _flat(array: Array) -> Array:
     return _numbers(array).reshape(-1)
+
+
+def agree(inputs: Distance) -> bool:
+    """Tells whether inputs agree; not where none could be compared, as one that is padded already."""
+    return not exceeds(inputs, TOLERANCE) and bool(inputs.compared or not inputs.left)
+
+
+def are_the_same(reference: Sequence[Array], others: Sequence[Array]) -> bool:
+    """Tells whether inputs are the same, each of the reference's met by one of its size."""
+    inputs = compare_inputs(reference, others)
+    return bool(inputs.compared) and not inputs.left and not exceeds(inputs, TOLERANCE)

@@ -27,7 +27,7 @@ from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
 from orbax_nnx_handler.storage.stores.kvstore import files_at
 from orbax_nnx_handler.storage.stores.locations import as_path
-from orbax_nnx_handler.verifying import MASK, TOLERANCE, Array, Distance, exceeds, same_numbers
+from orbax_nnx_handler.verifying import MASK, TOLERANCE, Array, Distance, exceeds
 from orbax_nnx_handler.verifying.first_difference import Search
 from orbax_nnx_handler.verifying.runs import Compared, Programs, Runs, called_otherwise, run_both
 from orbax_nnx_handler.verifying.verification import FirstDifference, Verification, is_dataclass
@@ -117,6 +117,7 @@ def compared(runs: Runs, plan: RestorePlan, tolerance: float | None = None) -> V
         compared=runs.compared,
         runner=runs.runner,
         restored=plan.restored,
+        linen=runs.linen.calls,
         seconds=_PATIENCE * (runs.seconds + 1),
         limit=max(TOLERANCE, tolerance or 0.0, _rounding(runs)),
     )
@@ -198,7 +199,7 @@ def _untold(runs: Runs, plan: RestorePlan, first: FirstDifference | None) -> Ite
     certain = [one for one in runs.compared if one.found.is_certain]
     # What is padding may differ, at some positions or in some calls of a module.
     quiet = [one for one in certain if one.found.differs or all(map(_is_apart_throughout, calls[one.path]))]
-    quiet = [one for one in quiet if not same_numbers(one.linen.outputs, one.nnx.outputs)]
+    quiet = [one for one in quiet if not one.is_reordered]
     if first is None and quiet:
         yield (
             f"{fold_paths(one.path for one in quiet)}: the outputs differ from Linen's, and what comes of "

@@ -17,15 +17,14 @@ from orbax_nnx_handler.planning.core.recipes import Recipe, describe, shape_of
 from orbax_nnx_handler.planning.verdict.outcomes import Restored
 from orbax_nnx_handler.verifying import (
     TOLERANCE,
-    Array,
     Distance,
+    are_the_same,
     changes_more_than_rounding,
     compare,
-    compare_inputs,
     exceeds,
-    same_numbers,
 )
 from orbax_nnx_handler.verifying.pairing import compare_outputs
+from orbax_nnx_handler.verifying.recording import Call
 from orbax_nnx_handler.verifying.runs import Compared
 from orbax_nnx_handler.verifying.single_module import (
     Alternative,
@@ -58,14 +57,8 @@ def called_alike(one: Compared, compared: Sequence[Compared]) -> Iterator[Compar
             or [array.size for array in other.linen.outputs] != sizes
         ):
             continue
-        if _begin_alike(one, other) and _are_the_same(other.linen.inputs, one.nnx.inputs):
+        if _begin_alike(one, other) and are_the_same(other.linen.inputs, one.nnx.inputs):
             yield other
-
-
-def _are_the_same(reference: Sequence[Array], others: Sequence[Array]) -> bool:
-    """Tells whether inputs are the same, each of the reference's met by one of its size."""
-    inputs = compare_inputs(reference, others)
-    return bool(inputs.compared) and not inputs.left and not exceeds(inputs, TOLERANCE)
 
 
 def _begin_alike(one: Compared, other: Compared) -> bool:
@@ -136,10 +129,6 @@ def _has_another_constant(one: Compared, *, whatever: bool) -> bool:
     return any(whatever or name.startswith("eps") for name in numbers)
 
 
-def _is_in_another_order(one: Compared) -> bool:
-    return same_numbers(one.linen.outputs, one.nnx.outputs)
-
-
 class _CannotRunError(Exception):
     """A module does not run by itself."""
 
@@ -169,6 +158,7 @@ class Search:
         compared: Every call that was compared, in the order of the run.
         runner: Runs modules by themselves.
         restored: The plan's restored leaves.
+        linen: All calls of the Linen program.
         seconds: How long it may go on trying.
         limit: How far apart inputs may be that are the same: what is rounding in this run.
         tried: How many changes were tried.
@@ -177,6 +167,7 @@ class Search:
     compared: Sequence[Compared]
     runner: ModuleRunner
     restored: Mapping[Path, Restored]
+    linen: Sequence[Call]
     seconds: float
     limit: float = TOLERANCE
     tried: int = 0
@@ -232,7 +223,7 @@ class Search:
 
         So it is where the next module that differs is called with what Linen calls it, or another one, with.
         """
-        if not _is_in_another_order(one):
+        if not one.is_reordered:
             return False
         behind = (x for x in self.compared if x.nnx.call.order > one.nnx.call.order and not x.encloses(one))
         following = next((x for x in behind if self._is_doubted(x)), None)
@@ -241,7 +232,7 @@ class Search:
         return any(called_alike(following, self.compared))  # It has the weights of another one.
 
     def _is_doubted(self, one: Compared) -> bool:
-        return not self._gets_the_same(one) or (self._differs(one) and not _is_in_another_order(one))
+        return not self._gets_the_same(one) or (self._differs(one) and not one.is_reordered)
 
     def _around(self, one: Compared) -> list[Compared]:
         """Returns the calls that a call was made in: of each module around it the next to return."""
@@ -275,7 +266,7 @@ class Search:
             changes={} if proof is None else proof.recipes,
             tried=self.tried,
             settings=differing_settings(at.linen.call, at.nnx.call),
-            reordered=_is_in_another_order(at),
+            reordered=at.is_reordered,
         )
 
     def _place(
@@ -284,12 +275,23 @@ class Search:
         """Returns the innermost module around what has to change, or around where the difference arises."""
         if proof is None:
             between = [after.path[:-1], before.path[:-1]] if after and before else [()]
-            return max(one.path, self._holder(shared_levels(between)), key=len)
+            place = max(one.path, self._holder(shared_levels(between)), key=len)
+            return self._narrowed(place, before) if before else place
         holders = [self._holder(leaf) for leaf in proof.recipes]
         common = self._holder(shared_levels(holders))
         if common or one.path == () == max(holders, key=len):
             return common
         return min(holders, key=lambda path: self.runner.calls[path][0].order)
+
+    def _narrowed(self, place: Path, before: Compared) -> Path:
+        """Returns the innermost module around a call whose own inputs are numbers that Linen has too."""
+        for depth in range(len(before.path) - 1, len(place), -1):
+            calls = self.runner.calls.get(before.path[:depth], ())
+            around = next((call for call in calls if call.order > before.nnx.call.order), None)
+            inputs = around.inputs if around is not None else ()
+            if any(are_the_same(inputs, [*call.inputs, *call.outputs]) for call in self.linen):
+                return before.path[:depth]
+        return place
 
     def _between(self, inside: Sequence[Compared]) -> tuple[Compared | None, Compared | None]:
         """Returns the last module that still agrees, and the outermost first one that gets something else."""
@@ -351,12 +353,12 @@ class Search:
         In two branches either these have each other's weights, or those before them that get the same have.
         """
         here, there = known.module, known.other
-        if there is None or not _are_the_same(here.linen.inputs, there.nnx.inputs):
+        if there is None or not are_the_same(here.linen.inputs, there.nnx.inputs):
             return known
         end = max(here.nnx.call.order, there.nnx.call.order)
         before = [each for each in reversed(inside) if each.agrees and each.nnx.call.order < end]
         pairs = itertools.combinations(before, 2)
-        alike = [pair for pair in pairs if _are_the_same(pair[0].nnx.inputs, pair[1].nnx.inputs)]
+        alike = [pair for pair in pairs if are_the_same(pair[0].nnx.inputs, pair[1].nnx.inputs)]
         if not alike:
             return known
         for pair in [(here, there), *alike[:_MOST_BEFORE]]:

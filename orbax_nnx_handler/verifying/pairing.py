@@ -7,7 +7,7 @@ other, so both sides are taken apart into layers.
 import dataclasses
 import itertools
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path, natural_key
@@ -24,7 +24,17 @@ from orbax_nnx_handler.planning.core.recipes import (
     simplify,
 )
 from orbax_nnx_handler.planning.core.regions import layer_of
-from orbax_nnx_handler.verifying import TOLERANCE, Array, Distance, comparable, compare, exceeds, together
+from orbax_nnx_handler.verifying import (
+    TOLERANCE,
+    Array,
+    Distance,
+    agree,
+    comparable,
+    compare,
+    compare_inputs,
+    exceeds,
+    together,
+)
 from orbax_nnx_handler.verifying.recording import Call
 
 Atom = tuple[Path, tuple[int, ...], tuple[tuple[int, int, int], ...]]
@@ -344,3 +354,27 @@ def _in_order(reference: Iterable[Array], others: list[Array]) -> list[tuple[Arr
         at = next((at for at, other in enumerate(others) if comparable(array, other)), None)
         pairs += [] if at is None else [(array, others.pop(at))]
     return pairs
+
+
+_MOST_CALLS = 16
+"""How many calls of one module are compared each with each."""
+
+
+def call_by_call(linen: Sequence[Use], nnx: Sequence[Use]) -> Iterator[tuple[int, Use, Use]]:
+    """Yields the number of a call in NNX, Linen's call and its own: with the same inputs, else in turn.
+
+    Two towers of shared weights may be called in either order; where one program calls a module more often,
+    what has no counterpart is left out.
+    """
+    left, pairs = dict(enumerate(linen)), dict[int, int]()
+    for at, use in enumerate(nnx if 1 < max(len(linen), len(nnx)) <= _MOST_CALLS else ()):
+        # What is its own, where it may be; else the first one, as the program goes on.
+        likely = sorted(left, key=lambda number: number != at)
+        found = next((n for n in likely if agree(compare_inputs(left[n].inputs, use.inputs))), None)
+        if found is not None:
+            pairs[at] = found
+            del left[found]
+    if len(linen) == len(nnx):
+        open_ = (at for at in range(len(nnx)) if at not in pairs)
+        pairs |= dict(zip(open_, [*left], strict=True))
+    yield from ((at, linen[number], nnx[at]) for at, number in sorted(pairs.items()))

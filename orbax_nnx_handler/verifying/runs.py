@@ -1,6 +1,7 @@
 """Both programs, run on one input from one checkpoint, and every call of paired modules compared."""
 
 import dataclasses
+import functools
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from orbax_nnx_handler.storage.restoring.restore import carry_out
 from orbax_nnx_handler.verifying import (
     TOLERANCE,
     Distance,
+    agree,
     changes_more_than_rounding,
     compare,
     compare_inputs,
@@ -36,6 +38,7 @@ from orbax_nnx_handler.verifying.pairing import (
     ModulePair,
     Use,
     by_path,
+    call_by_call,
     calls_in,
     compare_outputs,
     pair_modules,
@@ -92,10 +95,15 @@ class Compared:
         """Whether inputs and outputs agree."""
         return self.gets_the_same and bool(self.found.outputs.compared) and not self.found.differs
 
-    @property
+    @functools.cached_property
     def is_reordered_before(self) -> bool:
         """Whether it is called with the same numbers as Linen's module in another order."""
         return same_numbers(self.linen.inputs, self.nnx.inputs)
+
+    @functools.cached_property
+    def is_reordered(self) -> bool:
+        """Whether it returns the same numbers as Linen's module in another order."""
+        return same_numbers(self.linen.outputs, self.nnx.outputs)
 
     def order_of_features(self) -> tuple[Shape, tuple[int, ...]] | None:
         """Returns how the last axis of the input is divided in Linen, and where each part lies in the target.
@@ -134,32 +142,8 @@ def compare_modules(
         ours = uses_of(pair.nnx, nnx, _sizes(linen.get(pair.linen.path, ())))
         theirs = uses_of(pair.linen, linen, _sizes(nnx.get(pair.nnx.path, ())))
         calls = made_of.get(pair.nnx.path, 1)
-        compared += [_compared(pair, at, one, other, calls) for at, one, other in _call_by_call(theirs, ours)]
+        compared += [_compared(pair, at, one, other, calls) for at, one, other in call_by_call(theirs, ours)]
     return sorted(compared, key=lambda one: one.nnx.call.order)
-
-
-_MOST_CALLS = 16
-"""How many calls of one module are compared each with each."""
-
-
-def _call_by_call(linen: Sequence[Use], nnx: Sequence[Use]) -> Iterator[tuple[int, Use, Use]]:
-    """Yields the number of a call in NNX, Linen's call and its own: with the same inputs, else in turn.
-
-    Two towers of shared weights may be called in either order; where one program calls a module more often,
-    what has no counterpart is left out.
-    """
-    left, pairs = dict(enumerate(linen)), dict[int, int]()
-    for at, use in enumerate(nnx if 1 < max(len(linen), len(nnx)) <= _MOST_CALLS else ()):
-        # What is its own, where it may be; else the first one, as the program goes on.
-        likely = sorted(left, key=lambda number: number != at)
-        found = next((n for n in likely if agree(compare_inputs(left[n].inputs, use.inputs))), None)
-        if found is not None:
-            pairs[at] = found
-            del left[found]
-    if len(linen) == len(nnx):
-        open_ = (at for at in range(len(nnx)) if at not in pairs)
-        pairs |= dict(zip(open_, [*left], strict=True))
-    yield from ((at, linen[number], nnx[at]) for at, number in sorted(pairs.items()))
 
 
 def _sizes(calls: Sequence[Call]) -> set[int]:
@@ -178,11 +162,6 @@ def _compared(pair: ModulePair, number: int, linen: Use, nnx: Use, calls: int) -
         differs=_differs(inputs, outputs, calls),
     )
     return Compared(found=found, pair=pair, linen=linen, nnx=nnx, calls=calls)
-
-
-def agree(inputs: Distance) -> bool:
-    """Tells whether inputs agree; not where none could be compared, as one that is padded already."""
-    return not exceeds(inputs, TOLERANCE) and bool(inputs.compared or not inputs.left)
 
 
 def _differs(inputs: Distance, outputs: Distance, calls: int) -> bool:

@@ -24,10 +24,10 @@ from orbax_nnx_handler.planning.rules.split_and_fuse import rules_making
 from orbax_nnx_handler.planning.suggesting import Proposal, Question, Remade, Suggestion
 from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
-from orbax_nnx_handler.verifying import compare_inputs
+from orbax_nnx_handler.verifying import agree, compare_inputs
 from orbax_nnx_handler.verifying.comparison import compared
 from orbax_nnx_handler.verifying.pairing import by_path, compare_outputs, layers_of
-from orbax_nnx_handler.verifying.runs import LINEN, NNX, Compared, Programs, Runs, agree, run_both
+from orbax_nnx_handler.verifying.runs import LINEN, NNX, Compared, Programs, Runs, run_both
 from orbax_nnx_handler.verifying.single_module import ModuleRunner
 from orbax_nnx_handler.verifying.verification import FirstDifference, Verification, lent
 from orbax_nnx_handler.verifying.weights import on_one_device

@@ -298,3 +298,85 @@ def test_what_rounding_leaves_is_no_place_where_a_difference_arises(tmp_path: pa
     assert found.first is not None
     assert found.first.path == "(root)"
     assert "norm still returns the same, and head is called with something else." in str(found)
+
+
+class LinenMix(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.tanh(nn.Dense(4, name="dense")(x))
+
+
+class LinenMixer(nn.Module):
+    """Layers that hold nothing but one module, and what follows them without a module around it."""
+
+    has_ffn: bool
+
+    @nn.compact
+    def __call__(self, x):
+        for name in ("mix_0", "mix_1"):
+            x = x + LinenMix(name=name)(x)
+        if not self.has_ffn:
+            return x
+        gate, up = (nn.Dense(6, name=name)(x) for name in ("gate", "up"))
+        return nn.Dense(4, name="down")(nn.tanh(gate) * up)
+
+
+class Mix(nnx.Module):
+    def __init__(self, activation, rngs):
+        self.dense, self.activation = nnx.Linear(4, 4, rngs=rngs), activation
+
+    def __call__(self, x):
+        return self.activation(self.dense(x))
+
+
+class Ffn(nnx.Module):
+    def __init__(self, activation, rngs):
+        self.up, self.down = nnx.Linear(4, 12, rngs=rngs), nnx.Linear(6, 4, rngs=rngs)
+        self.activation = activation
+
+    def __call__(self, x):
+        gate, up = jnp.split(self.up(x), 2, -1)
+        return self.down(self.activation(gate) * up)
+
+
+class Mixer(nnx.Module):
+    def __init__(self, rngs, fault, activation):
+        @nnx.split_rngs(splits=2)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def blocks(rngs):
+            return Mix(activation if fault == "mix" else jnp.tanh, rngs)
+
+        self.mix = blocks(rngs)
+        self.ffn = Ffn(activation, rngs) if fault == "ffn" else None
+
+    def __call__(self, x):
+        run = nnx.scan(lambda x, mix: x + mix(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        x = run(x, self.mix)
+        return x if self.ffn is None else self.ffn(x)
+
+
+@pytest.mark.parametrize("fault", ["mix", "ffn"])
+def test_a_fault_is_named_in_the_innermost_module_that_is_called_with_the_same(tmp_path, fault: str):
+    # As many examples as layers; Linen has no module that is the `ffn`.
+    x, linen = jax.random.normal(jax.random.key(1), (2, 3, 4)), LinenMixer(fault == "ffn")
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "checkpoint", linen.init(jax.random.key(0), x))
+    joined = [
+        Fuse((f"gate/{name}", f"up/{name}"), f"ffn/up/{name}", axis=axis)
+        for name, axis in (("kernel", 1), ("bias", 0))
+    ]
+    rules = [
+        StackLayers("mix_{i}", "mix", axis=0),
+        *([*joined, ("down", "ffn/down")] if fault == "ffn" else []),
+    ]
+
+    def verified(activation: Any) -> Verification:
+        target = nnx.eval_shape(lambda: Mixer(nnx.Rngs(0), fault, activation))
+        run = lambda model, x: model(x)  # noqa: E731
+        return verify(tmp_path / "checkpoint", target, linen.apply, run, (x,), renames=rules)
+
+    assert verified(jnp.tanh).equal
+    wrong = verified(nnx.relu).first
+    assert wrong is not None
+    assert wrong.path == fault
+    assert (wrong.module.nnx.path == (fault,)) == (fault == "mix")

@@ -86,17 +86,20 @@ def alternatives(
 
 
 def _exchanged(doubtful: Mapping[Path, Recipe], shapes: Shapes) -> Iterator[list[tuple[Path, Path]]]:
-    """Yields leaves that may be each other's: those of two names in all layers, then one by one."""
+    """Yields leaves that may be each other's: of two names in all layers, of two modules, one by one."""
     alike: dict[object, list[tuple[Path, Path]]] = defaultdict(list)
+    modules: dict[object, list[tuple[Path, Path]]] = defaultdict(list)
     pairs = list[tuple[Path, Path]]()
     for one, other in itertools.combinations(doubtful, 2):
         if shape_of(doubtful[one], shapes) == shape_of(doubtful[other], shapes):
             pairs.append((one, other))
+            if one[-1:] == other[-1:]:
+                modules[one[:-1], other[:-1]].append((one, other))
             numbers = [[key for key in path if isinstance(key, int)] for path in (one, other)]
             names = [tuple(key for key in path if not isinstance(key, int)) for path in (one, other)]
             if numbers[0] == numbers[1]:
                 alike[tuple(names)].append((one, other))
-    yield from (group for group in alike.values() if len(group) > 1)
+    yield from (group for group in (*alike.values(), *modules.values()) if len(group) > 1)
     yield from ([pair] for pair in pairs)
 
 

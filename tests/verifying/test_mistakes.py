@@ -16,6 +16,8 @@ from flax import nnx
 from rich.console import Console
 
 from orbax_nnx_handler import Add, Fuse, Scale, StackLayers, Transpose, Verification, verify
+from orbax_nnx_handler.planning.core.recipes import Index, Read
+from orbax_nnx_handler.verifying.single_module import alternatives
 from tests.verifying.twins import BILSTM, GPT, LLAMA, TRANSLATOR, VIT, Twin
 
 Save = Callable[[Twin], pathlib.Path]
@@ -380,3 +382,14 @@ def test_a_fault_is_named_in_the_innermost_module_that_is_called_with_the_same(t
     assert wrong is not None
     assert wrong.path == fault
     assert (wrong.module.nnx.path == (fault,)) == (fault == "mix")
+
+
+def test_two_modules_may_have_each_others_weights_where_their_biases_are_stored_in_one_array():
+    shapes = {("key",): (4, 4), ("value",): (4, 4), ("bias",): (2, 4)}
+    kernels = {("k", "kernel"): Read(("value",)), ("v", "kernel"): Read(("key",))}
+    biases = {("k", "bias"): Index(Read(("bias",)), 0, 1), ("v", "bias"): Index(Read(("bias",)), 0, 0)}
+    doubtful = {**kernels, **biases}
+
+    ways = [dict(way.recipes) for way in alternatives(doubtful, {}, shapes)]
+
+    assert {(("v" if key == "k" else "k"), leaf): recipe for (key, leaf), recipe in doubtful.items()} in ways

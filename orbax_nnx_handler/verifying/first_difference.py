@@ -19,8 +19,8 @@ from orbax_nnx_handler.verifying import (
     TOLERANCE,
     Distance,
     are_the_same,
+    begin_alike,
     changes_more_than_rounding,
-    compare,
     exceeds,
 )
 from orbax_nnx_handler.verifying.pairing import compare_outputs
@@ -41,8 +41,6 @@ from orbax_nnx_handler.verifying.verification import (
 )
 from orbax_nnx_handler.verifying.weights import heads_by_rotation, with_features_in_order
 
-_BEGINNING = 64
-
 
 def called_alike(one: Compared, compared: Sequence[Compared]) -> Iterator[Compared]:
     """Yields other modules whose Linen counterpart is called with what a module is called with.
@@ -57,16 +55,9 @@ def called_alike(one: Compared, compared: Sequence[Compared]) -> Iterator[Compar
             or [array.size for array in other.linen.outputs] != sizes
         ):
             continue
-        if _begin_alike(one, other) and are_the_same(other.linen.inputs, one.nnx.inputs):
+        wanted, found = other.linen.inputs, one.nnx.inputs
+        if begin_alike(wanted, found) and are_the_same(wanted, found):
             yield other
-
-
-def _begin_alike(one: Compared, other: Compared) -> bool:
-    """Tells from a few elements whether it is worth comparing all."""
-    pairs = zip(other.linen.inputs, one.nnx.inputs, strict=False)
-    floats = [(a, b) for a, b in pairs if a.size == b.size and a.dtype.kind not in "biu"]
-    starts = [(a.reshape(-1)[:_BEGINNING], b.reshape(-1)[:_BEGINNING]) for a, b in floats]
-    return all(not exceeds(compare([a], [b]), 100 * TOLERANCE) for a, b in starts)
 
 
 def weights_of(
@@ -204,6 +195,12 @@ class Search:
         inputs = one.found.inputs
         return one.gets_the_same or (bool(inputs.compared) and not exceeds(inputs, self.limit))
 
+    def _gets_other_numbers(self, one: Compared) -> bool:
+        """Tells whether inputs differ, and not by their order alone, which its weights follow."""
+        outputs = one.found.outputs
+        follows = bool(outputs.compared) and not exceeds(outputs, self.limit) and one.is_reordered_before
+        return not self._gets_the_same(one) and not follows
+
     def _differs(self, one: Compared) -> bool:
         """Tells whether a module's outputs differ, inputs that are apart by rounding allowed for."""
         inputs, outputs = one.found.inputs, one.found.outputs
@@ -299,7 +296,7 @@ class Search:
         doubted = [
             one
             for one in inside
-            if not self._gets_the_same(one)
+            if self._gets_other_numbers(one)
             and not _is_padding(one, inside)
             and not any(id(other) in held and other.agrees for other in self._around(one))
         ]
@@ -403,7 +400,7 @@ class Search:
 
     def _in_another_order(self, inside: Sequence[Compared]) -> _Proof | None:
         """Returns the first module called with the same features in another order, a weight in that order."""
-        one = next((one for one in inside if not self._gets_the_same(one)), None)
+        one = next((one for one in inside if self._gets_other_numbers(one)), None)
         found = None if one is None else one.order_of_features()
         if one is None or found is None:
             return None

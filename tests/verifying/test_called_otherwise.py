@@ -96,6 +96,36 @@ def test_features_flattened_in_another_order_are_proved_and_settled(tmp_path: pa
     assert verified(given | {"renames": found.renames}).equal
 
 
+class LinenTwoHeads(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        x = x.reshape(len(x), -1)
+        return nn.Dense(3, name="policy")(x), nn.Dense(2, name="value")(x)
+
+
+class TwoHeads(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.policy, self.value = nnx.Linear(108, 3, rngs=rngs), nnx.Linear(108, 2, rngs=rngs)
+
+    def __call__(self, x: Any) -> Any:
+        x = x.transpose(0, 3, 1, 2).reshape(len(x), -1)
+        return self.policy(x), self.value(x)
+
+
+def test_what_several_modules_take_of_a_flattened_image_is_settled_for_each(tmp_path: pathlib.Path):
+    linen = LinenTwoHeads()
+    path = save(tmp_path, linen.init(jax.random.key(0), IMAGES))
+    target = nnx.eval_shape(lambda: TwoHeads(nnx.Rngs(0)))
+
+    found = suggest(path, target, verify=(linen.apply, lambda model, x: model(x), (IMAGES,)))
+
+    assert found.is_proved
+    assert {rule.pattern for rule in found.renames if isinstance(rule, Transpose)} == {
+        "policy/kernel",
+        "value/kernel",
+    }
+
+
 def test_of_several_orders_that_inputs_allow_none_is_told():
     def order(columns: int) -> Any:
         inputs = np.zeros((4, 36), np.float32)

@@ -50,7 +50,7 @@ def called_alike(one: Compared, compared: Sequence[Compared]) -> Iterator[Compar
     sizes = [array.size for array in one.nnx.outputs]
     for other in compared:
         if (
-            other.gets_the_same
+            (other.gets_the_same and not other.found.differs)
             or other.pair.linen == one.pair.linen
             or [array.size for array in other.linen.outputs] != sizes
         ):
@@ -342,7 +342,7 @@ class Search:
             self.tried += 1
             if self._agrees(one, way.recipes):
                 return _Proof(module=one, words=way.words, recipes=way.recipes)
-        return None
+        return self._with_others(one)
 
     def _in_its_branch(self, known: _Proof, one: Compared, inside: Sequence[Compared]) -> _Proof | None:
         """Returns the exchange with which all of a module agrees, where two have each other's inputs.
@@ -350,7 +350,7 @@ class Search:
         In two branches either these have each other's weights, or those before them that get the same have.
         """
         here, there = known.module, known.other
-        if there is None or not are_the_same(here.linen.inputs, there.nnx.inputs):
+        if there is None or not one.encloses(there) or not are_the_same(here.linen.inputs, there.nnx.inputs):
             return known
         end = max(here.nnx.call.order, there.nnx.call.order)
         before = [each for each in reversed(inside) if each.agrees and each.nnx.call.order < end]

@@ -90,6 +90,9 @@ def layers_seen(recipe: Recipe, axis: int | None, shapes: Shapes, *, is_whole: b
     return [frozenset[Atom]().union(*found)] if is_whole else found
 
 
+CallsByPath = Mapping[Path, Sequence[Call]]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Unit:
     """A module, or one layer of a module that is scanned.
@@ -131,7 +134,7 @@ def by_path(calls: Iterable[Call]) -> dict[Path, Sequence[Call]]:
     return dict(found)
 
 
-def calls_in(calls: Mapping[Path, Sequence[Call]]) -> dict[Path, int]:
+def calls_in(calls: CallsByPath) -> dict[Path, int]:
     """Returns of how many calls one call of each module is made, itself among them."""
     found: dict[Path, int] = defaultdict(int)
     for path, made in calls.items():
@@ -140,7 +143,7 @@ def calls_in(calls: Mapping[Path, Sequence[Call]]) -> dict[Path, int]:
     return {path: round(found[path] / len(made)) for path, made in calls.items()}
 
 
-def scanned_axes(calls: Mapping[Path, Sequence[Call]], wanted: Mapping[Path, Shape]) -> dict[Path, int]:
+def scanned_axes(calls: CallsByPath, wanted: Mapping[Path, Shape]) -> dict[Path, int]:
     """Returns the axis of each leaf that the module did not see when it was called."""
     axes: dict[Path, int] = {}
     for leaf, seen in _seen(calls).items():
@@ -150,7 +153,7 @@ def scanned_axes(calls: Mapping[Path, Sequence[Call]], wanted: Mapping[Path, Sha
     return axes
 
 
-def _seen(calls: Mapping[Path, Sequence[Call]]) -> dict[Path, Shape]:
+def _seen(calls: CallsByPath) -> dict[Path, Shape]:
     """Returns the shape of each leaf that the module saw when it was called."""
     return {(*path, name): shape for path, found in calls.items() for name, shape in found[0].shapes.items()}
 
@@ -159,8 +162,8 @@ def pair_modules(
     recipes: Mapping[Path, Recipe],
     shapes: tuple[Mapping[Path, Shape], Shapes],
     location: Mapping[Path, Path],
-    nnx_calls: Mapping[Path, Sequence[Call]],
-    linen_calls: Mapping[Path, Sequence[Call]],
+    nnx_calls: CallsByPath,
+    linen_calls: CallsByPath,
 ) -> list[ModulePair]:
     """Returns the modules that hold the same stored elements, of those that were called.
 
@@ -187,7 +190,7 @@ def pair_modules(
     pairs: list[ModulePair] = []
     for atoms, wanted in nnx.items():
         if atoms and atoms in linen:
-            for one, other, certain in _chained(wanted, linen[atoms]):
+            for one, other, certain in _chained(wanted, linen[atoms], (nnx_calls, linen_calls)):
                 leaves = tuple(within[one.path])
                 pairs.append(ModulePair(nnx=one, linen=other, leaves=leaves, is_certain=certain))
     return pairs
@@ -202,9 +205,7 @@ def _leaves_within(leaves: Iterable[Path], modules: Collection[Path]) -> dict[Pa
     return found
 
 
-def _nnx_units(
-    layered: Mapping[Path, Sequence[Atoms]], calls: Mapping[Path, Sequence[Call]]
-) -> dict[Atoms, list[Unit]]:
+def _nnx_units(layered: Mapping[Path, Sequence[Atoms]], calls: CallsByPath) -> dict[Atoms, list[Unit]]:
     units: dict[Atoms, list[Unit]] = defaultdict(list)
     for module, leaves in _leaves_within(layered, calls).items():
         counts = {len(layered[leaf]) for leaf in leaves}
@@ -215,13 +216,13 @@ def _nnx_units(
         for layer in range(count if count > 1 and _runs_in_layers(calls[module], count) else 0):
             atoms = frozenset[Atom]().union(*(layered[leaf][layer] for leaf in leaves))
             units[atoms].append(Unit(path=module, layer=layer, layers=count))
-    return {atoms: sorted(found, key=lambda unit: len(unit.path)) for atoms, found in units.items()}
+    return {atoms: _from_outside(found, calls) for atoms, found in units.items()}
 
 
 def _linen_units(
     used: Iterable[Atom],
     location: Mapping[Path, Path],
-    calls: Mapping[Path, Sequence[Call]],
+    calls: CallsByPath,
     whole: set[Path],
 ) -> dict[Atoms, list[Unit]]:
     within: dict[Path, set[Atom]] = defaultdict(set)
@@ -230,6 +231,7 @@ def _linen_units(
         for depth in range(len(place)):
             if place[:depth] in calls:
                 within[place[:depth]].add(atom)
+    within |= _held_by_calls(within, calls)
     units: dict[Atoms, list[Unit]] = defaultdict(list)
     for module, atoms in within.items():
         by_layer: dict[tuple[int, ...], set[Atom]] = defaultdict(set)
@@ -242,7 +244,20 @@ def _linen_units(
         for number, layer in enumerate([] if is_one else sorted(by_layer)):
             unit = Unit(path=module, layer=number, layers=len(by_layer))
             units[frozenset(by_layer[layer])].append(unit)
-    return {atoms: sorted(found, key=lambda unit: len(unit.path)) for atoms, found in units.items()}
+    return {atoms: _from_outside(found, calls) for atoms, found in units.items()}
+
+
+def _held_by_calls(within: Mapping[Path, set[Atom]], calls: CallsByPath) -> dict[Path, set[Atom]]:
+    """Returns what modules without weights run, as an `nn.RNN` the cell that its caller holds."""
+    found: dict[Path, set[Atom]] = defaultdict(set)
+    for module, atoms in within.items():
+        for outer in {outer for call in calls[module] for outer in call.within} - within.keys():
+            found[outer] |= atoms
+    return found
+
+
+def _from_outside(units: Iterable[Unit], calls: CallsByPath) -> list[Unit]:
+    return sorted(units, key=lambda unit: (len(calls[unit.path][0].within), len(unit.path)))
 
 
 def _runs_in_layers(calls: Sequence[Call], count: int) -> bool:
@@ -250,8 +265,13 @@ def _runs_in_layers(calls: Sequence[Call], count: int) -> bool:
     return len(calls) % count == 0 or any(_is_batched(call, count) for call in calls)
 
 
-def _chained(wanted: Sequence[Unit], stored: Sequence[Unit]) -> Iterable[tuple[Unit, Unit, bool]]:
-    """Pairs modules around the same elements: the innermost hold them, the others wrap these."""
+def _chained(
+    wanted: Sequence[Unit], stored: Sequence[Unit], calls: tuple[CallsByPath, CallsByPath]
+) -> Iterable[tuple[Unit, Unit, bool]]:
+    """Pairs modules around the same elements: the innermost hold them, the others wrap these.
+
+    A single one is what of several is called as often: a loop over a cell, or the cell.
+    """
     if wanted[0].path == stored[0].path == ():  # Both programs, whatever modules lie within them.
         yield wanted[0], stored[0], True
         wanted, stored = wanted[1:], stored[1:]
@@ -260,7 +280,14 @@ def _chained(wanted: Sequence[Unit], stored: Sequence[Unit]) -> Iterable[tuple[U
     if len(wanted) == len(stored):
         yield from ((one, other, True) for one, other in zip(wanted, stored, strict=True))
         return
-    yield wanted[-1], stored[-1], min(len(wanted), len(stored)) == 1
+    is_single = min(len(wanted), len(stored)) == 1
+    pairs = [*itertools.product(reversed(wanted), reversed(stored))] if is_single else []
+    counts = [
+        [len(found[unit.path]) // unit.layers for unit, found in zip(pair, calls, strict=True)]
+        for pair in pairs
+    ]
+    alike = [pair for pair, (ours, theirs) in zip(pairs, counts, strict=True) if ours == theirs]
+    yield (*(alike[0] if alike else (wanted[-1], stored[-1])), is_single)
     for one in wanted[:-1]:
         yield from ((one, other, False) for other in stored[:-1])
 
@@ -291,7 +318,7 @@ class Use:
     outputs: Sequence[Array]
 
 
-def uses_of(unit: Unit, calls: Mapping[Path, Sequence[Call]], sizes: Collection[int]) -> list[Use]:
+def uses_of(unit: Unit, calls: CallsByPath, sizes: Collection[int]) -> list[Use]:
     """Returns a unit's part in the calls of its module, in their order; nothing if they do not come out.
 
     Args:

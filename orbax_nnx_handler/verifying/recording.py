@@ -46,6 +46,7 @@ class Call:
         arguments: Its arguments, with `Held` for each array.
         function: What the module is run with, where that is not the module itself: the caller's program.
         is_batched: Whether it is several calls in one, made by `jax.vmap`.
+        within: The paths of the modules in whose calls it was made, the outermost first.
     """
 
     path: Path
@@ -58,6 +59,7 @@ class Call:
     arguments: tuple[Any, Mapping[str, Any]]
     function: Callable[..., Any] | None = None
     is_batched: bool = False
+    within: tuple[Path, ...] = ()
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -73,6 +75,7 @@ class _Traced:
     places: list[Path] = dataclasses.field(default_factory=list[Path])
     orders: list[int] = dataclasses.field(default_factory=list[int])
     ranks: list[int] = dataclasses.field(default_factory=list[int])
+    within: tuple[Path, ...] = ()
     function: Callable[..., Any] | None = None
 
 
@@ -100,6 +103,7 @@ class Recorder:
             arguments=jax.tree.unflatten(structure, held),
             inputs=[list[Array]() for _ in arrays],
             outputs=[],
+            within=tuple(outer for _, outer in self.running),
         )
         self.traced.append(made)
         for place, array in zip(made.inputs, arrays, strict=True):
@@ -146,6 +150,7 @@ class Recorder:
                 shapes=made.shapes,
                 arguments=made.arguments,
                 function=made.function,
+                within=made.within,
                 is_batched=[place[at].ndim for place in made.outputs[:1] if at < len(place)] > made.ranks[:1],
             )
             for made in self.traced

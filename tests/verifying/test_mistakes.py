@@ -393,3 +393,49 @@ def test_two_modules_may_have_each_others_weights_where_their_biases_are_stored_
     ways = [dict(way.recipes) for way in alternatives(doubtful, {}, shapes)]
 
     assert {(("v" if key == "k" else "k"), leaf): recipe for (key, leaf), recipe in doubtful.items()} in ways
+
+
+class LinenRecurrent(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        # The cell is a part of this module, not of the `RNN`.
+        return nn.Dense(2, name="out")(nn.RNN(nn.SimpleCell(3), name="recurrent")(nn.Dense(3, name="in")(x)))
+
+
+class Loop(nnx.Module):
+    def __init__(self, rngs, activation):
+        self.x, self.h = nnx.Linear(3, 3, rngs=rngs), nnx.Linear(3, 3, use_bias=False, rngs=rngs)
+        self.activation = activation
+
+    def __call__(self, x):
+        states = [jnp.zeros(x[:, 0].shape)]
+        for at in range(x.shape[1]):
+            states.append(self.activation(self.x(x[:, at]) + self.h(states[-1])))
+        return jnp.stack(states[1:], 1)
+
+
+class Recurrent(nnx.Module):
+    def __init__(self, rngs, activation):
+        self.first, self.last = nnx.Linear(3, 3, rngs=rngs), nnx.Linear(3, 2, rngs=rngs)
+        self.loop = Loop(rngs, activation)
+
+    def __call__(self, x):
+        return self.last(self.loop(self.first(x)))
+
+
+def test_a_loop_is_compared_with_the_module_that_runs_a_cell_of_its_callers(tmp_path):
+    x = jax.random.normal(jax.random.key(1), (2, 4, 3))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "checkpoint", LinenRecurrent().init(jax.random.key(0), x))
+    rules = [("in", "first"), ("out", "last"), ("SimpleCell_0/i", "loop/x"), ("SimpleCell_0/h", "loop/h")]
+
+    def verified(activation: Any) -> Verification:
+        target = nnx.eval_shape(lambda: Recurrent(nnx.Rngs(0), activation))
+        run = lambda model, x: model(x)  # noqa: E731
+        return verify(tmp_path / "checkpoint", target, LinenRecurrent().apply, run, (x,), renames=rules)
+
+    right, wrong = verified(jnp.tanh), verified(nnx.relu).first
+    assert right.equal
+    assert (("loop",), ("recurrent",)) in {(one.nnx.path, one.linen.path) for one in right.modules}
+    assert wrong is not None
+    assert wrong.path == "loop"

@@ -65,7 +65,7 @@ def test_a_right_conversion_is_equal_and_so_is_every_module(twin: Twin, saved: S
         ),
         (VIT, 24, {("layers/1/fc2", None): "encoderblock_1/Dense_1", ("patches", None): "embedding"}),
         (TRANSLATOR, 20, {("cross_attention/k", None): "decoder_cross_attn/key"}),
-        (BILSTM, 92, {("bwd/cell", None): "backward_cell", ("fwd/cell/if_", None): "forward_cell/if"}),
+        (BILSTM, 94, {("bwd/cell", None): "backward_cell", ("fwd/cell/if_", None): "forward_cell/if"}),
         (LLAMA, 34, {("blocks/2/attn/o", None): "layers/o_proj", ("blocks/1", None): "layers"}),
     ],
     ids=lambda value: getattr(value, "name", ""),

@@ -11,13 +11,14 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 
-from orbax_nnx_handler.planning.core.folding import plain_names
+from orbax_nnx_handler.planning.core.folding import PLACE, plain_names
 from orbax_nnx_handler.planning.core.paths import Path, is_index, levels
 from orbax_nnx_handler.planning.likeness.assignment import Fit
 from orbax_nnx_handler.planning.likeness.links import Link
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart
 from orbax_nnx_handler.planning.likeness.vocabulary import (
+    SINGLE,
     STRONG,
     Concepts,
     Names,
@@ -146,6 +147,18 @@ def _numbers(names: Names) -> Mapping[str, str]:
     found = [(word, number) for word, number in said if number.isdecimal() and not word.isdecimal()]
     counts = Counter(word for word, _ in found)
     return {word: number for word, number in found if counts[word] == 1}
+
+
+def share_word(one: str, other: str) -> bool:
+    """Tells whether two names share a word that says more than that layers are counted."""
+    said = (
+        {*(word.removesuffix("s") for word in words(name) if word.isalpha()), *meanings(name)}
+        for name in (one, other)
+    )
+    return not set.intersection(*said) <= _OF_LAYERS
+
+
+_OF_LAYERS = {*SINGLE, *(word.removesuffix("s") for word in SINGLE), *PLACE, ""}
 
 
 def turned_lists(links: Iterable[Link]) -> Collection[tuple[Names, str]]:

@@ -3,17 +3,22 @@
 A model of several networks keeps each in a module of its own: a generator and a discriminator, an actor
 and a critic, an encoder and a decoder. Where one module of either side holds leaves of the same sizes,
 nothing of it goes into another one, whatever its parts are called. Of several that hold the same, names
-tell which is which, or nothing does.
+tell which is which, or nothing does. Then parts that two numbers count, of which either may be the outer one.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import operator
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+from orbax_nnx_handler.planning.core.folding import same_numbers
+from orbax_nnx_handler.planning.core.leaves import with_fields
 from orbax_nnx_handler.planning.core.paths import levels, shared_levels
+from orbax_nnx_handler.planning.likeness import share_word
 from orbax_nnx_handler.planning.likeness.assignment import best_pairs
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, part_of
@@ -199,3 +204,167 @@ def _outermost(leaves: Sequence[Leaf]) -> Mapping[Names, list[Leaf]]:
         for names, level in ends.items()
         if level.number is None or (counts[level.base] == level.width == 1)
     }
+
+
+# Lists of lists.
+
+
+_DIGITS = re.compile(r"(\d+)")
+_Numbers = tuple[str, ...]
+_Counted = tuple[Link, _Numbers, _Numbers, str]
+"""A link with the numbers of the wanted and of the stored path, and what follows the last stored one."""
+
+
+def with_axes(found: Findings) -> Findings:
+    """Returns links of which a number is that of the same word; asks where either of two may be the other.
+
+    `conv1_0` is in `blocks/0/conv1`: the same word stands before 1 on both sides, and both lists count from
+    0. In `block1/conv1` of as many blocks as convolutions it may be `conv1_2` or `conv2_1` that follows.
+    """
+    groups: dict[tuple[Names, Names], list[_Counted]] = defaultdict(list)
+    for link in found.links:
+        ours = _DIGITS.split("/".join(link.target.names))
+        if len(ours) > 4 and link.layers is None and link.joint is None and not link.copied:
+            theirs = _DIGITS.split("/".join(link.source.names))
+            key = tuple(ours[:-1:2]), tuple(theirs[:-1:2])
+            groups[key].append((link, tuple(ours[1::2]), tuple(theirs[1::2]), theirs[-1]))
+    told, open_ = dict[object, set[bool]](), list[_Axes]()
+    for axes in (each for key, group in groups.items() for each in _Axes.all_of(*key, group)):
+        if axes.exchanged:
+            open_.append(axes)
+        else:
+            told.setdefault(axes.around, set()).add(axes.is_straight)
+    made, ties, seen = {id(link): link for link in found.links}, [*found.ties], set[int]()
+    for axes in open_:
+        is_open = axes.gain > -_STRAIGHT and told.get(axes.around) != {axes.is_straight}
+        if id(axes.group) in seen or not (is_open or axes.gain >= 1):
+            continue
+        seen.add(id(axes.group))
+        now = [made.pop(id(link)) for link, *_ in axes.group]
+        if axes.gain >= 1:
+            made |= zip(map(id, now), axes.exchanged, strict=True)
+        else:
+            ties.append(Tie(readings=(tuple(now), tuple(axes.exchanged)), **axes.names))
+    return Findings(links=[*made.values()], ties=ties, groups=found.groups)
+
+
+_STRAIGHT = 0.5
+"""That of two numbers with words of their own the first one is the outer one on both sides."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Axes:
+    """Parts that two numbers count on both sides, each as often.
+
+    Attributes:
+        group: Their links.
+        words: What stands before each number of both sides, wanted and stored.
+        held: The values of each number of both sides.
+        at: The places of the two among the numbers of the stored paths, and of the wanted ones.
+    """
+
+    group: Sequence[_Counted]
+    words: tuple[Names, Names]
+    held: tuple[Sequence[Sequence[str]], Sequence[Sequence[str]]]
+    at: tuple[tuple[int, int], tuple[int, int]]
+
+    @classmethod
+    def all_of(cls, wanted: Names, stored: Names, group: Sequence[_Counted]) -> Iterator["_Axes"]:
+        """Yields the pairs of numbers of which each counts what one of the other side does."""
+        ours, theirs = (
+            [_ranked(column) for column in zip(*(x[side] for x in group), strict=True)] for side in (1, 2)
+        )
+        long = [at for at, (values, _) in enumerate(theirs) if len(values) > 1]
+        aims = {at: [to for to, (_, ranks) in enumerate(ours) if ranks == theirs[at][1]] for at in long}
+        held = [values for values, _ in ours], [values for values, _ in theirs]
+        for one, other in itertools.combinations(long, 2):
+            if len(held[1][one]) == len(held[1][other]) and len(aims[one]) == len(aims[other]) == 1:
+                at = (one, other), (aims[one][0], aims[other][0])
+                if at[1][0] != at[1][1]:
+                    yield cls(group, (wanted, stored), held, at)
+
+    @property
+    def names(self) -> Mapping[str, tuple[Names, ...]]:
+        """The parts of both sides."""
+        ends = zip(*((part_of(x.target), part_of(x.source)) for x, *_ in self.group), strict=True)
+        ours, theirs = (tuple(dict.fromkeys(side)) for side in ends)
+        return {"wanted": ours, "stored": theirs}
+
+    @property
+    def is_straight(self) -> bool:
+        """Whether the first number of one side is the first one of the other."""
+        return self.at[1][0] < self.at[1][1]
+
+    @property
+    def around(self) -> object:
+        """What leads into the outer list, and how both count: what one part tells of those beside it."""
+        one, other = self.at[0]
+        return self.words[0][: min(self.at[1]) + 1], *map(tuple, (self.held[1][one], self.held[1][other]))
+
+    @functools.cached_property
+    def exchanged(self) -> list[Link]:
+        """The links where either number is the other one; none where shapes allow only what is found."""
+        one, other = self.at[0]
+        forth = dict(zip(self.held[1][one], self.held[1][other], strict=True))
+        back = {value: key for key, value in forth.items()}
+        sources = {(x.source.collection, at, end): x.source for x, _, at, end in self.group}
+        found = list[Link]()
+        for link, _, numbers, end in self.group:
+            moved = [*numbers]
+            moved[one], moved[other] = back[numbers[other]], forth[numbers[one]]
+            leaf = sources.get((link.source.collection, tuple(moved), end))
+            if leaf is None or leaf.shape != link.source.shape:
+                return []
+            seats = same_numbers(link.target.names, leaf.names, (0, 0))
+            found.append(link if leaf is link.source else with_fields(link, stored=(leaf,), levels=seats))
+        return found
+
+    @property
+    def gain(self) -> float:
+        """How much more names and numbers speak for the exchange than for what is found."""
+        (one, other), (first, second) = self.at
+        found = self._alike(one, first) + self._alike(other, second)
+        both = self._alike(one, second) + self._alike(other, first)
+        sides = zip(self.words, (sorted(self.at[1]), self.at[0]), strict=True)
+        # The first number of `conv1_0` may be either of two that have a word each.
+        if {*itertools.starmap(_kind_of, sides)} == {"one word", "a word each"}:
+            return both - found
+        return both - found - (_STRAIGHT if self.is_straight else -_STRAIGHT)
+
+    def _alike(self, at: int, to: int) -> int:
+        """Returns how much tells that a number of a stored path is one of the wanted path."""
+        called = share_word(self._word(1, at), self._word(0, to))
+        return called + (self.held[1][at] == self.held[0][to])
+
+    def _word(self, side: int, at: int) -> str:
+        """Returns what a number counts; `conv1_0` is in a list `conv1`, where the two count otherwise."""
+        held = self.held[side]
+        is_in_list = _is_bare(self.words[side], at) and held[at - 1] != held[at]
+        return "" if is_in_list else _word_before(self.words[side], at)
+
+
+def _ranked(column: Iterable[str]) -> tuple[list[str], list[int]]:
+    """Returns the numbers in order, and the rank of each of them."""
+    numbers = [*column]
+    places = {number: at for at, number in enumerate(sorted({*numbers}, key=int))}
+    return [*places], [places[number] for number in numbers]
+
+
+def _is_bare(texts: Sequence[str], at: int) -> bool:
+    """Tells whether a number follows another one in a name, as in `conv1_0`."""
+    return at > 0 and "/" not in texts[at] and not any(map(str.isalpha, texts[at]))
+
+
+def _kind_of(texts: Sequence[str], at: Sequence[int]) -> str:
+    """Returns how two numbers are told apart: `conv1_0`, `block1/conv0`, or as in a list of lists."""
+    word = _word_before(texts, at[1])
+    if _is_bare(texts, at[1]):
+        return "one word" if at[1] == at[0] + 1 and share_word(word, word) else ""
+    return "a word each" if word else ""
+
+
+def _word_before(texts: Sequence[str], at: int) -> str:
+    """Returns what a number counts, by the name before it; both of `conv1_0` count convolutions."""
+    while _is_bare(texts, at):
+        at -= 1
+    return next(filter(None, reversed(texts[at].split("/"))), "")

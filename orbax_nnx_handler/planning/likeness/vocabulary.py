@@ -21,7 +21,7 @@ _SPELLINGS = {
     "cross": "cross encdec",
     "mlp": "mlp mlps ffn ffns ff ffw ffwd feedforward mlpblock moe",
     "norm": "norm norms ln layernorm lnorm layrnorm rmsnorm rms batchnorm bn groupnorm gn normalization "
-    "normalisation instancenorm normalize normomalization",
+    "normalisation instancenorm normalize normomalization lns bns gns",
     "embed": "embed embeds embedding embeddings embedder emb embs",
     "token embed": "wte",
     "pos embed": "wpe posembed posemb posembeds",
@@ -42,7 +42,7 @@ _SPELLINGS = {
     "o": "o",
     "out": "out outp output outputs outgoing wo",
     "in": "in inp input inputs incoming",
-    "up": "up wi intermediate",
+    "up": "up ups wi intermediate",
     "gate": "gate gates gating g wg",
     "down": "down",
     "head": "head heads classifier logits logit score predictions prediction unembed unembedding",
@@ -91,7 +91,7 @@ _SPELLINGS = {
     "actor": "actor policy action pi",
     "online": "online student",
     "": "model models module modules transformer core net network backbone base layer layers block blocks h "
-    "stack proj projection dense linear fc lin weight weights kernel w param params cell instance dot "
+    "stack proj projection dense linear fc fcs lin weight weights kernel w param params cell instance dot "
     "product multi c to einsum the of and",
 }
 """Each concept with its spellings; those of the last line say nothing."""
@@ -173,14 +173,14 @@ _MEANING = {
 }
 _LONGEST = max(map(len, _PHRASES))
 _WORD = re.compile(
-    r"[A-Z](?=to[A-Z])|to(?=[A-Z])|\d+x\d+|\d+[a-z](?![A-Za-z])|\d+|conv(?=[a-rt-z](?![a-z]))|[A-Z]+(?![a-z])"
-    r"|[A-Z]?[a-z]+"
+    r"[A-Z](?=to[A-Z])|to(?=[A-Z])|\d+x\d+|\d+[a-rt-z](?![A-Za-z])|\d+|conv(?=[a-rt-z](?![a-z]))|[A-Z]+(?![a-z])"
+    r"|(?!(?<=\d)s(?![A-Za-z]))[A-Z]?[a-z]+"
 )
 
 
 @functools.lru_cache(maxsize=65536)
 def words(name: str) -> tuple[str, ...]:
-    """Returns the words of a name in order: `LayerNorm_0` is `layer`, `norm`, `0`; `5b` and `3x3` count."""
+    """Returns the words of a name in order: `LayerNorm_0` is `layer`, `norm`, `0`; `5b` counts, no `1s`."""
     return tuple(part.lower() for part in _WORD.findall(name))
 
 

@@ -16,7 +16,7 @@ from orbax_nnx_handler.planning.likeness.assignment import Fit, fit_of, may_be, 
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie, leads, settle_turns
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, module_parts, part_of
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart, named_parts
-from orbax_nnx_handler.planning.likeness.networks import with_networks_apart
+from orbax_nnx_handler.planning.likeness.networks import with_axes, with_networks_apart
 from orbax_nnx_handler.planning.likeness.norms_of_layers import with_counted_parts
 from orbax_nnx_handler.planning.likeness.recurrent_cells import as_fused
 from orbax_nnx_handler.planning.likeness.shapes import Way, ways
@@ -263,9 +263,8 @@ def _shapes(part: ModulePart) -> tuple[object, ...]:
 
 
 def _is_of_tokens(link: Link) -> bool:
-    if link.target.names[-1] != "embedding" or len(link.target.shape) < 2:
-        return False
-    return not concepts((*link.target.names, *link.source.names)) & {"pos", "type", "patch", "cls"}
+    is_table, names = link.target.names[-1] == "embedding", (*link.target.names, *link.source.names)
+    return is_table and len(link.target.shape) > 1 and not concepts(names) & {"pos", "type", "patch", "cls"}
 
 
 def _is_meant(one: NamedPart, other: NamedPart) -> bool:
@@ -424,7 +423,7 @@ def match_model(context: Context) -> Findings:
     """Matches a model, networks that hold the same by themselves where parts of them would be crossed."""
 
     def match(wanted: Sequence[Leaf], stored: Sequence[Leaf]) -> Findings:
-        return _match_whole(dataclasses.replace(context, wanted=wanted, stored=stored))
+        return with_axes(_match_whole(dataclasses.replace(context, wanted=wanted, stored=stored)))
 
     return with_networks_apart(match(context.wanted, context.stored), context.wanted, context.stored, match)
 

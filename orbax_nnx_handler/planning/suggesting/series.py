@@ -15,6 +15,7 @@ from typing import Any
 from orbax_nnx_handler.planning.core.folding import PLACE, numbered
 from orbax_nnx_handler.planning.core.leaves import Shape, derived
 from orbax_nnx_handler.planning.core.paths import is_count, levels, natural_key, shared_levels
+from orbax_nnx_handler.planning.likeness import share_word
 from orbax_nnx_handler.planning.likeness.assignment import best_pairs
 from orbax_nnx_handler.planning.likeness.links import Link
 from orbax_nnx_handler.planning.likeness.module_parts import BySize, Leaf, module_parts, of_sizes
@@ -27,7 +28,6 @@ from orbax_nnx_handler.planning.likeness.vocabulary import (
     counts_of,
     exclude,
     likeness,
-    meanings,
     telling,
     words,
 )
@@ -246,12 +246,6 @@ def _may_be_within(pairs: Pairs) -> bool:
         len(it) < 2 or (share_word(*key[:2]) and [x for _, x in sorted(it)] == sorted(x for _, x in it))
         for key, it in groups.items()
     )
-
-
-def share_word(one: str, other: str) -> bool:
-    """Tells whether two names share a word that says more than that layers are counted."""
-    said = ({*filter(str.isalpha, words(name)), *meanings(name)} for name in (one, other))
-    return not set.intersection(*said) <= {*SINGLE, *PLACE}
 
 
 def in_sequence(groups: Sequence[Series], free: Sequence[Leaf], above: int, arms: int) -> list[list[Pairs]]:

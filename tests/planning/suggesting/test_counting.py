@@ -2,9 +2,10 @@
 
 import itertools
 
+import numpy as np
 import pytest
 
-from tests.planning.suggesting.proposals import check, filled, proposed
+from tests.planning.suggesting.proposals import check, filled, proposed, restored
 
 
 @pytest.mark.parametrize("widths", [[(4, 4), (8, 4), (8, 12)], [(4, 4), (4, 4), (4, 12)]])
@@ -561,3 +562,65 @@ def test_of_as_many_layers_as_numbered_parts_none_is_taken_for_the_other(own, th
 
     assert values
     check(values, {path: expected[path] for path in values})
+
+
+def _counted_twice(own, theirs, counts, more=()):
+    """Returns square kernels that two numbers count, and what is wanted of each; `more` one counts."""
+    names = [{"a": a, "b": b, "c": a - 1} for a, b in itertools.product(*counts)]
+    ends = {f"{own.format(**each)}/kernel": f"{theirs.format(**each)}/kernel" for each in names}
+    ends |= {f"{x}_{b}/kernel": f"layers/{b}/{x}/kernel" for x in more for b in counts[1]}
+    stored = filled(dict.fromkeys(ends, (8, 8)))
+    return stored, {ends[path]: value for path, value in stored.items()}
+
+
+@pytest.mark.parametrize(
+    ("own", "theirs", "more"),
+    [
+        ("fc{a}s_{b}", "layers/{b}/fc{a}", ()),
+        ("layers_{b}/fc{a}", "fc{a}s/{b}", ()),
+        ("task{a}_fc{b}", "heads/{c}/fc{b}", ()),
+        ("dense{a}_{b}", "layers/{b}/linear{a}", ("gate",)),
+        ("convs{a}_{b}", "resblock/{b}/convs/{c}", ()),
+        ("blocks_{b}/conv{a}", "convs{a}/{b}", ()),
+    ],
+    ids=lambda each: each if isinstance(each, str) else "",
+)
+def test_a_number_is_the_one_of_its_word_and_lists_count_from_where_they_do(own, theirs, more):
+    stored, expected = _counted_twice(own, theirs, ((1, 2), (0, 1)), more)
+
+    found, values = proposed(stored, {path: value.shape for path, value in expected.items()})
+
+    assert not found.questions
+    check(values, expected)
+
+
+@pytest.mark.parametrize(
+    ("own", "theirs", "counts"),
+    [
+        ("conv{a}_{b}", "block{a}/conv{b}", ((1, 2), (1, 2))),
+        ("conv{b}_{a}", "block{a}/conv{b}", ((1, 2), (1, 2))),
+        ("layers_{a}/experts_{b}", "experts/{b}/{a}", ((0, 1), (0, 1))),
+        ("layers_{a}/experts_{b}", "experts/{a}/{b}", ((0, 1), (0, 1))),
+    ],
+)
+def test_which_of_two_numbers_of_one_word_is_the_outer_one_is_asked_with_both_readings(own, theirs, counts):
+    stored, expected = _counted_twice(own, theirs, counts)
+    shapes = {path: value.shape for path, value in expected.items()}
+
+    found, values = proposed(stored, shapes)
+
+    (question,) = found.questions
+    assert not values
+    made = [restored(stored, shapes, rules) for rules in question.alternatives]
+    right = [all(np.array_equal(each[path], x) for path, x in expected.items()) for each in made]
+    assert len(right) == 2
+    assert right.count(True) == 1
+
+
+def test_what_leads_down_is_none_of_what_leads_up():
+    stored, expected = _counted_twice("down_{c}_resnet{b}", "ups/{c}/{b}", ((1, 2), (0, 1)))
+
+    found, values = proposed(stored, {path: value.shape for path, value in expected.items()})
+
+    assert not values
+    assert not found.questions

@@ -85,7 +85,8 @@ _SPELLINGS = {
     "expand": "expand exp expansion expanded",
     "depthwise": "depthwise dw",
     "depthwise conv": "dwconv",
-    "pointwise": "pointwise pw pwl project",
+    "pointwise": "pointwise pw",
+    "pointwise project": "pwl project",
     "probe": "probe latent",
     "passage": "passage ctx document doc",
     "actor": "actor policy action pi",
@@ -109,7 +110,7 @@ _TOGETHER = (
     "add v: enc text added v, add out: enc text added out, w pack: q k v, score model:, score net:, "
     "score network:, score unet:, sa norm: self attn norm, sa layer norm: self attn norm, r w: rel content, "
     "r r: rel pos, g encoder: goal enc, conv pw: conv pw, conv transpose: conv deconv, "
-    "query encoder: question enc, context encoder: passage enc"
+    "query encoder: question enc, context encoder: passage enc, net g: generator, net d: discriminator"
 )
 _PHRASES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     tuple(words.split()): tuple(said.split())
@@ -125,7 +126,7 @@ _APART = (
     "q k v o, up down gate, in out, pre post, first last, enc dec, self cross, attn mlp, vision text audio, "
     "fwd bwd, left right, top bottom, upper lower, inner outer, local global, high low, coarse fine, "
     "row col, odd even, real imag, min max, mean var std logvar, prev next, past future, teacher online, "
-    "online tgt, src tgt, generator discriminator, actor critic, user item, expand depthwise pointwise, "
+    "online tgt, src tgt, generator discriminator, actor critic, user item, expand depthwise, depthwise pointwise, expand project, "
     "spatial temporal, token pos type, embed head, cls mask, positive negative, channel token, parent child, "
     "fast slow, wide deep, front back, long short, downsample upsample, public private, old new, "
     "clean noisy, x y z, a b, red green blue, major minor, north south east west, small large medium, "
@@ -193,7 +194,7 @@ def counts_of(name: str) -> tuple[str, ...]:
 def meanings(name: str) -> tuple[str, ...]:
     """Returns the concepts of a name in the order of its words; numbers and empty words left out."""
     found: list[str] = []
-    left = words(name)
+    left = words(f"net_{name}" if name.partition("_")[0] in ("G", "D") else name)  # Of a GAN.
     while left:
         length = next((n for n in range(_LONGEST, 0, -1) if left[:n] in _PHRASES), 0)
         if length:

@@ -358,15 +358,10 @@ def levels(names: Tokens) -> tuple[Level, ...]:
     found: list[Level] = []
     for level in map(_level, names):
         if not level.base and found and found[-1].number is None:
-            found[-1] = _with_number(found[-1].base, level.number)
+            found[-1] = Level(found[-1].base, level.number, "/", 2)
         else:
             found.append(level)
     return tuple(found)
-
-
-@functools.lru_cache(maxsize=16384)
-def _with_number(base: str, number: int | None) -> Level:
-    return Level(base, number, "/", 2)
 
 
 @functools.lru_cache(maxsize=16384)

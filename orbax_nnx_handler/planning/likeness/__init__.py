@@ -7,15 +7,18 @@ no name tells.
 
 import functools
 import itertools
+import math
+import operator
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 
 from orbax_nnx_handler.planning.core.folding import PLACE, plain_names
+from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path, is_index, levels
 from orbax_nnx_handler.planning.likeness.assignment import Fit
 from orbax_nnx_handler.planning.likeness.links import Link
-from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart
+from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, part_of
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart
 from orbax_nnx_handler.planning.likeness.vocabulary import (
     SINGLE,
@@ -25,6 +28,7 @@ from orbax_nnx_handler.planning.likeness.vocabulary import (
     concepts,
     counts_of,
     meanings,
+    order_word,
     place_of,
     words,
 )
@@ -120,7 +124,12 @@ def _share_number(part: Names, module: Names) -> bool:
     return counts_of(names[0]) == counts_of(names[1]) != () and {*meanings(names[1])} <= {*meanings(names[0])}
 
 
-def renumbered(links: Iterable[Link]) -> list[Link]:
+def misnumbered(links: Sequence[Link], left: Iterable[Names], missing: Iterable[Names]) -> Iterator[Link]:
+    """Yields links of parts and layers that numbers speak against; `left` and `missing` are no one's."""
+    yield from (*_renumbered(links), *_counted_backwards(links), *_crossed(links, left, missing))
+
+
+def _renumbered(links: Iterable[Link]) -> list[Link]:
     """Returns links that nothing but order tells, of parts with another number under one word.
 
     `conv2_0` in `blocks/1/conv1`: where both sides count alike, no layer is what a part is numbered.
@@ -159,6 +168,124 @@ def share_word(one: str, other: str) -> bool:
 
 
 _OF_LAYERS = {*SINGLE, *(word.removesuffix("s") for word in SINGLE), *PLACE, ""}
+
+
+def _counted_backwards(links: Iterable[Link]) -> list[Link]:
+    """Returns links of layers that nothing but order tells, where something tells that it may be reversed.
+
+    Where shapes tell that `a_{0,1}` are `as/{1,0}`, `b_{0,1}` of one shape may be `bs/{1,0}`. Of what is
+    called by sizes, `enc_{64,32,16}`, the largest one may be the first, but where sizes grow.
+    """
+    held: dict[tuple[Names, Names], dict[tuple[int, int], list[Link]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
+    for link in links:
+        (ours, at), (theirs, to) = (_layer_of(leaf.names) for leaf in (link.target, link.source))
+        if at is not None and to is not None:
+            held[ours, theirs][at, to].append(link)
+    some = {
+        pair: of for pair, of in held.items() if len({*map(_first, of)}) == len({*map(_last, of)}) == len(of)
+    }
+    backwards, told = set[tuple[frozenset[int], ...]](), set[Names]()
+    for pair, of in some.items():
+        if _is_told(of):
+            backwards |= {_sides(of)} if _is_falling(of) else set()
+            told.update(() if _is_falling(of) else pair)
+    return [
+        link
+        for pair, of in some.items()
+        if not (_is_told(of) or _is_falling(of))
+        if (_sides(of) in backwards and told.isdisjoint(pair)) or _are_sizes(pair[1], _sides(of))
+        for links in of.values()
+        for link in links
+    ]
+
+
+def _crossed(links: Sequence[Link], left: Iterable[Names], missing: Iterable[Names]) -> Iterator[Link]:
+    """Yields links of parts of one shape and name that are in another order than what is made of them.
+
+    Where `fc3` is `fc_in`, which comes first, or `fc1`, the others are hardly those of the same names.
+
+    Args:
+        links: What is found.
+        left: The stored parts that nothing is made of.
+        missing: The wanted parts that are made of nothing.
+    """
+    held: dict[object, list[tuple[int, float | None, Link]]] = defaultdict(list)
+    parts = [(part_of(link.target), part_of(link.source)) for link in links]
+    series = [(_series(one), _series(other)) for one, other in parts]
+    gone = {other for (own, _), (other, to) in series if to is not None and own[-1:] != other[-1:]}
+    lone = {_series(part)[0] for part in missing}, {_series(part)[0] for part in left} & gone
+    for link, (part, _), ((own, at), (other, to)) in zip(links, parts, series, strict=True):
+        end = order_word(concepts(part[-2:]))
+        if to is not None and own in lone[0] and other in lone[1] and own[-1:] == other[-1:]:
+            yield link  # Another one has gone elsewhere, and either side has one more of the name.
+        elif to is not None:
+            seat = end * math.inf if at is None and end else at
+            held[other, link.target.names[-1], link.target.shape].append((to, seat, link))
+    yield from (link for some in held.values() if _is_crossed(some) for _, _, link in some)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _series(part: Names) -> tuple[Names, int | None]:
+    """Returns the module around a part with its name, and its number; none of what Linen counts itself."""
+    for last in levels(part)[-1:]:
+        if last.number is not None and not last.is_automatic:
+            return (*part[: -last.width], last.base), last.number
+    return (), None
+
+
+def _is_crossed(numbers: Sequence[tuple[int, float | None, Link]]) -> bool:
+    placed = [(to, at, link) for to, at, link in sorted(numbers, key=_first) if at is not None]
+    inside = {to: at for to, at, _ in placed if math.isfinite(at)}
+    parts = [(part_of(link.target), part_of(link.source)) for _, at, link in placed if math.isfinite(at)]
+    if len({one[:-1] for one, _ in parts}) != 1 or len({to for to, *_ in numbers}) < len(numbers):
+        return False  # Several modules take them.
+    if len(placed) < len(numbers):
+        # Of one name on both sides, another part may as well be the first one as the last.
+        strangers = [link for _, at, link in numbers if at is None]
+        return all(_series(one)[0][-1:] == _series(other)[0][-1:] for one, other in parts) and not any(
+            concepts(part_of(x.target)[-1:]) & concepts(part_of(x.source)[-1:]) for x in strangers
+        )
+    order = [at for _, at, _ in placed]
+    are_others = inside.keys() != {*inside.values()} and not inside.keys().isdisjoint(inside.values())
+    return order != sorted(order) and (order != sorted(order, reverse=True) or are_others)
+
+
+_first, _last = operator.itemgetter(0), operator.itemgetter(1)
+_Layers = dict[tuple[int, int], list[Link]]
+
+
+def _layer_of(names: Names) -> tuple[Names, int | None]:
+    """Returns the outermost list that a part is in, and its number there."""
+    level = next((x for x in levels(names) if x.number is not None), None)
+    return in_list(names)[0], level.number if level else None
+
+
+def _sides(layers: _Layers) -> tuple[frozenset[int], frozenset[int]]:
+    return frozenset(map(_first, layers)), frozenset(map(_last, layers))
+
+
+def _is_falling(layers: _Layers) -> bool:
+    order = [to for _, to in sorted(layers)]
+    return len(order) > 1 and order == sorted(order, reverse=True)
+
+
+def _is_told(layers: _Layers) -> bool:
+    """Tells whether shapes tell in which order layers are each other's."""
+    shapes: dict[Names, list[Shape]] = defaultdict(list)
+    for _, links in sorted(layers.items(), key=_first):
+        for link in links:
+            shapes[in_list(link.target.names)[1]].append(link.target.shape)
+    return any(each != each[::-1] for each in shapes.values() if len(each) == len(layers))
+
+
+def _are_sizes(list_: Names, sides: tuple[frozenset[int], frozenset[int]]) -> bool:
+    """Tells whether layers are called by sizes, each twice another one, that need not grow."""
+    sizes = sorted(sides[1])
+    is_doubled = len(sizes) > 1 and all(2 * one == other for one, other in itertools.pairwise(sizes))
+    is_growing = not concepts(list_).isdisjoint(("dec", "up", "upsample", "generator"))
+    return is_doubled and sizes[-1] > 8 and sides[0] != sides[1] and not is_growing
 
 
 def turned_lists(links: Iterable[Link]) -> Collection[tuple[Names, str]]:

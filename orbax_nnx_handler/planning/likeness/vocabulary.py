@@ -116,27 +116,27 @@ _PHRASES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     tuple(words.split()): tuple(said.split())
     for words, _, said in (each.partition(":") for each in _TOGETHER.split(","))
 }
-"""Words that mean something else together. `c_attn`, `c_fc`: GPT-2; `dense_h_to_4h`: NeoX and Bloom;
+"""Words that mean something else together. `c_attn`, `c_fc`, `ln_f`: GPT-2; `dense_h_to_4h`: NeoX and Bloom;
 `embed_out`: NeoX; `attn_vec_einsum`: Gemma; `DenseReluDense`: T5; `encoder_attn`: Bart and Whisper;
-`conv_proj`: Flax's ResNet; `src_attn`: The Annotated Transformer; `add_q_proj`, `norm_added_q`,
-`to_add_out`: diffusers' tokens of a text encoder; `W_pack`: Baichuan; `fc1_g`, `fc1_x`: timm's SwiGLU;
-`ln_f`: GPT-2; `sa_layer_norm`: DistilBERT; `r_w_bias`: Transformer-XL; `conv_pw`: timm's, may expand."""
+`conv_proj`: Flax's ResNet; `src_attn`: The Annotated Transformer; `add_q_proj`, `norm_added_q`, `to_add_out`:
+diffusers' tokens of a text encoder; `W_pack`: Baichuan; `fc1_g`, `fc1_x`: timm's SwiGLU; `sa_layer_norm`:
+DistilBERT; `r_w_bias`: Transformer-XL; `conv_pw`: timm's, may expand."""
 
 _APART = (
     "q k v o, up down gate, in out, pre post, first last, enc dec, self cross, attn mlp, vision text audio, "
     "fwd bwd, left right, top bottom, upper lower, inner outer, local global, high low, coarse fine, "
     "row col, odd even, real imag, min max, mean var std logvar, prev next, past future, teacher online, "
-    "online tgt, src tgt, generator discriminator, actor critic, user item, expand depthwise, depthwise pointwise, expand project, "
-    "spatial temporal, token pos type, embed head, cls mask, positive negative, channel token, parent child, "
-    "fast slow, wide deep, front back, long short, downsample upsample, public private, old new, "
-    "clean noisy, x y z, a b, red green blue, major minor, north south east west, small large medium, "
-    "tall short, hot cold, layerscale shift, scale shift, alpha shift, update reset, forget in out cell, "
-    "scale bias, add mul, write read, known unknown, static dynamic, sine cosine, sin cos, "
-    "width height depth, hidden visible, encode decode, sender receiver, head tail, subject object, "
-    "question answer, text question, premise hypothesis, anchor positive, input target, ih hh, "
-    "theta phi gate o, ir iz in hr hz hn, ii if ig io hi hf hg ho, actor v, reward v, reward critic, "
-    "reward actor, v advantage, pitch energy duration, question passage, critic generator, prior posterior, "
-    "ext int, hstack vstack"
+    "online tgt, src tgt, generator discriminator, actor critic, user item, expand depthwise, "
+    "spatial temporal, depthwise pointwise, expand project, token pos type, embed head, cls mask, "
+    "positive negative, channel token, parent child, fast slow, wide deep, front back, long short, "
+    "downsample upsample, public private, old new, clean noisy, x y z, a b, red green blue, major minor, "
+    "north south east west, small large medium, tall short, hot cold, layerscale shift, scale shift, "
+    "alpha shift, update reset, forget in out cell, scale bias, add mul, write read, known unknown, "
+    "static dynamic, sine cosine, sin cos, width height depth, hidden visible, encode decode, "
+    "sender receiver, head tail, subject object, question answer, text question, premise hypothesis, "
+    "anchor positive, input target, ih hh, theta phi gate o, ir iz in hr hz hn, ii if ig io hi hf hg ho, "
+    "actor v, reward v, reward critic, reward actor, v advantage, pitch energy duration, question passage, "
+    "critic generator, prior posterior, ext int, hstack vstack"
 )
 _EXCLUSIVE = tuple(frozenset(words.split()) for words in _APART.split(", "))
 """Words of which one never becomes another."""
@@ -193,15 +193,14 @@ def counts_of(name: str) -> tuple[str, ...]:
 @functools.lru_cache(maxsize=65536)
 def meanings(name: str) -> tuple[str, ...]:
     """Returns the concepts of a name in the order of its words; numbers and empty words left out."""
-    found: list[str] = []
-    left = words(f"net_{name}" if name.partition("_")[0] in ("G", "D") else name)  # Of a GAN.
+    found, left = list[str](), words(f"net_{name}" if name.partition("_")[0] in ("G", "D") else name)
     while left:
         length = next((n for n in range(_LONGEST, 0, -1) if left[:n] in _PHRASES), 0)
         if length:
             found += _PHRASES[left[:length]]
-        else:
+        elif not left[0][0].isdecimal():
             one = left[0] if left[0] in _MEANING else _singular(left[0])
-            found += () if one[0].isdecimal() else _MEANING.get(one, (one,))
+            found += _MEANING.get(one, (one,))
         left = left[max(length, 1) :]
     return tuple(dict.fromkeys(found))
 

@@ -19,11 +19,11 @@ from orbax_nnx_handler.planning.likeness import count_of, in_list, lists_in
 from orbax_nnx_handler.planning.likeness.joined_parts import Remade, kept_by_head, remade_links
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, is_alone, kinds_of_modules, part_of
+from orbax_nnx_handler.planning.likeness.networks import by_level
 from orbax_nnx_handler.planning.likeness.shapes import Way, transposed
 from orbax_nnx_handler.planning.likeness.vocabulary import Names, may_hold_otherwise, meanings, words
 from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS, Roots
 from orbax_nnx_handler.planning.rules.entries import Entry, from_entries
-from orbax_nnx_handler.planning.suggesting.series import by_level
 
 
 def with_moved_axes(found: Findings) -> Findings:

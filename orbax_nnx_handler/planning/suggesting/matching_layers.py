@@ -30,6 +30,7 @@ from orbax_nnx_handler.planning.suggesting.series import (
     are_alike,
     have_equal_layers,
     in_sequence,
+    is_reversed,
     lists_within,
     paired_series,
     same_layers,
@@ -107,6 +108,7 @@ class _Matching:
             self._match(pairs)
         self._match_within(self._series(1))  # `norm_{i}` and `up_{i}` are `layers/{i}/norm` and its `up`.
         self._match_in_sequence(arms=1)
+        self._match([pair for pair in paired_series(*self._series(1)) if is_reversed(*pair)])
         self._match_stacks()
         ours, theirs = self._left()
         # Of lists of other lengths no number tells which layer is which.
@@ -235,8 +237,7 @@ class _Matching:
                 series_of([leaf for leaf in leaves if id(leaf) in within], above, least)
                 for leaves, above in self._sides
             ]
-            if least == 1:
-                ours, theirs = self._series(1)
+            ours, theirs = self._series(1) if least == 1 else (ours, theirs)
             yield paired_series(rests[0], theirs) if theirs else []
             yield paired_series(ours, rests[1]) if ours else []
             # What ends one stage begins the next one elsewhere.

@@ -356,7 +356,10 @@ def _counted_otherwise(verdict: Verdict) -> set[Path]:
     (lacking, beside), (more, others) = map(
         _lists_and_modules,
         (
-            {path: item.wanted.shape for path, item in verdict.missing.items()},
+            {
+                path: item.wanted.shape
+                for path, item in (*verdict.missing.items(), *verdict.mismatched.items())
+            },
             {path: leaf.shape for path, leaf in verdict.unexpected.items()},
         ),
     )

@@ -91,3 +91,26 @@ def test_a_letter_beside_a_bare_parameter_at_the_root_is_read_as_any_other_name(
     _, found = proposed(values, wanted)
     for at in range(3):
         np.testing.assert_array_equal(found[f"layers/{at}/v"], values[f"lin{at}/weight_v"])
+
+
+LETTERS = {
+    "a generator is no gate": {
+        "G/Conv_0": ("gen/stem/conv", {"kernel": (7, 7, 3, 4)}),
+        "G/Conv_1": ("gen/down1/conv", {"kernel": (3, 3, 4, 8)}),
+    },
+    "the first pointwise convolution may expand": {
+        "b_0/expand": ("blocks/0/pw", {"kernel": (8, 32)}),
+        "b_0/project": ("blocks/0/pwl", {"kernel": (32, 8)}),
+        "b_1/expand": ("blocks/1/pw", {"kernel": (8, 32)}),
+        "b_1/project": ("blocks/1/pwl", {"kernel": (32, 8)}),
+    },
+}
+
+
+@pytest.mark.parametrize("name", LETTERS)
+def test_a_letter_means_what_it_means_there(name):
+    stored = leaves(LETTERS[name], 0)
+    values = filled(stored)
+    found, restored = proposed(values, leaves(LETTERS[name], 1))
+    assert not found.unmatched_wanted
+    check(restored, {f"{LETTERS[name][at][0]}/kernel": values[f"{at}/kernel"] for at in LETTERS[name]})

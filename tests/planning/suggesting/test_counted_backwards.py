@@ -1,0 +1,74 @@
+"""Layers that one side counts from the other end, or from another number: order tells nothing of them."""
+
+import pytest
+
+from tests.planning.suggesting.proposals import check, filled, proposed
+
+DENSE, NORM = {"kernel": (5, 5), "bias": (5,)}, {"scale": (5,), "bias": (5,)}
+
+
+def case(*lines):
+    """Returns stored and wanted shapes, and what each wanted leaf is made from."""
+    stored, wanted, sources = {}, {}, {}
+    for one, other, module in lines:
+        for name, shape in module.items():
+            stored[f"{one}/{name}"] = wanted[f"{other}/{name}"] = shape
+            sources[f"{other}/{name}"] = f"{one}/{name}"
+    return stored, wanted, sources
+
+
+def levels(stored, wanted, count, module=None):
+    """Returns lines of levels that are counted backwards, as wide as they count, or each as `module` is."""
+    return [
+        (stored.format(at), wanted.format(count - 1 - at), module or {"kernel": (4 << at, 3)})
+        for at in range(count)
+    ]
+
+
+SETTLED = {
+    "by their widths": levels("feat_{}", "feats/{}", 3),
+    "by their widths, four": levels("feat_{}", "feats/{}", 4),
+    "in their layers": [
+        line
+        for at in (0, 1)
+        for line in (
+            (f"l_{at}/a", f"ls/{1 - at}/a", {"kernel": (4 << at, 3)}),
+            (f"l_{at}/b", f"ls/{1 - at}/b", DENSE),
+        )
+    ],
+    "a decoder grows": [(f"dec_{16 << at}/conv", f"decoder/{at}/conv", DENSE) for at in range(3)],
+}
+ASKED = {
+    "beside a list that is reversed": [*levels("a_{}", "as/{}", 2), *levels("b_{}", "bs/{}", 2, DENSE)],
+    "in the same levels": [*levels("a_{}", "levels/{}/a", 2), *levels("b_{}", "levels/{}/b", 2, DENSE)],
+    "heads of levels": [*levels("f_{}", "feats/{}", 3), *levels("cls_{}", "cls_heads/{}", 3, DENSE)],
+    "called by sizes": [(f"enc_{64 >> at}/conv", f"encoder/{at}/conv", DENSE) for at in range(3)],
+    "from one that is the first": [
+        ("fc1", "fc_in", DENSE), ("fc2", "fc1", DENSE), ("fc3", "fc2", DENSE)
+    ],
+    "from a stem": [("conv1", "stem", DENSE), ("conv2", "conv1", DENSE), ("conv3", "conv2", DENSE)],
+    "from one of another name": [("fc1", "proj", DENSE), ("fc2", "fc1", DENSE), ("fc3", "fc2", DENSE)],
+    "norms": [("norm1", "norm_in", NORM), ("norm2", "norm1", NORM), ("norm3", "norm2", NORM)],
+    "from one of another shape": [
+        ("fc1", "fc_in", {"kernel": (7, 5)}), ("fc2", "fc1", DENSE), ("fc3", "fc2", DENSE)
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SETTLED)
+def test_levels_that_shapes_or_words_tell_are_settled(name):
+    stored, wanted, sources = case(*SETTLED[name])
+    values = filled(stored)
+    found, restored = proposed(values, wanted)
+    assert not found.questions
+    assert not found.unmatched_wanted
+    check(restored, {path: values[source] for path, source in sources.items()})
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_what_nothing_but_order_tells_is_asked(name):
+    stored, wanted, sources = case(*ASKED[name])
+    values = filled(stored)
+    found, restored = proposed(values, wanted)
+    assert found.questions
+    check(restored, {path: values[sources[path]] for path in restored})

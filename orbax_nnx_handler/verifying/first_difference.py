@@ -39,7 +39,7 @@ from orbax_nnx_handler.verifying.verification import (
     lent,
     unit_name,
 )
-from orbax_nnx_handler.verifying.weights import heads_by_rotation, with_features_in_order
+from orbax_nnx_handler.verifying.weights import as_stored, heads_by_rotation, with_features_in_order
 
 
 def called_alike(one: Compared, compared: Sequence[Compared]) -> Iterator[Compared]:
@@ -404,15 +404,14 @@ class Search:
         found = None if one is None else one.order_of_features()
         if one is None or found is None:
             return None
-        layer, shapes = self._layer(one), self.runner.shapes
-        for leaf in self._doubtful(one, self._inside(one)):
-            recipe = self.runner.recipe(leaf, layer)
+        layer, shapes, size = self._layer(one), self.runner.shapes, math.prod(found[0])
+        now = [(leaf, self.runner.recipe(leaf, layer)) for leaf in self._doubtful(one, self._inside(one))]
+        # Rules may have put them in a wrong order already.
+        for leaf, recipe in [*now, *((leaf, as_stored(recipe, shapes)) for leaf, recipe in now)]:
             for axis, length in enumerate(shape_of(recipe, shapes)):
-                if length != math.prod(found[0]):
-                    continue
-                made = with_features_in_order(recipe, axis, *found, shapes)
-                self.tried += 1
-                if self._agrees(one, {leaf: made}, one):
+                made = with_features_in_order(recipe, axis, *found, shapes) if length == size else recipe
+                self.tried += made != recipe
+                if made != recipe and self._agrees(one, {leaf: made}, one):
                     words = (
                         f"{unit_name(one.pair.nnx)} {CALLED_IN_ANOTHER_ORDER}, and {leaf[-1]} has to follow"
                     )

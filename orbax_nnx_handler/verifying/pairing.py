@@ -29,6 +29,7 @@ from orbax_nnx_handler.verifying import (
     Array,
     Distance,
     agree,
+    begin_alike,
     comparable,
     compare,
     compare_inputs,
@@ -387,21 +388,25 @@ _MOST_CALLS = 16
 """How many calls of one module are compared each with each."""
 
 
-def call_by_call(linen: Sequence[Use], nnx: Sequence[Use]) -> Iterator[tuple[int, Use, Use]]:
-    """Yields the number of a call in NNX, Linen's call and its own: with the same inputs, else in turn.
+def call_by_call(linen: Sequence[Use], nnx: Sequence[Use]) -> Iterator[tuple[int, Use, Use, Distance]]:
+    """Yields the number of a call in NNX, Linen's call, its own, and how far their inputs lie apart.
 
-    Two towers of shared weights may be called in either order; where one program calls a module more often,
-    what has no counterpart is left out.
+    With the same inputs, else in turn: two towers of shared weights may be called in either order. Where one
+    program calls a module more often, what has no counterpart is left out.
     """
-    left, pairs = dict(enumerate(linen)), dict[int, int]()
+    left, pairs = dict(enumerate(linen)), dict[int, tuple[int, Distance | None]]()
     for at, use in enumerate(nnx if 1 < max(len(linen), len(nnx)) <= _MOST_CALLS else ()):
         # What is its own, where it may be; else the first one, as the program goes on.
-        likely = sorted(left, key=lambda number: number != at)
-        found = next((n for n in likely if agree(compare_inputs(left[n].inputs, use.inputs))), None)
-        if found is not None:
-            pairs[at] = found
-            del left[found]
+        for number in sorted(left, key=lambda number: number != at):
+            if number == at or begin_alike(left[number].inputs, use.inputs):
+                inputs = compare_inputs(left[number].inputs, use.inputs)
+                if agree(inputs):
+                    pairs[at] = number, inputs
+                    del left[number]
+                    break
     if len(linen) == len(nnx):
         open_ = (at for at in range(len(nnx)) if at not in pairs)
-        pairs |= dict(zip(open_, [*left], strict=True))
-    yield from ((at, linen[number], nnx[at]) for at, number in sorted(pairs.items()))
+        pairs |= {at: (number, None) for at, number in zip(open_, [*left], strict=True)}
+    for at, (number, inputs) in sorted(pairs.items()):
+        one, other = linen[number], nnx[at]
+        yield at, one, other, inputs or compare_inputs(one.inputs, other.inputs)

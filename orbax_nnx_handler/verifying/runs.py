@@ -29,7 +29,6 @@ from orbax_nnx_handler.verifying import (
     agree,
     changes_more_than_rounding,
     compare,
-    compare_inputs,
     distance,
     exceeds,
     same_numbers,
@@ -142,7 +141,7 @@ def compare_modules(
         ours = uses_of(pair.nnx, nnx, _sizes(linen.get(pair.linen.path, ())))
         theirs = uses_of(pair.linen, linen, _sizes(nnx.get(pair.nnx.path, ())))
         calls = made_of.get(pair.nnx.path, 1)
-        compared += [_compared(pair, at, one, other, calls) for at, one, other in call_by_call(theirs, ours)]
+        compared += [_compared(pair, calls, *found) for found in call_by_call(theirs, ours)]
     return sorted(compared, key=lambda one: one.nnx.call.order)
 
 
@@ -150,8 +149,8 @@ def _sizes(calls: Sequence[Call]) -> set[int]:
     return {array.size for call in calls[:1] for array in call.inputs}
 
 
-def _compared(pair: ModulePair, number: int, linen: Use, nnx: Use, calls: int) -> Compared:
-    inputs, outputs = compare_inputs(linen.inputs, nnx.inputs), compare_outputs(linen, nnx)
+def _compared(pair: ModulePair, calls: int, number: int, linen: Use, nnx: Use, inputs: Distance) -> Compared:
+    outputs = compare_outputs(linen, nnx)
     found = ModuleComparison(
         nnx=pair.nnx,
         linen=pair.linen,

@@ -282,6 +282,14 @@ def with_features_in_order(
     return simplify(made, shapes) if plainly else made
 
 
+def as_stored(recipe: Recipe, shapes: Shapes) -> Recipe:
+    """Returns a leaf before its axes are divided and put in another order, if it had the same shape."""
+    source = recipe
+    while isinstance(source, Reshape | Transpose):
+        source = source.source
+    return source if shape_of(source, shapes) == shape_of(recipe, shapes) else recipe
+
+
 _HEAD_SIZES = (256, 192, 160, 128, 96, 80, 64, 48, 40, 32, 24, 16, 12, 8, 6, 4)
 """How many features a head may have, of those that a matrix holds side by side."""
 

@@ -10,8 +10,8 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import Fuse, Scale, Split, Transpose, Verification, suggest, verify
-from orbax_nnx_handler.verifying import same_numbers
+from orbax_nnx_handler import Fuse, Reshape, Scale, Split, Transpose, Verification, suggest, verify
+from orbax_nnx_handler.verifying import pairing, same_numbers
 from orbax_nnx_handler.verifying.pairing import Use
 from orbax_nnx_handler.verifying.runs import Compared
 
@@ -124,6 +124,36 @@ def test_what_several_modules_take_of_a_flattened_image_is_settled_for_each(tmp_
         "policy/kernel",
         "value/kernel",
     }
+
+
+def test_features_that_rules_put_in_a_wrong_order_are_proved_too(tmp_path: pathlib.Path):
+    linen = LinenTwoHeads()
+    path = save(tmp_path, linen.init(jax.random.key(0), IMAGES))
+    target = nnx.eval_shape(lambda: TwoHeads(nnx.Rngs(0)))
+    wrong = [
+        Reshape("kernel", (6, 6, 3, -1)),
+        Transpose("kernel", (1, 0, 2, 3)),
+        Reshape("kernel", (108, -1)),
+    ]
+
+    first = verify(path, target, linen.apply, lambda model, x: model(x), (IMAGES,), renames=wrong).first
+
+    assert first is not None
+    assert first.path == "policy"
+    assert first.proved.startswith("policy is called with the same numbers as Linen's in another order")
+
+
+def test_of_a_module_that_is_called_several_times_inputs_are_compared_once(monkeypatch):
+    random, compared = np.random.default_rng(0), list[int]()
+    calls = [[random.normal(size=(4, 50)).astype(np.float32)] for _ in range(3)]
+    uses = [Use(call=cast(Any, None), inputs=inputs, outputs=()) for inputs in calls]
+    original = pairing.compare_inputs
+    monkeypatch.setattr(pairing, "compare_inputs", lambda *some: compared.append(1) or original(*some))
+
+    found = [*pairing.call_by_call([uses[1], uses[0], uses[2]], uses)]
+
+    assert [(at, one is other) for at, one, other, _ in found] == [(0, True), (1, True), (2, True)]
+    assert len(compared) == 3 + 1  # The first is not what Linen calls it with first.
 
 
 def test_of_several_orders_that_inputs_allow_none_is_told():

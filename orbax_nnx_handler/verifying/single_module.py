@@ -86,7 +86,7 @@ def alternatives(
 
 
 def _exchanged(doubtful: Mapping[Path, Recipe], shapes: Shapes) -> Iterator[list[tuple[Path, Path]]]:
-    """Yields leaves that may be each other's: of two names in all layers, of two modules, one by one."""
+    """Yields leaves that may be each other's: of two names in all layers, one by one, of two modules."""
     alike: dict[object, list[tuple[Path, Path]]] = defaultdict(list)
     modules: dict[object, list[tuple[Path, Path]]] = defaultdict(list)
     pairs = list[tuple[Path, Path]]()
@@ -99,8 +99,9 @@ def _exchanged(doubtful: Mapping[Path, Recipe], shapes: Shapes) -> Iterator[list
             names = [tuple(key for key in path if not isinstance(key, int)) for path in (one, other)]
             if numbers[0] == numbers[1]:
                 alike[tuple(names)].append((one, other))
-    yield from (group for group in (*alike.values(), *modules.values()) if len(group) > 1)
+    yield from (group for group in alike.values() if len(group) > 1)
     yield from ([pair] for pair in pairs)
+    yield from (group for group in modules.values() if len(group) > 1)
 
 
 def _exchange(pairs: Sequence[tuple[Path, Path]], doubtful: Mapping[Path, Recipe]) -> Alternative:

@@ -436,15 +436,15 @@ class _Proposing:
         left = {*verdict.missing, *verdict.mismatched, *doubted}
         own = {path for item in self._found.values() for path in reads(item.recipe)}
         placed = verdict.sides.placements
-        images = flattened(self._theirs if verdict is not self._base else (), own)
-        made = {path: item.recipe for path, item in verdict.restored.items() if images}
+        made, images = verdict.restored, flattened(self._theirs if verdict is not self._base else (), own)
         return Suggestion(
             proposals=tuple(proposal_of(rule, links) for rule, links in tried.rules.items()),
             questions=tuple(questions),
             wanted_count=len(weights),
             unmatched_wanted=tuple(path for path in weights if path in left),
             unmatched_stored=tuple(path for path in verdict.unexpected if placed[path].section == "model"),
+            is_rivalled=tried.is_rivalled,
             problem=tried.problem or problem_of(verdict, weights),
             resized=resized_in(verdict, questions),
-            flattened=tuple(p for p in weights if p in made and not images.isdisjoint(reads(made[p]))),
+            flattened=tuple(p for p in weights if p in made and images & {*reads(made[p].recipe)}),
         )

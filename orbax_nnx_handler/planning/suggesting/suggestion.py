@@ -3,14 +3,16 @@
 import dataclasses
 import math
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Literal
 
 from orbax_nnx_handler.planning.core.folding import Row, fold
-from orbax_nnx_handler.planning.core.leaves import StoredLeaf, WantedLeaf
+from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf, WantedLeaf
 from orbax_nnx_handler.planning.core.lines import WIDTH, aligned, as_html, counted, framed
 from orbax_nnx_handler.planning.core.paths import Path, printable, segments, spelled
+from orbax_nnx_handler.planning.core.recipes import Read
 from orbax_nnx_handler.planning.likeness.joined_parts import Remade
 from orbax_nnx_handler.planning.likeness.links import Link, PairGrounds
 from orbax_nnx_handler.planning.likeness.vocabulary import Names, concepts, likeness, meanings, words
@@ -117,6 +119,7 @@ class Suggestion:
         is_given: Whether the caller's own rules decide too, of which nothing here says that they are right.
         flattened: Wanted matrices that may be of an image made one axis, in an order that only outputs tell.
         resized: Of which wanted leaves another size is stored, in words.
+        is_rivalled: Whether a stored module that nothing wants would fit as well as one that is renamed.
     """
 
     proposals: tuple[Proposal, ...]
@@ -134,6 +137,7 @@ class Suggestion:
     is_given: bool = False
     flattened: tuple[Path, ...] = ()
     resized: tuple[str, ...] = ()
+    is_rivalled: bool = False
 
     @property
     def renames(self) -> tuple[Rule, ...]:
@@ -156,12 +160,13 @@ class Suggestion:
 
         `certain`: every wanted leaf is covered, and shapes and names that both sides share allow nothing
         else, or both programs return the same. `likely`: every leaf is covered, and names, order, the
-        convention of a known program or the caller's own rules decide, or features may be flattened in
-        another order. `open`: something is not, or both programs' values differ.
+        convention of a known program or the caller's own rules decide, features may be flattened in
+        another order, or another stored module would fit as well. `open`: something is not, or both
+        programs' values differ.
         """
         if self.unmatched_wanted or self.questions or self.problem or self.is_refuted:
             return "open"
-        is_doubted = self.is_given or bool(self.flattened)
+        is_doubted = self.is_given or self.is_rivalled or bool(self.flattened)
         is_told = not is_doubted and all(item.grounds == "shapes" for item in self.proposals)
         return "certain" if self.is_proved or is_told else "likely"
 
@@ -240,6 +245,11 @@ class Tried:
     def is_clean(self) -> bool:
         """Whether the planner takes the rules and no leaf comes from elsewhere."""
         return not self.wrong and not self.problem
+
+    @property
+    def is_rivalled(self) -> bool:
+        """Whether a module that nothing wants holds what one does that is wanted by another name."""
+        return self.verdict is not None and _is_rivalled(self.verdict)
 
 
 def steps_by_leaf(links: Iterable[Link]) -> Mapping[Path, tuple[str, ...]]:
@@ -355,6 +365,35 @@ def problem_of(verdict: Verdict, weights: Iterable[Path]) -> str:
     if all(sorted(item.stored_shape) == sorted(item.wanted.shape) for item in shapes):
         way = "their axes lie in another order, which shapes do not tell: pass a Transpose for each."
     return f"{head} in another shape:\n{rows}\n{way}"
+
+
+def _is_rivalled(verdict: Verdict) -> bool:
+    """Tells whether a module that nothing wants holds what another one does that is wanted by another name.
+
+    An average of the weights, or an older copy of them. A layer more is none: numbers tell which is meant.
+    """
+    taken = defaultdict[tuple[tuple[Path, Path], Shape], set[str]](set)
+    for path, item in verdict.restored.items():
+        source = item.recipe.path if isinstance(item.recipe, Read) else ()
+        for at, others in _levels(source):
+            taken[others, item.wanted.shape] |= {segments(source)[at]} - {*segments(path)}
+    rivals = defaultdict[Path, list[set[str]]](list)
+    for path, leaf in verdict.unexpected.items() if any(taken.values()) else ():
+        for at, others in _levels(path):
+            name = segments(path)[at]
+            alike = {other for other in taken[others, leaf.shape] if _unnumbered(other) != _unnumbered(name)}
+            rivals[path[: at + 1]].append(alike)
+    return any(names[0].intersection(*names[1:]) for names in rivals.values())
+
+
+def _levels(path: Path) -> list[tuple[int, tuple[Path, Path]]]:
+    """Returns the levels of modules in a path, each with what stands before and behind it."""
+    keys = segments(path)
+    return [(at, (keys[:at], keys[at + 1 :])) for at in range(1, len(keys) - 1)]
+
+
+def _unnumbered(name: str) -> str:
+    return re.sub(r"\d+", "", name)
 
 
 def resized_in(verdict: Verdict, questions: Iterable[Question]) -> tuple[str, ...]:

@@ -163,6 +163,7 @@ def test_of_one_stored_array_queries_and_keys_alone_are_put_in_the_other_order(t
     found = suggest(tmp_path / "checkpoint", target, verify=(linen.apply, lambda model, x: model(x), (X,)))
 
     assert found.is_proved
+    assert "patch" not in str(found)
     model = restore(tmp_path / "checkpoint", target, renames=found.renames)
     stored, made = (
         in_one(np.asarray(kernel).reshape(1, WIDTH, -1), arrangement)

@@ -192,18 +192,20 @@ def settle_turns(links: Sequence[Link]) -> tuple[list[Link], list[Link]]:
         if len(made) < len(chosen):
             left.append(link)
             continue
-        grounds = _grounds(link.ways, made) if link.grounds == "shapes" else link.grounds
+        grounds = _grounds(link, made) if link.grounds == "shapes" else link.grounds
         is_told = (made, grounds) == (link.ways, link.grounds)  # Nearly every one.
         settled.append(link if is_told else with_fields(link, ways=made, grounds=grounds))
     return settled, left
 
 
-def _grounds(options: Sequence[Sequence[Way]], made: Sequence[tuple[Way]]) -> PairGrounds:
+def _grounds(link: Link, made: Sequence[tuple[Way]]) -> PairGrounds:
     """Returns what tells how leaves are made that shapes alone pair."""
-    if any(len(several) > 1 and way.turned for several, (way,) in zip(options, made, strict=True)):
+    if any(len(several) > 1 and way.turned for several, (way,) in zip(link.ways, made, strict=True)):
         return "siblings"
     found = [way for (way,) in made]
-    return "patch" if any(x.flattens for x in found) else "names" if any(x.named for x in found) else "shapes"
+    if any(way.flattens for way in found):
+        return "patch" if concepts(link.target.names).isdisjoint("qkv") else "names"  # Heads, in one order.
+    return "names" if any(way.named for way in found) else "shapes"
 
 
 def readings_of(link: Link) -> tuple[Link, ...]:

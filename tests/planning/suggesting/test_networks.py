@@ -393,6 +393,7 @@ def test_a_module_that_follows_one_beside_it_hides_nothing_of_that(names):
 
     assert not found.unmatched_wanted
     assert {path[2] for path in found.unmatched_stored} == {names[1]}
+    assert found.confidence == "likely"  # An evaluation may want the average alone.
     for at, ours in enumerate(layers):
         kernel = tree["params"]["agent"][names[0]][f"Dense_{at}"]["kernel"]
         np.testing.assert_array_equal(getattr(state.net, ours).kernel, kernel)

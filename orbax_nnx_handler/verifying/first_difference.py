@@ -273,20 +273,24 @@ class Search:
         if proof is None:
             between = [after.path[:-1], before.path[:-1]] if after and before else [()]
             place = max(one.path, self._holder(shared_levels(between)), key=len)
-            return self._narrowed(place, before) if before else place
+            return self._narrowed(one, place, before) if before else place
         holders = [self._holder(leaf) for leaf in proof.recipes]
         common = self._holder(shared_levels(holders))
         if common or one.path == () == max(holders, key=len):
             return common
         return min(holders, key=lambda path: self.runner.calls[path][0].order)
 
-    def _narrowed(self, place: Path, before: Compared) -> Path:
-        """Returns the innermost module around a call whose own inputs are numbers that Linen has too."""
+    def _narrowed(self, one: Compared, place: Path, before: Compared) -> Path:
+        """Returns the innermost module around a call whose own inputs are numbers that Linen has too.
+
+        Where Linen has modules around its call as well, they are what one of these is called with.
+        """
+        around = {*before.linen.call.within} - {*one.linen.call.within, one.linen.call.path}
+        known = [call for call in self.linen if call.path in around] or self.linen
         for depth in range(len(before.path) - 1, len(place), -1):
             calls = self.runner.calls.get(before.path[:depth], ())
-            around = next((call for call in calls if call.order > before.nnx.call.order), None)
-            inputs = around.inputs if around is not None else ()
-            if any(are_the_same(inputs, [*call.inputs, *call.outputs]) for call in self.linen):
+            inputs = next((call.inputs for call in calls if call.order > before.nnx.call.order), ())
+            if any(are_the_same(inputs, [*call.inputs, *call.outputs]) for call in known):
                 return before.path[:depth]
         return place
 

@@ -5,6 +5,7 @@ to, and which matrices are transposed. Then which may take features of several p
 no name tells.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -14,7 +15,6 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 
 from orbax_nnx_handler.planning.core.folding import PLACE, plain_names
-from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path, is_index, levels
 from orbax_nnx_handler.planning.likeness.assignment import Fit
 from orbax_nnx_handler.planning.likeness.links import Link
@@ -77,6 +77,12 @@ def in_list(names: Names) -> tuple[Names, Names]:
     return (), ()
 
 
+def layer_of(names: Names) -> tuple[Names, int | None]:
+    """Returns the outermost list that a part is in, and its number there."""
+    level = next((x for x in levels(names) if x.number is not None), None)
+    return in_list(names)[0], level.number if level else None
+
+
 def lists_in(parts: Iterable[Names]) -> Mapping[tuple[Names, str], set[int]]:
     """Returns the numbers of each list, by where it is and what it is called."""
     found: dict[tuple[Names, str], set[int]] = defaultdict(set)
@@ -126,7 +132,7 @@ def _share_number(part: Names, module: Names) -> bool:
 
 def misnumbered(links: Sequence[Link], left: Iterable[Names], missing: Iterable[Names]) -> Iterator[Link]:
     """Yields links of parts and layers that numbers speak against; `left` and `missing` are no one's."""
-    yield from (*_renumbered(links), *_counted_backwards(links), *_crossed(links, left, missing))
+    yield from (*_renumbered(links), *_crossed(links, left, missing))
 
 
 def _renumbered(links: Iterable[Link]) -> list[Link]:
@@ -170,37 +176,6 @@ def share_word(one: str, other: str) -> bool:
 _OF_LAYERS = {*SINGLE, *(word.removesuffix("s") for word in SINGLE), *PLACE, ""}
 
 
-def _counted_backwards(links: Iterable[Link]) -> list[Link]:
-    """Returns links of layers that nothing but order tells, where something tells that it may be reversed.
-
-    Where shapes tell that `a_{0,1}` are `as/{1,0}`, `b_{0,1}` of one shape may be `bs/{1,0}`. Of what is
-    called by sizes, `enc_{64,32,16}`, the largest one may be the first, but where sizes grow.
-    """
-    held: dict[tuple[Names, Names], dict[tuple[int, int], list[Link]]] = defaultdict(
-        lambda: defaultdict(list)
-    )
-    for link in links:
-        (ours, at), (theirs, to) = (_layer_of(leaf.names) for leaf in (link.target, link.source))
-        if at is not None and to is not None:
-            held[ours, theirs][at, to].append(link)
-    some = {
-        pair: of for pair, of in held.items() if len({*map(_first, of)}) == len({*map(_last, of)}) == len(of)
-    }
-    backwards, told = set[tuple[frozenset[int], ...]](), set[Names]()
-    for pair, of in some.items():
-        if _is_told(of):
-            backwards |= {_sides(of)} if _is_falling(of) else set()
-            told.update(() if _is_falling(of) else pair)
-    return [
-        link
-        for pair, of in some.items()
-        if not (_is_told(of) or _is_falling(of))
-        if (_sides(of) in backwards and told.isdisjoint(pair)) or _are_sizes(pair[1], _sides(of))
-        for links in of.values()
-        for link in links
-    ]
-
-
 def _crossed(links: Sequence[Link], left: Iterable[Names], missing: Iterable[Names]) -> Iterator[Link]:
     """Yields links of parts of one shape and name that are in another order than what is made of them.
 
@@ -236,7 +211,8 @@ def _series(part: Names) -> tuple[Names, int | None]:
 
 
 def _is_crossed(numbers: Sequence[tuple[int, float | None, Link]]) -> bool:
-    placed = [(to, at, link) for to, at, link in sorted(numbers, key=_first) if at is not None]
+    ordered = sorted(numbers, key=operator.itemgetter(0))
+    placed = [(to, at, link) for to, at, link in ordered if at is not None]
     inside = {to: at for to, at, _ in placed if math.isfinite(at)}
     parts = [(part_of(link.target), part_of(link.source)) for _, at, link in placed if math.isfinite(at)]
     if len({one[:-1] for one, _ in parts}) != 1 or len({to for to, *_ in numbers}) < len(numbers):
@@ -250,42 +226,6 @@ def _is_crossed(numbers: Sequence[tuple[int, float | None, Link]]) -> bool:
     order = [at for _, at, _ in placed]
     are_others = inside.keys() != {*inside.values()} and not inside.keys().isdisjoint(inside.values())
     return order != sorted(order) and (order != sorted(order, reverse=True) or are_others)
-
-
-_first, _last = operator.itemgetter(0), operator.itemgetter(1)
-_Layers = dict[tuple[int, int], list[Link]]
-
-
-def _layer_of(names: Names) -> tuple[Names, int | None]:
-    """Returns the outermost list that a part is in, and its number there."""
-    level = next((x for x in levels(names) if x.number is not None), None)
-    return in_list(names)[0], level.number if level else None
-
-
-def _sides(layers: _Layers) -> tuple[frozenset[int], frozenset[int]]:
-    return frozenset(map(_first, layers)), frozenset(map(_last, layers))
-
-
-def _is_falling(layers: _Layers) -> bool:
-    order = [to for _, to in sorted(layers)]
-    return len(order) > 1 and order == sorted(order, reverse=True)
-
-
-def _is_told(layers: _Layers) -> bool:
-    """Tells whether shapes tell in which order layers are each other's."""
-    shapes: dict[Names, list[Shape]] = defaultdict(list)
-    for _, links in sorted(layers.items(), key=_first):
-        for link in links:
-            shapes[in_list(link.target.names)[1]].append(link.target.shape)
-    return any(each != each[::-1] for each in shapes.values() if len(each) == len(layers))
-
-
-def _are_sizes(list_: Names, sides: tuple[frozenset[int], frozenset[int]]) -> bool:
-    """Tells whether layers are called by sizes, each twice another one, that need not grow."""
-    sizes = sorted(sides[1])
-    is_doubled = len(sizes) > 1 and all(2 * one == other for one, other in itertools.pairwise(sizes))
-    is_growing = not concepts(list_).isdisjoint(("dec", "up", "upsample", "generator"))
-    return is_doubled and sizes[-1] > 8 and sides[0] != sides[1] and not is_growing
 
 
 def turned_lists(links: Iterable[Link]) -> Collection[tuple[Names, str]]:
@@ -443,3 +383,66 @@ def flattened(leaves: Iterable[Leaf], own: Set[Path]) -> set[Path]:
 
 def _explain(sides: Iterable[Concepts], side: Concepts) -> bool:
     return any(not (other and side) or other == side for other in sides)
+
+
+# Levels on the way up of a U-Net.
+
+_UP = re.compile(r"((?:.*?[/_])??(up[a-z_]*)/?)(\d+)(.*)")
+_WAYS_UP = (
+    re.compile(r"((?:.*?/)??([a-z_]+)/?)(\d+)(/(?:up|dec)[a-z_]*(?:[/_]\d+)?/[^/]+/.*)"),
+    _UP,
+    re.compile(r"((?:.*?/)??(dec(?:oder)?s?(?:[/_][a-z_]+)?)[/_]?)(\d+)(.*)"),
+)
+"""A level that holds its way up, `levels/0/up`; one of these, `up_blocks/0`; one of a decoder."""
+
+_Level = tuple[Link, re.Match[str], re.Match[str]]
+
+
+def by_level(links: Sequence[Link]) -> tuple[list[Link], list[list[list[Link]]]]:
+    """Returns links under which one level is made from one, and readings of levels that may be reversed.
+
+    diffusers counts the levels on the way up from the lowest one, CompVis and ADM from the highest.
+    """
+    groups: dict[tuple[str, str], list[_Level]] = defaultdict(list)
+    for link in links:
+        one, other = (_way_up("/".join(leaf.names).lower()) for leaf in (link.target, link.source))
+        # Of two decoders none is known to be a U-Net's.
+        is_known = one and other and (one.re is not other.re or one.re is _UP)
+        if one and other and is_known and link.layers is None and link.joint is None:
+            groups[one[1], other[1]].append((link, one, other))
+    made, several = {id(link): [link] for link in links}, list[list[list[Link]]]()
+    for group in groups.values():
+        is_image = any(len(link.source.shape) > 3 for link, *_ in group)
+        is_told = is_image or all(match.re is _UP for _, *ends in group for match in ends)
+        found = [reading for step in (1, -1) if is_told and (reading := _read(group, step))]
+        # Of one name, levels that count from 1 may count from the other end.
+        sides = zip(*(ends for _, *ends in group), strict=True)
+        names = {(each[0][2].replace("_", ""), min(int(x[3]) for x in each)) for each in sides}
+        if found:
+            made |= {id(link): [] for link, *_ in group}
+            is_told = len(found) == 1 or len(names) == 1
+            made[id(group[0][0])] = found[0] if is_told else []
+            several += [] if is_told else [found]
+    return [link for each in made.values() for link in each], several
+
+
+def _way_up(path: str) -> re.Match[str] | None:
+    """Returns how a path may lie in a level on the way up of a U-Net."""
+    found = (each.fullmatch(path) for each in _WAYS_UP) if "up" in path or "dec" in path else ()
+    return next(filter(None, found), None)
+
+
+def _read(group: Sequence[_Level], step: int) -> list[Link]:
+    """Returns the links of levels one by one, or the other way around; none where one does not fit."""
+    stored = {(int(other[3]), other[4]): link.source for link, _, other in group}
+    ours, theirs = sorted({int(one[3]) for _, one, _ in group}), sorted({at for at, _ in stored})
+    below = {(one[4], other[4]) for _, one, other in group}
+    if len(ours) != len(theirs) or len(ours) < 2 or len({one for one, _ in below}) < len(below):
+        return []
+    level, found = dict(zip(ours, theirs[::step], strict=True)), list[Link]()
+    for link, one, other in group:
+        leaf = stored.get((level[int(one[3])], other[4]))
+        if leaf is None or leaf.shape != link.source.shape:
+            return []
+        found.append(link if leaf is link.source else dataclasses.replace(link, stored=(leaf,), levels=()))
+    return found

@@ -17,9 +17,9 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.folding import same_numbers
-from orbax_nnx_handler.planning.core.leaves import with_fields
+from orbax_nnx_handler.planning.core.leaves import Shape, with_fields
 from orbax_nnx_handler.planning.core.paths import levels, shared_levels
-from orbax_nnx_handler.planning.likeness import share_word
+from orbax_nnx_handler.planning.likeness import in_list, layer_of, share_word
 from orbax_nnx_handler.planning.likeness.assignment import best_pairs
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, part_of
@@ -371,64 +371,80 @@ def _word_before(texts: Sequence[str], at: int) -> str:
     return next(filter(None, reversed(texts[at].split("/"))), "")
 
 
-# Levels on the way up of a U-Net.
+# Layers that may be counted from the other end.
 
-_UP = re.compile(r"((?:.*?[/_])??(up[a-z_]*)/?)(\d+)(.*)")
-_WAYS_UP = (
-    re.compile(r"((?:.*?/)??([a-z_]+)/?)(\d+)(/(?:up|dec)[a-z_]*(?:[/_]\d+)?/[^/]+/.*)"),
-    _UP,
-    re.compile(r"((?:.*?/)??(dec(?:oder)?s?(?:[/_][a-z_]+)?)[/_]?)(\d+)(.*)"),
-)
-"""A level that holds its way up, `levels/0/up`; one of these, `up_blocks/0`; one of a decoder."""
-
-_Level = tuple[Link, re.Match[str], re.Match[str]]
+_SIDES = operator.attrgetter("wanted"), operator.attrgetter("stored")
+_Layers = dict[tuple[int, int], list[Link]]
 
 
-def by_level(links: Sequence[Link]) -> tuple[list[Link], list[list[list[Link]]]]:
-    """Returns links under which one level is made from one, and readings of levels that may be reversed.
+def with_either_end(found: Findings) -> Findings:
+    """Asks about layers that nothing but order tells, where something tells that it may be reversed.
 
-    diffusers counts the levels on the way up from the lowest one, CompVis and ADM from the highest.
+    Where shapes tell that `a_{0,1}` are `as/{1,0}`, `b_{0,1}` of one shape may be `bs/{1,0}`. Of what is
+    called by sizes, `enc_{64,32,16}`, the largest one may be the first, but where sizes grow.
     """
-    groups: dict[tuple[str, str], list[_Level]] = defaultdict(list)
-    for link in links:
-        one, other = (_way_up("/".join(leaf.names).lower()) for leaf in (link.target, link.source))
-        # Of two decoders none is known to be a U-Net's.
-        is_known = one and other and (one.re is not other.re or one.re is _UP)
-        if one and other and is_known and link.layers is None and link.joint is None:
-            groups[one[1], other[1]].append((link, one, other))
-    made, several = {id(link): [link] for link in links}, list[list[list[Link]]]()
-    for group in groups.values():
-        is_image = any(len(link.source.shape) > 3 for link, *_ in group)
-        is_told = is_image or all(match.re is _UP for _, *ends in group for match in ends)
-        found = [reading for step in (1, -1) if is_told and (reading := _read(group, step))]
-        # Of one name, levels that count from 1 may count from the other end.
-        sides = zip(*(ends for _, *ends in group), strict=True)
-        names = {(each[0][2].replace("_", ""), min(int(x[3]) for x in each)) for each in sides}
-        if found:
-            made |= {id(link): [] for link, *_ in group}
-            is_told = len(found) == 1 or len(names) == 1
-            made[id(group[0][0])] = found[0] if is_told else []
-            several += [] if is_told else [found]
-    return [link for each in made.values() for link in each], several
+    held: dict[tuple[Names, Names], _Layers] = defaultdict(lambda: defaultdict(list))
+    for link in (x for x in found.links if x.joint is None and x.layers is None and not x.copied):
+        (ours, at), (theirs, to) = (layer_of(leaf.names) for leaf in (link.target, link.source))
+        if at is not None and to is not None:
+            held[ours, theirs][at, to].append(link)
+    some = {pair: of for pair, of in held.items() if {*map(len, _sides(of))} == {len(of)}}
+    told = {pair: of for pair, of in some.items() if _is_told(of)}
+    backwards = [_sides(of) for of in told.values() if _is_falling(of)]
+    forwards = {list_ for pair, of in told.items() if not _is_falling(of) for list_ in pair}
+    ties = [
+        tie
+        for pair, of in some.items()
+        if pair not in told
+        and not _is_falling(of)
+        and ((_sides(of) in backwards and forwards.isdisjoint(pair)) or _are_sizes(pair[1], _sides(of)))
+        for tie in _either_end(of)
+    ]
+    gone = {id(link) for tie in ties for link in tie.readings[-1]}
+    kept = [link for link in found.links if id(link) not in gone]
+    return dataclasses.replace(found, links=kept, ties=[*found.ties, *ties])
 
 
-def _way_up(path: str) -> re.Match[str] | None:
-    """Returns how a path may lie in a level on the way up of a U-Net."""
-    found = (each.fullmatch(path) for each in _WAYS_UP) if "up" in path or "dec" in path else ()
-    return next(filter(None, found), None)
-
-
-def _read(group: Sequence[_Level], step: int) -> list[Link]:
-    """Returns the links of levels one by one, or the other way around; none where one does not fit."""
-    stored = {(int(other[3]), other[4]): link.source for link, _, other in group}
-    ours, theirs = sorted({int(one[3]) for _, one, _ in group}), sorted({at for at, _ in stored})
-    below = {(one[4], other[4]) for _, one, other in group}
-    if len(ours) != len(theirs) or len(ours) < 2 or len({one for one, _ in below}) < len(below):
-        return []
-    level, found = dict(zip(ours, theirs[::step], strict=True)), list[Link]()
-    for link, one, other in group:
-        leaf = stored.get((level[int(one[3])], other[4]))
+def _either_end(layers: _Layers) -> Iterator[Tie]:
+    """Yields as a question which of two ends is the first layer."""
+    other = dict(zip(sorted(layers), sorted(layers)[::-1], strict=True))
+    straight = [(pair, link, _within(link)) for pair, links in sorted(layers.items()) for link in links]
+    leaves, backwards = {(pair, inside): link.source for pair, link, inside in straight}, list[Link]()
+    for pair, link, inside in straight:
+        leaf = leaves.get((other[pair], inside))
         if leaf is None or leaf.shape != link.source.shape:
-            return []
-        found.append(link if leaf is link.source else dataclasses.replace(link, stored=(leaf,), levels=()))
-    return found
+            return
+        backwards.append(dataclasses.replace(link, stored=(leaf,), levels=()))
+    wanted, stored = (
+        tuple(dict.fromkeys(part_of(leaf) for _, x, _ in straight for leaf in side(x))) for side in _SIDES
+    )
+    yield Tie(wanted=wanted, stored=stored, readings=(tuple(backwards), tuple(x for _, x, _ in straight)))
+
+
+def _within(link: Link) -> tuple[Names, ...]:
+    return tuple(in_list(leaf.names)[1] for leaf in (link.target, link.source))
+
+
+def _sides(layers: _Layers) -> tuple[set[int], ...]:
+    return tuple({pair[side] for pair in layers} for side in (0, 1))
+
+
+def _is_falling(layers: _Layers) -> bool:
+    order = [to for _, to in sorted(layers)]
+    return len(order) > 1 and order == sorted(order, reverse=True)
+
+
+def _is_told(layers: _Layers) -> bool:
+    """Tells whether shapes tell in which order layers are each other's."""
+    shapes: dict[Names, list[Shape]] = defaultdict(list)
+    for link in itertools.chain.from_iterable(layers[pair] for pair in sorted(layers)):
+        shapes[in_list(link.target.names)[1]].append(link.target.shape)
+    return any(each != each[::-1] for each in shapes.values() if len(each) == len(layers))
+
+
+def _are_sizes(list_: Names, sides: tuple[set[int], ...]) -> bool:
+    """Tells whether layers are called by sizes, each twice another one, that need not grow."""
+    sizes = sorted(sides[1])
+    is_doubled = len(sizes) > 1 and all(2 * one == other for one, other in itertools.pairwise(sizes))
+    is_growing = not concepts(list_).isdisjoint(("dec", "up", "upsample", "generator"))
+    return is_doubled and sizes[-1] > 8 and sides[0] != sides[1] and not is_growing

@@ -16,7 +16,7 @@ from orbax_nnx_handler.planning.likeness.assignment import Fit, fit_of, may_be, 
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie, leads, settle_turns
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, module_parts, part_of
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart, named_parts
-from orbax_nnx_handler.planning.likeness.networks import with_axes, with_networks_apart
+from orbax_nnx_handler.planning.likeness.networks import with_axes, with_either_end, with_networks_apart
 from orbax_nnx_handler.planning.likeness.norms_of_layers import with_counted_parts
 from orbax_nnx_handler.planning.likeness.recurrent_cells import as_fused
 from orbax_nnx_handler.planning.likeness.shapes import Way, ways
@@ -58,6 +58,7 @@ def search(wanted: Sequence[Leaf], stored: Sequence[Leaf], order: Mapping[Tokens
     found = cells.apart(match_model(Context(wanted=cells.wanted, stored=cells.stored, order=order)))
     found.add(_tied(wanted, stored, found))
     found.links.extend(match_leftovers(wanted, stored, found.links))
+    found = with_either_end(found)
     used = {part_of(leaf) for link in found.every for leaf in link.stored}
     made = {part_of(leaf) for link in found.links for leaf in link.wanted}
     left = {part_of(leaf) for leaf in stored} - used, {part_of(leaf) for leaf in wanted} - made

@@ -346,9 +346,11 @@ def same_layers(one: Series, other: Series) -> list[tuple[int, int]]:
     Where sizes are those of the other side from the last one on, this counts them so: on the way up of a
     U-Net. Where only one run of a list is as large as the shorter one, this is that list.
     """
-    if is_complete(one) and is_complete(other) and is_reversed(one, other):
-        return list(zip(one.numbers, reversed(other.numbers), strict=True))
     spans = [series.numbers[-1] - series.numbers[0] + 1 - len(series.numbers) for series in (one, other)]
+    # The levels of a pyramid count from 2 or 3.
+    are_levels = len({*one.sizes}) == len(one.sizes) and not any(spans)
+    if (are_levels or (is_complete(one) and is_complete(other))) and is_reversed(one, other):
+        return list(zip(one.numbers, reversed(other.numbers), strict=True))
     in_order = list(zip(one.numbers, other.numbers, strict=False))
     are_as_many = len(one.members) == len(other.members)
     if are_as_many and bool(spans[0]) != bool(spans[1]):
@@ -363,7 +365,6 @@ def same_layers(one: Series, other: Series) -> list[tuple[int, int]]:
     )
     if alike and not in_turn and len(both) * 2 > max(len(one.members), len(other.members)):
         return _run_within(one, other) or [(number, number) for number in both]
-    # The levels of a pyramid count from 2 or 3.
     are_runs = one.sizes == other.sizes and not any(spans)
     return in_order if are_as_many and (are_runs or all(map(is_complete, (one, other)))) else []
 

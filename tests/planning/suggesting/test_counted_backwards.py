@@ -3,6 +3,7 @@
 import pytest
 
 from tests.planning.suggesting.proposals import check, filled, proposed
+from tests.planning.suggesting.proposals import restored as restored_by
 
 DENSE, NORM = {"kernel": (5, 5), "bias": (5,)}, {"scale": (5,), "bias": (5,)}
 
@@ -72,3 +73,19 @@ def test_what_nothing_but_order_tells_is_asked(name):
     found, restored = proposed(values, wanted)
     assert found.questions
     check(restored, {path: values[sources[path]] for path in restored})
+
+
+def test_which_end_is_the_first_one_is_asked_with_both_readings():
+    stored, wanted, sources = case(
+        *[(f"lateral_p{at + 3}", f"laterals/{2 - at}", {"kernel": (4 << at, 3)}) for at in range(3)],
+        *[(f"out_p{at + 3}", f"outs/{2 - at}", DENSE) for at in range(3)],
+    )
+    values = filled(stored)
+
+    found, restored = proposed(values, wanted)
+
+    assert {path.split("/")[0] for path in restored} == {"laterals"}
+    (question,) = found.questions
+    assert len(question.choices) == 2
+    rules = found.answered([0])
+    check(restored_by(values, wanted, rules), {path: values[source] for path, source in sources.items()})

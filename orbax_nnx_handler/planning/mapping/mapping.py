@@ -72,6 +72,10 @@ def rule_faults(
 ) -> Iterator[RestoreError]:
     """Yields the errors for parts that go nowhere and for axes that nothing asks for."""
     loose = loose_parts(applied.entries, (item.recipe for item in found.values()))
+    read = {path for item in found.values() for path in reads(item.recipe)} if loose else set[Path]()
+    # A copy of the weights beside them, of which nothing is wanted, is left as one, whole leaves or not.
+    owners = {x.prefix for x in (applied.entries if loose else ()) if not read.isdisjoint(x.sources)}
+    loose = [x for x in loose if x.prefix in owners or not owners]
     if loose:  # A leaf that is taken apart is used when one of its parts is; the others must not get lost.
         parts = [Row(x.segments, (str(x.shape),), render_reads(x.recipe)) for x in loose]
         rows = [aligned(parts), *(f"  by {reason}" for reason in dict.fromkeys(x.reason for x in loose))]

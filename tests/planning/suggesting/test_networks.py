@@ -3,10 +3,10 @@
 import jax
 import numpy as np
 import pytest
-from flax import nnx
+from flax import nnx, traverse_util
 
 from orbax_nnx_handler import Copy, from_linen, plan_restore, suggest
-from tests.planning.suggesting.proposals import Model, check, filled, proposed
+from tests.planning.suggesting.proposals import Model, abstract, check, filled, proposed
 from tests.sampled import sampled
 
 SHAPES = {"Dense_0": (4, 8), "Dense_1": (8, 8), "Dense_2": (8, None)}
@@ -469,3 +469,22 @@ def test_layers_are_those_of_the_tower_that_all_the_rest_comes_from():
     assert found.questions == ()
     assert none == {}
     assert unknown.questions
+
+
+@pytest.mark.parametrize("copy", ["ema_params", "target_params"])
+def test_a_stacked_copy_beside_the_weights_is_left_beside(copy):
+    stored = {"layers/fc/kernel": (3, 4, 5), "layers/ln/scale": (3, 4), "head/kernel": (5, 7)}
+    weights = traverse_util.unflatten_dict(filled(stored), sep="/")
+    kept = traverse_util.unflatten_dict({path: -value for path, value in filled(stored).items()}, sep="/")
+    wanted = {f"h/{at}/mlp/kernel": (4, 5) for at in range(3)}
+    wanted |= {f"h/{at}/norm/scale": (4,) for at in range(3)} | {"out/kernel": (5, 7)}
+    tree = {"params": weights, copy: kept}
+
+    found = suggest(tree, abstract(wanted))
+
+    assert not found.unmatched_wanted
+    state = from_linen(tree, abstract(wanted), renames=found.renames, unexpected="ignore")
+    np.testing.assert_array_equal(
+        state["h"][1]["mlp"]["kernel"].get_value(), weights["layers"]["fc"]["kernel"][1]
+    )
+    np.testing.assert_array_equal(state["out"]["kernel"].get_value(), weights["head"]["kernel"])

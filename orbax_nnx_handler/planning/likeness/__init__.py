@@ -1,8 +1,6 @@
 """How like each other the parts of two models are: by names, shapes and order.
 
-Here what a whole path says of a part: what it is for, the list that it is in, the layer that a norm belongs
-to, and which matrices are transposed. Then which may take features of several positions as one axis, which
-no name tells.
+Here what a whole path says of a part: what it is for, the list that it is in, the layer of a norm.
 """
 
 import dataclasses
@@ -12,24 +10,22 @@ import math
 import operator
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
-from orbax_nnx_handler.planning.core.folding import PLACE, plain_names
-from orbax_nnx_handler.planning.core.paths import Path, is_index, levels
-from orbax_nnx_handler.planning.likeness.assignment import Fit
-from orbax_nnx_handler.planning.likeness.links import Link
+from orbax_nnx_handler.planning.core.folding import PLACE, around
+from orbax_nnx_handler.planning.core.leaves import with_fields
+from orbax_nnx_handler.planning.core.paths import is_index, levels
+from orbax_nnx_handler.planning.likeness.links import Findings, Link
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, part_of
-from orbax_nnx_handler.planning.likeness.named_parts import NamedPart
 from orbax_nnx_handler.planning.likeness.vocabulary import (
     SINGLE,
-    STRONG,
-    Concepts,
     Names,
     concepts,
     counts_of,
     meanings,
     order_word,
     place_of,
+    telling,
     words,
 )
 
@@ -228,18 +224,6 @@ def _is_crossed(numbers: Sequence[tuple[int, float | None, Link]]) -> bool:
     return order != sorted(order) and (order != sorted(order, reverse=True) or are_others)
 
 
-def turned_lists(links: Iterable[Link]) -> Collection[tuple[Names, str]]:
-    """Returns lists with a parameter, all of whose matrices but the squares, of several names, are turned."""
-    turned: dict[tuple[Names, str], dict[Names, bool]] = defaultdict(dict)
-    for link in links:
-        shape, names = link.target.shape, link.target.names
-        if (list_ := in_list(names)[0]) and len({*shape}) == len(shape) > 1:
-            is_turned = any(way.turned for several in link.ways for way in several)
-            held = turned[list_, names[-1]]
-            held[plain_names(names)] = is_turned and held.get(plain_names(names), True)
-    return {key for key, held in turned.items() if len(held) > 1 and all(held.values())}
-
-
 _KINDS = frozenset(
     words(
         "conv convs convolution bn bns norm norms batchnorm batch layernorm ln lns groupnorm gn group "
@@ -309,83 +293,100 @@ def _in_turns(parts: Sequence[ModulePart]) -> Iterator[tuple[Names, ModulePart]]
             yield (other.names, one) if one.is_vector else (one.names, other)
 
 
-def beside_turned(
-    fits: Mapping[tuple[int, int], Fit], wanted: Sequence[NamedPart], stored: Sequence[NamedPart]
+def have_one_name(one: ModulePart, other: ModulePart) -> bool:
+    """Tells whether two parts and the modules around them are called alike, but for numbers and plurals."""
+    paths = (next(iter(part.leaves.values())).names for part in (one, other))
+    ends = [[at for at in map(_without_numbers, place_of(names)[0]) if at][-2:] for names in paths]
+    return ends[0] == ends[1] and len(ends[0]) > 1
+
+
+def _without_numbers(name: str) -> tuple[str, ...]:
+    return tuple(word.removesuffix("s") for word in words(name) if word.isalpha())
+
+
+def by_first_letters(
+    ours: Sequence[int],
+    theirs: Sequence[int],
+    parts: Sequence[Sequence[ModulePart]],
+    possible: Collection[tuple[int, int]],
 ) -> list[tuple[int, int]]:
-    """Returns pairs of matrices as they are, where those of one role on both sides only fit transposed.
+    """Returns which parts are each other's where one side has the other's words as first letters alone.
 
-    Of Praxis' `ffn_layer1` and `ffn_layer2` either has the shape of the other one, transposed.
+    `init_h` and `init_c` are `init/hidden` and `init/cell`.
+
+    Args:
+        ours: The places of the wanted parts.
+        theirs: Those of the stored ones.
+        parts: All parts of either side.
+        possible: The pairs that may be.
     """
-    told: dict[tuple[str, str], set[bool]] = defaultdict(set)
-    as_they_are: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
-    for pair, fit in fits.items():
-        for one, other, options in fit.pairs:
-            if min(len(one.shape), len(other.shape)) > 1 == len(options):
-                names, is_turned = (one.names[-1], other.names[-1]), options[0].turned
-                if wanted[pair[0]].said & stored[pair[1]].said & STRONG:
-                    told[names].add(is_turned)
-                elif not is_turned and len(one.shape) == len(other.shape):
-                    as_they_are[names].append(pair)
-    return [pair for names, held in as_they_are.items() if told[names] == {True} for pair in held]
+    names = [[parts[side][at].names for at in some] for side, some in enumerate((ours, theirs))]
+    told = [telling([frozenset(words("_".join(each))) for each in side]) for side in names]
+    if any(len(each) != 1 for side in told for each in side):
+        return []
+    both = [[*map(min, side)] for side in told]
+    (one, other), are_letters = ([x[0] for x in y] for y in both), [{*map(len, x)} == {1} for x in both]
+    if sorted(are_letters) != [False, True] or {*one} != {*other} or len({*one}) < max(map(len, both)):
+        return []
+    pairs = [(at, theirs[other.index(letter)]) for at, letter in zip(ours, one, strict=True)]
+    return pairs if all(pair in possible for pair in pairs) else []
 
 
-_SIDES = frozenset(("enc", "dec"))
-_OF_AN_IMAGE = 4
-"""Up to as many channels are an input's own, of which no layer makes several positions."""
-_Kernel = tuple[int, int, Path, Concepts]
+Own = tuple[Leaf, Mapping[int, int], int]
+"""A leaf, where a segment of its path is under its other name, and how many more it has behind that."""
 
 
-def flattened(leaves: Iterable[Leaf], own: Set[Path]) -> set[Path]:
-    """Returns stored matrices that may take or make features of several positions; not only `own` leaves.
+def as_they_lie(found: Findings, own: Mapping[int, Own]) -> Findings:
+    """Returns what is known of leaves under other names as that of their own, given by identity."""
 
-    Nothing gives as many inputs, and they are several times what a convolution returns. Or nothing takes
-    as many outputs, and they are several times what a convolution takes that nothing gives. Between
-    an encoder and a decoder lies what each has of its own.
-    """
-    given: dict[int, set[Concepts]] = defaultdict(set)
-    taken: dict[int, set[Concepts]] = defaultdict(set)
-    images: list[_Kernel] = []
-    matrices: list[_Kernel] = []
-    for leaf in leaves:
-        said, (*above, inputs, outputs) = concepts(leaf.names), (1, 1, *leaf.shape)
-        side, spans, is_named = said & _SIDES, above[2:], leaf.names[-1] == "kernel"
-        is_kernel = len(above) > 1 and (is_named or leaf.names[-1] == "w")
-        is_layered = is_named and len(spans) == 1 and spans[0] < min(inputs, outputs)
-        is_image = is_named and len(spans) > 1 and len({*spans}) == 1
-        kernel = inputs, outputs, leaf.source, side
-        given[outputs].add(side)
-        if is_image or (is_kernel and spans and "conv" in said):
-            images.append(kernel)
-        elif is_kernel and (is_layered or not spans):
-            matrices += [kernel] * said.isdisjoint(("attn", "q", "k", "v"))
-            given[outputs // 2].add(side)  # The other half may be a gate.
-        elif spans:
-            given[inputs].add(side)  # Gemma's gate has its outputs first.
-        if is_kernel or place_of(leaf.names)[1] != "bias":
-            taken[inputs if is_kernel else outputs].add(side)
-    returned, needed = defaultdict[int, set[Path]](set), defaultdict[int, set[Path]](set)
-    for inputs, outputs, path, side in images:
-        returned[outputs].add(path)
-        if inputs > _OF_AN_IMAGE and not _explain(given[inputs], side):
-            needed[inputs].add(path)
-    return {
-        path
-        for inputs, outputs, path, side in matrices
-        for size, others, widths in ((inputs, given, returned), (outputs, taken, needed))
-        if not _explain(others[size], side)
-        and any(
-            size in range(2 * width, size + 1, width) and not own >= {path, *paths}
-            for width, paths in widths.items()
-            if width > 1
+    def seat(leaf: Leaf, at: int) -> int:
+        _, moved, more = own.get(id(leaf), (leaf, dict[int, int](), 0))
+        return moved.get(at, at + more if at > max(moved, default=at) else at)
+
+    def back(links: Sequence[Link]) -> list[Link]:
+        return [
+            dataclasses.replace(
+                link,
+                wanted=tuple(own[id(x)][0] if id(x) in own else x for x in link.wanted),
+                stored=tuple(own[id(x)][0] if id(x) in own else x for x in link.stored),
+                levels=tuple((seat(link.source, at), seat(link.target, to)) for at, to in link.levels),
+            )
+            for link in links
+        ]
+
+    plain = found.mapped(back)
+    ties = [
+        dataclasses.replace(
+            tie,
+            wanted=tuple(dict.fromkeys(part_of(x.target) for each in tie.readings for x in each)),
+            stored=tuple(dict.fromkeys(part_of(x.source) for each in tie.readings for x in each)),
         )
-    }
+        for tie in plain.ties
+    ]
+    return Findings(links=plain.links, ties=ties)
 
 
-def _explain(sides: Iterable[Concepts], side: Concepts) -> bool:
-    return any(not (other and side) or other == side for other in sides)
+def sizes_of(leaves: Iterable[Leaf]) -> int:
+    """Returns how many elements some leaves hold, and one for those that are empty."""
+    return max(1, sum(math.prod(leaf.shape) for leaf in leaves))
 
 
-# Levels on the way up of a U-Net.
+def list_name(template: Names) -> Names:
+    """Returns what a list is called without the number: `fc1` of `fc1_{i}`, and of `fc1/{i}`."""
+    front, _, rest = "/".join(template).partition(PLACE)
+    return tuple(filter(None, (front.rstrip("_/") + rest).split("/")))
+
+
+def modules_beside(leaves: Iterable[Leaf], every: Iterable[Leaf], above: int) -> set[Names]:
+    """Returns the modules that hold others than some leaves."""
+    own = set(map(id, leaves))
+    return {names for leaf in every if id(leaf) not in own for names in around(part_of(leaf)[above:])}
+
+
+def told_by_names(links: Iterable[Link]) -> list[Link]:
+    """Returns links that names tell rather than shapes."""
+    return [with_fields(link, grounds="names") if link.grounds == "shapes" else link for link in links]
+
 
 _UP = re.compile(r"((?:.*?[/_])??(up[a-z_]*)/?)(\d+)(.*)")
 _WAYS_UP = (

@@ -35,7 +35,8 @@ from orbax_nnx_handler.planning.likeness.vocabulary import (
 _Counted = Sequence[tuple[Level, tuple[int, ...]]]
 _QKV, _MLP = frozenset("qkv"), frozenset(("up", "down", "gate"))
 _ENDS, _FEW = frozenset(("pre", "post", "first", "last")), 5  # More numbers than any in `NUMBERED`.
-_MIXED = {"token": -1, "patch": -1, "temporal": -1, "channel": 1, "feature": 1}  # A Mixer's order.
+_MIXED = {"token": -1, "patch": -1, "spatial": -1, "temporal": -1, "channel": 1, "feature": 1}
+"""A Mixer's order, and that of blocks of networks: DaViT's."""
 _SELF_AND_CROSS = ("attn1", "attn2"), ("sa", "ca")  # In diffusers, and in short.
 _EITHER = {"qkv": "proj_out", "qkv_proj": "wo"}
 """What stands beside arrays by head: guided diffusion's, InternLM2's; CodeGen has `fc_in`, UvA `linear`."""

@@ -3,8 +3,8 @@
 A model of several networks keeps each in a module of its own: a generator and a discriminator, an actor
 and a critic, an encoder and a decoder. Where one module of either side holds leaves of the same sizes,
 nothing of it goes into another one, whatever its parts are called. Of several that hold the same, names
-tell which is which, or nothing does. Then parts that two numbers count, of which either may be the outer one,
-and levels that are counted from either end.
+tell which is which, or nothing does. Then parts that two numbers count, of which either may be the outer one.
+Last, levels on the way up of a U-Net, which programs count from either end.
 """
 
 import dataclasses

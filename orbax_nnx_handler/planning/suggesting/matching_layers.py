@@ -7,14 +7,14 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from orbax_nnx_handler.planning.core.folding import around, same_numbers
+from orbax_nnx_handler.planning.core.folding import same_numbers
 from orbax_nnx_handler.planning.core.leaves import with_fields
 from orbax_nnx_handler.planning.core.paths import Tokens, levels
+from orbax_nnx_handler.planning.likeness import as_they_lie, modules_beside, sizes_of, told_by_names
 from orbax_nnx_handler.planning.likeness.links import Findings, LayerPair, Layers, Link, Tie, in_all_layers
 from orbax_nnx_handler.planning.likeness.module_parts import (
     Leaf,
     module_parts,
-    part_of,
     part_sizes,
     sizes_within,
     stacks_in,
@@ -35,7 +35,7 @@ from orbax_nnx_handler.planning.suggesting.series import (
     paired_series,
     same_layers,
     series_of,
-    sizes_of,
+    side_by_side,
 )
 from orbax_nnx_handler.planning.suggesting.stacks import (
     Share,
@@ -96,14 +96,14 @@ class _Matching:
     def result(self) -> Findings:
         self._match_stacked_twice()
         self._match_stacked_lists()
+        self._match_side_by_side()
         self._match_in_sequence(arms=2)
         self._match_lists_in_lists()
         self._match_within(self._left())
         self._match(self._paired())
         in_places = in_turn(self._free(0), self._free(1), self._context.above)
         self._match([(alone(*one, 0), alone(*other, 1)) for one, other in in_places])
-        pairs = self._paired()
-        self._match([*pairs, *self._pairs_of_kinds(pairs)])
+        self._match([*(pairs := self._paired()), *self._pairs_of_kinds(pairs)])
         for pairs in self._pairs_with_rests():
             self._match(pairs)
         self._match_within(self._series(1))  # `norm_{i}` and `up_{i}` are `layers/{i}/norm` and its `up`.
@@ -170,6 +170,17 @@ class _Matching:
             for several in in_sequence(self._left()[side], free, above, arms):
                 self._match_or_ask(several if other else [[(one, two) for two, one in x] for x in several])
 
+    def _match_side_by_side(self) -> None:
+        """Matches lists that hold together what the blocks of one list of the other side hold."""
+        for far, one in [(1 - at, x) for at in (0, 1) for x in self._left()[at]]:
+            lists = self._series(1)[far] if all(one.sizes != x.sizes for x in self._groups[far]) else []
+            for layers, own in filter(None, [side_by_side(one, lists, self._context.above[far])]):
+                members = _match_members(*((one, layers) if far else (layers, one)), self._context)
+                known = {id(x) for link in members.every for x in (*link.wanted, *link.stored)}
+                if known >= {*map(id, (*one.leaves, *layers.leaves))}:
+                    self._found.add(as_they_lie(members, own))
+                    self._take((*one.leaves, *(leaf for leaf, *_ in own.values())))
+
     def _match_lists_in_lists(self) -> None:
         for step in (1, -1):
             groups, others = self._left()[::step]
@@ -178,9 +189,8 @@ class _Matching:
 
     def _match_within(self, groups: Sequence[Sequence[Series]]) -> None:
         """Matches lists with the parts of another list's blocks; asks where no name tells which is which."""
-        ours, theirs = groups
-        ways = [(*lists_within(one, theirs), 1) for one in ours]
-        ways += [(*lists_within(one, ours), -1) for one in theirs]
+        ways = [(*lists_within(one, groups[1]), 1) for one in groups[0]]
+        ways += [(*lists_within(one, groups[0]), -1) for one in groups[1]]
         for found, by_names, step in ways:
             several = [[(pair[::step][0], pair[::step][1]) for pair in pairs] for pairs in found]
             if not found or any(self._is_taken(one) for pair in several[0] for one in pair):
@@ -207,7 +217,7 @@ class _Matching:
             if kind in self._unlike:
                 continue  # As the layers before them, in a list that a program does not keep as one.
             members = _match_members(one, other, self._context)
-            members = members.mapped(_by_names) if by_names else members
+            members = members.mapped(told_by_names) if by_names else members
             same = same_layers(one, other)
             # Of parts that are more on one side nothing says that they are of this layer.
             ties = [each for each in members.ties if len(each.wanted) == len(each.stored)]
@@ -320,10 +330,6 @@ class _Matching:
         return rest
 
 
-def _by_names(links: Iterable[Link]) -> list[Link]:
-    return [with_fields(link, grounds="names") if link.grounds == "shapes" else link for link in links]
-
-
 def _hold_alike(ours: Sequence[Leaf], theirs: Sequence[Leaf], linked: Collection[int]) -> bool:
     """Tells whether two layers hold so much alike that they may be the same."""
     return 4 * sizes_of(leaf for leaf in ours if id(leaf) in linked) >= min(sizes_of(ours), sizes_of(theirs))
@@ -349,7 +355,7 @@ def _match_rest(wanted: Sequence[Leaf], stored: Sequence[Leaf], context: Context
         (names[0], names[1]),
         lambda part: creation_place((*start[0], *part.names), context.order),
         lambda one, other: context.known((*start[0], *one), (*start[1], *other)),
-        partial=(_modules_beside(wanted, context.wanted, up), _modules_beside(stored, context.stored, down)),
+        partial=(modules_beside(wanted, context.wanted, up), modules_beside(stored, context.stored, down)),
     )
     lone = (x for x in matched.links if len(x.wanted) == len(x.stored) == 1)
     counted = {id(x): same_numbers(x.target.names, x.source.names, context.above) for x in lone}
@@ -366,12 +372,6 @@ def _match_rest(wanted: Sequence[Leaf], stored: Sequence[Leaf], context: Context
     ]
     every = ((link, (*context.levels, *counted.get(id(link), ()))) for link in matched.links)
     return Findings(links=[with_fields(link, levels=at) for link, at in every], ties=ties)
-
-
-def _modules_beside(leaves: Iterable[Leaf], every: Iterable[Leaf], above: int) -> set[Names]:
-    """Returns the modules that hold others than some leaves."""
-    own = set(map(id, leaves))
-    return {names for leaf in every if id(leaf) not in own for names in around(part_of(leaf)[above:])}
 
 
 # Groups of layers.

@@ -7,7 +7,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from orbax_nnx_handler.planning.core.folding import Homes, lies_within
 from orbax_nnx_handler.planning.core.leaves import with_fields
 from orbax_nnx_handler.planning.core.paths import ascend, ranks_of, same_modules
-from orbax_nnx_handler.planning.likeness import beside_turned, elsewhere, norms_told
+from orbax_nnx_handler.planning.likeness import (
+    by_first_letters,
+    elsewhere,
+    have_one_name,
+    norms_told,
+)
+from orbax_nnx_handler.planning.likeness.arrangements import beside_turned
 from orbax_nnx_handler.planning.likeness.assignment import (
     MOST_PAIRS,
     Fit,
@@ -180,13 +186,17 @@ class _Pairs:
         modules, homes = self._modules(found), [self._homes.of(at, to) for at, to, _ in found]
         among = Counter(itertools.starmap(self._homes.of, self._unlikely))
         wanted, stored = self._homes.held
+        settled = {pair[:2] for pair in found}
+        inside = {tuple(x[:-1] for x in self._names(at, to)) for at, to, _ in found}
         for at, to in self._unlikely:
             if any(at == one or to == other for one, other, _ in found):
                 continue
             home, other = self._homes.of(at, to)
             is_whole = wanted[home] == stored[other] == among[home, other] > 1
             around = [there for here, there in homes if here == home]
-            if is_whole or modules.get(home) == other or around.count(other) == len(around) > 1:
+            is_own = self._names(at, to) in inside  # `beta` in a module whose `alpha` has gone there.
+            is_own |= any(x in settled for x in norms_told([(at, to)], self._parts).items())  # By its norm.
+            if is_own or is_whole or modules.get(home) == other or around.count(other) == len(around) > 1:
                 found.append((at, to, "names"))  # The only two of their shape in what is one module.
             else:
                 ties.append(self._tie([at], [to]))
@@ -280,6 +290,9 @@ class _Pairs:
                 if scores[0] - (0 if is_left else MARGIN) >= max(scores[1:]):
                     yield other
 
+    def _names(self, at: int, to: int) -> tuple[Names, Names]:
+        return self._wanted[at].part.names, self._stored[to].part.names
+
     def _shares(self, pair: tuple[int, int]) -> bool:
         """Tells whether names say that two parts do the same in their block."""
         one, other = self._wanted[pair[0]], self._stored[pair[1]]
@@ -301,7 +314,8 @@ class _Pairs:
         """Tells whether a pair is more than a coincidence of shape."""
         fit, one, other = self._fits[pair], self._wanted[pair[0]], self._stored[pair[1]]
         is_same = one.position is not None and one.position == other.position
-        if pair in self._known or likeness(one.said, other.said) > 0 or one.said & other.said or is_same:
+        is_known = pair in self._known or is_same or have_one_name(one.part, other.part)
+        if is_known or likeness(one.said, other.said) > 0 or one.said & other.said:
             return True
         leaf, is_one = one.part.leaves.get("main"), one.part.main_size == 1  # A scale and a bias of logits.
         is_layer = leaf and len(fit.pairs) > 1 and (is_one or len(leaf.shape) > 1)
@@ -341,7 +355,8 @@ class _Pairs:
             return False  # Which of two layers is the gate, programs number either way.
         ordered = self._by_numbering(ours, theirs, {*theirs, *rivals})
         if ordered is None and not rivals:
-            ordered = self._in_order(ours, theirs, created, found)
+            ordered = by_first_letters(ours, theirs, self._parts, self._fits)
+            ordered = ordered or self._in_order(ours, theirs, created, found)
         if ordered is None or not {to for _, to in ordered}.isdisjoint(to for _, to, _ in found):
             return False
         if not all(self._ascends(pair, found) for pair in ordered):

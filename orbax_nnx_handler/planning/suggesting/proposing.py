@@ -11,7 +11,8 @@ from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.paths import Path, segments
 from orbax_nnx_handler.planning.core.recipes import Read, Shapes, reads
 from orbax_nnx_handler.planning.layouts.layout import Stored, is_copy_beside
-from orbax_nnx_handler.planning.likeness import flattened, in_list, turned_lists
+from orbax_nnx_handler.planning.likeness import in_list
+from orbax_nnx_handler.planning.likeness.arrangements import flattened, turned_lists
 from orbax_nnx_handler.planning.likeness.joined_parts import Remade
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, simplest
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf
@@ -153,8 +154,7 @@ class _Proposing:
         for key in keys[:_QUESTIONS]:
             with contextlib.suppress(RestoreError):
                 alone[key.replacement] = self._among([key], Rename(key.replacement, ""))
-        one = one_of(alone, found)
-        if one is not None and one.confidence != "open":
+        if (one := one_of(alone, found)) is not None and one.confidence != "open":
             return one
         names = " ".join({segments(item.leaf.path)[0] for item in self._model})
         # A copy is used only where the target names it.

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from orbax_nnx_handler.planning.core.folding import PLACE, numbered
-from orbax_nnx_handler.planning.core.leaves import Shape, derived
+from orbax_nnx_handler.planning.core.leaves import Shape, derived, with_fields
 from orbax_nnx_handler.planning.core.paths import is_count, levels, natural_key, shared_levels
-from orbax_nnx_handler.planning.likeness import share_word
+from orbax_nnx_handler.planning.likeness import Own, list_name, share_word, sizes_of
 from orbax_nnx_handler.planning.likeness.assignment import best_pairs
 from orbax_nnx_handler.planning.likeness.module_parts import BySize, Leaf, module_parts, of_sizes
 from orbax_nnx_handler.planning.likeness.vocabulary import (
@@ -244,6 +244,60 @@ def _may_be_within(pairs: Pairs) -> bool:
     )
 
 
+_Layers = tuple[Series, Mapping[int, Own]]
+"""Layers whose leaves have other names than their own, and by identity of these which they are."""
+
+
+def side_by_side(series: Series, others: Sequence[Series], above: int) -> _Layers | None:
+    """Returns lists that hold together what the blocks of one list do as one, by the names of the lists.
+
+    `attentions/{i}`, `norm1/{i}`, `fc1_{i}` are `layers/{i}/attn`, `layers/{i}/norm1`, `layers/{i}/fc1`.
+    """
+    possible = (other for other in others if not exclude(series.said, other.said))  # `enc_attn_{i}`.
+    lists = [x for other in possible for x in _lists_of(other, series.numbers)]
+    if sum(x.size for x in lists) != series.size or any(x.sizes == series.sizes for x in lists):
+        return None
+    held = {at: sorted(itertools.chain(*(x.held[at] for x in lists))) for at in series.numbers}
+    fronts = [list_name(x.template[above:]) for x in lists]
+    if held != series.held or not all(fronts) or _may_count_blocks(series, lists, fronts):
+        return None
+    shared = len(shared_levels(fronts, own=1))
+    members, own = defaultdict[int, list[Leaf]](list), dict[int, Own]()
+    for one, front in zip(lists, fronts, strict=True):
+        for at, leaf in ((at, leaf) for at, leaves in one.members.items() for leaf in leaves):
+            names = (*leaf.names[:above], str(at), *front[shared:], *leaf.names[one.depth :])
+            members[at].append(made := with_fields(leaf, names=names))
+            own[id(made)] = leaf, {above: one.seat}, len(leaf.names) - len(names)
+    template = (*lists[0].template[:above], PLACE)
+    return Series(template, (*lists[0].base[:above], ""), members), own
+
+
+def _lists_of(series: Series, numbers: list[int]) -> list[Series]:
+    """Returns a list that counts so, or those in its members, where these do: `norm1/{i}`, `norm2/{i}`."""
+    if series.numbers == numbers:
+        return [series]
+    inner = [series_of(held, series.depth, 1) for held in series.members.values()]
+    are_lists = all(len(x) == 1 and x[0].numbers == numbers and x[0].depth == series.depth + 1 for x in inner)
+    return [x for each in inner for x in each] if are_lists else []
+
+
+def _may_count_blocks(series: Series, lists: Sequence[Series], fronts: Sequence[Names]) -> bool:
+    """Tells whether the number that tells lists apart may be the block's: `conv1_{i}` and `conv2_{i}`."""
+    parts = {x for held in series.members.values() for leaf in held for x in leaf.names[series.depth : -1]}
+    counted: dict[str, list[tuple[tuple[str, ...], bool]]] = defaultdict(list)
+    for one, front in zip(lists, map("/".join, fronts), strict=True):
+        counted[front.translate(_UNCOUNTED)].append((counts_of(front), one.template[-1] == PLACE))
+    for base, held in counted.items():
+        if len({*held}) < len(held) or share_word(base, "/".join(series.base)):
+            return len(held) > 1
+        if len(held) > 1 and not all(is_list for _, is_list in held):
+            called = {counts_of(part) for part in parts if share_word(part, base)}
+            is_told = called >= {numbers for numbers, _ in held} or len(held) != len(series.numbers)
+            if not is_told or sorted(numbers for numbers, _ in held) == [(str(at),) for at in series.numbers]:
+                return True
+    return False
+
+
 def in_sequence(groups: Sequence[Series], free: Sequence[Leaf], above: int, arms: int) -> list[list[Pairs]]:
     """Returns the modules of the other side that one after the other are the layers of a group, as pairs.
 
@@ -315,11 +369,6 @@ def _modules_by_size(free: Sequence[Leaf], above: int) -> BySize:
     for at, names in enumerate(sorted(below, key=len)):
         found[sizes_of(below[names])].append((at, names, below[names]))
     return found
-
-
-def sizes_of(leaves: Iterable[Leaf]) -> int:
-    """Returns how many elements some leaves hold, and one for those that are empty."""
-    return max(1, sum(math.prod(leaf.shape) for leaf in leaves))
 
 
 def _may_be_one(one: Series, other: Series) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.leaves import Shape, order_after, with_fields
 from orbax_nnx_handler.planning.core.paths import levels
-from orbax_nnx_handler.planning.likeness import share_word
+from orbax_nnx_handler.planning.likeness import share_word, sizes_of
 from orbax_nnx_handler.planning.likeness.assignment import MOST_PAIRS, best_pairs
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, settle_turns
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, Stacks, depth_of, leaves_below, part_sizes
@@ -35,7 +35,6 @@ from orbax_nnx_handler.planning.suggesting.series import (
     have_equal_layers,
     is_complete,
     series_of,
-    sizes_of,
 )
 
 

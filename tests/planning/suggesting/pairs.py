@@ -41,7 +41,7 @@ OPEN = {
     "perceiver": 32,
     "dual_encoder": 1,
     "inception": 50,
-    "ddpm": 12,
+    "ddpm": 10,
     "qwen2": 6,
     "set_transformer": 20,
     "maxvit": 156,
@@ -68,7 +68,6 @@ OPEN = {
     "gemma3n": 9,
     "dbrx": 6,
     "openelm": 8,
-    "vits": 8,
     "palm_fused": 21,
     "perch_conformer": 32,
     "tome": 2,
@@ -79,7 +78,7 @@ OPEN = {
     "serl": 7,
     "mtv": 66,
     "jet": 8,
-    "fvlm": 27,
+    "fvlm": 7,
     "pct": 32,
     "bert_mlm_to_cls": 4,
     "bert_pretraining_to_cls2": 2,
@@ -115,7 +114,7 @@ distilbert_mlm_to_cls), or what remains of a decoder (t5_encoder_only), and whic
 a lone one Linen numbered first (crossq), only outputs tell. Not found yet: the
 mask's layer in a list of its own (conv_tasnet), the bias of queries and of values in one for all three
 (qformer), a lone vector (ncsnpp), two levels of a U-Net that are as large (ddpm), heads that hold queries
-and a part of the network (palm_fused), positions of tokens (spectrogram_diffusion), norms in lists (vits),
+and a part of the network (palm_fused), positions of tokens (spectrogram_diffusion),
 `fflayer_start` and convolutions of dense layers (perch_conformer), a layer below `concat_mlp` beside one of
 that name (tome), keys and values per head in one array, and a bias beside `proj_kernel` (nest), two lists
 of blocks in the arms of a U-Net (xunet), the numbers of a layer and of a view in one name (mtv), stacks

@@ -398,3 +398,99 @@ def test_lists_of_equal_layers_are_the_parts_of_blocks_that_have_their_names(nam
 
     assert not found.questions
     check(values, {aim: stored[path] for path, aim in paths.items()})
+
+
+BLOCK = {
+    "attn/q/kernel": (8, 8),
+    "attn/k/kernel": (8, 8),
+    "norm1/scale": (8,),
+    "norm2/scale": (8,),
+    "fc1/kernel": (8, 16),
+    "fc2/kernel": (16, 8),
+}
+FLAT = {
+    "lists of lists": {
+        "attn/q": "attentions/{}/q_lin",
+        "attn/k": "attentions/{}/k_lin",
+        "norm1": "layer_norm1/{}",
+        "norm2": "layer_norm2/{}",
+        "fc1": "ffns/{}/lin1",
+        "fc2": "ffns/{}/lin2",
+    },
+    "numbers behind words": {
+        "attn/q": "attention_layers_{}/query",
+        "attn/k": "attention_layers_{}/key",
+        "norm1": "attention_norms_{}",
+        "norm2": "ffn_norms_{}",
+        "fc1": "ffn_layers_{}/up",
+        "fc2": "ffn_layers_{}/down",
+    },
+}
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("names", FLAT.values(), ids=FLAT)
+def test_lists_that_hold_together_what_blocks_hold_are_these_block_by_block(names, turned, count):
+    paths = {
+        f"{names[part].format(at)}/{leaf}": f"layers/{at}/{part}/{leaf}"
+        for part, leaf in (path.rsplit("/", 1) for path in BLOCK)
+        for at in range(count)
+    }
+    shapes = {path: BLOCK[aim.split("/", 2)[2]] for path, aim in paths.items()}
+    if turned:
+        shapes, paths = {paths[path]: x for path, x in shapes.items()}, {y: x for x, y in paths.items()}
+    stored = filled(shapes)
+
+    found, values = proposed(stored, {aim: shapes[path] for path, aim in paths.items()})
+
+    assert not found.questions
+    assert len(found.renames) <= 2 * len(BLOCK)  # One for all blocks.
+    check(values, {aim: stored[path] for path, aim in paths.items()})
+
+
+@pytest.mark.parametrize("name", ["stage{1}_block{0}", "norm{1}_{0}", "conv{1}/{0}"])
+def test_of_two_numbers_that_may_each_be_the_block_nothing_is_crossed(name):
+    # All of one shape, as many blocks as parts: the first number may be either.
+    paths = {
+        f"{name.format(at, part)}/scale": f"stages/{part}/{at}/scale" for part in range(2) for at in range(2)
+    }
+    stored = filled(dict.fromkeys(paths, (8,)))
+
+    _, values = proposed(stored, dict.fromkeys(paths.values(), (8,)))
+
+    crossed = {stored[path].tobytes(): aim for path, aim in paths.items()}
+    assert all(crossed[value.tobytes()] == path for path, value in values.items())
+
+
+def test_of_blocks_of_networks_the_spatial_one_comes_before_that_of_the_channels():
+    paths = {
+        f"main_blocks_{at}/{kind}_block/{part}": f"blocks/{at}/{number}/{part}"
+        for at in range(3)
+        for number, kind in enumerate(("spatial", "channel"))
+        for part in LAYER
+    }
+    stored = filled({path: LAYER[path.split("/", 2)[2]] for path in paths})
+
+    found, values = proposed(stored, {aim: stored[path].shape for path, aim in paths.items()})
+
+    assert not found.questions
+    check(values, {aim: stored[path] for path, aim in paths.items()})
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [
+        {"init_h": "start/hidden", "init_c": "start/cell"},
+        {"scale_a": "scale_audio", "scale_t": "scale_text"},
+        {"acts_0/alpha": "amps/0/0/deep/0/alpha", "acts_0/beta": "amps/0/0/deep/0/beta"},
+    ],
+    ids=lambda paths: next(iter(paths)),
+)
+def test_first_letters_and_what_lies_in_the_same_module_tell(paths):
+    stored = filled(dict.fromkeys(paths, (8,)))
+
+    found, values = proposed(stored, dict.fromkeys(paths.values(), (8,)))
+
+    assert not found.questions
+    check(values, {aim: stored[path] for path, aim in paths.items()})

@@ -1,22 +1,27 @@
-"""Recurrent cells whose gates Linen keeps apart and another program in one array.
+"""How arrays are arranged that no name tells: gates of cells, matrices turned, features of positions.
 
-Both sides are read as if their cells were called alike and the gates were fused, so that names, places and
-shapes tell which cell is which. Then each array of a cell is one link of all its gates, in the order in
-which the program that its names are from keeps them; an order that no name tells is asked about.
+Linen keeps the gates of recurrent cells apart, another program in one array. Both sides are read as if
+their cells were called alike and the gates were fused, so that names, places and shapes tell which cell is
+which. Then each array of a cell is one link of all its gates, in the order in which the program that its
+names are from keeps them; an order that no name tells is asked about.
 """
 
 import dataclasses
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 
+from orbax_nnx_handler.planning.core.folding import plain_names
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.likeness import in_list
+from orbax_nnx_handler.planning.likeness.assignment import Fit
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf
+from orbax_nnx_handler.planning.likeness.named_parts import NamedPart
 from orbax_nnx_handler.planning.likeness.shapes import Joint, Way
-from orbax_nnx_handler.planning.likeness.vocabulary import Names, words
+from orbax_nnx_handler.planning.likeness.vocabulary import STRONG, Concepts, Names, concepts, place_of, words
 
 _LSTM, _GRU = "ifgo", "rzn"
 _GATES = frozenset(side + gate for side in "ih" for gate in _LSTM + _GRU)
@@ -276,3 +281,96 @@ def _orders(order: str, links: Sequence[Link]) -> Tie:
         stored=tuple(leaf.names for link in links for leaf in link.stored),
         readings=tuple(readings.values()),
     )
+
+
+# Matrices that are stored transposed.
+
+
+def turned_lists(links: Iterable[Link]) -> Collection[tuple[Names, str]]:
+    """Returns lists with a parameter, all of whose matrices but the squares, of several names, are turned."""
+    turned: dict[tuple[Names, str], dict[Names, bool]] = defaultdict(dict)
+    for link in links:
+        shape, names = link.target.shape, link.target.names
+        if (list_ := in_list(names)[0]) and len({*shape}) == len(shape) > 1:
+            is_turned = any(way.turned for several in link.ways for way in several)
+            held = turned[list_, names[-1]]
+            held[plain_names(names)] = is_turned and held.get(plain_names(names), True)
+    return {key for key, held in turned.items() if len(held) > 1 and all(held.values())}
+
+
+def beside_turned(
+    fits: Mapping[tuple[int, int], Fit], wanted: Sequence[NamedPart], stored: Sequence[NamedPart]
+) -> list[tuple[int, int]]:
+    """Returns pairs of matrices as they are, where those of one role on both sides only fit transposed.
+
+    Of Praxis' `ffn_layer1` and `ffn_layer2` either has the shape of the other one, transposed.
+    """
+    told: dict[tuple[str, str], set[bool]] = defaultdict(set)
+    as_they_are: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
+    for pair, fit in fits.items():
+        for one, other, options in fit.pairs:
+            if min(len(one.shape), len(other.shape)) > 1 == len(options):
+                names, is_turned = (one.names[-1], other.names[-1]), options[0].turned
+                if wanted[pair[0]].said & stored[pair[1]].said & STRONG:
+                    told[names].add(is_turned)
+                elif not is_turned and len(one.shape) == len(other.shape):
+                    as_they_are[names].append(pair)
+    return [pair for names, held in as_they_are.items() if told[names] == {True} for pair in held]
+
+
+# Features of several positions as one axis.
+
+_ARMS = frozenset(("enc", "dec"))
+_OF_AN_IMAGE = 4
+"""Up to as many channels are an input's own, of which no layer makes several positions."""
+_Kernel = tuple[int, int, Path, Concepts]
+
+
+def flattened(leaves: Iterable[Leaf], own: Set[Path]) -> set[Path]:
+    """Returns stored matrices that may take or make features of several positions; not only `own` leaves.
+
+    Nothing gives as many inputs, and they are several times what a convolution returns. Or nothing takes
+    as many outputs, and they are several times what a convolution takes that nothing gives. Between
+    an encoder and a decoder lies what each has of its own.
+    """
+    given: dict[int, set[Concepts]] = defaultdict(set)
+    taken: dict[int, set[Concepts]] = defaultdict(set)
+    images: list[_Kernel] = []
+    matrices: list[_Kernel] = []
+    for leaf in leaves:
+        said, (*above, inputs, outputs) = concepts(leaf.names), (1, 1, *leaf.shape)
+        side, spans, is_named = said & _ARMS, above[2:], leaf.names[-1] == "kernel"
+        is_kernel = len(above) > 1 and (is_named or leaf.names[-1] == "w")
+        is_layered = is_named and len(spans) == 1 and spans[0] < min(inputs, outputs)
+        is_image = is_named and len(spans) > 1 and len({*spans}) == 1
+        kernel = inputs, outputs, leaf.source, side
+        given[outputs].add(side)
+        if is_image or (is_kernel and spans and "conv" in said):
+            images.append(kernel)
+        elif is_kernel and (is_layered or not spans):
+            matrices += [kernel] * said.isdisjoint(("attn", "q", "k", "v"))
+            given[outputs // 2].add(side)  # The other half may be a gate.
+        elif spans:
+            given[inputs].add(side)  # Gemma's gate has its outputs first.
+        if is_kernel or place_of(leaf.names)[1] != "bias":
+            taken[inputs if is_kernel else outputs].add(side)
+    returned, needed = defaultdict[int, set[Path]](set), defaultdict[int, set[Path]](set)
+    for inputs, outputs, path, side in images:
+        returned[outputs].add(path)
+        if inputs > _OF_AN_IMAGE and not _explain(given[inputs], side):
+            needed[inputs].add(path)
+    return {
+        path
+        for inputs, outputs, path, side in matrices
+        for size, others, widths in ((inputs, given, returned), (outputs, taken, needed))
+        if not _explain(others[size], side)
+        and any(
+            size in range(2 * width, size + 1, width) and not own >= {path, *paths}
+            for width, paths in widths.items()
+            if width > 1
+        )
+    }
+
+
+def _explain(sides: Iterable[Concepts], side: Concepts) -> bool:
+    return any(not (other and side) or other == side for other in sides)

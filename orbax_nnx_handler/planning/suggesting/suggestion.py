@@ -1,6 +1,7 @@
 """What is proposed, as text that a user reads and pastes."""
 
 import dataclasses
+import functools
 import math
 import re
 from collections import defaultdict
@@ -372,17 +373,18 @@ def _is_rivalled(verdict: Verdict) -> bool:
 
     An average of the weights, or an older copy of them. A layer more is none: numbers tell which is meant.
     """
+    # Without their numbers: of a list there are few names, however long it is.
     taken = defaultdict[tuple[tuple[Path, Path], Shape], set[str]](set)
     for path, item in verdict.restored.items():
         source = item.recipe.path if isinstance(item.recipe, Read) else ()
         for at, others in _levels(source):
-            taken[others, item.wanted.shape] |= {segments(source)[at]} - {*segments(path)}
+            own = {segments(source)[at]} - {*segments(path)}
+            taken[others, item.wanted.shape].update(map(_unnumbered, own))
     rivals = defaultdict[Path, list[set[str]]](list)
     for path, leaf in verdict.unexpected.items() if any(taken.values()) else ():
         for at, others in _levels(path):
-            name = segments(path)[at]
-            alike = {other for other in taken[others, leaf.shape] if _unnumbered(other) != _unnumbered(name)}
-            rivals[path[: at + 1]].append(alike)
+            name = _unnumbered(segments(path)[at])
+            rivals[path[: at + 1]].append(taken[others, leaf.shape] - {name})
     return any(names[0].intersection(*names[1:]) for names in rivals.values())
 
 
@@ -392,6 +394,7 @@ def _levels(path: Path) -> list[tuple[int, tuple[Path, Path]]]:
     return [(at, (keys[:at], keys[at + 1 :])) for at in range(1, len(keys) - 1)]
 
 
+@functools.lru_cache(maxsize=65536)
 def _unnumbered(name: str) -> str:
     return re.sub(r"\d+", "", name)
 

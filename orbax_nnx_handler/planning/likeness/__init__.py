@@ -188,11 +188,11 @@ def _crossed(links: Sequence[Link], left: Iterable[Names], missing: Iterable[Nam
     gone = {other for (own, _), (other, to) in series if to is not None and own[-1:] != other[-1:]}
     lone = {_series(part)[0] for part in missing}, {_series(part)[0] for part in left} & gone
     for link, (part, _), ((own, at), (other, to)) in zip(links, parts, series, strict=True):
-        end = order_word(concepts(part[-2:]))
         if to is not None and own in lone[0] and other in lone[1] and own[-1:] == other[-1:]:
             yield link  # Another one has gone elsewhere, and either side has one more of the name.
         elif to is not None:
-            seat = end * math.inf if at is None and end else at
+            end = order_word(concepts(part[-2:])) if at is None else 0
+            seat = end * math.inf if end else at
             held[other, link.target.names[-1], link.target.shape].append((to, seat, link))
     yield from (link for some in held.values() if _is_crossed(some) for _, _, link in some)
 

@@ -110,7 +110,8 @@ _TOGETHER = (
     "add v: enc text added v, add out: enc text added out, w pack: q k v, score model:, score net:, "
     "score network:, score unet:, sa norm: self attn norm, sa layer norm: self attn norm, r w: rel content, "
     "r r: rel pos, g encoder: goal enc, conv pw: conv pw, conv transpose: conv deconv, "
-    "query encoder: question enc, context encoder: passage enc, net g: generator, net d: discriminator"
+    "query encoder: question enc, context encoder: passage enc, net g: generator, net d: discriminator, "
+    "full layer layer norm: last norm"
 )
 _PHRASES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     tuple(words.split()): tuple(said.split())
@@ -120,7 +121,7 @@ _PHRASES: Mapping[tuple[str, ...], tuple[str, ...]] = {
 `embed_out`: NeoX; `attn_vec_einsum`: Gemma; `DenseReluDense`: T5; `encoder_attn`: Bart and Whisper;
 `conv_proj`: Flax's ResNet; `src_attn`: The Annotated Transformer; `add_q_proj`, `norm_added_q`, `to_add_out`:
 diffusers' tokens of a text encoder; `W_pack`: Baichuan; `fc1_g`, `fc1_x`: timm's SwiGLU; `sa_layer_norm`:
-DistilBERT; `r_w_bias`: Transformer-XL; `conv_pw`: timm's, may expand."""
+DistilBERT; `r_w_bias`: Transformer-XL; `full_layer_layer_norm`: ALBERT; `conv_pw`: timm's, may expand."""
 
 _APART = (
     "q k v o, up down gate, in out, pre post, first last, enc dec, self cross, attn mlp, vision text audio, "
@@ -166,13 +167,12 @@ MARGIN = 0.75
 STRONG = frozenset(["q", "k", "v", "o", "up", "gate", "down"])
 """The parts of attention and of a gated network."""
 
-_KNOWN = frozenset(word for concepts in _SPELLINGS for word in concepts.split())
+_KNOWN, _LONGEST = frozenset(word for x in _SPELLINGS for word in x.split()), max(map(len, _PHRASES))
 _MEANING = {
     spelling: tuple(concepts.split())
     for concepts, spellings in _SPELLINGS.items()
     for spelling in spellings.split()
 }
-_LONGEST = max(map(len, _PHRASES))
 _WORD = re.compile(
     r"[A-Z](?=to[A-Z])|to(?=[A-Z])|\d+x\d+|\d+[a-rt-z](?![A-Za-z])|\d+|conv(?=[a-rt-z](?![a-z]))|[A-Z]+(?![a-z])"
     r"|(?!(?<=\d)s(?![A-Za-z]))[A-Z]?[a-z]+"

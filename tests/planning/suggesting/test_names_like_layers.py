@@ -114,3 +114,18 @@ def test_a_letter_means_what_it_means_there(name):
     found, restored = proposed(values, leaves(LETTERS[name], 1))
     assert not found.unmatched_wanted
     check(restored, {f"{LETTERS[name][at][0]}/kernel": values[f"{at}/kernel"] for at in LETTERS[name]})
+
+
+def test_the_norm_of_a_full_layer_is_the_last_one_of_its_block():
+    block = {
+        "attention/query": ("attn/q", {"kernel": (8, 8)}),
+        "ffn": ("fc1", DENSE),
+        "ffn_output": ("fc2", WIDE),
+    }
+    norms = {"attention/LayerNorm": ("ln1", NORM), "full_layer_layer_norm": ("ln2", NORM)}
+    values = filled(leaves(block | norms, 0))
+
+    _, found = proposed(values, leaves(block | norms, 1))
+
+    for stored, (wanted, _) in norms.items():
+        np.testing.assert_array_equal(found[f"{wanted}/scale"], values[f"{stored}/scale"])

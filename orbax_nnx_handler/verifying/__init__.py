@@ -1,6 +1,6 @@
 """Both programs run on one input and compared: their outputs, and module by module.
 
-Here how far arrays lie apart, and what of it is rounding.
+Here how far arrays lie apart, what of it is rounding, and why outputs may leave something open.
 """
 
 import dataclasses
@@ -9,6 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from orbax_nnx_handler.planning.core.folding import fold_paths
+from orbax_nnx_handler.planning.core.lines import counted
+from orbax_nnx_handler.planning.core.paths import Path
 
 Array = np.ndarray[Any, Any]
 
@@ -206,3 +210,26 @@ def begin_alike(reference: Sequence[Array], others: Sequence[Array]) -> bool:
     floats = [(a, b) for a, b in pairs if a.size == b.size and a.dtype.kind not in "biu"]
     starts = [(a.reshape(-1)[:_BEGINNING], b.reshape(-1)[:_BEGINNING]) for a, b in floats]
     return all(not exceeds(compare([a], [b]), 100 * TOLERANCE) for a, b in starts)
+
+
+def why_open(missing: Sequence[Path], where: str, *, is_equal: bool) -> str:
+    """Returns why outputs do not answer what is open, in words; `where` is the first module that differs."""
+    ran = "both programs were run"
+    if missing:
+        leaves = counted(len(missing), "leaf is", "leaves are")
+        return (
+            f"{ran}, but {leaves} still without a source, so that outputs tell little: write rules for "
+            f"{fold_paths(missing)} first, or settle the rest by a rule."
+        )
+    if is_equal:
+        return (
+            f"{ran}, and return the same under more than one answer to what is open: either these inputs do "
+            "not show the difference, and others of several tokens and examples may, or the programs "
+            "treat both alike. Settle it by a rule."
+        )
+    first = f", first in {where}" if where else ""
+    return (
+        f"{ran}: under the first answer to what is open they do not return the same{first}, and no module by "
+        "itself tells another one. Correct what differs first, try the answers with "
+        "verify(renames=found.answered(...)), or settle it by a rule."
+    )

@@ -2,9 +2,11 @@
 
 Each program runs under the first answer to every question. Then modules run by themselves, on what
 Linen's were called with, with their weights made in each of the possible ways. What the first module that
-still differs proves of its weights becomes a rule too, and both programs run again.
+still differs proves of its weights becomes a rule too, and both programs run again. Where a few answers are
+left, the whole model runs under each: the only one under which the programs are equal is proved.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -13,7 +15,6 @@ from typing import Any, cast
 
 from orbax_nnx_handler.planner import decide
 from orbax_nnx_handler.planning.core.errors import RestoreError, UnreadableLeafError, VerificationError
-from orbax_nnx_handler.planning.core.folding import fold_paths
 from orbax_nnx_handler.planning.core.lines import Sentence, counted, listed
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import Add, Recipe, reads
@@ -24,16 +25,16 @@ from orbax_nnx_handler.planning.rules.split_and_fuse import rules_making
 from orbax_nnx_handler.planning.suggesting import Proposal, Question, Remade, Suggestion
 from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
-from orbax_nnx_handler.verifying import agree, compare_inputs
+from orbax_nnx_handler.verifying import agree, compare_inputs, why_open
 from orbax_nnx_handler.verifying.comparison import compared
 from orbax_nnx_handler.verifying.pairing import by_path, compare_outputs, layers_of
-from orbax_nnx_handler.verifying.runs import LINEN, NNX, Compared, Programs, Runs, run_both
+from orbax_nnx_handler.verifying.runs import LINEN, NNX, Compared, LinenRun, Programs, Runs, run_both
 from orbax_nnx_handler.verifying.single_module import ModuleRunner
 from orbax_nnx_handler.verifying.verification import FirstDifference, Verification, lent
 from orbax_nnx_handler.verifying.weights import on_one_device
 
 _MOST_TOGETHER = 64
-_MOST_RUNS = 16
+_MOST_RUNS, _MOST_WHOLE = 16, 6
 _EQUAL, _NEAR = 1e-4, 1e-2
 _NEARER = 30
 """How much nearer than any other answer one has to be where the code differs a little too."""
@@ -129,7 +130,27 @@ class Settling:
                 if found == rules:
                     break
             rules = found
+        if None in answers and linen is not None and not self.missing:
+            verification = self._answer_whole(answers, changes, linen) or verification
         return self._with(answers, changes, verification)
+
+    def _answer_whole(
+        self, answers: list[int | None], changes: Sequence[Remade], linen: LinenRun
+    ) -> Verification | None:
+        """Answers what is left as the whole model tells, where one of few answers alone makes it equal."""
+        pairs = zip(answers, self.allowed, strict=True)
+        each = [possible if answer is None else (answer,) for answer, possible in pairs]
+        equal = list[tuple[tuple[int, ...], Verification]]()
+        for tried in itertools.product(*each) if math.prod(map(len, each)) <= _MOST_WHOLE else ():
+            with contextlib.suppress(RestoreError):
+                plan, parts = self._decided(self._rules(tried, changes))
+                runs = run_both(self.checkpoint, plan, parts, self.programs, self.init, linen)
+                if (found := compared(runs, plan, self.tolerance)).equal:
+                    equal.append((tried, found))
+        if len(equal) == 1:
+            answers[:], verification = equal[0]
+            return verification
+        return None
 
     def _corrected(
         self,
@@ -300,7 +321,9 @@ class Settling:
         known = {proposal.rule: proposal for proposal in self.suggestion.proposals}
         plan, _ = self._decided((*self.options.renames, *rules), check=False)
         left = [question for question, answer in zip(questions, answers, strict=True) if answer is None]
-        proof = _open(verification, self.missing) if left else ""
+        where = verification.first.path if verification and verification.first else ""
+        is_equal = verification is not None and verification.equal
+        proof = why_open(self.missing, where, is_equal=is_equal) if left else ""
         if left or plan.error() is not None:
             verification = None
         wanted, stored = self.suggestion.unmatched_wanted, self.suggestion.unmatched_stored
@@ -389,28 +412,6 @@ def _tells(best: float, next_: float) -> bool:
     if best <= _EQUAL:
         return next_ > _EQUAL and next_ > _NEARER * best
     return best <= _NEAR and next_ > _NEARER * best
-
-
-def _open(verification: Verification | None, missing: Sequence[Path]) -> str:
-    """Returns why outputs do not answer what is open, in words."""
-    ran = "both programs were run"
-    if missing:
-        leaves = counted(len(missing), "leaf is", "leaves are")
-        return (
-            f"{ran}, but {leaves} still without a source, so that outputs tell little: write rules for "
-            f"{fold_paths(missing)} first, or settle the rest by a rule."
-        )
-    if verification is not None and verification.equal:
-        return (
-            f"{ran}, and return the same under more than one answer to what is open: either these inputs do "
-            "not show the difference, and others of several tokens and examples may, or the programs "
-            "treat both alike. Settle it by a rule."
-        )
-    where = f", first in {verification.first.path}" if verification and verification.first else ""
-    return (
-        f"{ran}: under no answer to what is open do they return the same{where}, and none is nearer. Correct "
-        "what differs first, or settle it by a rule."
-    )
 
 
 def _words(verification: Verification | None, plan: RestorePlan, given: Sequence[Rule]) -> str:

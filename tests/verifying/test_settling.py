@@ -250,7 +250,7 @@ def test_where_no_answer_makes_the_programs_equal_other_inputs_are_not_asked_for
     found = suggest(path, nnx.eval_shape(BESIDE.make), verify=verify)
 
     assert found.questions
-    assert "under no answer to what is open do they return the same" in found.proof
+    assert "under the first answer to what is open they do not return the same" in found.proof
 
 
 def test_programs_that_differ_leave_a_word_on_where(saved: Save):
@@ -581,3 +581,34 @@ def test_moments_are_proved_with_the_parameters_that_they_belong_to(tmp_path):
 
     assert (found.confidence, found.unmatched_wanted) == ("certain", ())
     assert found.proof.startswith("proved by outputs")
+
+
+class Followed(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3, name="head")(nn.LayerNorm(name="last_ln")(x))
+
+
+class FollowedTwin(nnx.Module):
+    def __init__(self, rngs):
+        self.fin, self.out = nnx.LayerNorm(6, rngs=rngs), nnx.Linear(6, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.out(self.fin(x))
+
+
+@pytest.mark.parametrize("left", ["aaa", "last_ln_b"])
+def test_of_two_modules_one_of_which_is_never_called_the_other_one_is_proved(
+    left: str, tmp_path: pathlib.Path
+):
+    weights = Followed().init(jax.random.key(0), _X)["params"]
+    weights = jax.tree.map(lambda x: x + jax.random.normal(jax.random.key(x.size), x.shape), weights)
+    weights[left] = jax.tree.map(lambda x: 2 * x + 1, weights["last_ln"])
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path := tmp_path / "c", {"params": weights})
+    target = nnx.eval_shape(lambda: FollowedTwin(nnx.Rngs(0)))
+
+    found = suggest(path, target, verify=(Followed().apply, lambda model, x: model(x), (_X,)))
+
+    assert not found.questions
+    assert "proved by outputs" in found.proof

@@ -54,11 +54,10 @@ def was_interrupted(item: epath.Path, files: Files) -> epath.Path | None:
     files.ask(*commit_questions(item))
     if is_noted_step(step, files) and lacks_commit(step, files):
         return step
+    is_lacking = lacks_commit(item, files)  # In any case: a mark that cannot be read is an error.
     if _has_commit(step, files):
         return None
-    if lacks_commit(item, files) or _has_begun_its_note(item, files):
-        return item
-    return None
+    return item if is_lacking or _has_begun_its_note(item, files) else None
 
 
 def _has_begun_its_note(item: epath.Path, files: Files) -> bool:

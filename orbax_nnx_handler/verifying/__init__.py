@@ -18,29 +18,17 @@ Array = np.ndarray[Any, Any]
 
 ROUNDING = 3e-6
 """What two ways of computing one module in float32 differ by, and no more, from equal inputs."""
-
-
 TOLERANCE = 1e-5
 """How far apart two whole programs in float32 may be that compute the same."""
-
-
 _MOST_ROUNDINGS = 5
 """How much more a whole program may differ by rounding than one module in it."""
-
-
 _GROWTH = 16
 """How much a module may enlarge a difference that its inputs have already."""
-
-
 _MOST_AXES = 5
-
-
 MASK = 1e6
 """Values beyond it are a mask's, and say nothing about how large the others are."""
 _LARGE = 1e3
 """From here on, a number that comes several times is a mask's too."""
-
-
 _COARSE = {"bfloat16": 2e-2, "float16": 2e-3}
 
 

@@ -1,6 +1,7 @@
 """How like each other the parts of two models are: by names, shapes and order.
 
-Here what a whole path says of a part: what it is for, the list that it is in, the layer of a norm.
+Here what a whole path says of a part: what it is for, the list that it is in, the layer of a norm,
+the level on the way up of a U-Net.
 """
 
 import dataclasses
@@ -73,7 +74,7 @@ def in_list(names: Names) -> tuple[Names, Names]:
     return (), ()
 
 
-def layer_of(names: Names) -> tuple[Names, int | None]:
+def outermost_list(names: Names) -> tuple[Names, int | None]:
     """Returns the outermost list that a part is in, and its number there."""
     level = next((x for x in levels(names) if x.number is not None), None)
     return in_list(names)[0], level.number if level else None

@@ -4,7 +4,7 @@ A model of several networks keeps each in a module of its own: a generator and a
 and a critic, an encoder and a decoder. Where one module of either side holds leaves of the same sizes,
 nothing of it goes into another one, whatever its parts are called. Of several that hold the same, names
 tell which is which, or nothing does. Then parts that two numbers count, of which either may be the outer one.
-Last, levels on the way up of a U-Net, which programs count from either end.
+Last, layers that one side may count from the other end.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from orbax_nnx_handler.planning.core.folding import same_numbers
 from orbax_nnx_handler.planning.core.leaves import Shape, with_fields
 from orbax_nnx_handler.planning.core.paths import levels, shared_levels
-from orbax_nnx_handler.planning.likeness import in_list, layer_of, share_word
+from orbax_nnx_handler.planning.likeness import in_list, outermost_list, share_word
 from orbax_nnx_handler.planning.likeness.assignment import best_pairs
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, part_of
@@ -245,7 +245,7 @@ def with_axes(found: Findings) -> Findings:
         if axes.gain >= 1:
             made |= zip(map(id, now), axes.exchanged, strict=True)
         else:
-            ties.append(Tie(readings=(tuple(now), tuple(axes.exchanged)), **axes.names))
+            ties.append(_choice(now, now, axes.exchanged))
     return Findings(links=[*made.values()], ties=ties, groups=found.groups)
 
 
@@ -283,13 +283,6 @@ class _Axes:
                 at = (one, other), (aims[one][0], aims[other][0])
                 if at[1][0] != at[1][1]:
                     yield cls(group, (wanted, stored), held, at)
-
-    @property
-    def names(self) -> Mapping[str, tuple[Names, ...]]:
-        """The parts of both sides."""
-        ends = zip(*((part_of(x.target), part_of(x.source)) for x, *_ in self.group), strict=True)
-        ours, theirs = (tuple(dict.fromkeys(side)) for side in ends)
-        return {"wanted": ours, "stored": theirs}
 
     @property
     def is_straight(self) -> bool:
@@ -344,6 +337,13 @@ class _Axes:
         return "" if is_in_list else _word_before(self.words[side], at)
 
 
+def _choice(found: Sequence[Link], *readings: Sequence[Link]) -> Tie:
+    """Returns the choice between some readings of what was found, each leaf made of one."""
+    ends = zip(*((part_of(link.target), part_of(link.source)) for link in found), strict=True)
+    wanted, stored = (tuple(dict.fromkeys(side)) for side in ends)
+    return Tie(wanted=wanted, stored=stored, readings=tuple(map(tuple, readings)))
+
+
 def _ranked(column: Iterable[str]) -> tuple[list[str], list[int]]:
     """Returns the numbers in order, and the rank of each of them."""
     numbers = [*column]
@@ -373,7 +373,6 @@ def _word_before(texts: Sequence[str], at: int) -> str:
 
 # Layers that may be counted from the other end.
 
-_SIDES = operator.attrgetter("wanted"), operator.attrgetter("stored")
 _Layers = dict[tuple[int, int], list[Link]]
 
 
@@ -385,7 +384,7 @@ def with_either_end(found: Findings) -> Findings:
     """
     held: dict[tuple[Names, Names], _Layers] = defaultdict(lambda: defaultdict(list))
     for link in (x for x in found.links if x.joint is None and x.layers is None and not x.copied):
-        (ours, at), (theirs, to) = (layer_of(leaf.names) for leaf in (link.target, link.source))
+        (ours, at), (theirs, to) = (outermost_list(leaf.names) for leaf in (link.target, link.source))
         if at is not None and to is not None:
             held[ours, theirs][at, to].append(link)
     some = {pair: of for pair, of in held.items() if {*map(len, _sides(of))} == {len(of)}}
@@ -415,10 +414,8 @@ def _either_end(layers: _Layers) -> Iterator[Tie]:
         if leaf is None or leaf.shape != link.source.shape:
             return
         backwards.append(dataclasses.replace(link, stored=(leaf,), levels=()))
-    wanted, stored = (
-        tuple(dict.fromkeys(part_of(leaf) for _, x, _ in straight for leaf in side(x))) for side in _SIDES
-    )
-    yield Tie(wanted=wanted, stored=stored, readings=(tuple(backwards), tuple(x for _, x, _ in straight)))
+    found = [link for _, link, _ in straight]
+    yield _choice(found, backwards, found)
 
 
 def _within(link: Link) -> tuple[Names, ...]:

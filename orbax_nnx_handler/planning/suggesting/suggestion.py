@@ -12,11 +12,11 @@ from typing import Literal
 from orbax_nnx_handler.planning.core.folding import Row, fold
 from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf, WantedLeaf
 from orbax_nnx_handler.planning.core.lines import WIDTH, aligned, as_html, counted, framed
-from orbax_nnx_handler.planning.core.paths import Path, printable, segments, spelled
+from orbax_nnx_handler.planning.core.paths import Path, canonical, printable, segments, spelled
 from orbax_nnx_handler.planning.core.recipes import Read
 from orbax_nnx_handler.planning.likeness.joined_parts import Remade
 from orbax_nnx_handler.planning.likeness.links import Link, PairGrounds
-from orbax_nnx_handler.planning.likeness.vocabulary import Names, concepts, likeness, meanings, words
+from orbax_nnx_handler.planning.likeness.vocabulary import Names, concepts, exclude, likeness, meanings, words
 from orbax_nnx_handler.planning.rules import Rename, Rule
 from orbax_nnx_handler.planning.suggesting.questions import Question, parts_in_words
 from orbax_nnx_handler.planning.verdict.outcomes import Verdict, mismatched_rows
@@ -120,7 +120,7 @@ class Suggestion:
         is_given: Whether the caller's own rules decide too, of which nothing here says that they are right.
         flattened: Wanted matrices that may be of an image made one axis, in an order that only outputs tell.
         resized: Of which wanted leaves another size is stored, in words.
-        is_rivalled: Whether a stored module that nothing wants would fit as well as one that is renamed.
+        is_rivalled: Whether a stored module that nothing wants would fit as well as one that is taken.
     """
 
     proposals: tuple[Proposal, ...]
@@ -249,8 +249,8 @@ class Tried:
 
     @property
     def is_rivalled(self) -> bool:
-        """Whether a module that nothing wants holds what one does that is wanted by another name."""
-        return self.verdict is not None and _is_rivalled(self.verdict)
+        """Whether a module that nothing wants may be meant where one is taken that holds the same."""
+        return self.verdict is not None and bool(self.rules) and _is_rivalled(self.verdict)
 
 
 def steps_by_leaf(links: Iterable[Link]) -> Mapping[Path, tuple[str, ...]]:
@@ -369,23 +369,29 @@ def problem_of(verdict: Verdict, weights: Iterable[Path]) -> str:
 
 
 def _is_rivalled(verdict: Verdict) -> bool:
-    """Tells whether a module that nothing wants holds what another one does that is wanted by another name.
+    """Tells whether a module that nothing wants holds what one does that is wanted, and may be meant.
 
-    An average of the weights, or an older copy of them. A layer more is none: numbers tell which is meant.
+    An average of the weights, an older copy of them, a layer more. Of what is wanted by its own name, one
+    that is counted with it, or called its opposite, is none.
     """
     # Without their numbers: of a list there are few names, however long it is.
-    taken = defaultdict[tuple[tuple[Path, Path], Shape], set[str]](set)
+    taken = defaultdict[tuple[tuple[Path, Path], Shape], set[tuple[str, bool]]](set)
     for path, item in verdict.restored.items():
-        source = item.recipe.path if isinstance(item.recipe, Read) else ()
+        source, called = item.recipe.path if isinstance(item.recipe, Read) else (), canonical(path)
         for at, others in _levels(source):
-            own = {segments(source)[at]} - {*segments(path)}
-            taken[others, item.wanted.shape].update(map(_unnumbered, own))
+            is_own = {*canonical(names := segments(source)[at : at + 1])} <= {*called}
+            taken[others, item.wanted.shape].add((_unnumbered(*names), is_own))
     rivals = defaultdict[Path, list[set[str]]](list)
     for path, leaf in verdict.unexpected.items() if any(taken.values()) else ():
         for at, others in _levels(path):
             name = _unnumbered(segments(path)[at])
-            rivals[path[: at + 1]].append(taken[others, leaf.shape] - {name})
+            some = {x for x, is_own in taken[others, leaf.shape] if not is_own or _may_be(name, x)}
+            rivals[path[: at + 1]].append(some)
     return any(names[0].intersection(*names[1:]) for names in rivals.values())
+
+
+def _may_be(name: str, own: str) -> bool:
+    return name != own and not exclude(concepts([name]), concepts([own]))
 
 
 def _levels(path: Path) -> list[tuple[int, tuple[Path, Path]]]:

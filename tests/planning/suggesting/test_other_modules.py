@@ -14,6 +14,7 @@ from flax import nnx, traverse_util
 
 from orbax_nnx_handler import from_linen, suggest
 from tests.planning.suggesting.pairs import UNSEEN, proposed, target_of
+from tests.planning.suggesting.proposals import DENSE, OTHER, proposal
 from tests.sampled import every
 
 KNOWN = [
@@ -101,6 +102,37 @@ def test_nothing_takes_the_place_of_another_module(name, change, module):
 @pytest.mark.parametrize(("name", "change", "module", "count"), LACKING)
 def test_what_one_layer_lacks_or_holds_beside_keeps_the_others_from_nothing(name, change, module, count):
     assert changed(name, change, module) == ([], count)
+
+
+NORM = {"scale": (2,), "bias": (2,)}
+RIVALS = {
+    "a layer more": (
+        {"layers": {at: {"norm": NORM, "fc": DENSE} for at in range(3)}},
+        {f"block_{at}": {"ln": NORM, "lin": DENSE} for at in range(4)},
+    ),
+    "another name than its own": ({"fin": NORM, "out": DENSE}, {"fin": NORM, "last_ln": NORM, "head": DENSE}),
+}
+NO_RIVALS = {
+    "as many layers": (
+        {"layers": {at: {"norm": NORM, "fc": DENSE} for at in range(3)}},
+        {f"block_{at}": {"ln": NORM, "lin": DENSE} for at in range(3)},
+    ),
+    "another number": ({"fc1": DENSE, "out": OTHER}, {"fc1": DENSE, "fc2": DENSE, "head": OTHER}),
+    "an opposite": ({"actor": DENSE, "out": OTHER}, {"actor": DENSE, "critic": DENSE, "head": OTHER}),
+    "no rule": ({"fin": NORM}, {"fin": NORM, "last_ln": NORM}),
+}
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_beside_another_module_that_may_be_meant_nothing_is_certain(name):
+    found = proposal(*RIVALS[name])
+    assert (found.unmatched_wanted, found.confidence) == ((), "likely")
+
+
+@pytest.mark.parametrize("name", NO_RIVALS)
+def test_what_names_tell_to_be_another_module_leaves_a_proposal_certain(name):
+    found = proposal(*NO_RIVALS[name])
+    assert (found.unmatched_wanted, found.confidence) == ((), "certain")
 
 
 def main() -> int:

@@ -191,9 +191,8 @@ class _Context:
             is_attention = {"q", "k"} <= self._held[names] or (is_whole and "attn" in self._below[names])
             is_network = (is_whole or is_attention) and "mlp" in self._below[names]
             if is_attention or is_network:
-                kind = "attn" if is_attention else "mlp"
-                cross = {"cross"} & self._below[names] if is_attention else set[str]()
-                return {kind, *cross} if is_attention != is_network else set()
+                kind = {"attn", *({"cross"} & self._below[names])} if is_attention else {"mlp"}
+                return kind if is_attention != is_network else set()
         return set()
 
     def _other_attention(self, part: ModulePart) -> set[str]:
@@ -381,8 +380,10 @@ class _Context:
         return place + (1 if behind or any("mlp" in x and "post" not in x for x in norms) else 2)
 
     def _beside(self, part: ModulePart, own: set[str]) -> set[str]:
-        """Returns what the modules beside a part are that share a word with it."""
-        said = [set(meanings(names[-1])) for names in self._inside.get(part.module, ())] if own else []
+        """Returns what the modules beside a part are that share a word with it which no other layer has."""
+        said = [{*meanings(names[-1])} for names in self._inside.get(part.module, ())] if own else []
+        layers = [x for name in self._bases[part.module] if said and "norm" not in (x := {*meanings(name)})]
+        own = {x for x in own if len({component(words) for words in (*said, *layers) if x in words}) == 1}
         return {word for words in said if words & own for word in words}
 
     def _without_norm(self, part: ModulePart) -> set[str]:

@@ -169,9 +169,7 @@ def parts_of(series: Series) -> list[Series]:
     shared = {name: members for name, members in held.items() if len(members) == len(series.members)}
     if len(shared) < 2 or "" in held:
         return []
-    return [
-        Series((*series.template, name), (*series.base, name), members) for name, members in shared.items()
-    ]
+    return [Series((*series.template, x), (*series.base, x), members) for x, members in shared.items()]
 
 
 def lists_within(series: Series, others: Sequence[Series]) -> tuple[list[Pairs], bool]:
@@ -187,9 +185,8 @@ def lists_within(series: Series, others: Sequence[Series]) -> tuple[list[Pairs],
         [at for at, y in enumerate(others) if y.sizes == x.sizes and not exclude(said, holds[at])]
         for x, said in zip(parts, held, strict=True)
     ]
-    like = [
-        _called_so(one, others, options, parts) or options for one, options in zip(parts, like, strict=True)
-    ]
+    both = zip(parts, like, strict=True)
+    like = [_called_so(one, others, options, parts) or options for one, options in both]
     if not parts or not 0 < math.prod(map(len, like)) <= _MOST_WAYS:
         return [], False
     said, says = telling(held), telling(holds)
@@ -282,18 +279,24 @@ def _lists_of(series: Series, numbers: list[int]) -> list[Series]:
 
 
 def _may_count_blocks(series: Series, lists: Sequence[Series], fronts: Sequence[Names]) -> bool:
-    """Tells whether the number that tells lists apart may be the block's: `conv1_{i}` and `conv2_{i}`."""
+    """Tells whether the number that tells lists apart may be the block's: `conv1_{i}` and `conv2_{i}`.
+
+    Not where one beside them counts the blocks alone, and otherwise: `attn_{0..2}` and `ln{1..3}_{0..2}`.
+    """
     parts = {x for held in series.members.values() for leaf in held for x in leaf.names[series.depth : -1]}
     counted: dict[str, list[tuple[tuple[str, ...], bool]]] = defaultdict(list)
     for one, front in zip(lists, map("/".join, fronts), strict=True):
         counted[front.translate(_UNCOUNTED)].append((counts_of(front), one.template[-1] == PLACE))
+    is_beside = any(numbers == () for held in counted.values() for numbers, _ in held)
+    before = {x.translate(_UNCOUNTED): re.split(r"\d", x)[0] for x in map("/".join, fronts)}
     for base, held in counted.items():
-        if len({*held}) < len(held) or share_word(base, "/".join(series.base)):
+        own = [word for word in words(before[base]) if share_word(word, word)][-1:]  # `ln` of `enc_ln1`.
+        if len({*held}) < len(held) or share_word("".join(own), "/".join(series.base)):
             return len(held) > 1
         if len(held) > 1 and not all(is_list for _, is_list in held):
-            called = {counts_of(part) for part in parts if share_word(part, base)}
-            is_told = called >= {numbers for numbers, _ in held} or len(held) != len(series.numbers)
-            if not is_told or sorted(numbers for numbers, _ in held) == [(str(at),) for at in series.numbers]:
+            numbers, called = {each for each, _ in held}, {counts_of(x) for x in parts if share_word(x, base)}
+            is_told = called >= numbers or len(held) != len(series.numbers) or is_beside
+            if not is_told or numbers == {(str(at),) for at in series.numbers}:
                 return True
     return False
 

@@ -449,6 +449,43 @@ def test_lists_that_hold_together_what_blocks_hold_are_these_block_by_block(name
     check(values, {aim: stored[path] for path, aim in paths.items()})
 
 
+SIDES = {
+    "enc_att_{}/q/kernel": "encoder/{}/attn/wq/kernel",
+    "enc_att_{}/k/kernel": "encoder/{}/attn/wk/kernel",
+    "enc_ln1_{}/scale": "encoder/{}/attn_norm/scale",
+    "enc_ln2_{}/scale": "encoder/{}/mlp_norm/scale",
+    "enc_fc1_{}/kernel": "encoder/{}/mlp/fc1/kernel",
+    "enc_fc2_{}/kernel": "encoder/{}/mlp/fc2/kernel",
+    "dec_att_{}/q/kernel": "decoder/{}/self_attn/wq/kernel",
+    "dec_att_{}/k/kernel": "decoder/{}/self_attn/wk/kernel",
+    "dec_cross_{}/q/kernel": "decoder/{}/cross_attn/wq/kernel",
+    "dec_cross_{}/k/kernel": "decoder/{}/cross_attn/wk/kernel",
+    "dec_ln1_{}/scale": "decoder/{}/self_norm/scale",
+    "dec_ln2_{}/scale": "decoder/{}/cross_norm/scale",
+    "dec_ln3_{}/scale": "decoder/{}/mlp_norm/scale",
+    "dec_fc1_{}/kernel": "decoder/{}/mlp/fc1/kernel",
+    "dec_fc2_{}/kernel": "decoder/{}/mlp/fc2/kernel",
+}
+SHAPES = {"wq/kernel": (8, 8), "wk/kernel": (8, 8), "fc1/kernel": (8, 16), "fc2/kernel": (16, 8)}
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("turned", [False, True])
+def test_lists_of_two_sides_of_a_model_are_the_layers_of_each_beside_the_norm_of_each(count, turned):
+    paths = {path.format(at): aim.format(at) for path, aim in SIDES.items() for at in range(count)}
+    paths |= {"enc_final/scale": "norm_enc/scale", "dec_final/scale": "norm_dec/scale"}
+    shapes = {path: SHAPES.get("/".join(aim.split("/")[-2:]), (8,)) for path, aim in paths.items()}
+    if turned:
+        shapes, paths = {paths[path]: x for path, x in shapes.items()}, {y: x for x, y in paths.items()}
+    stored = filled(shapes)
+
+    found, values = proposed(stored, {aim: shapes[path] for path, aim in paths.items()})
+
+    assert not found.questions
+    assert len(found.renames) <= len(SIDES) + 2  # One for all layers.
+    check(values, {aim: stored[path] for path, aim in paths.items()})
+
+
 @pytest.mark.parametrize("name", ["stage{1}_block{0}", "norm{1}_{0}", "conv{1}/{0}"])
 def test_of_two_numbers_that_may_each_be_the_block_nothing_is_crossed(name):
     # All of one shape, as many blocks as parts: the first number may be either.

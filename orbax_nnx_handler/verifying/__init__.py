@@ -1,13 +1,17 @@
 """Both programs run on one input and compared: their outputs, and module by module.
 
-Here how far arrays lie apart, what of it is rounding, and why outputs may leave something open.
+Here how far arrays lie apart, what of it is rounding, why outputs may leave something open, and what an error
+of the caller's code says.
 """
 
 import dataclasses
 import itertools
+import traceback
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
+import jax
 import numpy as np
 
 from orbax_nnx_handler.planning.core.folding import fold_paths
@@ -221,3 +225,61 @@ def why_open(missing: Sequence[Path], where: str, *, is_equal: bool) -> str:
         "itself tells another one. Correct what differs first, try the answers with "
         "verify(renames=found.answered(...)), or settle it by a rule."
     )
+
+
+_FEW, _ENOUGH = 8, 4096
+
+
+def are_few(inputs: Sequence[Any]) -> bool:
+    """Tells whether some input has few examples and positions: fewer than 8 that differ, or one token."""
+    arrays = [x for leaf in jax.tree.leaves(inputs) if (x := np.asarray(leaf)).dtype.kind in "iuf"]
+    arrays = [array for array in arrays if array.ndim > 1] or arrays  # Lengths and times stand beside them.
+    return any(
+        _positions(array) < _FEW
+        or 1 in array.shape[1 : array.ndim - (array.dtype.kind == "f")]
+        or (array.ndim > 1 + (array.dtype.kind == "f") and _positions(array[:1]) < 2)
+        for array in arrays
+    )
+
+
+def _positions(array: Array) -> int:
+    """Returns how many positions an array has that differ; the last axis of floats is features."""
+    if array.dtype.kind != "f" or array.ndim < 2 or not array.size:
+        return len(np.unique(array))
+    return len(np.unique(array.reshape(-1, array.shape[-1])[:_ENOUGH], axis=0))
+
+
+def check_tolerance(tolerance: Any) -> None:
+    """Raises a ValueError for what is no tolerance."""
+    if tolerance is not None and not (isinstance(tolerance, Real) and float(tolerance) >= 0):
+        raise ValueError(f"tolerance is a number from 0 on, such as 1e-4, not {tolerance!r}")
+
+
+def inputs_in_words(inputs: Sequence[Any]) -> str:
+    """Returns how many inputs there are and what each is: `1 input (float32[2,16])`."""
+    shown = [
+        f"{each.dtype}[{','.join(map(str, each.shape))}]" if hasattr(each, "dtype") else type(each).__name__
+        for each in inputs
+    ]
+    return counted(len(inputs), "input") + (f" ({', '.join(shown)})" if shown else "")
+
+
+_COMPILED = (
+    "both programs run operation by operation: pass the function that was compiled, not its executable."
+)
+
+
+def hint_for(error: Exception, otherwise: str) -> str:
+    """Returns the way out of an error of the caller's code: of one that says what is wrong, its own."""
+    return _COMPILED if "Disable jit is not supported" in str(error) else otherwise
+
+
+def error_in_words(error: Exception) -> str:
+    """Returns what an error of the caller's code is, and where in that code it was raised."""
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename
+    ]
+    own = __file__.rpartition("/")[0]
+    place = next((frame for frame in reversed(frames) if not frame.filename.startswith(own)), None)
+    where = f"\nat {place.filename}:{place.lineno}" if place is not None else ""
+    return f"{type(error).__name__}: {error}{where}"

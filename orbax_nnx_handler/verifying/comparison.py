@@ -5,7 +5,6 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from numbers import Real
 from typing import Any, cast
 
 import jax
@@ -27,7 +26,15 @@ from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
 from orbax_nnx_handler.storage.stores.kvstore import files_at
 from orbax_nnx_handler.storage.stores.locations import as_path
-from orbax_nnx_handler.verifying import MASK, TOLERANCE, Array, Distance, exceeds
+from orbax_nnx_handler.verifying import (
+    MASK,
+    TOLERANCE,
+    Array,
+    Distance,
+    are_few,
+    check_tolerance,
+    exceeds,
+)
 from orbax_nnx_handler.verifying.first_difference import Search
 from orbax_nnx_handler.verifying.runs import Compared, Programs, Runs, called_otherwise, run_both
 from orbax_nnx_handler.verifying.verification import FirstDifference, Verification, is_dataclass
@@ -103,12 +110,6 @@ def verify(
     plan, parts = decide(checkpoint, target, on_one_device(target), options, check=True)
     programs = Programs(linen=linen_apply, nnx=nnx_apply, inputs=inputs)
     return compared(run_both(checkpoint, plan, parts, programs, init), plan, tolerance)
-
-
-def check_tolerance(tolerance: Any) -> None:
-    """Raises a ValueError for what is no tolerance."""
-    if tolerance is not None and not (isinstance(tolerance, Real) and float(tolerance) >= 0):
-        raise ValueError(f"tolerance is a number from 0 on, such as 1e-4, not {tolerance!r}")
 
 
 def compared(runs: Runs, plan: RestorePlan, tolerance: float | None = None) -> Verification:
@@ -225,7 +226,7 @@ def _without_effect(runs: Runs, plan: RestorePlan) -> Iterator[str]:
     # Slopes take several times what the programs do. Many tokens hardly leave a weight untold, unless what
     # comes of it is multiplied by nothing.
     # But those that no module shows may lie behind an argmax, each by itself.
-    thorough = _are_few(runs.inputs) or has_near_zero(runs.runner.model)
+    thorough = are_few(runs.inputs) or has_near_zero(runs.runner.model)
     slopes = _slopes(runs) if has_floats and (thorough or len(runs.hidden) > _MOST_RUNS) else None
     wholes, parts, steps = _idle(runs, slopes, plan, thorough=thorough)
     used = {path[:-1] for path in plan.restored if _is_statistic(path, plan) and path not in wholes}
@@ -245,28 +246,6 @@ def _without_effect(runs: Runs, plan: RestorePlan) -> Iterator[str]:
         )
     if parts:
         yield f"the outputs depend on a part alone of {fold_paths(parts)}. {_MORE}"
-
-
-_FEW, _ENOUGH = 8, 4096
-
-
-def _are_few(inputs: Sequence[Any]) -> bool:
-    """Tells whether some input has few examples and positions: fewer than 8 that differ, or one token."""
-    arrays = [x for leaf in jax.tree.leaves(inputs) if (x := np.asarray(leaf)).dtype.kind in "iuf"]
-    arrays = [array for array in arrays if array.ndim > 1] or arrays  # Lengths and times stand beside them.
-    return any(
-        _positions(array) < _FEW
-        or 1 in array.shape[1 : array.ndim - (array.dtype.kind == "f")]
-        or (array.ndim > 1 + (array.dtype.kind == "f") and _positions(array[:1]) < 2)
-        for array in arrays
-    )
-
-
-def _positions(array: Array) -> int:
-    """Returns how many positions an array has that differ; the last axis of floats is features."""
-    if array.dtype.kind != "f" or array.ndim < 2 or not array.size:
-        return len(np.unique(array))
-    return len(np.unique(array.reshape(-1, array.shape[-1])[:_ENOUGH], axis=0))
 
 
 _MORE = "Choose inputs of several examples, tokens and positions."

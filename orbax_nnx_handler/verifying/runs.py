@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -30,7 +29,10 @@ from orbax_nnx_handler.verifying import (
     changes_more_than_rounding,
     compare,
     distance,
+    error_in_words,
     exceeds,
+    hint_for,
+    inputs_in_words,
     same_numbers,
 )
 from orbax_nnx_handler.verifying.pairing import (
@@ -201,6 +203,22 @@ class Programs:
 LINEN, NNX = "linen_model.apply", "lambda model, x: model(x)"
 
 
+def programs_of(given: Any) -> Programs:
+    """Returns both programs out of what a caller passes as one argument.
+
+    Raises:
+        VerificationError: It is no `(linen_apply, nnx_apply, inputs)`.
+    """
+    parts = cast("Sequence[Any]", given if isinstance(given, tuple | list) else ())
+    if len(parts) != 3:
+        what = f"a {type(cast(Any, given)).__name__}" + (f" of {len(parts)}" if parts else "")
+        raise VerificationError(
+            f"verify is {what}: it takes (linen_apply, nnx_apply, inputs).",
+            hints=[f"pass verify=({LINEN}, {NNX}, (x,))."],
+        )
+    return Programs(linen=parts[0], nnx=parts[1], inputs=parts[2])
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinenRun:
     """What the Linen program did with the variables that it was called with; these are gone."""
@@ -345,13 +363,13 @@ def _run_linen(checkpoint: Checkpoint, plan: RestorePlan, programs: Programs) ->
     except Exception as error:
         held = ", ".join(map(repr, weights.variables))
         hint = (
-            f"it is called with the variables (a dict with {held}) and {_described(inputs)}, such as "
+            f"it is called with the variables (a dict with {held}) and {inputs_in_words(inputs)}, such as "
             "linen_model.apply, or lambda variables, x: linen_model.apply(variables, x, train=False)."
         )
         if isinstance(error, flax.errors.ScopeParamShapeError):
-            hint = f"the weights are for inputs of another shape than {_described(inputs)}."
+            hint = f"the weights are for inputs of another shape than {inputs_in_words(inputs)}."
         raise VerificationError(
-            f"linen_apply fails: {_told(error)}", hints=[_COMPILED if _is_compiled(error) else hint]
+            f"linen_apply fails: {error_in_words(error)}", hints=[hint_for(error, hint)]
         ) from error
     weights.variables.clear()
     return LinenRun(weights=weights, returned=returned, calls=calls, seconds=time.monotonic() - start)
@@ -389,38 +407,9 @@ def _run_nnx(programs: Programs, model: Any, wanted: Sequence[Path]) -> tuple[An
         return run_nnx(programs.nnx, model, *inputs, locate=locate)
     except Exception as error:
         hint = (
-            f"it is called with the restored target (a {type(model).__name__}) and {_described(inputs)}, "
-            f"such as {NNX}. A model with dropout wants model.eval() first, or rngs."
+            f"it is called with the restored target (a {type(model).__name__}) and "
+            f"{inputs_in_words(inputs)}, such as {NNX}. A model with dropout wants model.eval() first, or rngs."
         )
         raise VerificationError(
-            f"nnx_apply fails: {_told(error)}", hints=[_COMPILED if _is_compiled(error) else hint]
+            f"nnx_apply fails: {error_in_words(error)}", hints=[hint_for(error, hint)]
         ) from error
-
-
-def _described(inputs: Sequence[Any]) -> str:
-    """Returns how many inputs there are and what each is: `1 input (float32[2,16])`."""
-    shown = [
-        f"{each.dtype}[{','.join(map(str, each.shape))}]" if hasattr(each, "dtype") else type(each).__name__
-        for each in inputs
-    ]
-    return counted(len(inputs), "input") + (f" ({', '.join(shown)})" if shown else "")
-
-
-_COMPILED = (
-    "both programs run operation by operation: pass the function that was compiled, not its executable."
-)
-
-
-def _is_compiled(error: Exception) -> bool:
-    return "Disable jit is not supported" in str(error)
-
-
-def _told(error: Exception) -> str:
-    """Returns what an error of the caller's code is, and where in that code it was raised."""
-    frames = [
-        frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename
-    ]
-    own = __file__.rpartition("/")[0]
-    place = next((frame for frame in reversed(frames) if not frame.filename.startswith(own)), None)
-    where = f"\nat {place.filename}:{place.lineno}" if place is not None else ""
-    return f"{type(error).__name__}: {error}{where}"

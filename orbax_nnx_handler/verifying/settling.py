@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 from orbax_nnx_handler.planner import decide
 from orbax_nnx_handler.planning.core.errors import RestoreError, UnreadableLeafError, VerificationError
@@ -28,7 +28,7 @@ from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.verifying import agree, compare_inputs, why_open
 from orbax_nnx_handler.verifying.comparison import compared
 from orbax_nnx_handler.verifying.pairing import by_path, compare_outputs, layers_of
-from orbax_nnx_handler.verifying.runs import LINEN, NNX, Compared, LinenRun, Programs, Runs, run_both
+from orbax_nnx_handler.verifying.runs import Compared, LinenRun, Programs, Runs, run_both
 from orbax_nnx_handler.verifying.single_module import ModuleRunner
 from orbax_nnx_handler.verifying.verification import FirstDifference, Verification, lent
 from orbax_nnx_handler.verifying.weights import on_one_device
@@ -41,22 +41,6 @@ _NEARER = 30
 
 _Ways = Mapping[int, Mapping[Path, Recipe]]
 """For each answer to a question the leaves that are made in another way than under the first."""
-
-
-def programs_of(given: Any) -> Programs:
-    """Returns both programs out of what a caller passes as one argument.
-
-    Raises:
-        VerificationError: It is no `(linen_apply, nnx_apply, inputs)`.
-    """
-    parts = cast("Sequence[Any]", given if isinstance(given, tuple | list) else ())
-    if len(parts) != 3:
-        what = f"a {type(cast(Any, given)).__name__}" + (f" of {len(parts)}" if parts else "")
-        raise VerificationError(
-            f"verify is {what}: it takes (linen_apply, nnx_apply, inputs).",
-            hints=[f"pass verify=({LINEN}, {NNX}, (x,))."],
-        )
-    return Programs(linen=parts[0], nnx=parts[1], inputs=parts[2])
 
 
 @dataclasses.dataclass(kw_only=True)

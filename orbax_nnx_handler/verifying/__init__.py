@@ -5,6 +5,7 @@ of the caller's code says.
 """
 
 import dataclasses
+import inspect
 import itertools
 import traceback
 from collections.abc import Sequence
@@ -12,11 +13,14 @@ from numbers import Real
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from orbax_nnx_handler.planning.core.errors import VerificationError
 from orbax_nnx_handler.planning.core.folding import fold_paths
 from orbax_nnx_handler.planning.core.lines import counted
-from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.core.paths import Path, segments
+from orbax_nnx_handler.planning.likeness.vocabulary import concepts
 
 Array = np.ndarray[Any, Any]
 
@@ -54,6 +58,10 @@ class Distance:
     compared: int = 0
     left: int = 0
     coarse: float = 0.0
+
+    def excess(self, allowed: float) -> tuple[float, float]:
+        """Returns how much of what arrays may be apart they are, and how far they are apart."""
+        return self.relative / max(allowed, float(np.finfo(np.float32).tiny)), self.relative
 
 
 def distance(reference: Array, other: Array) -> tuple[float, float]:
@@ -283,3 +291,83 @@ def error_in_words(error: Exception) -> str:
     place = next((frame for frame in reversed(frames) if not frame.filename.startswith(own)), None)
     where = f"\nat {place.filename}:{place.lineno}" if place is not None else ""
     return f"{type(error).__name__}: {error}{where}"
+
+
+def opened_up(tree: Any) -> Any:
+    """Returns a tree with its dataclasses as dicts.
+
+    Raises:
+        VerificationError: A leaf is no array and no number.
+    """
+
+    def opened(leaf: Any) -> Any:
+        if is_dataclass(leaf):
+            fields = dataclasses.fields(leaf)
+            return {field.name: opened_up(getattr(leaf, field.name)) for field in fields}
+        is_key = jnp.issubdtype(getattr(leaf, "dtype", "f4"), jax.dtypes.prng_key)
+        if is_key or np.asarray(leaf).dtype.kind not in _NUMBERS:
+            if waits := inspect.iscoroutine(leaf):
+                leaf.close()  # Nobody waits for it.
+            raise VerificationError(
+                f"a program returns a {type(leaf).__name__}, which cannot be compared.",
+                hints=[_WAIT if waits else "let both functions return arrays alone."],
+            )
+        return leaf
+
+    return jax.tree.map(opened, tree, is_leaf=is_dataclass)
+
+
+def are_identical(one: Any, other: Any) -> bool:
+    """Tells whether two programs return the very same numbers."""
+    found = [[np.asarray(leaf) for leaf in jax.tree.leaves(opened_up(tree))] for tree in (one, other)]
+    return len(found[0]) == len(found[1]) and all(itertools.starmap(_equal, zip(*found, strict=True)))
+
+
+def _equal(one: Array, other: Array) -> bool:
+    return np.array_equal(one, other, equal_nan=one.dtype.kind in "fc")
+
+
+def is_dataclass(leaf: Any) -> bool:
+    """Tells whether a leaf of what a program returns is a dataclass that JAX does not know."""
+    return dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)
+
+
+_WAIT = "pass a function that waits for it: lambda *args: asyncio.run(function(*args))."
+_NUMBERS = "biufcV"
+"""Kinds of NumPy's dtypes; JAX's own floats are V."""
+
+
+def floats_in(tree: Any) -> list[Any]:
+    """Returns the arrays of floats in what a program returns, both parts of complex numbers."""
+    found = list[Any]()
+    for leaf in jax.tree.leaves(tree, is_leaf=is_dataclass):
+        if is_dataclass(leaf):
+            found += floats_in([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
+        elif jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+            found += [jnp.real(leaf), jnp.imag(leaf)] if jnp.iscomplexobj(leaf) else [leaf]
+    return found
+
+
+def usual_size(array: Array) -> float:
+    """Returns how large an input's numbers are, those of a mask left out."""
+    size = np.abs(array)
+    usual = size[size < MASK]
+    return float((usual if usual.size else size).mean(dtype=np.float64))
+
+
+_MUCH = 1 / 2
+"""The share of a weight without an effect that is worth a word."""
+
+
+def idle_slices(path: Path, zero: Array) -> Array | None:
+    """Returns the slices of a weight without an effect along one axis, if they are a large part of it."""
+    if zero.all():
+        return zero if zero.size else None
+    if not zero.ndim or concepts(segments(path)) & {"embed", "token", "pos", "type"}:
+        return None  # One number, or words and positions that are not among the inputs.
+    shares = [
+        zero.all(axis=tuple(at for at in range(zero.ndim) if at != axis), keepdims=True)
+        for axis in range(zero.ndim)
+    ]
+    most = max(shares, key=lambda share: share.mean())
+    return np.broadcast_to(most, zero.shape) if most.mean() >= _MUCH else None

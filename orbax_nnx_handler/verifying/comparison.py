@@ -1,44 +1,55 @@
 """Runs a Linen program and an NNX program on one input, from one checkpoint, and compares them."""
 
+import contextlib
 import dataclasses
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
 
-from orbax_nnx_handler.planner import decide
+from orbax_nnx_handler.planner import decide, flatten_wanted
+from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.folding import fold_paths
 from orbax_nnx_handler.planning.core.lines import counted
-from orbax_nnx_handler.planning.core.paths import Path, segments
+from orbax_nnx_handler.planning.core.paths import Path, spelled
+from orbax_nnx_handler.planning.core.recipes import Recipe
 from orbax_nnx_handler.planning.layouts import LayoutChoice
-from orbax_nnx_handler.planning.likeness.vocabulary import concepts
 from orbax_nnx_handler.planning.options import Policies, RestoreOptions, UnexpectedPolicy
 from orbax_nnx_handler.planning.restore_plan import RestorePlan
-from orbax_nnx_handler.planning.rules import Rule
+from orbax_nnx_handler.planning.rules import Drop, Rule
+from orbax_nnx_handler.planning.suggesting import RUN_BOTH, Proposal, Suggestion, order_of, propose
+from orbax_nnx_handler.planning.suggesting.suggestion import changed
 from orbax_nnx_handler.storage.checkpoint.find import find_item
-from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
+from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
 from orbax_nnx_handler.storage.stores.kvstore import files_at
 from orbax_nnx_handler.storage.stores.locations import as_path
 from orbax_nnx_handler.verifying import (
-    MASK,
     TOLERANCE,
     Array,
-    Distance,
     are_few,
     check_tolerance,
     exceeds,
+    floats_in,
+    idle_slices,
+    usual_size,
 )
 from orbax_nnx_handler.verifying.first_difference import Search
-from orbax_nnx_handler.verifying.runs import Compared, Programs, Runs, called_otherwise, run_both
-from orbax_nnx_handler.verifying.verification import FirstDifference, Verification, is_dataclass
-from orbax_nnx_handler.verifying.weights import flat_state, has_near_zero, is_weight, on_one_device
+from orbax_nnx_handler.verifying.pairing import by_path, called_otherwise, of_one_size
+from orbax_nnx_handler.verifying.runs import Compared, Programs, Runs, misfilled, proved_otherwise, run_both
+from orbax_nnx_handler.verifying.verification import FirstDifference, Verification
+from orbax_nnx_handler.verifying.weights import (
+    flat_state,
+    has_near_zero,
+    is_weight,
+    on_one_device,
+    whole_modules,
+)
 
 _PATIENCE = 5
 """The time that a search for the reason may take, in times of both programs (and of a second)."""
@@ -109,7 +120,54 @@ def verify(
     checkpoint = read_metadata(find_item(given, item, files), files)
     plan, parts = decide(checkpoint, target, on_one_device(target), options, check=True)
     programs = Programs(linen=linen_apply, nnx=nnx_apply, inputs=inputs)
-    return compared(run_both(checkpoint, plan, parts, programs, init), plan, tolerance)
+    runs = run_both(checkpoint, plan, parts, programs, init)
+    found = compared(runs, plan, tolerance)
+    wrong = None if found.equal else misfilled(runs, plan)
+    if wrong is None:
+        return found
+    told = f"{wrong.words}. {RUN_BOTH} looks for its rules."
+    found = dataclasses.replace(found, unused=(*wrong.sources,), remarks=(told, *found.remarks))
+    for renames in (options.renames, ()):
+        with contextlib.suppress(RestoreError):
+            behind = dataclasses.replace(options, renames=renames)
+            proposed = proposed_without(wrong.unused, checkpoint, target, behind)
+            rules = (*renames, *proposed.answered([0] * len(proposed.questions)))
+            behind = dataclasses.replace(options, renames=rules)
+            other, parts = decide(checkpoint, target, on_one_device(target), behind, check=True)
+            again = run_both(checkpoint, other, parts, programs, init, runs.linen)
+            if compared(again, other, tolerance).equal:
+                return proved_otherwise(found, wrong, plan, other)
+    return found
+
+
+def proposed_without(
+    unused: Collection[Path], checkpoint: Checkpoint, target: Any, options: RestoreOptions
+) -> Suggestion:
+    """Returns what is proposed where some stored leaves are not meant, with the rules that leave them behind.
+
+    Raises:
+        RestoreError: As `suggest`.
+    """
+    meant = {path: leaf for path, leaf in checkpoint.leaves.items() if path not in unused}
+    options = dataclasses.replace(options, policy="warn")
+    found = propose(flatten_wanted(target, {}), meant, options, order_of(target, options.init))
+    answered = found.answered([0] * len(found.questions))
+
+    def makes(drops: Sequence[Rule]) -> Mapping[Path, Recipe] | None:
+        rules = (*options.renames, *drops, *answered)
+        plan, _ = decide(checkpoint, target, {}, dataclasses.replace(options, renames=rules))
+        return None if plan.faults else {path: item.recipe for path, item in plan.restored.items()}
+
+    modules, reason = whole_modules(unused, checkpoint.leaves), "the Linen program never calls it"
+    drops = [Drop(spelled(module), reason) for module in modules]
+    wanted = makes(drops)
+    for drop in drops:  # One is needed only where the others alone do not make the same.
+        fewer = [other for other in drops if other is not drop]
+        with contextlib.suppress(RestoreError):
+            drops = fewer if makes(fewer) == wanted else drops
+    first, left = [Proposal(rule=drop, grounds="outputs") for drop in drops], found.unmatched_stored
+    made = changed(found, lambda others: (*drops, *others))
+    return dataclasses.replace(made, proposals=(*first, *found.proposals), unmatched_stored=(*left, *unused))
 
 
 def compared(runs: Runs, plan: RestorePlan, tolerance: float | None = None) -> Verification:
@@ -125,7 +183,7 @@ def compared(runs: Runs, plan: RestorePlan, tolerance: float | None = None) -> V
     # One output of few digits says nothing about those beside it.
     usual = TOLERANCE * max(1, math.ceil(math.sqrt(len(runs.compared) / _CALLS)))
     allowed = [max(usual, one.coarse) if tolerance is None else tolerance for one in runs.outputs]
-    worst = max(zip(runs.outputs, allowed, strict=True), key=_excess)
+    worst = max(zip(runs.outputs, allowed, strict=True), key=lambda output: output[0].excess(output[1]))
     is_near = worst[0].relative <= worst[1]
     first = search.first() or search.set_up_otherwise(whatever=not is_near)
     equal = is_near and not (first is not None and first.proved)
@@ -151,12 +209,6 @@ def _rounding(runs: Runs) -> float:
     return min(_FAR, 2 * max(right, default=0.0))
 
 
-def _excess(output: tuple[Distance, float]) -> tuple[float, float]:
-    """Returns how much of what it may be apart an output is apart."""
-    distance, allowed = output
-    return distance.relative / max(allowed, float(np.finfo(np.float32).tiny)), distance.relative
-
-
 _FEATURES = 3
 """Axes of an array of features: example, position, feature."""
 _LEAST, _MOST = 1e-4, 1e4
@@ -165,13 +217,6 @@ _FAR = 1e-3
 """What is no rounding, wherever in a program."""
 _CHANCE = 1 / 16
 """The share of numbers that may be equal by chance."""
-
-
-def _size(array: Array) -> float:
-    """Returns how large an input's numbers are, those of a mask left out."""
-    size = np.abs(array)
-    usual = size[size < MASK]
-    return float((usual if usual.size else size).mean(dtype=np.float64))
 
 
 def _untold(runs: Runs, plan: RestorePlan, first: FirstDifference | None) -> Iterator[str]:
@@ -184,11 +229,12 @@ def _untold(runs: Runs, plan: RestorePlan, first: FirstDifference | None) -> Ite
         yield "an input is one number throughout, which tells little of the weights: choose random inputs."
     if any(np.array_equal(one, two) for one, two in itertools.combinations(numbers, 2)):
         yield "two inputs are the same, so what is told of the one may be the other's: choose different ones."
-    sizes = [_size(array) for array in numbers if array.dtype.kind == "f"]
+    sizes = [usual_size(array) for array in numbers if array.dtype.kind == "f"]
     strange = next((size for size in sizes if size and not _LEAST < size < _MOST), None)
     if strange is not None:
         yield f"an input's numbers are about {strange:.0e}, where weights hardly count: choose some of 1."
-    large = ((one.path, _size(array)) for one in runs.compared for array in _floats_in([*one.nnx.outputs]))
+    returned = ((one.path, floats_in([*one.nnx.outputs])) for one in runs.compared)
+    large = ((path, usual_size(array)) for path, arrays in returned for array in arrays)
     if strange is None and (beyond := next((each for each in large if each[1] > _MOST), None)):
         yield (
             f"{fold_paths(beyond[:1])}: it returns numbers of about {beyond[1]:.0e}, beside which small "
@@ -220,7 +266,7 @@ def _is_apart_throughout(one: Compared) -> bool:
 
 def _without_effect(runs: Runs, plan: RestorePlan) -> Iterator[str]:
     """Yields which weights may be whatever they are, as the queries of a single token."""
-    has_floats = bool(_floats_in(runs.returned))
+    has_floats = bool(floats_in(runs.returned))
     if not has_floats:
         yield "the outputs hold no floats, so small differences do not show: let both return logits."
     # Slopes take several times what the programs do. Many tokens hardly leave a weight untold, unless what
@@ -249,8 +295,6 @@ def _without_effect(runs: Runs, plan: RestorePlan) -> Iterator[str]:
 
 
 _MORE = "Choose inputs of several examples, tokens and positions."
-_MUCH = 1 / 2
-"""The share of a weight without an effect that is worth a word."""
 _MOST_GROUPS, _ROUNDED = 8, 1e-5
 _MOST_RUNS = 3
 """Each takes half of what both programs did."""
@@ -274,7 +318,7 @@ def _idle(
         return [*itertools.chain(*idle)], [], [*itertools.chain(*steps)]
     least = _ROUNDED * max((float(np.abs(slope).max(initial=0)) for slope in slopes.values()), default=0.0)
     without = {path: np.abs(slope) <= least for path, slope in slopes.items() if _is_models(path, plan)}
-    masks = {path: mask for path, zero in without.items() if (mask := _slices(path, zero)) is not None}
+    masks = {path: mask for path, zero in without.items() if (mask := idle_slices(path, zero)) is not None}
     if not thorough:
         unseen = {*runs.hidden, *runs.states}
         masks = {path: mask for path, mask in masks.items() if path in unseen and mask.all()}
@@ -333,7 +377,7 @@ def _slopes(runs: Runs) -> Mapping[Path, Array] | None:
     graph, floats, others = cast(Any, nnx.split)(runs.runner.model, _is_weight_at, ...)
 
     def total(state: Any) -> Any:
-        arrays = _floats_in(runs.programs.nnx(nnx.merge(graph, state, others), *runs.inputs))
+        arrays = floats_in(runs.programs.nnx(nnx.merge(graph, state, others), *runs.inputs))
         keys = jax.random.split(jax.random.key(0), len(arrays))
         pairs = zip(keys, arrays, strict=True)
         return sum((array * jax.random.normal(key, array.shape)).sum() for key, array in pairs)
@@ -351,31 +395,6 @@ def _slopes(runs: Runs) -> Mapping[Path, Array] | None:
 
 def _is_weight_at(_: Any, leaf: Any) -> bool:
     return is_weight(leaf)
-
-
-def _floats_in(tree: Any) -> list[Any]:
-    """Returns the arrays of floats in what a program returns, both parts of complex numbers."""
-    found = list[Any]()
-    for leaf in jax.tree.leaves(tree, is_leaf=is_dataclass):
-        if is_dataclass(leaf):
-            found += _floats_in([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
-        elif jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
-            found += [jnp.real(leaf), jnp.imag(leaf)] if jnp.iscomplexobj(leaf) else [leaf]
-    return found
-
-
-def _slices(path: Path, zero: Array) -> Array | None:
-    """Returns the slices of a weight without an effect along one axis, if they are a large part of it."""
-    if zero.all():
-        return zero if zero.size else None
-    if not zero.ndim or concepts(segments(path)) & {"embed", "token", "pos", "type"}:
-        return None  # One number, or words and positions that are not among the inputs.
-    shares = [
-        zero.all(axis=tuple(at for at in range(zero.ndim) if at != axis), keepdims=True)
-        for axis in range(zero.ndim)
-    ]
-    most = max(shares, key=lambda share: share.mean())
-    return np.broadcast_to(most, zero.shape) if most.mean() >= _MUCH else None
 
 
 def _remarks(is_near: bool, first: FirstDifference | None, runs: Runs, plan: RestorePlan) -> Iterator[str]:
@@ -398,14 +417,18 @@ def _remarks(is_near: bool, first: FirstDifference | None, runs: Runs, plan: Res
             "by little, as it does in deep models (then raise the tolerance), or it arises outside of the "
             "modules that were compared."
         )
-    unread = [one.path for one in runs.compared if not one.found.outputs.compared and _same_sizes(one)]
+    unread = [
+        one.path
+        for one in runs.compared
+        if not one.found.outputs.compared and of_one_size(one.linen, one.nnx)
+    ]
     if not is_near and first is None and unread:
         yield (
             f"{fold_paths(unread)}: it returns arrays of one size in another structure than Linen's module, "
             "and which is which is not told: let it return the same."
         )
     is_told = is_near or (first is not None and bool(first.proved))
-    yield from () if is_told else called_otherwise(runs)
+    yield from () if is_told else called_otherwise(runs.pairs, by_path(runs.linen.calls), runs.runner.calls)
     if plan.missing:
         yield f"{counted(len(plan.missing), 'weight')} of the target not stored: a policy fills them."
     zeros = () if is_told else (path for path, item in plan.defaulted.items() if item.source == "zeros")
@@ -422,8 +445,3 @@ def _remarks(is_near: bool, first: FirstDifference | None, runs: Runs, plan: Res
 def _all_agree(compared: Sequence[Compared]) -> bool:
     outputs = [one.found.outputs for one in compared if one.gets_the_same]
     return bool(outputs) and not any(exceeds(one, TOLERANCE) for one in outputs)
-
-
-def _same_sizes(one: Compared) -> bool:
-    sizes = [{array.size for array in use.outputs} for use in (one.linen, one.nnx)]
-    return not sizes[0].isdisjoint(sizes[1])

@@ -9,7 +9,9 @@ import itertools
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
+from orbax_nnx_handler.planning.core.folding import fold_paths
 from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.lines import counted
 from orbax_nnx_handler.planning.core.paths import Path, natural_key
 from orbax_nnx_handler.planning.core.recipes import (
     Concat,
@@ -319,6 +321,12 @@ class Use:
     outputs: Sequence[Array]
 
 
+def of_one_size(one: Use, other: Use) -> bool:
+    """Tells whether two modules return arrays of one size."""
+    sizes = [{array.size for array in use.outputs} for use in (one, other)]
+    return not sizes[0].isdisjoint(sizes[1])
+
+
 def uses_of(unit: Unit, calls: CallsByPath, sizes: Collection[int]) -> list[Use]:
     """Returns a unit's part in the calls of its module, in their order; nothing if they do not come out.
 
@@ -410,3 +418,23 @@ def call_by_call(linen: Sequence[Use], nnx: Sequence[Use]) -> Iterator[tuple[int
     for at, (number, inputs) in sorted(pairs.items()):
         one, other = linen[number], nnx[at]
         yield at, one, other, inputs or compare_inputs(one.inputs, other.inputs)
+
+
+def called_otherwise(pairs: Iterable[ModulePair], linen: CallsByPath, nnx: CallsByPath) -> Iterator[str]:
+    """Yields which modules are not called as often as in Linen, and which drop what Linen does not."""
+    found = dict[str, list[Path]]()
+    for pair in pairs:
+        theirs, ours = len(uses_of(pair.linen, linen, ())), len(uses_of(pair.nnx, nnx, ()))
+        if ours and theirs and ours != theirs:
+            words = f"called {counted(theirs, 'time')} in Linen and {counted(ours, 'time')} in NNX"
+            found.setdefault(words, []).append(pair.nnx.path)
+    yield from (f"{fold_paths(paths)}: {words}." for words, paths in found.items())
+    on = {call.path for calls in nnx.values() for call in calls if _drops(call, "rate", "deterministic")}
+    if on and not any(_drops(call, "rate") for calls in linen.values() for call in calls):
+        yield f"{fold_paths(on)}: dropout is on (deterministic is False), and in Linen none is."
+
+
+def _drops(call: Call, *settings: str) -> bool:
+    """Tells whether a module has a rate, and returns something else than it is called with."""
+    apart = compare(call.inputs[:1], call.outputs)
+    return {*settings} <= call.settings.keys() and bool(apart.compared) and exceeds(apart, TOLERANCE)

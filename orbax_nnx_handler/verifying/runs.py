@@ -2,21 +2,22 @@
 
 import dataclasses
 import functools
+import itertools
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import flax.errors
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import nnx
 
 from orbax_nnx_handler.planning.core.errors import VerificationError
-from orbax_nnx_handler.planning.core.folding import fold_paths
 from orbax_nnx_handler.planning.core.leaves import Shape
-from orbax_nnx_handler.planning.core.lines import counted
-from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.core.paths import Path, shared_levels
 from orbax_nnx_handler.planning.core.recipes import Recipe, reads
 from orbax_nnx_handler.planning.restore_plan import RestorePlan
 from orbax_nnx_handler.planning.target.target import Target
@@ -33,6 +34,7 @@ from orbax_nnx_handler.verifying import (
     exceeds,
     hint_for,
     inputs_in_words,
+    opened_up,
     same_numbers,
 )
 from orbax_nnx_handler.verifying.pairing import (
@@ -48,7 +50,13 @@ from orbax_nnx_handler.verifying.pairing import (
 )
 from orbax_nnx_handler.verifying.recording import Call, run_linen, run_nnx
 from orbax_nnx_handler.verifying.single_module import ModuleRunner
-from orbax_nnx_handler.verifying.verification import ModuleComparison, opened_up, outputs_apart
+from orbax_nnx_handler.verifying.verification import (
+    FirstDifference,
+    Misfilled,
+    ModuleComparison,
+    Verification,
+    outputs_apart,
+)
 from orbax_nnx_handler.verifying.weights import (
     LinenWeights,
     as_jax,
@@ -60,6 +68,8 @@ from orbax_nnx_handler.verifying.weights import (
     orders_of_features,
     path_above,
     restore_linen,
+    unused_leaves,
+    whole_modules,
 )
 
 
@@ -267,32 +277,54 @@ class Runs:
         return [path for path, leaf in flat if is_weight(leaf) and not isinstance(leaf, nnx.Param)]
 
     def depend_on(self, weights: Mapping[Path, Any]) -> bool:
-        """Tells whether the NNX program returns something else with other values of some weights.
-
-        Args:
-            weights: By path, what is added to each.
-        """
+        """Tells whether the NNX program returns something else with numbers added to weights, by path."""
         return _depends(self.programs, self.runner.model, self.returned, weights)
 
 
-def called_otherwise(runs: Runs) -> Iterator[str]:
-    """Yields which modules are not called as often as in Linen, and which drop what Linen does not."""
-    found, linen, nnx = dict[str, list[Path]](), by_path(runs.linen.calls), runs.runner.calls
-    for pair in runs.pairs:
-        theirs, ours = len(uses_of(pair.linen, linen, ())), len(uses_of(pair.nnx, nnx, ()))
-        if ours and theirs and ours != theirs:
-            words = f"called {counted(theirs, 'time')} in Linen and {counted(ours, 'time')} in NNX"
-            found.setdefault(words, []).append(pair.nnx.path)
-    yield from (f"{fold_paths(paths)}: {words}." for words, paths in found.items())
-    on = {call.path for calls in nnx.values() for call in calls if _drops(call, "rate", "deterministic")}
-    if on and not any(_drops(call, "rate") for call in runs.linen.calls):
-        yield f"{fold_paths(on)}: dropout is on (deterministic is False), and in Linen none is."
+def misfilled(runs: Runs, plan: RestorePlan) -> Misfilled | None:
+    """Returns what is filled from modules that Linen never calls, while what it calls fills nothing."""
+    checkpoint, recipes, location = runs.runner.checkpoint, runs.runner.recipes, runs.linen.weights.location
+    called, stored = {call.path for call in runs.linen.calls}, checkpoint.leaves
+    floats = [path for path in location if jnp.issubdtype(stored[path].dtype or bool, jnp.floating)]
+    silent = {path: stored[path] for path in floats if location[path][:-1] not in called}
+    read = {path for recipe in recipes.values() for path in reads(recipe)}
+    sizes = {math.prod(leaf.shape) for path, leaf in silent.items() if path in read}
+    others = [path for path in floats if path not in read and path not in silent]
+    instead = [path for path in others if math.prod(stored[path].shape) in sizes]
+
+    def run(variables: Any) -> Any:
+        return run_linen(runs.programs.linen, variables, *runs.inputs, owner=lambda _: None)[0]
+
+    unused = unused_leaves(checkpoint, plan, silent, run, runs.linen.returned) if instead else []
+    read_by = {leaf: found for leaf, recipe in recipes.items() if (found := {*reads(recipe)} & {*unused})}
+    # What neither program calls, such as a head for training, may well be each other's.
+    idle = [leaf for leaf in read_by if leaf[:-1] not in runs.runner.calls]
+    idle = [] if runs.depend_on(dict.fromkeys(idle, 1)) else idle
+    kept = {*itertools.chain(*(read_by.pop(leaf) for leaf in idle))}
+    if not (sources := {*itertools.chain(*read_by.values())} - kept):
+        return None
+    return Misfilled(
+        wanted=whole_modules(read_by, recipes),
+        sources=whole_modules(sources, stored),
+        unused=[path for path in unused if path not in kept],
+        instead=whole_modules(instead, stored),
+    )
 
 
-def _drops(call: Call, *settings: str) -> bool:
-    """Tells whether a module has a rate, and returns something else than it is called with."""
-    apart = compare(call.inputs[:1], call.outputs)
-    return {*settings} <= call.settings.keys() and bool(apart.compared) and exceeds(apart, TOLERANCE)
+def proved_otherwise(
+    found: Verification, wrong: Misfilled, plan: RestorePlan, other: RestorePlan
+) -> Verification:
+    """Returns a verification with what another plan, under which outputs are equal, proves to be wrong."""
+    made = {leaf: item.recipe for leaf, item in other.restored.items() if leaf in plan.restored}
+    changes = {leaf: recipe for leaf, recipe in made.items() if recipe != plan.restored[leaf].recipe}
+    first = FirstDifference(
+        module=min(found.modules, key=lambda one: len(one.nnx.path)),
+        place=shared_levels([leaf[:-1] for leaf in changes]),
+        weights=tuple(plan.restored[leaf] for leaf in changes),
+        proved=f"{wrong.words}: renames=[{', '.join(rule.quoted for rule in other.renames)}]",
+        changes=changes,
+    )
+    return dataclasses.replace(found, first=first, remarks=found.remarks[1:])
 
 
 def run_both(
@@ -408,7 +440,8 @@ def _run_nnx(programs: Programs, model: Any, wanted: Sequence[Path]) -> tuple[An
     except Exception as error:
         hint = (
             f"it is called with the restored target (a {type(model).__name__}) and "
-            f"{inputs_in_words(inputs)}, such as {NNX}. A model with dropout wants model.eval() first, or rngs."
+            f"{inputs_in_words(inputs)}, such as {NNX}. A model with dropout wants model.eval() "
+            "first, or rngs."
         )
         raise VerificationError(
             f"nnx_apply fails: {error_in_words(error)}", hints=[hint_for(error, hint)]

@@ -26,9 +26,9 @@ from orbax_nnx_handler.planning.suggesting import Proposal, Question, Remade, Su
 from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.verifying import agree, compare_inputs, why_open
-from orbax_nnx_handler.verifying.comparison import compared
+from orbax_nnx_handler.verifying.comparison import compared, proposed_without
 from orbax_nnx_handler.verifying.pairing import by_path, compare_outputs, layers_of
-from orbax_nnx_handler.verifying.runs import Compared, LinenRun, Programs, Runs, run_both
+from orbax_nnx_handler.verifying.runs import Compared, LinenRun, Programs, Runs, misfilled, run_both
 from orbax_nnx_handler.verifying.single_module import ModuleRunner
 from orbax_nnx_handler.verifying.verification import FirstDifference, Verification, lent
 from orbax_nnx_handler.verifying.weights import on_one_device
@@ -57,6 +57,7 @@ class Settling:
         tolerance: What outputs may be apart, as `verify` takes it.
         allowed: The answers to each question that are still possible; programs run under the first.
         missing: The wanted leaves that nothing was found for when both programs ran last.
+        wrong: What is filled from modules that the Linen program never calls, in words.
         remade: Rules behind all others: what outputs prove and those cannot say of how leaves are made.
     """
 
@@ -69,6 +70,7 @@ class Settling:
     tolerance: float | None = None
     allowed: list[Sequence[int]] = dataclasses.field(init=False)
     missing: Sequence[Path] = ()
+    wrong: str = ""
     remade: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
@@ -107,16 +109,28 @@ class Settling:
             verification = None
             if (found := self._rules(answers, changes)) == rules:
                 verification = compared(runs, plan, self.tolerance)
+                if again := self._without_unused(verification, plan, runs):
+                    return again
                 self._answer_by_inputs(verification, answers, plan, runs)
-                if verification.equal or verification.first is None:
-                    break
-                found = self._corrected(verification.first, answers, changes, ways, plan, runs)
+                first = None if verification.equal else verification.first
+                found = self._corrected(first, answers, changes, ways, plan, runs) if first else rules
                 if found == rules:
                     break
             rules = found
         if None in answers and linen is not None and not self.missing:
             verification = self._answer_whole(answers, changes, linen) or verification
         return self._with(answers, changes, verification)
+
+    def _without_unused(self, found: Verification, plan: RestorePlan, runs: Runs) -> Suggestion | None:
+        """Returns what is proved where leaves that the Linen program does not use are not meant."""
+        if found.equal or self.wrong or (wrong := misfilled(runs, plan)) is None:
+            return None
+        self.wrong, options = wrong.words, dataclasses.replace(self.options, init=self.init)
+        with contextlib.suppress(RestoreError):
+            other = proposed_without(wrong.unused, self.checkpoint, self.target, options)
+            again = dataclasses.replace(self, suggestion=other).settled()
+            return again if again.confidence != "open" else None
+        return None
 
     def _answer_whole(
         self, answers: list[int | None], changes: Sequence[Remade], linen: LinenRun
@@ -318,7 +332,7 @@ class Settling:
             unmatched_wanted=tuple(path for path in wanted if path not in plan.restored),
             unmatched_stored=tuple(path for path in stored if path in plan.unexpected),
             problem="\n".join(str(fault) for fault in plan.faults),
-            proof=proof or _words(verification, plan, self.options.renames),
+            proof=proof or _words(verification, plan, self.options.renames, self.wrong),
             is_proved=verification is not None and verification.equal and not verification.remarks,
             is_refuted=verification is not None and not verification.equal,
             settle=None,
@@ -398,7 +412,7 @@ def _tells(best: float, next_: float) -> bool:
     return best <= _NEAR and next_ > _NEARER * best
 
 
-def _words(verification: Verification | None, plan: RestorePlan, given: Sequence[Rule]) -> str:
+def _words(verification: Verification | None, plan: RestorePlan, given: Sequence[Rule], wrong: str) -> str:
     if verification is None:
         return ""
     zeros = f", with {counted(len(plan.missing), 'leaf', 'leaves')} at zero" if plan.missing else ""
@@ -407,6 +421,8 @@ def _words(verification: Verification | None, plan: RestorePlan, given: Sequence
         proved = "" if said else "proved by outputs: "
         return f"{proved}both programs return the same within {verification.relative:.1e}{zeros}{said}"
     first = verification.first
+    if wrong:
+        return f"not proven: the programs return different values under these rules{zeros}. {wrong}."
     if verification.relative <= verification.tolerance:  # By wrong weights.
         return f"not proven: {' '.join([*verification.remarks, *_of(first, plan, given)])}"
     apart = f"{verification.relative:.1e} apart, tolerance {verification.tolerance:g}"

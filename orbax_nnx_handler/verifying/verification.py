@@ -1,7 +1,6 @@
 """How far the calls of two programs lie apart, and what their comparison found, as data that prints."""
 
 import dataclasses
-import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
@@ -26,7 +25,16 @@ from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import Recipe, describe, reads
 from orbax_nnx_handler.planning.rendering.display import line_on_console
 from orbax_nnx_handler.planning.verdict.outcomes import Restored
-from orbax_nnx_handler.verifying import ROUNDING, TOLERANCE, Array, Distance, compare, distance, exceeds
+from orbax_nnx_handler.verifying import (
+    ROUNDING,
+    TOLERANCE,
+    Array,
+    Distance,
+    compare,
+    distance,
+    exceeds,
+    opened_up,
+)
 from orbax_nnx_handler.verifying.pairing import Unit
 from orbax_nnx_handler.verifying.recording import Call
 from orbax_nnx_handler.verifying.weights import mixed_sources
@@ -72,40 +80,6 @@ def _first_alone(expected: Any, found: Any) -> str:
         if isinstance(more, tuple) and more and _structure(more[0]) == _structure(less):
             return f"let {name} return the first of its {len(cast(Any, more))} parts alone, [0]."
     return ""
-
-
-def opened_up(tree: Any) -> Any:
-    """Returns a tree with its dataclasses as dicts.
-
-    Raises:
-        VerificationError: A leaf is no array and no number.
-    """
-
-    def opened(leaf: Any) -> Any:
-        if is_dataclass(leaf):
-            fields = dataclasses.fields(leaf)
-            return {field.name: opened_up(getattr(leaf, field.name)) for field in fields}
-        is_key = jax.numpy.issubdtype(getattr(leaf, "dtype", "f4"), jax.dtypes.prng_key)
-        if is_key or np.asarray(leaf).dtype.kind not in _NUMBERS:
-            if waits := inspect.iscoroutine(leaf):
-                leaf.close()  # Nobody waits for it.
-            raise VerificationError(
-                f"a program returns a {type(leaf).__name__}, which cannot be compared.",
-                hints=[_WAIT if waits else "let both functions return arrays alone."],
-            )
-        return leaf
-
-    return jax.tree.map(opened, tree, is_leaf=is_dataclass)
-
-
-def is_dataclass(leaf: Any) -> bool:
-    """Tells whether a leaf of what a program returns is a dataclass that JAX does not know."""
-    return dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)
-
-
-_WAIT = "pass a function that waits for it: lambda *args: asyncio.run(function(*args))."
-_NUMBERS = "biufcV"
-"""Kinds of NumPy's dtypes; JAX's own floats are V."""
 
 
 def _structure(tree: Any) -> Any:
@@ -272,6 +246,32 @@ _WEIGHTS = "the module does not run by itself, so its weights were not tried: ch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Misfilled:
+    """Leaves of the model that are filled from modules that the Linen program never calls.
+
+    Attributes:
+        wanted: The leaves, by modules of which all leaves are so.
+        sources: What they are filled from, by modules too.
+        unused: All stored leaves of modules that the Linen program never calls, nor uses in another way.
+        instead: What it calls, of the same sizes, and nothing is filled from, by modules.
+    """
+
+    wanted: Sequence[Path]
+    sources: Sequence[Path]
+    unused: Sequence[Path]
+    instead: Sequence[Path]
+
+    @property
+    def words(self) -> str:
+        """What is wrong."""
+        wanted, sources, instead = map(fold_paths, (self.wanted, self.sources, self.instead))
+        return (
+            f"{wanted}: filled from {sources}, which the Linen program never calls, while {instead}, which "
+            "it calls and whose sizes are the same, fills nothing"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Verification:
     """Whether a Linen program and an NNX program compute the same from one checkpoint.
 
@@ -291,6 +291,7 @@ class Verification:
         modules: Every module that both programs called with the same weights, in the order of the run.
         first: The first module that gets the same and returns something else; None where there is none.
         remarks: What else a reader should know.
+        unused: Stored modules that the model is filled from, and that the Linen program never calls.
     """
 
     equal: bool
@@ -301,6 +302,7 @@ class Verification:
     modules: tuple[ModuleComparison, ...]
     first: FirstDifference | None = None
     remarks: tuple[str, ...] = ()
+    unused: tuple[Path, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the whole result as plain dicts, lists, strings and numbers."""
@@ -312,6 +314,7 @@ class Verification:
             "directory": self.directory,
             "first": None if self.first is None else _first_to_dict(self.first),
             "remarks": list(self.remarks),
+            "unused": [*map(render, self.unused)],
             "modules": [module.to_dict() for module in self.modules],
         }
 
@@ -324,7 +327,7 @@ class Verification:
         notes = [Sentence("note", remark) for remark in self.remarks]
         is_between = self.first is not None and not (self.first.place or self.first.proved)
         # Where no module is to blame, what a reader should know comes first: one that is called more often.
-        found = [*notes, *told] if is_between else [*told, *notes]
+        found = [*notes, *told] if is_between or self.unused else [*told, *notes]
         return [self._verdict(), f"checkpoint: {self.directory}", *found]
 
     def __str__(self) -> str:

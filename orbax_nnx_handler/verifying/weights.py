@@ -3,10 +3,11 @@
 And what each layer of a weight is made from.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, TypeGuard, cast
 
@@ -39,6 +40,7 @@ from orbax_nnx_handler.planning.target.target import flatten_target
 from orbax_nnx_handler.planning.verdict.outcomes import Restored
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.storage.reading import Job, read_everywhere
+from orbax_nnx_handler.verifying import are_identical
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,8 +161,13 @@ def _unboxed(path: Path, children: Mapping[Path, set[Any]]) -> Path:
     return path[:-1] if boxed else path
 
 
-def restore_linen(checkpoint: Checkpoint, plan: RestorePlan) -> LinenWeights:
+def restore_linen(checkpoint: Checkpoint, plan: RestorePlan, no_numbers: Iterable[Path] = ()) -> LinenWeights:
     """Reads the variables of the train states that a plan reads, floats as float32.
+
+    Args:
+        checkpoint: What is stored.
+        plan: The plan.
+        no_numbers: Stored leaves of floats that are filled with NaN.
 
     Raises:
         UnreadableLeafError: Stored bytes are absent or damaged.
@@ -168,6 +175,7 @@ def restore_linen(checkpoint: Checkpoint, plan: RestorePlan) -> LinenWeights:
     places, location = locate_stored(plan)
     where = one_device()
     arrays = read_everywhere(checkpoint, [_job(checkpoint, path, where) for path in places])
+    arrays |= {path: jnp.full_like(arrays[path], jnp.nan) for path in no_numbers}
     tree = nested({place: arrays[path] for path, place in places.items()})
     of_array = {id(arrays[path]): location[path] for path in places}
     return LinenWeights(
@@ -176,6 +184,43 @@ def restore_linen(checkpoint: Checkpoint, plan: RestorePlan) -> LinenWeights:
         location=location,
         of_array=of_array,
     )
+
+
+def whole_modules(some: Collection[Path], all_: Iterable[Path]) -> list[Path]:
+    """Returns the outermost modules of which all leaves are among some."""
+    others = {path[:depth] for path in all_ if path not in some for depth in range(len(path))}
+    each = ((path[:n] for n in range(1, len(path) + 1) if path[:n] not in others) for path in some)
+    return [*dict.fromkeys(next(modules) for modules in each)]
+
+
+def unused_leaves(
+    checkpoint: Checkpoint,
+    plan: RestorePlan,
+    leaves: Iterable[Path],
+    run: Callable[[Any], Any],
+    returned: Any,
+) -> list[Path]:
+    """Returns which stored floats, by modules, a Linen program does not use: it returns the same without.
+
+    Each is tried as NaN, many at once. `run` runs the program on other variables than those that it
+    `returned` from.
+    """
+    runs = iter(range(_MOST_RUNS))
+
+    def unused(modules: Sequence[Sequence[Path]]) -> list[Path]:
+        if not modules or next(runs, None) is None:
+            return []
+        tried = [*itertools.chain(*modules)]
+        variables, half = restore_linen(checkpoint, plan, tried).variables, len(modules) // 2
+        with contextlib.suppress(Exception):  # The program may refuse what is no number in any way.
+            if are_identical(returned, run(variables)):
+                return tried
+        return [*unused(modules[:half]), *unused(modules[half:])] if half else []
+
+    return unused([[*each] for _, each in itertools.groupby(leaves, key=lambda path: path[:-1])])
+
+
+_MOST_RUNS = 16
 
 
 def _job(checkpoint: Checkpoint, path: Path, where: Sharding) -> Job:

@@ -1,0 +1,139 @@
+"""Stored modules that the Linen program never calls: no source of what the NNX program calls."""
+
+import pathlib
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+
+from orbax_nnx_handler import restore, suggest, verify
+from tests.verifying.twins import Twin
+
+_X = np.random.default_rng(5).normal(size=(3, 6)).astype("f")
+
+
+class Residual(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return x + nn.Dense(6, name="lin")(nn.tanh(nn.LayerNorm(name="ln")(x)))
+
+
+class Residuals(nn.Module):
+    """Layers that are numbered from one, as where the first was taken out."""
+
+    names: tuple[str, ...] = ("block_1", "block_2", "block_3")
+
+    @nn.compact
+    def __call__(self, x):
+        for name in self.names:
+            x = Residual(name=name)(x)
+        return nn.Dense(3, name="head")(nn.LayerNorm(name="last_ln")(x))
+
+
+class ResidualTwin(nnx.Module):
+    def __init__(self, rngs):
+        self.norm, self.fc = nnx.LayerNorm(6, rngs=rngs), nnx.Linear(6, 6, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.fc(nnx.tanh(self.norm(x)))
+
+
+class ResidualsTwin(nnx.Module):
+    def __init__(self, rngs):
+        self.layers = nnx.List([ResidualTwin(rngs) for _ in range(3)])
+        self.fin, self.out = nnx.LayerNorm(6, rngs=rngs), nnx.Linear(6, 3, rngs=rngs)
+        self.aux = nnx.Linear(6, 4, rngs=rngs)  # For training alone.
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.out(self.fin(x))
+
+
+RESIDUALS = Twin(
+    name="residuals", linen=Residuals(), make=lambda: ResidualsTwin(nnx.Rngs(0)), inputs=(_X,), rules=[]
+)
+
+
+def beside(path: pathlib.Path, **modules: str) -> pathlib.Path:
+    """Saves the variables with modules beside them that the program does not call: copies, changed."""
+    params = RESIDUALS.variables()["params"]
+    others = {
+        name: jax.tree.map(lambda leaf: 1.5 * leaf + 0.1, params[like]) for name, like in modules.items()
+    }
+    head = {"kernel": np.ones((6, 4), "f"), "bias": np.ones(4, "f")}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, {"params": {**params, **others, "aux": head}})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("modules", "wanted", "source", "rules"),
+    [
+        (
+            {"block_0": "block_1"},
+            "layers",
+            "block_0",
+            [(f"block_{at + 1}", f"layers/{at}") for at in range(3)],
+        ),
+        ({"out": "head"}, "out", "out", [("head", "out")]),
+        ({"fin": "last_ln"}, "fin", "fin", [("last_ln", "fin")]),
+    ],
+    ids=["a layer", "a head of the wanted name", "a norm of the wanted name"],
+)
+def test_what_linen_never_calls_is_no_source_of_what_the_model_calls(
+    modules: dict[str, str], wanted: str, source: str, rules: list[Any], tmp_path: pathlib.Path
+):
+    path, target = beside(tmp_path / "c", **modules), nnx.eval_shape(RESIDUALS.make)
+    pair = (RESIDUALS.linen.apply, RESIDUALS.run, RESIDUALS.inputs)
+
+    first = suggest(path, target)
+    told = verify(path, target, *pair, renames=first.renames)
+    found = suggest(path, target, verify=pair)
+
+    assert not told.equal
+    assert told.unused == (("params", source),)
+    assert (told.first.path, "which the Linen program never calls" in told.first.proved) == (wanted, True)
+    assert found.confidence != "open", found  # Of `aux` outputs tell nothing.
+    assert {*map(str, rules)} <= {*map(str, found.renames)}
+    assert verify(path, target, *pair, renames=found.renames).equal
+    # What neither program calls stays each other's.
+    assert np.all(restore(path, target, renames=found.renames).aux.kernel[...] == 1)
+
+
+def test_what_linen_never_calls_is_told_also_where_the_code_differs_too(tmp_path: pathlib.Path):
+    def doubled(model: Any, x: Any) -> Any:
+        return 2 * model(x)
+
+    path, target = beside(tmp_path / "c", out="head"), nnx.eval_shape(RESIDUALS.make)
+    rules = suggest(path, target).renames
+    told = verify(path, target, RESIDUALS.linen.apply, doubled, RESIDUALS.inputs, renames=rules)
+    found = suggest(path, target, verify=(RESIDUALS.linen.apply, doubled, RESIDUALS.inputs))
+
+    words = (
+        "out: filled from params/out, which the Linen program never calls, while params/head, which it calls "
+        "and whose sizes are the same, fills nothing"
+    )
+    assert told.remarks[0].startswith(words)
+    assert str(told).split("note: ")[1].startswith("out: filled from params/out")
+    assert found.is_refuted
+    assert words in found.proof
+
+
+def test_what_linen_uses_without_a_call_is_a_source(tmp_path: pathlib.Path):
+    # An embedding that only `attend` uses, or a kernel that linen_apply takes by itself.
+    path, target = beside(tmp_path / "c", out="head"), nnx.eval_shape(RESIDUALS.make)
+
+    def linen(variables: Any, x: Any) -> Any:
+        params = variables["params"]
+        return RESIDUALS.linen.apply(variables, x) + x @ params["out"]["kernel"]
+
+    rules = suggest(path, target).renames
+    told = verify(path, target, linen, RESIDUALS.run, RESIDUALS.inputs, renames=rules)
+
+    assert not told.equal
+    assert told.unused == ()

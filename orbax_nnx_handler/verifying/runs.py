@@ -299,7 +299,7 @@ def misfilled(runs: Runs, plan: RestorePlan) -> Misfilled | None:
     read_by = {leaf: found for leaf, recipe in recipes.items() if (found := {*reads(recipe)} & {*unused})}
     # What neither program calls, such as a head for training, may well be each other's.
     idle = [leaf for leaf in read_by if leaf[:-1] not in runs.runner.calls]
-    idle = [] if runs.depend_on(dict.fromkeys(idle, 1)) else idle
+    idle = [] if not idle or runs.depend_on(dict.fromkeys(idle, 1)) else idle
     kept = {*itertools.chain(*(read_by.pop(leaf) for leaf in idle))}
     if not (sources := {*itertools.chain(*read_by.values())} - kept):
         return None

@@ -51,7 +51,8 @@ class Evidence:
             return self
         later = dataclasses.replace(self, explained=self.explained | added)
         # What both sides hold does not depend on what is explained, and a big model takes long to work out.
-        vars(later).update((name, value) for name, value in vars(self).items() if name in _LASTING)
+        kept = {*vars(later), *_OPEN}
+        vars(later).update((name, value) for name, value in vars(self).items() if name not in kept)
         return later
 
     @property
@@ -165,7 +166,13 @@ class Evidence:
             at: items for at, items in there.items() if left.issuperset(item.leaf.path for item in items)
         }
         here: Mapping[Path, Sequence[Path]] = self._lost_networks if there else {}
-        held = {at: _held((item.path, item.leaf.shape) for item in items) for at, items in there.items()}
+        held = {
+            at: (
+                _held((item.path, item.leaf.shape) for item in items),
+                _held(self._as_restored(items) if here else ()),
+            )
+            for at, items in there.items()
+        }
         aside = [item for item in self.sides.placements.values() if item.section == "aux"] if here else []
         kept = {
             at: _held((i.own[str(i.own[0]) == "model" :], i.leaf.shape) for i in aside if i.owner == at)
@@ -173,14 +180,35 @@ class Evidence:
         }
         alike: dict[Path, dict[Path, Sequence[Placement]]] = {}
         for owner, paths in here.items():
-            wanted = _held((path[len(owner) :], self.shape(path)) for path in paths)
+            wanted = _held((path[len(owner) :], self.shape(path)) for path in paths).items()
             # What a save keeps aside may be more, as the streams. One of another number is another network.
-            likely = [at for at in there if held[at].items() <= wanted.items()]
-            found = [at for at in likely if (kept[at] | held[at]).items() >= wanted.items()]
+            found = [
+                at
+                for at in there
+                if any(
+                    one and one.items() <= wanted and (kept[at] | one).items() >= wanted for one in held[at]
+                )
+            ]
             found = [at for at in found if _unnumbered(at) != _unnumbered(owner)]
             if found and not any(owner[: len(above)] == above for above in alike):
                 alike[owner] = {at: there[at] for at in found}
         return alike
+
+    def _as_restored(self, copy: Iterable[Placement]) -> list[tuple[Tokens, Shape]]:
+        """Returns the leaves of a copy as those are called and shaped that its twins are restored to."""
+        twins = ((self.stored_below(item), item.leaf.shape) for item in copy)
+        made = {path for twin in twins for path in self._made_of.get(twin, ())}
+        return [(self.below[path], self.shape(path)) for path in made]
+
+    @cached_property
+    def _made_of(self) -> Mapping[tuple[Tokens, Shape], Sequence[Path]]:
+        """The weights that are restored from each stored one, by its path below the stored root."""
+        found = defaultdict[tuple[Tokens, Shape], list[Path]](list)
+        read = ((path, source) for path, item in self.restored.items() for source in reads(item.recipe))
+        for path, source in read:
+            if path in self.below and (item := self.stored_weights.get(source)):
+                found[self.stored_below(item), item.leaf.shape].append(path)
+        return found
 
     @cached_property
     def _lost_networks(self) -> Mapping[Path, Sequence[Path]]:
@@ -245,7 +273,7 @@ class Evidence:
 
         The search that proposes rules, on what is left over of both sides; not for very big models.
         """
-        lost = [path for path in self.perhaps_stored if path in self.weights]
+        lost = [path for path in self.weights if path in self.perhaps_stored]
         return {**self.links_among(lost, self.unused_weights.values()), **self._copied}
 
     def links_among(
@@ -397,32 +425,8 @@ _PAIRS = 10_000
 _SEARCHED = 2000
 """Leaves of one side that the search goes through for an error; a proposal has no such bound."""
 
-_LASTING = frozenset(
-    {
-        "weights",
-        "stored_weights",
-        "weights_complete",
-        "root",
-        "below",
-        "moments",
-        "_stored_below",
-        "open_leaves",
-        "unused_weights",
-        "networks",
-        "_lost_networks",
-        "perhaps_stored",
-        "holders",
-        "is_searched",
-        "links",
-        "links_anew",
-        "_copied",
-        "_unknown_fields",
-        "_unread",
-        "kept_aside",
-        "_anew",
-    }
-)
-"""The properties of a evidence that stay what they are whatever is explained."""
+_OPEN = {"missing", "missing_weights", "mismatched", "mismatched_weights", "unexpected", "free_weights"}
+"""The properties that depend on what is explained; all others stay what they are."""
 
 
 def spell(tokens: Tokens) -> str:

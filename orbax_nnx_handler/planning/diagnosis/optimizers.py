@@ -137,8 +137,9 @@ def find_networks(evidence: Evidence) -> Iterable[Cause]:
 
     Only what holds the same weights is a choice, however layers are arranged; then names decide.
     """
+    explained = evidence.explained
     networks = {
-        owner: {at: items for at, items in found.items() if _are_open(evidence, items)}
+        owner: {at: x for at, x in found.items() if explained.isdisjoint(item.leaf.path for item in x)}
         for owner, found in evidence.networks.items()
     }
     lost = {
@@ -146,16 +147,16 @@ def find_networks(evidence: Evidence) -> Iterable[Cause]:
         for owner in networks
     }
     alike = {owner: list(found) for owner, found in networks.items() if found and lost[owner]}
+    named = {owner: called_after(owner, found) for owner, found in alike.items()}
+    free = evidence.free_weights.values()
+    # While the model itself lies unused, a copy of it is no network that is not called after it.
+    is_left = any(not item.owner and item.collection in (None, *FLAX_COLLECTIONS) for item in free)
     yield from _moved(
         evidence,
         alike,
-        {owner: called_after(owner, found) for owner, found in alike.items()},
+        _paired(named, named if is_left else alike),
         lambda owner, at: _network_move(evidence, owner, at, lost[owner], networks[owner][at]),
     )
-
-
-def _are_open(evidence: Evidence, stored: Iterable[Placement]) -> bool:
-    return evidence.explained.isdisjoint(item.leaf.path for item in stored)
 
 
 def _network_move(
@@ -210,7 +211,7 @@ def _whose(evidence: Evidence, lost: Iterable[Path]) -> Iterable[Cause]:
     yield from _moved(
         evidence,
         alike,
-        {owner: _named(evidence, owner, there) for owner in here},
+        _paired({owner: _named(evidence, owner, there) for owner in here}, alike),
         lambda owner, at: _move(evidence, owner, here[owner], there[at]),
     )
 
@@ -218,11 +219,10 @@ def _whose(evidence: Evidence, lost: Iterable[Path]) -> Iterable[Cause]:
 def _moved(
     evidence: Evidence,
     alike: Mapping[Path, Sequence[Path]],
-    named: Mapping[Path, Sequence[Path]],
+    pairs: Mapping[Path, Path],
     move: Callable[[Path, Path], _Move],
 ) -> Iterable[Cause]:
     """Yields what rules restore: where names or contents leave one choice, and where there are a few."""
-    pairs = _paired(named, alike)
     moves = [move(owner, at) for owner, at in pairs.items()]
     if not _are_restored(evidence, moves):
         moves = [one for one in moves if len(moves) > 1 and _are_restored(evidence, [one])]

@@ -7,14 +7,14 @@ Last, rules for one model of several networks, also as rules that rename each ne
 import dataclasses
 import itertools
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from orbax_nnx_handler.planning.core.errors import RuleError, check_kinds
 from orbax_nnx_handler.planning.core.leaves import derived
 from orbax_nnx_handler.planning.core.paths import Path, parse, render
-from orbax_nnx_handler.planning.layouts.layout import is_copy_beside, is_copy_level
+from orbax_nnx_handler.planning.layouts.layout import is_copy_beside, is_copy_level, words_of
 from orbax_nnx_handler.planning.rules.entries import NUMBER, PLACE, PLACE_OR_NUMBER, Entries, Entry, Names
 from orbax_nnx_handler.planning.rules.rule import (
     Applied,
@@ -357,15 +357,15 @@ def keys_as_names(entries: Iterable[Entry]) -> tuple[Rename, ...]:
     return tuple(Rename("/".join(prefix), "/".join(prefix[:-1])) for prefix in models)
 
 
-def copies_as_roots(entries: Iterable[Entry], wanted: Iterable[Path]) -> tuple[Rename, ...]:
-    """Returns the rule under which the only stored copy of a model is the only wanted one, beside others."""
-    stored = {entry.prefix for entry in entries if entry.section == "model" and entry.prefix}
-    copies = [prefix for prefix in stored if is_copy_beside(prefix[-1], "params")]
+def copies_as_roots(copies: Collection[Names], wanted: Iterable[Path]) -> tuple[Rename, ...]:
+    """Returns rules under which stored copies are wanted ones: the only one, or by a word that both have."""
     roots = {str(path[0]) for path in wanted}
     named = [root for root in roots if is_copy_level(root) or is_copy_beside(root, "params")]
-    if len(copies) != 1 or len(named) != 1 or len(roots) < 2:
-        return ()
-    return (Rename("/".join(copies[0]), named[0]),)
+    is_one = len(copies) == len(named) == 1
+    pairs = [(x, y) for x in copies for y in named if is_one or words_of(x[-1]) & words_of(y)]
+    counts = Counter(itertools.chain(*pairs))
+    alone = sorted((copy, root) for copy, root in pairs if counts[copy] == counts[root] == 1)
+    return tuple(Rename("/".join(copy), root) for copy, root in alone) if len(roots) > len(alone) else ()
 
 
 def by_network(keys: Sequence[Rename], rules: Sequence[Rule]) -> Iterator[tuple[Rule, ...]]:

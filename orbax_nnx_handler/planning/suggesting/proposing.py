@@ -139,10 +139,12 @@ class _Proposing:
         """Returns the proposal, or that for a model of which several networks are parts by their keys."""
         found = self.suggestion()
         entries = self._chosen.mapping.applied.entries if found.unmatched_wanted else ()
-        copies = copies_as_roots(entries, [segments(item.leaf.path) for item in self._model])
-        for made in (self._with_copy, self._behind) if copies else ():
+        prefixes = {entry.prefix for entry in entries if entry.section == "model" and entry.prefix}
+        copies = {prefix for prefix in prefixes if is_copy_beside(prefix[-1], "params")}
+        roots = copies_as_roots(copies, [segments(item.leaf.path) for item in self._model])
+        for made in (partial(self._with_copies, copies), self._behind) if roots else ():
             with contextlib.suppress(RestoreError):
-                found = min(found, made(*copies), key=open_ends)
+                found = min(found, made(*roots), key=open_ends)
         keys, turns = keys_as_names(entries), layers_in_turns(entries)
         wanted = ((segments(x.leaf.path), x.leaf.shape) for x in self._model)
         for rules, fact in ((turns, "Gemma 2"), *(((rule,), "") for rule in nested_stacks(entries, wanted))):
@@ -168,25 +170,23 @@ class _Proposing:
 
     def _among(self, networks: Sequence[Rename], *rules: Rename) -> Suggestion:
         """Returns what is proposed where some networks are all that is stored, tried beside the others."""
-        above = [tuple(key.replacement.split("/")) for key in networks]
-        its = {
-            path: self.stored[path]
-            for path, names in self._called.items()
-            if any(names[: len(owner)] == owner for owner in above)
-        }
-        found = dataclasses.replace(self, stored=its)._behind(*rules)
+        its = self._below([tuple(key.replacement.split("/")) for key in networks])
+        found = dataclasses.replace(self, stored={path: self.stored[path] for path in its})._behind(*rules)
         return self._of_all(found)
 
-    def _with_copy(self, copy: Rename) -> Suggestion:
-        """Returns what is proposed for the model alone, and so for a copy of it under the same rules."""
-        above = tuple(copy.pattern.split("/"))
-        others = {p: x for p, x in self.target.leaves.items() if segments(p)[0] != copy.replacement}
-        stored = {
-            path: self.stored[path] for path, names in self._called.items() if names[: len(above)] != above
-        }
+    def _below(self, prefixes: Collection[Names]) -> Mapping[Path, None]:
+        named = self._called.items()
+        return {path: None for path, names in named if any(names[: len(x)] == x for x in prefixes)}
+
+    def _with_copies(self, copies: Collection[Names], *roots: Rename) -> Suggestion:
+        """Returns what is proposed for the model alone, and so for copies of it under the same rules."""
+        named = {rule.replacement for rule in roots}
+        others = {p: x for p, x in self.target.leaves.items() if segments(p)[0] not in named}
+        below = self._below(copies)
+        stored = {path: self.stored[path] for path in self._called if path not in below}
         target = dataclasses.replace(self.target, leaves=others)
         alone = dataclasses.replace(self, target=target, stored=stored, is_beside=True)
-        return self._of_all(behind([copy], alone.best()))
+        return self._of_all(behind(roots, alone.best()))
 
     def _of_all(self, found: Suggestion) -> Suggestion:
         """Returns what was proposed for a part of the target or of what is stored, tried with all of it."""

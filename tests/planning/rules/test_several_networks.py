@@ -71,6 +71,33 @@ def test_a_copy_that_a_rule_makes_a_network_is_unstacked_as_the_model_is(copy: s
     )
 
 
+@pytest.mark.parametrize("others", [(), ("target_params",)], ids=["alone", "beside another"])
+@pytest.mark.parametrize(
+    "rules",
+    [
+        [],
+        [UnstackLayers("layers", "blocks/{i}", axis=0)],
+        [UnstackLayers("layers", "blocks/{i}", axis=0), ("head", "out")],
+    ],
+    ids=["none", "unstacking", "every name"],
+)
+def test_a_missing_copy_is_pointed_out_under_the_rules_of_its_model(rules: Any, others: Any) -> None:
+    numbers = Numbers()
+    stored = {name: stacked(numbers) for name in ("params", "ema_params", *others)}
+    names = ("blocks" if rules else "layers", "out" if len(rules) > 1 else "head")
+    target = nnx.eval_shape(lambda: {"model": Tower(*names), "ema": Tower(*names)})
+
+    error = plan_of(target, stored, rules).error()
+    assert error is not None
+    (hint,) = error.hints
+    followed = plan_of(target, stored, **hint.arguments)
+
+    expected = {"model": apart(stored["params"], *names), "ema": apart(stored["ema_params"], *names)}
+    values = values_of(followed, stored)
+    for path, leaf in leaves_of(expected).items():
+        np.testing.assert_array_equal(values["/".join(map(str, path))], leaf, err_msg=str(path))
+
+
 def fields(numbers: Numbers, names: Any = ("gen", "disc")) -> dict[str, Any]:
     """Returns one `params` with a network for each name, and an optimizer and a step for each beside it."""
     steps = {f"{name}_step": np.int32(5 + at) for at, name in enumerate(names)}

@@ -60,9 +60,10 @@ def with_counted_parts(
         pairs = [pair for couples in modules for pair in _told_by(couples, homes, named)]
         found = _replaced(found, pairs, "names")
         more = [*_told_by_order(counts, found, sides, order)]
-        if not (alike := more or [*_told_by_sisters(counts, found, sides)]):
+        alike = more or [*_told_by_sisters(counts, found, sides)] or [*_told_by_layers(found, sides)]
+        if not alike:
             return found
-        found = _replaced(found, alike, "order" if more else "siblings")
+        found = _replaced(found, alike, "order" if more else "names")
 
 
 def _homes(found: Findings) -> Mapping[Names, Names]:
@@ -136,7 +137,7 @@ def _replaced(found: Findings, pairs: Sequence[_Pair], grounds: PairGrounds) -> 
         Link(wanted=(leaf,), stored=(other.leaves[kind],), grounds=grounds, ways=(how,))
         for one, other in pairs
         for kind, leaf in one.leaves.items()
-        if (how := ways(other.leaves[kind].shape, leaf.shape))
+        if kind in other.leaves and (how := ways(other.leaves[kind].shape, leaf.shape))
     ]
     known = {(x.target.source, x.source.source) for x in found.links}
     if all((x.target.source, x.source.source) in known for x in links):
@@ -195,6 +196,45 @@ def _told_by_sisters(
         pairs = [(left[at], part) for at, part in places.items() if left.keys() == places.keys()]
         if all(_fit(pair) and pair[1].names not in used for pair in pairs):
             yield from pairs
+
+
+def _told_by_layers(found: Findings, sides: Sequence[Sequence[ModulePart]]) -> Iterator[_Pair]:
+    """Yields parts of layers of which leaves are missing, where the whole layers of the list agree."""
+    homes, used = _homes(found), {part_of(leaf) for link in found.links for leaf in link.stored}
+    torn = {x[:2] for part in sides[1] if part.names not in used and (x := _seat(part.names))}
+    layers = defaultdict[Names, dict[int, dict[Names, ModulePart]]](lambda: defaultdict(dict))
+    for part in sides[1] if torn else ():
+        if seat := _seat(part.names):
+            layers[seat[0]][seat[1]][seat[2]] = part
+    made = {part_of(leaf) for link in found.links for leaf in link.wanted}
+    ours = {_seat(part.names): part for part in sides[0] if torn and part.names not in made}
+    for above, number in torn:
+        parts = layers[above][number]
+        whole = [x for at, x in layers[above].items() if x.keys() == parts.keys() and (above, at) not in torn]
+        spots = {x[:2] for part in parts.values() if (x := _seat(homes.get(part.names, ())))}
+        for inner, part in parts.items() if len(whole) > 1 == len(spots) else ():
+            ((into, at),) = spots
+            goals = {_seat(homes.get(layer[inner].names, ())) for layer in whole}
+            paths = {goal and (goal[0] == into, goal[2]) for goal in goals}
+            is_told, path = (paths.pop() if len(paths) == 1 else None) or (False, ())
+            one = ours.get((into, at, path)) if is_told else None
+            if one is not None and part.names not in used and _holds(one, part):
+                yield one, part
+
+
+def _holds(one: ModulePart, other: ModulePart) -> bool:
+    wanted = {(kind, leaf.shape) for kind, leaf in one.leaves.items()}
+    return wanted.issuperset((kind, leaf.shape) for kind, leaf in other.leaves.items())
+
+
+def _seat(names: Names) -> tuple[Names, int, Names] | None:
+    """Returns the list that a part lies in, the number of its layer and its path in that."""
+    width = 0
+    for level in levels(names)[:-1]:
+        width += level.width
+        if level.number is not None:
+            return (*names[: width - level.width], level.base), level.number, names[width:]
+    return None
 
 
 # What the order of a target tells.

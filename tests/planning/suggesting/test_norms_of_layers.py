@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import from_linen, suggest
+from orbax_nnx_handler import from_linen, plan_restore, suggest
+from orbax_nnx_handler.planning.core.recipes import reads
 
 WIDTHS = (8, 16, 32)
 NAMES = {
@@ -368,3 +369,48 @@ def test_the_norm_of_a_shortcut_leaves_those_of_the_block_in_their_order():
             named_layer(stored, truth, names, targets, (1, 1, 8, 8))
 
     check(stored, truth)
+
+
+def layers_with_two_norms(count, lost):
+    """Returns layers of two norms of one width and a square layer; some leaves are not stored."""
+    stored, truth = {}, {}
+    for at in range(count):
+        parts = {
+            "LayerNorm_0": ("input_norm", ("scale", "bias")),
+            "LayerNorm_1": ("post_attention_norm", ("scale", "bias")),
+            "proj": ("self_attn/o_proj", ("kernel",)),
+        }
+        for name, (target, leaves) in parts.items():
+            for leaf in leaves:
+                path = f"params/layer_{at}/{name}/{leaf}"
+                stored[path] = drawn(path, (8, 8) if leaf == "kernel" else (8,))
+                truth[f"layers/{at}/{target}/{leaf}"] = path
+    return {path: array for path, array in stored.items() if path not in lost}, truth, stored
+
+
+@pytest.mark.parametrize("gone", ["LayerNorm_0/scale", "LayerNorm_0/bias", "LayerNorm_1/scale"])
+def test_a_layer_of_which_a_leaf_is_missing_is_as_the_others_are(gone):
+    lost = f"params/layer_1/{gone}"
+    stored, truth, whole = layers_with_two_norms(4, [lost])
+
+    tree, target = tree_of(stored), target_of(whole, truth)
+    found = suggest(tree, target)
+    plan = plan_restore(tree, target, renames=found.renames)
+
+    (missing,) = (path for path, source in truth.items() if source == lost)
+    assert ["/".join(map(str, path)) for path in found.unmatched_wanted] == [missing]
+    assert len(found.renames) < 6
+    for path, item in plan.restored.items():
+        assert "/".join(reads(item.recipe)[0]) == truth["/".join(map(str, path))]
+
+
+def test_a_layer_that_holds_one_norm_of_two_tells_not_which_it_is():
+    lost = [f"params/layer_1/LayerNorm_1/{leaf}" for leaf in ("scale", "bias")]
+    stored, truth, whole = layers_with_two_norms(4, lost)
+
+    found = suggest(tree_of(stored), target_of(whole, truth))
+
+    assert {path[:3] for path in found.unmatched_wanted} >= {
+        ("layers", 1, "input_norm"),
+        ("layers", 1, "post_attention_norm"),
+    }

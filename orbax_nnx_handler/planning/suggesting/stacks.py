@@ -104,12 +104,14 @@ def stack_of(series: Series, possible: Stacks, least: int) -> tuple[Names, int, 
         lengths = enumerate(leaves[0].shape[:3])
         axes = [at for at, length in lengths if length == count and _have_axis(leaves, at, count)]
         # What is a list or holds one is no query and no value of an attention.
-        if not axes or exclude(said - {"q", "v"}, concepts(level.base for level in levels(prefix))):
+        says, way = concepts(level.base for level in levels(prefix)), arm(series.base) * arm(prefix)
+        if not axes or exclude(said - {"q", "v"}, says) or way < 0:
             continue
         size = sizes_of(leaves)
         ratio = min(size, series.size) / max(size, series.size)
         if ratio > (0.5 if is_module and least > 1 else 0.99):
-            alike, axis = likeness(said, concepts(prefix)), _likeliest_axis(series, leaves, axes)
+            # `enc` is what leads down a U-Net, as `down_blocks` do.
+            alike, axis = likeness(said, concepts(prefix)) + 2 * way, _likeliest_axis(series, leaves, axes)
             is_whole = 10 * size >= 9 * series.size  # Else it is a part of one that holds two groups.
             found.append((is_whole, ratio, alike, depth_of(prefix, leaves), prefix, axis, leaves))
     # A network of the group's own name comes first.

@@ -531,3 +531,40 @@ def test_first_letters_and_what_lies_in_the_same_module_tell(paths):
 
     assert not found.questions
     check(values, {aim: stored[path] for path, aim in paths.items()})
+
+
+CONV, NORM = {"kernel": (3, 3, 8, 8), "bias": (8,)}, {"scale": (8,), "bias": (8,)}
+UNET = {"enc": "down_blocks", "bottleneck": "mid_blocks", "dec": "up_blocks"}
+
+
+def stacks_and_lists(lists, outside, count=2):
+    """Returns the stored leaves of stacks, with those outside them, and the values of lists made of these."""
+    parts = {"conv_a": ("conv1", CONV), "ln_a": ("norm1", NORM), "conv_b": ("conv2", CONV)}
+    shapes = {
+        f"{stack}/{name}/{leaf}": (count, *shape)
+        for stack in lists
+        for name, (_, held) in parts.items()
+        for leaf, shape in held.items()
+    }
+    stored = filled({**shapes, **{f"{name}/{leaf}": x for name in outside for leaf, x in CONV.items()}})
+    values = {
+        f"{aim}/{at}/{part}/{leaf}": stored[f"{stack}/{name}/{leaf}"][at]
+        for stack, aim in lists.items()
+        for name, (part, held) in parts.items()
+        for leaf in held
+        for at in range(count)
+    }
+    values |= {f"{aim}/{leaf}": stored[f"{name}/{leaf}"] for name, aim in outside.items() for leaf in CONV}
+    return stored, values
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("lists", [UNET, {"encoder": "downs", "middle": "mids", "decoder": "ups"}])
+def test_equal_stacks_of_a_u_net_are_the_lists_of_the_arms_by_their_names(lists, turned):
+    stored, values = stacks_and_lists(lists, {"shrink": "downsample", "grow": "upsample"})
+    stored, values = (values, stored) if turned else (stored, values)
+
+    found, made = proposed(stored, {path: x.shape for path, x in values.items()})
+
+    assert not found.questions
+    check(made, values)

@@ -1,7 +1,7 @@
 """How like each other the parts of two models are: by names, shapes and order.
 
-Here what a whole path says of a part: what it is for, the list that it is in, the layer of a norm,
-the level on the way up of a U-Net.
+Here what a whole path says of a part: what it is for, the list that it is in, the layer of a norm. Last,
+which order is left where some parts come before others.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import math
 import operator
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 
 from orbax_nnx_handler.planning.core.folding import PLACE, around
 from orbax_nnx_handler.planning.core.leaves import with_fields
@@ -40,6 +40,7 @@ _SPELLINGS = (
 )
 _PURPOSES = tuple(re.compile(rf"(?:^|_)(?:{spellings})(?:_|$)") for spellings in _SPELLINGS)
 """What heads and the like are for, by the words of each: to tell tokens, a class, a value, ...."""
+_OF_HEADS = frozenset((0, 2))  # The first and the third one.
 _FIRST_WORDS = frozenset(re.findall(r"(?:^|[|)])([a-z]+)", "|".join(_SPELLINGS)))
 
 
@@ -58,9 +59,16 @@ def _begins_purpose(name: str) -> bool:
 
 
 def have_other_purposes(one: Names, other: Names) -> bool:
-    """Tells whether two parts are each for something, and for nothing in common: `lm_head`, `value_head`."""
+    """Tells whether two parts are each for something, and for nothing in common: `lm_head`, `value_head`.
+
+    Of parts that share no other word, one that nothing but `head` tells is of words or classes.
+    """
     left, right = purposes(one), purposes(other)
-    return bool(left and right) and left.isdisjoint(right)
+    if bool(left) == bool(right):
+        return bool(left) and left.isdisjoint(right)
+    plain, said = ({*words("_".join(x))} for x in ((other, one) if left else (one, other)))
+    is_head = plain - (said - {"head"}) == {"head"} and concepts(one) & concepts(other) <= {"head"}
+    return is_head and (left | right).isdisjoint(_OF_HEADS)
 
 
 @functools.lru_cache(maxsize=1 << 18)  # Asked several times of each leaf.
@@ -214,7 +222,7 @@ def _is_crossed(numbers: Sequence[tuple[int, float | None, Link]]) -> bool:
     parts = [(part_of(link.target), part_of(link.source)) for _, at, link in placed if math.isfinite(at)]
     if len({one[:-1] for one, _ in parts}) != 1 or len({to for to, *_ in numbers}) < len(numbers):
         return False  # Several modules take them.
-    if len(placed) < len(numbers):
+    if len(placed) < len(numbers) and ordered[0][1] is not None:
         # Of one name on both sides, another part may as well be the first one as the last.
         strangers = [link for _, at, link in numbers if at is None]
         return all(_series(one)[0][-1:] == _series(other)[0][-1:] for one, other in parts) and not any(
@@ -389,62 +397,36 @@ def told_by_names(links: Iterable[Link]) -> list[Link]:
     return [with_fields(link, grounds="names") if link.grounds == "shapes" else link for link in links]
 
 
-_UP = re.compile(r"((?:.*?[/_])??(up[a-z_]*)/?)(\d+)(.*)")
-_WAYS_UP = (
-    re.compile(r"((?:.*?/)??([a-z_]+)/?)(\d+)(/(?:up|dec)[a-z_]*(?:[/_]\d+)?/[^/]+/.*)"),
-    _UP,
-    re.compile(r"((?:.*?/)??(dec(?:oder)?s?(?:[/_][a-z_]+)?)[/_]?)(\d+)(.*)"),
-)
-"""A level that holds its way up, `levels/0/up`; one of these, `up_blocks/0`; one of a decoder."""
-
-_Level = tuple[Link, re.Match[str], re.Match[str]]
+_MOST_ORDERS = 200
 
 
-def by_level(links: Sequence[Link]) -> tuple[list[Link], list[list[list[Link]]]]:
-    """Returns links under which one level is made from one, and readings of levels that may be reversed.
+def only_order(
+    numbers: Sequence[int], bounds: Mapping[Names, tuple[int, int]], before: Mapping[Names, Set[Names]]
+) -> tuple[Names, ...]:
+    """Returns the only order in which parts may have some rising numbers; nothing where there are several.
 
-    diffusers counts the levels on the way up from the lowest one, CompVis and ADM from the highest.
+    Each has one between two bounds, and comes behind what is before it.
     """
-    groups: dict[tuple[str, str], list[_Level]] = defaultdict(list)
-    for link in links:
-        one, other = (_way_up("/".join(leaf.names).lower()) for leaf in (link.target, link.source))
-        # Of two decoders none is known to be a U-Net's.
-        is_known = one and other and (one.re is not other.re or one.re is _UP)
-        if one and other and is_known and link.layers is None and link.joint is None:
-            groups[one[1], other[1]].append((link, one, other))
-    made, several = {id(link): [link] for link in links}, list[list[list[Link]]]()
-    for group in groups.values():
-        is_image = any(len(link.source.shape) > 3 for link, *_ in group)
-        is_told = is_image or all(match.re is _UP for _, *ends in group for match in ends)
-        found = [reading for step in (1, -1) if is_told and (reading := _read(group, step))]
-        # Of one name, levels that count from 1 may count from the other end.
-        sides = zip(*(ends for _, *ends in group), strict=True)
-        names = {(each[0][2].replace("_", ""), min(int(x[3]) for x in each)) for each in sides}
-        if found:
-            made |= {id(link): [] for link, *_ in group}
-            is_told = len(found) == 1 or len(names) == 1
-            made[id(group[0][0])] = found[0] if is_told else []
-            several += [] if is_told else [found]
-    return [link for each in made.values() for link in each], several
+    orders: dict[Set[Names], list[tuple[Names, ...]]] = {frozenset(): [()]}
+    for number in numbers:
+        longer: dict[Set[Names], list[tuple[Names, ...]]] = defaultdict(list)
+        for used, some in orders.items():
+            for names, (low, high) in bounds.items():
+                if names not in used and before[names] <= used and low < number < high:
+                    made = longer[used | {names}]
+                    made += [(*each, names) for each in some][: 2 - len(made)]
+        if len(longer) > _MOST_ORDERS:
+            return ()
+        orders = longer
+    found = [each for some in orders.values() for each in some]
+    return found[0] if len(found) == 1 else ()
 
 
-def _way_up(path: str) -> re.Match[str] | None:
-    """Returns how a path may lie in a level on the way up of a U-Net."""
-    found = (each.fullmatch(path) for each in _WAYS_UP) if "up" in path or "dec" in path else ()
-    return next(filter(None, found), None)
-
-
-def _read(group: Sequence[_Level], step: int) -> list[Link]:
-    """Returns the links of levels one by one, or the other way around; none where one does not fit."""
-    stored = {(int(other[3]), other[4]): link.source for link, _, other in group}
-    ours, theirs = sorted({int(one[3]) for _, one, _ in group}), sorted({at for at, _ in stored})
-    below = {(one[4], other[4]) for _, one, other in group}
-    if len(ours) != len(theirs) or len(ours) < 2 or len({one for one, _ in below}) < len(below):
-        return []
-    level, found = dict(zip(ours, theirs[::step], strict=True)), list[Link]()
-    for link, one, other in group:
-        leaf = stored.get((level[int(one[3])], other[4]))
-        if leaf is None or leaf.shape != link.source.shape:
-            return []
-        found.append(link if leaf is link.source else dataclasses.replace(link, stored=(leaf,), levels=()))
+def all_behind(names: Names, behind: Mapping[Names, Set[Names]]) -> Set[Names]:
+    """Returns what is computed behind a part, at whatever distance."""
+    found, left = set[Names](), [*behind.get(names, ())]
+    while left:
+        if (one := left.pop()) not in found:
+            found.add(one)
+            left += behind.get(one, ())
     return found

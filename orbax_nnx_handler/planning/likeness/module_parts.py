@@ -262,6 +262,24 @@ def containers(part: ModulePart) -> Sequence[Names]:
     return around(part.names)[::-1]
 
 
+def counted_parts(parts: Iterable[ModulePart]) -> Mapping[tuple[Names, str], Mapping[int, ModulePart]]:
+    """Returns the parts that a program itself counts, by module and name, in their order."""
+    found = defaultdict[tuple[Names, str], dict[int, ModulePart]](dict)
+    for part in parts:
+        for last in part.levels[-1:]:
+            if last.number is not None and not last.is_automatic:
+                found[part.module, last.base][last.number] = part
+    return {key: dict(sorted(held.items(), key=lambda x: x[0])) for key, held in found.items()}
+
+
+def by_shapes(parts: Iterable[ModulePart]) -> Mapping[object, list[ModulePart]]:
+    """Returns parts by the shapes of their leaves, whichever way round these are."""
+    found: dict[object, list[ModulePart]] = defaultdict(list)
+    for part in parts:
+        found[tuple(sorted((kind, *sorted(leaf.shape)) for kind, leaf in part.leaves.items()))].append(part)
+    return found
+
+
 def without_place(
     pairs: Collection[tuple[int, int]], sides: Sequence[Sequence[ModulePart]]
 ) -> set[tuple[int, int]]:

@@ -9,6 +9,8 @@ program computes them. Two things follow:
   numbers of the two programs are.
 - Where the names of a target, and what is known, leave one order of what is open, what is counted goes
   there one by one: `blocks/0/conv1, blocks/0/conv2, blocks/1/conv1`, and `final_norm` behind all blocks.
+
+Last, lists that a program counts from one part further on, all of a module as one of them.
 """
 
 import dataclasses
@@ -18,11 +20,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 from orbax_nnx_handler.planning.core.paths import Level, levels, shared_levels
-from orbax_nnx_handler.planning.likeness import Couples, companions
+from orbax_nnx_handler.planning.likeness import Couples, all_behind, companions, only_order
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, PairGrounds, Tie
 from orbax_nnx_handler.planning.likeness.module_parts import (
     Leaf,
     ModulePart,
+    by_shapes,
+    counted_parts,
     leaves_below,
     module_parts,
     part_of,
@@ -133,19 +137,30 @@ def _fit(pair: _Pair) -> bool:
 
 def _replaced(found: Findings, pairs: Sequence[_Pair], grounds: PairGrounds) -> Findings:
     """Returns what is known, with some pairs and without what speaks against them."""
-    links = [
+    links = _links(pairs, grounds)
+    known = {(x.target.source, x.source.source) for x in found.links}
+    if all((x.target.source, x.source.source) in known for x in links):
+        return found
+    apart = _apart(found, links)
+    apart.links.extend(links)
+    return apart
+
+
+def _links(pairs: Iterable[_Pair], grounds: PairGrounds) -> list[Link]:
+    return [
         Link(wanted=(leaf,), stored=(other.leaves[kind],), grounds=grounds, ways=(how,))
         for one, other in pairs
         for kind, leaf in one.leaves.items()
         if kind in other.leaves and (how := ways(other.leaves[kind].shape, leaf.shape))
     ]
-    known = {(x.target.source, x.source.source) for x in found.links}
-    if all((x.target.source, x.source.source) in known for x in links):
-        return found
+
+
+def _apart(found: Findings, links: Sequence[Link]) -> Findings:
+    """Returns what is known without what is about the parts of some links."""
     taken = {part_of(x.target) for x in links}, {part_of(x.source) for x in links}
     kept = [link for link in found.links if not _is_about(link, taken)]
     ties = [made for tie in found.ties if (made := _without(tie, taken))]
-    return Findings(links=[*kept, *links], ties=ties, groups=found.groups)
+    return Findings(links=kept, ties=ties, groups=found.groups)
 
 
 def _is_about(link: Link, taken: tuple[Set[Names], Set[Names]]) -> bool:
@@ -247,7 +262,7 @@ def _told_by_order(
     homes, used = _homes(found), {part_of(leaf) for link in found.links for leaf in link.stored}
     made = {part_of(leaf) for link in found.links for leaf in link.wanted}
     ours, theirs = (
-        _by_shapes(part for part in parts if part.names not in taken)
+        by_shapes(part for part in parts if part.names not in taken)
         for parts, taken in zip(sides, (made, used), strict=True)
     )
     roles: dict[Names, NamedPart] = {}
@@ -255,7 +270,7 @@ def _told_by_order(
         groups = [
             (some, held, left)
             for some in classes.values()
-            for shapes, held in _by_shapes(x for _, x in sorted(some.items()) if x.names not in used).items()
+            for shapes, held in by_shapes(x for _, x in sorted(some.items()) if x.names not in used).items()
             if len(theirs[shapes]) == len(held) == len(left := ours.get(shapes, [])) > 1
         ]
         if not groups:
@@ -278,14 +293,6 @@ def _told_by_order(
 
 _MOST = 200
 """How many parts of one class are compared with each other."""
-
-
-def _by_shapes(parts: Iterable[ModulePart]) -> Mapping[object, list[ModulePart]]:
-    """Returns parts by the shapes of their leaves, whichever way round these are."""
-    found: dict[object, list[ModulePart]] = defaultdict(list)
-    for part in parts:
-        found[tuple(sorted((kind, *sorted(leaf.shape)) for kind, leaf in part.leaves.items()))].append(part)
-    return found
 
 
 class _Order:
@@ -337,7 +344,7 @@ class _Order:
             for other in (*left[at + 1 :], *fixed):
                 if side := self._compared(self._roles[one], self._roles[other]):
                     behind[one if side < 0 else other].add(other if side < 0 else one)
-        reached = {names: _reached(names, behind) for names in (*left, *fixed)}
+        reached = {names: all_behind(names, behind) for names in (*left, *fixed)}
         places = {names: number for number, names in anchors.items()}
         if any(places[x] >= places[y] for x in fixed for y in reached[x] if y in places):
             return []
@@ -349,7 +356,7 @@ class _Order:
             for names in left
         }
         before = {x: {y for y in left if x in reached[y]} for x in left}
-        return [*zip(_only_order(numbers, bounds, before), numbers, strict=False)]
+        return [*zip(only_order(numbers, bounds, before), numbers, strict=False)]
 
     def _compared(self, one: NamedPart, other: NamedPart) -> int:
         """Returns -1 where one part is computed before another one, 1 where behind it, 0 if nothing tells."""
@@ -391,38 +398,6 @@ class _Order:
         return True if is_last and counted and not told and not is_arm else None
 
 
-def _only_order(
-    numbers: Sequence[int], bounds: Mapping[Names, tuple[int, int]], before: Mapping[Names, Set[Names]]
-) -> tuple[Names, ...]:
-    """Returns the only order in which parts may have some rising numbers; nothing where there are several.
-
-    Each has one between two bounds, and comes behind what is before it.
-    """
-    orders: dict[Set[Names], list[tuple[Names, ...]]] = {frozenset(): [()]}
-    for number in numbers:
-        longer: dict[Set[Names], list[tuple[Names, ...]]] = defaultdict(list)
-        for used, some in orders.items():
-            for names, (low, high) in bounds.items():
-                if names not in used and before[names] <= used and low < number < high:
-                    made = longer[used | {names}]
-                    made += [(*each, names) for each in some][: 2 - len(made)]
-        if len(longer) > _MOST:
-            return ()
-        orders = longer
-    found = [each for some in orders.values() for each in some]
-    return found[0] if len(found) == 1 else ()
-
-
-def _reached(names: Names, behind: Mapping[Names, Set[Names]]) -> Set[Names]:
-    """Returns what is computed behind a part, at whatever distance."""
-    found, left = set[Names](), [*behind.get(names, ())]
-    while left:
-        if (one := left.pop()) not in found:
-            found.add(one)
-            left += behind.get(one, ())
-    return found
-
-
 def _in_list(path: Sequence[Level]) -> bool:
     """Tells whether a path leads into a list of modules, or of parts."""
     return any(x.number is not None for x in path[:-1]) or path[-1].style == "/"
@@ -442,3 +417,55 @@ def _end(one: NamedPart, at: int, other: NamedPart) -> int:
         return int(not against & (frozenset(("enc", "dec")) - said))
     is_told = one.position is not None and abs(one.position) == END and not {"embed", "post"} <= said
     return 0 if not is_told or {"pre", "head"} <= said else 1 if (one.position or 0) > 0 else -1
+
+
+# What is counted from another number.
+
+
+def with_one_before(found: Findings, wanted: Sequence[Leaf], stored: Sequence[Leaf]) -> Findings:
+    """Returns what is known of lists of which one part has another name on the wanted side.
+
+    Where shapes tell that `conv1` is `stem`, `conv2` is `conv1`, and `bn1` to `bn3` count so too. Where they
+    do not, `conv3` may be `stem` as well, but for what is called an end.
+    """
+    groups = defaultdict[object, list[Sequence[list[_Pair]]]](list)
+    for key, orders in _with_one_more(found, module_parts(wanted), module_parts(stored)):
+        groups[key].append(orders)
+    for several in groups.values():
+        first, last = ([pair for orders in several for pair in orders[at]] for at in (0, 1))
+        ends = (concepts(orders[0][0][0].names[-2:]) for orders in several)
+        if not all(map(_fit, last)):
+            found = _replaced(found, first, "order") if all(map(_fit, first)) else found
+        elif all(map(_fit, first)) and all(map(_LAST.isdisjoint, ends)):
+            readings = tuple(tuple(_links(pairs, "names")) for pairs in (first, last))
+            ours, theirs = (tuple(part.names for part in side) for side in zip(*first, strict=True))
+            found = _apart(found, readings[0])
+            found.ties.append(Tie(wanted=ours, stored=theirs, readings=readings))
+    return found
+
+
+_LAST = frozenset(("head", "last", "out", "post"))
+
+
+def _with_one_more(
+    found: Findings, ours: Sequence[ModulePart], theirs: Sequence[ModulePart]
+) -> Iterator[tuple[object, Sequence[list[_Pair]]]]:
+    """Yields the parts of a list with the wanted ones, where the one of another name is the first or last."""
+    homes, made = defaultdict[Names, set[Names]](set), {part_of(x) for y in found.links for x in y.wanted}
+    for link in found.every:
+        homes[part_of(link.source)].add(part_of(link.target))
+    lists = defaultdict[object, list[tuple[Names, Mapping[int, ModulePart]]]](list)
+    for (above, base), own in counted_parts(ours).items():
+        lists[base, len(own) + 1].append((above, own))
+    for (module, base), held in counted_parts(theirs).items():
+        aims = set[Names]().union(*(homes[part.names] for part in held.values()))
+        for above, own in lists.get((base, len(held)), ()):
+            names = {part.names for part in own.values()}
+            near = ours if [*own] != [*held][1:] and not aims.isdisjoint(names) else ()
+            near = (x for x in near if x.names[: len(above)] == above and len(x.names) < len(above) + 3)
+            near = (x for x in near if x.names not in names and (x.names in aims or x.names not in made))
+            some = [x for x in near if any(_fit((x, part)) for part in held.values())]
+            if len(some) == 1:
+                orders = (*some, *own.values()), (*own.values(), *some)
+                pairs = [[*zip(order, held.values(), strict=True)] for order in orders]
+                yield (module, above, *held, *own), pairs

@@ -15,7 +15,8 @@ from orbax_nnx_handler.planning.core.leaves import Move, MovedGroup, Pair, moved
 from orbax_nnx_handler.planning.core.paths import Path, is_number, levels, shared_levels
 from orbax_nnx_handler.planning.core.recipes import Read, Shapes
 from orbax_nnx_handler.planning.layouts.layout import is_copy_level
-from orbax_nnx_handler.planning.likeness import by_level, count_of, in_list, lists_in
+from orbax_nnx_handler.planning.likeness import count_of, in_list, lists_in
+from orbax_nnx_handler.planning.likeness.arrangements import by_level
 from orbax_nnx_handler.planning.likeness.joined_parts import Remade, kept_by_head, remade_links
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, is_alone, kinds_of_modules, part_of

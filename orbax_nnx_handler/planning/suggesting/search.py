@@ -18,7 +18,7 @@ from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie, leads
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, module_parts, part_of
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart, named_parts
 from orbax_nnx_handler.planning.likeness.networks import with_axes, with_either_end, with_networks_apart
-from orbax_nnx_handler.planning.likeness.norms_of_layers import with_counted_parts
+from orbax_nnx_handler.planning.likeness.norms_of_layers import with_counted_parts, with_one_before
 from orbax_nnx_handler.planning.likeness.shapes import Way, ways
 from orbax_nnx_handler.planning.likeness.vocabulary import Names, concepts
 from orbax_nnx_handler.planning.mapping.cells_and_wrappers import derive
@@ -58,7 +58,7 @@ def search(wanted: Sequence[Leaf], stored: Sequence[Leaf], order: Mapping[Tokens
     found = cells.apart(match_model(Context(wanted=cells.wanted, stored=cells.stored, order=order)))
     found.add(_tied(wanted, stored, found))
     found.links.extend(match_leftovers(wanted, stored, found.links))
-    found = with_either_end(found)
+    found = with_one_before(with_either_end(found), wanted, stored)
     used = {part_of(leaf) for link in found.every for leaf in link.stored}
     made = {part_of(leaf) for link in found.links for leaf in link.wanted}
     left = {part_of(leaf) for leaf in stored} - used, {part_of(leaf) for leaf in wanted} - made

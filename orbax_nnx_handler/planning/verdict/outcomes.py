@@ -5,6 +5,7 @@ The rows in which errors, plans, reports and logs list outcomes are here too, so
 
 import dataclasses
 import functools
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Set
@@ -349,27 +350,23 @@ def _counted_otherwise(verdict: Verdict) -> set[Path]:
 
     `layers_{0..2}` are `proj_in`, `layers/0` and `proj_out`: no number tells which; nor where one list counts
     what holds nothing, `flows_{0,1,3}` and `flows/{0..2}`. And those whose name is stored with a number too,
-    where the target has another one beside it: `norm` and `norm2` are `norm` and `moe_norm`.
+    where the target has another one beside it: `norm` and `norm2` are `norm` and `moe_norm`, or `stem/norm`.
     """
     if not (verdict.restored and verdict.missing and verdict.unexpected):
         return set()
-    (lacking, beside), (more, others) = map(
-        _lists_and_modules,
-        (
-            {
-                path: item.wanted.shape
-                for path, item in (*verdict.missing.items(), *verdict.mismatched.items())
-            },
-            {path: leaf.shape for path, leaf in verdict.unexpected.items()},
-        ),
-    )
+    without = (*verdict.missing.items(), *verdict.mismatched.items())
+    wanted = {path: item.wanted.shape for path, item in without}
+    stored = {path: leaf.shape for path, leaf in verdict.unexpected.items()}
+    (lacking, beside), (more, others) = map(_lists_and_modules, (wanted, stored))
+    near = itertools.product(wanted, (2, 3))
+    new = {((at := canonical(path))[:-depth], at[-1:], wanted[path]) for path, depth in near}
     found: set[Path] = set()
-    numbered = {(*_place(path), leaf.shape) for path, leaf in verdict.unexpected.items()}
+    numbered = {(*_place(path), shape) for path, shape in stored.items()}
     for path, item in verdict.restored.items():
         source = next(iter(reads(item.recipe)), ())
         left, right = canonical(path), canonical(source)
         shape = item.wanted.shape
-        if (*_place(source), shape) in numbered and (left[-1:], shape) in beside[canonical(path[:-2])]:
+        if (*_place(source), shape) in numbered and (canonical(path[:-2]), left[-1:], shape) in new:
             found.add(path)
         for at, (token, other) in enumerate(zip(left[::-1], right[::-1], strict=False), 1):
             if is_number(token) and token == other:

@@ -26,6 +26,14 @@ def levels(stored, wanted, count, module=None):
     ]
 
 
+def from_a_stem(stem, first):
+    """Returns lines of layers and norms of which the first ones have a name of their own elsewhere."""
+    return [
+        ("fc1", stem.format("fc"), first), ("fc2", "fc1", DENSE), ("fc3", "fc2", DENSE),
+        ("bn1", stem.format("bn"), NORM), ("bn2", "bn1", NORM), ("bn3", "bn2", NORM),
+    ]  # fmt: skip
+
+
 SETTLED = {
     "by their widths": levels("feat_{}", "feats/{}", 3),
     "by their widths, four": levels("feat_{}", "feats/{}", 4),
@@ -38,7 +46,16 @@ SETTLED = {
         )
     ],
     "a decoder grows": [(f"dec_{16 << at}/conv", f"decoder/{at}/conv", DENSE) for at in range(3)],
-}
+    "from one of another shape": [
+        ("fc1", "fc_in", {"kernel": (7, 5)}), ("fc2", "fc1", DENSE), ("fc3", "fc2", DENSE)
+    ],
+    "norms with their layers": from_a_stem("stem/{}", {"kernel": (7, 5)}),
+    "in each block": [
+        (f"b_{at}/{one}", f"b/{at}/{other}", module)
+        for at in (0, 1)
+        for one, other, module in from_a_stem("{}_in", {"kernel": (7, 5)})
+    ],
+}  # fmt: skip
 ASKED = {
     "beside a list that is reversed": [*levels("a_{}", "as/{}", 2), *levels("b_{}", "bs/{}", 2, DENSE)],
     "in the same levels": [*levels("a_{}", "levels/{}/a", 2), *levels("b_{}", "levels/{}/b", 2, DENSE)],
@@ -50,9 +67,7 @@ ASKED = {
     "from a stem": [("conv1", "stem", DENSE), ("conv2", "conv1", DENSE), ("conv3", "conv2", DENSE)],
     "from one of another name": [("fc1", "proj", DENSE), ("fc2", "fc1", DENSE), ("fc3", "fc2", DENSE)],
     "norms": [("norm1", "norm_in", NORM), ("norm2", "norm1", NORM), ("norm3", "norm2", NORM)],
-    "from one of another shape": [
-        ("fc1", "fc_in", {"kernel": (7, 5)}), ("fc2", "fc1", DENSE), ("fc3", "fc2", DENSE)
-    ],
+    "norms with their layers": from_a_stem("stem/{}", DENSE),
 }  # fmt: skip
 
 
@@ -89,3 +104,25 @@ def test_which_end_is_the_first_one_is_asked_with_both_readings():
     assert len(question.choices) == 2
     rules = found.answered([0])
     check(restored_by(values, wanted, rules), {path: values[source] for path, source in sources.items()})
+
+
+@pytest.mark.parametrize("name", ["from one that is the first", "from a stem", "norms with their layers"])
+def test_what_may_be_counted_from_another_number_is_asked_with_both_readings(name):
+    stored, wanted, sources = case(*ASKED[name])
+    values = filled(stored)
+
+    found, restored = proposed(values, wanted)
+
+    assert not restored
+    (question,) = found.questions
+    assert len(question.choices) == 2
+    rules = found.answered([0])
+    check(restored_by(values, wanted, rules), {path: values[source] for path, source in sources.items()})
+
+
+def test_what_is_called_an_end_is_the_last_one():
+    stored, wanted, sources = case(("fc1", "fc1", DENSE), ("fc2", "fc2", DENSE), ("fc3", "fc_out", DENSE))
+    values = filled(stored)
+    found, restored = proposed(values, wanted)
+    assert not found.questions
+    check(restored, {path: values[source] for path, source in sources.items()})

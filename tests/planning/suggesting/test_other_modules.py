@@ -135,6 +135,19 @@ def test_what_names_tell_to_be_another_module_leaves_a_proposal_certain(name):
     assert (found.unmatched_wanted, found.confidence) == ((), "certain")
 
 
+@pytest.mark.parametrize(
+    ("wanted", "stored"),
+    [
+        ({"det_head": DENSE}, {"head": DENSE}),
+        ({"head": {"fc1": DENSE, "fc2": OTHER}}, {"projector": {"fc1": DENSE, "fc2": OTHER}}),
+    ],
+)
+def test_a_head_that_is_dropped_is_asked_about_where_a_new_one_is_for_something_else(wanted, stored):
+    found = proposal(wanted | {"conv": {"kernel": (4, 4)}}, stored | {"conv": {"kernel": (4, 4)}})
+    assert not found.renames
+    assert found.questions
+
+
 def main() -> int:
     logging.disable()
     seed, wrong = int(sys.argv[1]) if len(sys.argv) > 1 else 0, 0

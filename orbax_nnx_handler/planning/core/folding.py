@@ -445,6 +445,6 @@ def _lies_in(names: Tokens, module: Tokens) -> bool:
 
 def _counterpart(module: Tokens, side: int, pairs: Sequence[tuple[Tokens, Tokens]]) -> Tokens:
     """Returns the other side's module that all parts of one belong to, not by one of them alone."""
-    below = Counter(home[side][len(module) : len(module) + 1] for home in pairs if len(pairs) > 1)
-    is_whole = len(pairs) > 1 and all(len(x) > 1 or () in x for x in (below - Counter([n]) for n in below))
-    return shared_levels([home[1 - side] for home in pairs]) if is_whole else ()
+    below = Counter(home[side][len(module) : len(module) + 1] for home in pairs)
+    is_whole = all(len(below) - (count == 1) > 1 or below[()] > (not x) for x, count in below.items())
+    return shared_levels([home[1 - side] for home in pairs]) if is_whole and len(pairs) > 1 else ()

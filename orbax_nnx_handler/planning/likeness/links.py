@@ -187,13 +187,14 @@ def settle_turns(links: Sequence[Link]) -> tuple[list[Link], list[Link]]:
                     evidence[("named", *key) if is_named else key].add(turns[0])
     settled, left = list[Link](), list[Link]()
     for link in links:
-        chosen = [_chosen(link, leaf, possible, evidence) for leaf, possible in link.by_part]
-        made = tuple((way,) for way in chosen if way is not None)
-        if len(made) < len(chosen):
+        # Nearly every one is told.
+        is_told = link.grounds != "shapes" and all(len(possible) == 1 for possible in link.ways)
+        chosen = [_chosen(link, *each, evidence) for each in link.by_part] if not is_told else []
+        if None in chosen:
             left.append(link)
             continue
+        made = tuple((way,) for way in chosen if way is not None)
         grounds = _grounds(link, made) if link.grounds == "shapes" else link.grounds
-        is_told = (made, grounds) == (link.ways, link.grounds)  # Nearly every one.
         settled.append(link if is_told else with_fields(link, ways=made, grounds=grounds))
     return settled, left
 

@@ -376,7 +376,7 @@ def _is_rivalled(verdict: Verdict) -> bool:
     """
     # Without their numbers: of a list there are few names, however long it is.
     taken = defaultdict[tuple[tuple[Path, Path], Shape], set[tuple[str, bool]]](set)
-    for path, item in verdict.restored.items():
+    for path, item in verdict.restored.items() if verdict.unexpected else ():
         source, called = item.recipe.path if isinstance(item.recipe, Read) else (), canonical(path)
         for at, others in _levels(source):
             is_own = {*canonical(names := segments(source)[at : at + 1])} <= {*called}

@@ -22,8 +22,8 @@ LOCAL_IMPORTS = {
     # An interrupt while JAX is being loaded is still told in one line.
     ("__main__", "cli"),
     # Devices are pretended before JAX starts.
-    ("demo", "demo.programs"),
-    ("demo", "demo.walkthrough"),
+    ("commands.demo", "commands.demo.programs"),
+    ("commands.demo", "commands.demo.walkthrough"),
     # What writes checkpoints comes with Orbax, and few plans ask what a save of the target would write.
     ("planner", "storage.saving.save"),
 }
@@ -233,7 +233,7 @@ def test_what_is_used_of_orbax_comes_through_one_module():
         for file in MODULES
         for name, _ in imports(file)
         if name.split(".")[0] == "orbax"
-        if not file.is_relative_to(PACKAGE / "demo")  # A user's program.
+        if not file.is_relative_to(PACKAGE / "commands/demo")  # A user's program.
     }
 
     assert users == {"orbax_nnx_handler/orbax_interfaces.py"}

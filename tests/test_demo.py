@@ -10,8 +10,8 @@ from rich.console import Console
 
 from orbax_nnx_handler import MissingParamError
 from orbax_nnx_handler.cli import main
-from orbax_nnx_handler.demo.programs import ENCODED, TEXT, Size, batch_at, decode
-from orbax_nnx_handler.demo.walkthrough import Outcome, Printer, run
+from orbax_nnx_handler.commands.demo.programs import ENCODED, TEXT, Size, batch_at, decode
+from orbax_nnx_handler.commands.demo.walkthrough import Outcome, Printer, run
 from tests.cli.schema import documented, found
 
 
@@ -61,7 +61,7 @@ def test_the_output_is_plain_where_it_is_piped_and_has_seven_sections(printed_ru
 
 def test_json_gives_the_figures_alone(printed_run, monkeypatch, capsys):
     outcome, printed = printed_run
-    monkeypatch.setattr("orbax_nnx_handler.demo.main", lambda: print(printed) or outcome.to_dict())
+    monkeypatch.setattr("orbax_nnx_handler.commands.demo.main", lambda: print(printed) or outcome.to_dict())
 
     assert main(["demo", "--json"]) == 0
 

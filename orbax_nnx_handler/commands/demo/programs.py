@@ -23,7 +23,7 @@ Letters = np.ndarray[tuple[int, int], np.dtype[np.int32]]
 
 def read_text() -> str:
     """Returns the whole text, 71,000 letters."""
-    return importlib.resources.files("orbax_nnx_handler.demo").joinpath("text.txt").read_text()
+    return importlib.resources.files("orbax_nnx_handler.commands.demo").joinpath("text.txt").read_text()
 
 
 TEXT = read_text()

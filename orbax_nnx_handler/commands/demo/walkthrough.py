@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.text import Text
 
 from orbax_nnx_handler import NNXLinenHandler, NNXLinenRestore, RestoreError, plan_restore, restore
-from orbax_nnx_handler.demo.programs import (
+from orbax_nnx_handler.commands.demo.programs import (
     TEXT,
     NNXDecoder,
     Size,

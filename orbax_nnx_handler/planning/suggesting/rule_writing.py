@@ -28,8 +28,9 @@ from orbax_nnx_handler.planning.rules.inverse import leads_back
 from orbax_nnx_handler.planning.rules.rename import cuts, matches_only, rename_of
 from orbax_nnx_handler.planning.rules.rule import compiled, with_places
 from orbax_nnx_handler.planning.rules.stacking import stacked_in_parts, whole_parts
+from orbax_nnx_handler.planning.suggesting.shared_renames import Renamed, of_leaves, of_modules
 
-_MOST_NAMES, _MANY_MODULES = 8, 24  # Above the parts of a fuse, for a rule to leave others out; for one rule.
+_MOST_NAMES = 8  # Above the parts of a fuse, for a rule to leave others out.
 _WRITES: Mapping[type[Rule], str] = {Rename: "replacement", StackLayers: "pattern", UnstackLayers: "into"}
 """The paths with numbers that a save finds in a rule."""
 
@@ -76,7 +77,8 @@ class Writer:
         # What has got no name yet is looked at again beside each rule for layers.
         alone = [move for move in alone if id(move) not in leaving or move.link.layers is None]
         self._rename_groups(alone, [*groups, *self._renumbered(links)])
-        self._rename_ends(alone)
+        self._rename_many(alone, of_leaves(alone))
+        self._rename_many(alone, of_modules(alone))
         self._rename(alone)
         before = self.entries
         self._stack(links)
@@ -356,17 +358,15 @@ class Writer:
         into = self._below(wanted)
         return {at: moves[at] for at in led_into(stored, moves, index) if leads(into, moves[at].aim)}
 
-    def _rename_ends(self, moves: Sequence[Move]) -> None:
-        """Renames at once what many modules call a leaf, `kernel` for `weight`: else each has a rule."""
+    def _rename_many(self, moves: Sequence[Move], renames: Iterable[Renamed]) -> None:
+        """Writes renames that many modules share, where they take no leaf astray; else each has its own."""
         aims = {move.names: move.aim for move in moves}
-        groups = {(differing(move), move.names[-1], move.aim[-1]) for move in moves}
-        for (name, aim), count in Counter((name, aim) for _, name, aim in groups).items():
-            if name == aim or count <= _MANY_MODULES or not (rule := rename_of((name,), (aim,))):
-                continue
-            after = Entries.of(rule.apply(self.entries).entries)
+        for rule in (rename_of(*each) for each in renames):
+            after = Entries.of(rule.apply(self.entries).entries) if rule else self.entries
             new = {self.entries[at].segments: entry.segments for at, entry in after.changed.items()}
-            are_meant = all((*old[:-1], aims.get(old, ("",))[-1]) == names for old, names in new.items())
-            if are_meant and leads_back(rule, self.entries, after):
+            steps = ((names, old, aims.get(old, ("",))) for old, names in new.items())
+            are_meant = all(names in (aim, (*old[:-1], aim[-1])) for names, old, aim in steps)
+            if rule and are_meant and leads_back(rule, self.entries, after):
                 self._apply(rule, after, [move.link for move in moves if move.names in new])
                 for move in moves:
                     move.names = new.get(move.names, move.names)

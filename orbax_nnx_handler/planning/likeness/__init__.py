@@ -18,6 +18,7 @@ from orbax_nnx_handler.planning.core.leaves import with_fields
 from orbax_nnx_handler.planning.core.paths import is_index, levels
 from orbax_nnx_handler.planning.likeness.links import Findings, Link
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, part_of
+from orbax_nnx_handler.planning.likeness.shapes import Step, Steps
 from orbax_nnx_handler.planning.likeness.vocabulary import (
     SINGLE,
     Names,
@@ -430,3 +431,13 @@ def all_behind(names: Names, behind: Mapping[Names, Set[Names]]) -> Set[Names]:
             found.add(one)
             left += behind.get(one, ())
     return found
+
+
+def with_layers(steps: Iterable[Step], count: int) -> Steps:
+    """Returns what is done with one layer as done with a stack of them along the first axis."""
+    made = list[Step]()
+    for step in steps:
+        axes = (*((0,) if step.kind == "transpose" else ()), *(axis + 1 for axis in step.axes))
+        before, shape = ((count, *lengths) for lengths in (step.before, step.shape))
+        made.append(dataclasses.replace(step, before=before, shape=shape, axes=axes))
+    return tuple(made)

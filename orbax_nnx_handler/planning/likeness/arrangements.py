@@ -13,14 +13,14 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 
 from orbax_nnx_handler.planning.core.folding import plain_names
-from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.leaves import Shape, order_after
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.likeness import in_list
 from orbax_nnx_handler.planning.likeness.assignment import Fit
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart
-from orbax_nnx_handler.planning.likeness.shapes import Joint, Way
+from orbax_nnx_handler.planning.likeness.shapes import Joint, Steps, Way, transposed
 from orbax_nnx_handler.planning.likeness.vocabulary import STRONG, Concepts, Names, concepts, place_of, words
 
 _LSTM, _GRU = "ifgo", "rzn"
@@ -374,6 +374,11 @@ def flattened(leaves: Iterable[Leaf], own: Set[Path]) -> set[Path]:
 
 def _explain(sides: Iterable[Concepts], side: Concepts) -> bool:
     return any(not (other and side) or other == side for other in sides)
+
+
+def moves(shape: Shape, move: tuple[int, int]) -> Steps:
+    """Returns the step that moves an axis to another place; none where it is there."""
+    return () if move[0] == move[1] else (transposed(shape, order_after(len(shape), move)),)
 
 
 # Levels that may be counted from either end.

@@ -39,6 +39,7 @@ from orbax_nnx_handler.planning.suggesting.series import (
 )
 from orbax_nnx_handler.planning.suggesting.stacks import (
     Share,
+    in_any_order,
     in_stacks,
     in_turn,
     kinds_of,
@@ -137,22 +138,25 @@ class _Matching:
         """Matches lists in the layers of a list with one that holds them stacked; asks which it holds."""
         pairs = [(pair, stacks) for stacks in (False, True) for pair in itertools.product(*self._left())]
         for (one, other), stacks in pairs:
-            several = stacked_lists(*((other, one) if stacks else (one, other)))
-            if not several or self._is_taken(one) or self._is_taken(other):
-                continue
-            found = [[_matched_stack(share, stacks, self._context) for share in each] for each in several]
-            readings = tuple(tuple(link for held in each for link in held.links) for each in found)
-            if len(several) > 1 and all(readings):
-                self._found.ties.append(
-                    Tie(wanted=(one.template,), stored=(other.template,), readings=readings)
-                )
-            elif len(several) == 1 and readings[0]:
-                for held in found[0]:
-                    self._found.add(held)
-            self._take((*one.leaves, *other.leaves) if all(readings) else ())
+            if not (self._is_taken(one) or self._is_taken(other)):
+                self._match_or_ask_stacks(stacked_lists(*((other, one) if stacks else (one, other))), stacks)
 
-    def _left(self) -> list[list[Series]]:
-        return [[one for one in side if not self._is_taken(one)] for side in self._groups]
+    def _match_or_ask_stacks(self, several: Sequence[Sequence[Share]], stacks: bool) -> None:
+        """Matches layers with stacks; asks which holds which where several readings are possible."""
+        found = [[_matched_stack(share, stacks, self._context) for share in each] for each in several]
+        readings = tuple(tuple(link for held in each for link in held.links) for each in found)
+        if not readings or not all(readings):
+            return
+        if len(several) > 1:
+            ends = [(name, x.template) if stacks else (x.template, name) for x, name, *_ in several[0]]
+            wanted, stored = zip(*ends, strict=True)
+            self._found.ties.append(Tie(wanted=wanted, stored=stored, readings=readings))
+        for held in found[0] if len(several) == 1 else ():
+            self._found.add(held)
+        self._take(leaf for one, *_, inside in several[0] for leaf in (*one.leaves, *inside))
+
+    def _left(self, groups: Sequence[Sequence[Series]] = ()) -> list[list[Series]]:
+        return [[one for one in side if not self._is_taken(one)] for side in groups or self._groups]
 
     def _free(self, side: int) -> list[Leaf]:
         self._rest[side] = [leaf for leaf in self._rest[side] if id(leaf) not in self._taken]
@@ -288,8 +292,7 @@ class _Matching:
         `denseblock1`, `transition1`, `denseblock2` are `layers/0`, `layers/1`, `layers/2` of a list.
         """
         used = {id(series) for pair in pairs for series in pair}
-        groups = ([one for one in side if id(one) not in used] for side in self._left())
-        left, right = ([kind for one in side for kind in kinds_of(one)] for side in groups)
+        left, right = ([y for x in side if id(x) not in used for y in kinds_of(x)] for side in self._left())
         return paired_series(left, right) if any(one.is_kind for one in (*left, *right)) else []
 
     def _match_stacks(self) -> None:
@@ -305,6 +308,9 @@ class _Matching:
                 if not self._is_taken(series):
                     rest |= self._match_stack(series, stacks, least)
         self._taken |= rest
+        for side, left in enumerate(self._left(groups)):
+            free = self._free(1 - side), self._context.above[1 - side]
+            self._match_or_ask_stacks(in_any_order(left, *free), stacks=side > 0)
         for _, pair in rests:
             if pair is not None and self._is_taken(pair[0]):
                 self._match(pair[1])
@@ -316,8 +322,7 @@ class _Matching:
             self._possible = {known: (stacks_in(*free), functools.cache(functools.partial(series_of, *free)))}
         stack, series = stack_of(series, self._possible[known][0], least), shared_in(series)
         found = [(series, *stack)] if stack is not None and are_alike(series) else []
-        if not (found or stacks or least == 1):
-            found = shares_of(series, *self._possible[known])
+        found = found if found or stacks or least == 1 else shares_of(series, *self._possible[known])
         rest: set[int] = set()
         for share in found:
             matched, inside = _matched_stack(share, stacks, self._context), share[-1]
@@ -339,8 +344,7 @@ def _more_of(series: Series, matched: Collection[int]) -> list[Leaf]:
     """Returns the leaves of layers that one side has more of: like the matched ones, and nothing else."""
     held = {at: {leaf.names[series.depth :] for leaf in leaves} for at, leaves in series.members.items()}
     like = [held[number] for number in matched] if len(matched) > 1 else []
-    more = (leaves for at, leaves in series.members.items() if at not in matched and held[at] in like)
-    return [leaf for leaves in more for leaf in leaves]
+    return [x for at, each in series.members.items() if at not in matched and held[at] in like for x in each]
 
 
 def _match_rest(wanted: Sequence[Leaf], stored: Sequence[Leaf], context: Context) -> Findings:
@@ -439,12 +443,8 @@ def _matched_stack(share: Share, stacks: bool, context: Context) -> Findings:
         for at, number in enumerate(series.numbers):
             own = {leaf.names[series.depth :]: leaf for leaf in series.members[number]}
             for link in links:
-                wanted, stored = link.wanted, link.stored
-                if stacks:
-                    stored = tuple(own[leaf.names[series.depth :]] for leaf in stored)
-                else:
-                    wanted = tuple(own[leaf.names[series.depth :]] for leaf in wanted)
-                layer = number if counted else at
-                yield with_fields(link, wanted=wanted, stored=stored, layers=layers, layer=layer)
+                side, held = ("stored", link.stored) if stacks else ("wanted", link.wanted)
+                made = {side: tuple(own[leaf.names[series.depth :]] for leaf in held)}
+                yield with_fields(link, **made, layers=layers, layer=number if counted else at)
 
     return match_context(inner).mapped(every_layer)

@@ -10,13 +10,21 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from orbax_nnx_handler.planning.core.leaves import Shape, order_after, with_fields
+from orbax_nnx_handler.planning.core.leaves import Shape, with_fields
 from orbax_nnx_handler.planning.core.paths import levels
-from orbax_nnx_handler.planning.likeness import share_word, sizes_of
+from orbax_nnx_handler.planning.likeness import share_word, sizes_of, with_layers
+from orbax_nnx_handler.planning.likeness.arrangements import moves
 from orbax_nnx_handler.planning.likeness.assignment import MOST_PAIRS, best_pairs
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, settle_turns
-from orbax_nnx_handler.planning.likeness.module_parts import Leaf, Stacks, depth_of, leaves_below, part_sizes
-from orbax_nnx_handler.planning.likeness.shapes import Step, Steps, Way, transposed, without_axis
+from orbax_nnx_handler.planning.likeness.module_parts import (
+    Leaf,
+    Stacks,
+    depth_of,
+    leaves_below,
+    part_sizes,
+    stacks_in,
+)
+from orbax_nnx_handler.planning.likeness.shapes import Steps, Way, without_axis
 from orbax_nnx_handler.planning.likeness.vocabulary import (
     MARGIN,
     RESTS,
@@ -71,9 +79,8 @@ def kinds_of(series: Series) -> list[Series]:
         if (looks := series.looks[number]) not in names:
             names[looks] = frozenset(tuple(level.base for level in levels(path)) for path, _ in looks)
         kinds[names[looks]][number] = leaves
-    if len(kinds) == 1:
-        return [series]
-    return [dataclasses.replace(series, members=members, is_kind=True) for members in kinds.values()]
+    each = [dataclasses.replace(series, members=members, is_kind=True) for members in kinds.values()]
+    return each if len(kinds) > 1 else [series]
 
 
 def shared_in(series: Series) -> Series:
@@ -96,10 +103,13 @@ def shared_in(series: Series) -> Series:
     return shared_part if shared_part.size > (0.5 if is_one_kind else 0.9) * series.size else series
 
 
-def stack_of(series: Series, possible: Stacks, least: int) -> tuple[Names, int, list[Leaf]] | None:
-    """Returns the module whose leaves all have an axis for the layers, and the axis."""
-    said, count = series.said, len(series.members)
-    found: list[tuple[bool, float, float, int, Names, int, list[Leaf]]] = []
+_Stack = tuple[bool, float, float, int, Names, int, list[Leaf]]
+"""How much of a group of layers a module may hold, how alike they are called, and what a share is."""
+
+
+def _stacks_for(series: Series, possible: Stacks, least: int) -> list[_Stack]:
+    """Returns the modules whose leaves all have an axis for the layers of a group."""
+    said, count, found = series.said, len(series.members), list[_Stack]()
     for prefix, leaves, is_module in possible.get(count, ()):
         lengths = enumerate(leaves[0].shape[:3])
         axes = [at for at, length in lengths if length == count and _have_axis(leaves, at, count)]
@@ -114,9 +124,14 @@ def stack_of(series: Series, possible: Stacks, least: int) -> tuple[Names, int, 
             alike, axis = likeness(said, concepts(prefix)) + 2 * way, _likeliest_axis(series, leaves, axes)
             is_whole = 10 * size >= 9 * series.size  # Else it is a part of one that holds two groups.
             found.append((is_whole, ratio, alike, depth_of(prefix, leaves), prefix, axis, leaves))
+    return found
+
+
+def stack_of(series: Series, possible: Stacks, least: int) -> tuple[Names, int, list[Leaf]] | None:
+    """Returns the module whose leaves all have an axis for the layers, and the axis."""
     # A network of the group's own name comes first.
-    found = [item for item in found if item[4][:1] == series.template[:1]] or found
-    if not found:
+    found = _stacks_for(series, possible, least)
+    if not (found := [item for item in found if item[4][:1] == series.template[:1]] or found):
         return None
     best, *others = sorted(found, key=lambda item: item[:6], reverse=True)
     # Of two of one size, that of the group's own words.
@@ -128,6 +143,25 @@ def stack_of(series: Series, possible: Stacks, least: int) -> tuple[Names, int, 
 
 Share = tuple[Series, Names, int, list[Leaf]]
 """Some layers of a group, with the module that holds them stacked, the axis, and the leaves in it."""
+
+
+def in_any_order(groups: Sequence[Series], free: Sequence[Leaf], above: int) -> list[list[Share]]:
+    """Returns the orders in which groups of layers may be as many stacks, where nothing tells them apart."""
+    held: dict[int, list[Mapping[Names, Share]]] = defaultdict(list)
+    possible = stacks_in(free if len(groups) > 1 else (), above)
+    for one in filter(are_alike, groups):
+        stacks = (x[4:] for x in _stacks_for(one, possible, 2) if x[1] == 1)
+        held[one.size].append({each[0]: (one, *each) for each in stacks})
+    for several in held.values():
+        names = sorted({*itertools.chain(*several)})
+        if 1 < len(several) == len(names) <= _MOST:
+            orders = ([*zip(several, order, strict=True)] for order in itertools.permutations(names))
+            return [[each[at] for each, at in x] for x in orders if all(at in each for each, at in x)]
+    return []
+
+
+_MOST = 4
+"""Of more stacks, not every order can be chosen."""
 
 
 def shares_of(series: Series, possible: Stacks, blocks: Callable[[], Iterable[Series]]) -> list[Share]:
@@ -145,12 +179,9 @@ def _every_few(series: Series, block: Series) -> list[Share]:
     """Returns the layers of a group by the place in a block of layers, where a program scans over blocks."""
     step, numbers = len(block.members), series.numbers
     count, rest = divmod(len(numbers), step)
-    kinds = list[Series]()
-    for first in range(step) if not rest and count > 1 and is_complete(block) else ():
-        kinds += [
-            dataclasses.replace(series, members={at: series.members[at] for at in numbers[first::step]})
-        ]
-    return _one_by_one_in(kinds, block)
+    firsts = range(step) if not rest and count > 1 and is_complete(block) else ()
+    each = ({at: series.members[at] for at in numbers[first::step]} for first in firsts)
+    return _one_by_one_in([dataclasses.replace(series, members=members) for members in each], block)
 
 
 def stacked_lists(series: Series, other: Series) -> list[list[Share]]:
@@ -177,10 +208,8 @@ def stacked_lists(series: Series, other: Series) -> list[list[Share]]:
         for at in lists[0].numbers
     ]
     found = [shares for each in (lists, turned) if (shares := _one_by_one_in(each, other))]
-    words = (
-        each.template[series.depth :] if each is lists[0] else each.template for each in (lists[0], other)
-    )
-    return found[1:] if len(found) > 1 and share_word(*map("/".join, words)) else found
+    words = ("/".join(names) for names in (lists[0].template[series.depth :], other.template))
+    return found[1:] if len(found) > 1 and share_word(*words) else found
 
 
 def lists_in_lists(series: Series, others: Iterable[Series]) -> Pairs:
@@ -202,12 +231,9 @@ def lists_in_lists(series: Series, others: Iterable[Series]) -> Pairs:
 
 def _lists_in(series: Series) -> list[Series]:
     """Returns the list in each layer of a list; nothing where one has none or several."""
-    found = list[Series]()
-    for at in series.numbers:
-        if len(inner := series_of(series.members[at], series.depth)) != 1:
-            return []
-        found += inner
-    return found
+    each = (series_of(series.members[at], series.depth) for at in series.numbers)
+    found = [x for inner in itertools.takewhile(lambda x: len(x) == 1, each) for x in inner]
+    return found if len(found) == len(series.numbers) else []
 
 
 def _one_by_one_in(groups: Sequence[Series], other: Series) -> list[Share]:
@@ -302,15 +328,11 @@ def in_stacks(found: Findings, one: StackedModule, other: StackedModule) -> Find
     wanted, stored = ({leaf.names: leaf for leaf in each.leaves} for each in (one, other))
     count = one.leaves[0].shape[one.axis]
 
-    def lifted(links: Iterable[Link]) -> list[Link]:
-        return [_in_stack(link, wanted, stored, (one.axis, other.axis), count) for link in links]
+    def lifted(links: Sequence[Link]) -> list[Link]:
+        every = itertools.chain(*settle_turns(links))
+        return [_in_stack(link, wanted, stored, (one.axis, other.axis), count) for link in every]
 
-    settled, left = settle_turns(found.links)
-    made = Findings(links=lifted([*settled, *left]))
-    for tie in found.ties:
-        readings = [lifted(itertools.chain(*settle_turns(reading))) for reading in tie.readings]
-        made.ties.append(dataclasses.replace(tie, readings=tuple(map(tuple, readings))))
-    return made
+    return dataclasses.replace(found.mapped(lifted), groups=[])
 
 
 def _in_stack(
@@ -319,17 +341,17 @@ def _in_stack(
     """Returns a link of one layer as that of the stacks: the layers first, and at last where they belong."""
     ours = tuple(wanted[leaf.names] for leaf in link.wanted)
     theirs = tuple(stored[leaf.names] for leaf in link.stored)
-    first = [_moves(leaf.shape, (axes[1], 0)) for leaf in theirs]
-    last = [_moves((count, *leaf.shape), (0, axes[0])) for leaf in link.wanted]
+    first = [moves(leaf.shape, (axes[1], 0)) for leaf in theirs]
+    last = [moves((count, *leaf.shape), (0, axes[0])) for leaf in link.wanted]
 
     def made(way: Way, steps: Steps) -> Way:
         # One layer tells what the axes are, or that nothing does.
         return dataclasses.replace(way, steps=steps, named=len(link.ways[0]) == 1 or None)
 
-    each = [[_with_layers(way.steps, count) for way in options] for options in link.ways]
-    after, joint = _with_layers(link.after, count), link.joint
+    each = [[with_layers(way.steps, count) for way in options] for options in link.ways]
+    after, joint = with_layers(link.after, count), link.joint
     if joint is None and not link.is_split:
-        plain = _moves(theirs[0].shape, (axes[1], axes[0]))
+        plain = moves(theirs[0].shape, (axes[1], axes[0]))
         each = [[(*first[0], *steps, *last[0]) if steps else plain for steps in some] for some in each]
     elif link.is_split:
         after = (*first[0], *after)
@@ -344,24 +366,6 @@ def _in_stack(
     if joint is not None:
         joint = dataclasses.replace(joint, axis=joint.axis + 1, parts=made_ways)
     return with_fields(link, wanted=ours, stored=theirs, ways=made_ways, joint=joint, after=after)
-
-
-def _moves(shape: Shape, move: tuple[int, int]) -> Steps:
-    return () if move[0] == move[1] else (transposed(shape, order_after(len(shape), move)),)
-
-
-def _with_layers(steps: Steps, count: int) -> Steps:
-    """Returns steps of one layer as those of a stack along the first axis."""
-    return tuple(
-        Step(
-            step.kind,
-            (count, *step.before),
-            (count, *step.shape),
-            (*((0,) if step.kind == "transpose" else ()), *(axis + 1 for axis in step.axes)),
-            step.constant,
-        )
-        for step in steps
-    )
 
 
 # Modules in turn.

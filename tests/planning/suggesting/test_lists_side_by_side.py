@@ -568,3 +568,20 @@ def test_equal_stacks_of_a_u_net_are_the_lists_of_the_arms_by_their_names(lists,
 
     assert not found.questions
     check(made, values)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("count", [2, 3])
+def test_which_of_equal_stacks_is_which_list_is_one_question_where_no_name_tells(count, turned):
+    lists = dict(itertools.islice(zip(("oak", "elm", "ash"), ("near", "far", "wide"), strict=True), count))
+    stored, values = stacks_and_lists(lists, {"oak_conv": "far_conv"}, count=2)
+    stored, values = (values, stored) if turned else (stored, values)
+    shapes = {path: x.shape for path, x in values.items()}
+
+    found, made = proposed(stored, shapes)
+
+    assert made.keys() == {path for path in values if "_conv" in path}
+    (question,) = found.questions
+    assert len(question.choices) == [2, 6][count - 2]
+    each = [restored(stored, shapes, rules) for rules in question.alternatives]
+    assert sum(all(np.array_equal(one[path], x) for path, x in values.items()) for one in each) == 1

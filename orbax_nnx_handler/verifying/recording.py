@@ -280,7 +280,7 @@ def _scanned(
     """Scans as `jax.lax.scan` does, and takes each layer out of a stack by the same operation.
 
     Where nothing is compiled, JAX (0.10.2) takes it by an operation of its own for each layer of each shape:
-    of fifty layers, to compile those takes longer than all the rest.
+    of fifty layers, to compile those takes longer than all the rest. On the host NumPy takes it.
     """
     counts = {(*np.shape(leaf), 0)[0] for leaf in jax.tree.leaves(xs)}
     count = min(counts, default=0)
@@ -290,14 +290,17 @@ def _scanned(
     numbers = iter(range(count)[:: -1 if reverse else 1])
 
     def layer(carry: Any, _: None) -> Any:
-        number = np.int32(next(numbers))
-
-        def taken(stack: Any) -> Any:
-            return cast(Any, jax.lax.dynamic_index_in_dim(stack, number, keepdims=False))
-
-        return f(carry, jax.tree.map(taken, xs))
+        return f(carry, jax.tree.map(functools.partial(_one_of, next(numbers)), xs))
 
     return scan(layer, init, None, count, reverse, **options)
+
+
+def _one_of(number: int, stack: Any) -> Any:
+    is_held = _is_array(stack) and not issubclass(type(stack), Tracer)
+    devices = getattr(stack, "devices", set[Any])() if is_held else ()
+    if [device.platform for device in devices] == ["cpu"]:
+        return jax.device_put(np.asarray(stack)[number], stack.sharding if stack.committed else None)
+    return cast(Any, jax.lax.dynamic_index_in_dim(stack, np.int32(number), keepdims=False))
 
 
 def run_linen(

@@ -37,6 +37,7 @@ from orbax_nnx_handler.storage.reading import read_values
 from orbax_nnx_handler.verifying import Array
 from orbax_nnx_handler.verifying.pairing import nearest_modules
 from orbax_nnx_handler.verifying.recording import Call, Held, arrays_by_place
+from orbax_nnx_handler.verifying.weights import one_device
 
 _MOST_AXES = 4
 _MOST_PARTS = 4
@@ -393,7 +394,7 @@ class ModuleRunner:
         missing = [path for path in reads(recipe) if path not in self.values]
         if missing:
             self.values |= read_values(self.checkpoint, dict.fromkeys(missing))
-        return jax.device_put(evaluate(recipe, self.values, np.float32))
+        return jax.device_put(evaluate(recipe, self.values, np.float32), one_device())
 
     def run(
         self,
@@ -416,8 +417,8 @@ class ModuleRunner:
             The arrays that it returns.
         """
         made = self._module(module, layer, {leaf: self.value(recipe) for leaf, recipe in changed.items()})
-        # Unlike jnp.asarray it compiles no program for each shape.
-        held = [jax.device_put(array) for array in inputs]
+        where = one_device()  # As the model's own: what both programs compiled is not compiled again.
+        held = [jax.device_put(array, where) for array in inputs]
 
         def put_back(leaf: Any) -> Any:
             return held[leaf.number] if isinstance(leaf, Held) else leaf

@@ -1,7 +1,7 @@
 """How like each other the parts of two models are: by names, shapes and order.
 
 Here what a whole path says of a part: what it is for, the list that it is in, the layer of a norm. Last,
-which order is left where some parts come before others.
+what is known but for some parts.
 """
 
 import dataclasses
@@ -13,10 +13,10 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 
-from orbax_nnx_handler.planning.core.folding import PLACE, around
+from orbax_nnx_handler.planning.core.folding import PLACE, around, same_numbers
 from orbax_nnx_handler.planning.core.leaves import with_fields
 from orbax_nnx_handler.planning.core.paths import is_index, levels
-from orbax_nnx_handler.planning.likeness.links import Findings, Link
+from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, part_of
 from orbax_nnx_handler.planning.likeness.shapes import Step, Steps
 from orbax_nnx_handler.planning.likeness.vocabulary import (
@@ -81,6 +81,17 @@ def in_list(names: Names) -> tuple[Names, Names]:
         if level.number is not None:
             return (*names[: at - level.width], level.base), names[at:]
     return (), ()
+
+
+def with_sources(several: Iterable[tuple[Link, Leaf | None]]) -> list[Link]:
+    """Returns links with other stored leaves, each of the shape of its own; none where one lacks it."""
+    found = list[Link]()
+    for link, leaf in several:
+        if leaf is None or leaf.shape != link.source.shape:
+            return []
+        seats = same_numbers(link.target.names, leaf.names, (0, 0))
+        found.append(link if leaf is link.source else with_fields(link, stored=(leaf,), levels=seats))
+    return found
 
 
 def outermost_list(names: Names) -> tuple[Names, int | None]:
@@ -398,39 +409,30 @@ def told_by_names(links: Iterable[Link]) -> list[Link]:
     return [with_fields(link, grounds="names") if link.grounds == "shapes" else link for link in links]
 
 
-_MOST_ORDERS = 200
+def apart_from(found: Findings, links: Sequence[Link]) -> Findings:
+    """Returns what is known without what is about the parts of some links."""
+    taken = {part_of(x.target) for x in links}, {part_of(x.source) for x in links}
+    kept = [link for link in found.links if not _is_about(link, taken)]
+    ties = [made for tie in found.ties if (made := _without(tie, taken))]
+    return Findings(links=kept, ties=ties, groups=found.groups)
 
 
-def only_order(
-    numbers: Sequence[int], bounds: Mapping[Names, tuple[int, int]], before: Mapping[Names, Set[Names]]
-) -> tuple[Names, ...]:
-    """Returns the only order in which parts may have some rising numbers; nothing where there are several.
-
-    Each has one between two bounds, and comes behind what is before it.
-    """
-    orders: dict[Set[Names], list[tuple[Names, ...]]] = {frozenset(): [()]}
-    for number in numbers:
-        longer: dict[Set[Names], list[tuple[Names, ...]]] = defaultdict(list)
-        for used, some in orders.items():
-            for names, (low, high) in bounds.items():
-                if names not in used and before[names] <= used and low < number < high:
-                    made = longer[used | {names}]
-                    made += [(*each, names) for each in some][: 2 - len(made)]
-        if len(longer) > _MOST_ORDERS:
-            return ()
-        orders = longer
-    found = [each for some in orders.values() for each in some]
-    return found[0] if len(found) == 1 else ()
+def _is_about(link: Link, taken: tuple[Set[Names], Set[Names]]) -> bool:
+    sides = (link.wanted, taken[0]), (link.stored, taken[1])
+    return any(part_of(leaf) in parts for leaves, parts in sides for leaf in leaves)
 
 
-def all_behind(names: Names, behind: Mapping[Names, Set[Names]]) -> Set[Names]:
-    """Returns what is computed behind a part, at whatever distance."""
-    found, left = set[Names](), [*behind.get(names, ())]
-    while left:
-        if (one := left.pop()) not in found:
-            found.add(one)
-            left += behind.get(one, ())
-    return found
+def _without(tie: Tie, taken: tuple[Set[Names], Set[Names]]) -> Tie | None:
+    """Returns a question without the parts that are known; None where nothing is left of it."""
+    if taken[0].isdisjoint(tie.wanted) and taken[1].isdisjoint(tie.stored):
+        return tie
+    left = (tuple(link for link in each if not _is_about(link, taken)) for each in tie.readings)
+    readings = tuple({frozenset(map(id, each)): each for each in left if each}.values())
+    wanted, stored = (
+        tuple(names for names in side if names not in gone)
+        for side, gone in zip((tie.wanted, tie.stored), taken, strict=True)
+    )
+    return dataclasses.replace(tie, wanted=wanted, stored=stored, readings=readings) if readings else None
 
 
 def with_layers(steps: Iterable[Step], count: int) -> Steps:

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, S
 from orbax_nnx_handler.planning.core.folding import plain_names
 from orbax_nnx_handler.planning.core.leaves import Shape, order_after
 from orbax_nnx_handler.planning.core.paths import Path
-from orbax_nnx_handler.planning.likeness import in_list
+from orbax_nnx_handler.planning.likeness import in_list, with_sources
 from orbax_nnx_handler.planning.likeness.assignment import Fit
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf
@@ -436,10 +436,5 @@ def _read(group: Sequence[_Level], step: int) -> list[Link]:
     below = {(one[4], other[4]) for _, one, other in group}
     if len(ours) != len(theirs) or len(ours) < 2 or len({one for one, _ in below}) < len(below):
         return []
-    level, found = dict(zip(ours, theirs[::step], strict=True)), list[Link]()
-    for link, one, other in group:
-        leaf = stored.get((level[int(one[3])], other[4]))
-        if leaf is None or leaf.shape != link.source.shape:
-            return []
-        found.append(link if leaf is link.source else dataclasses.replace(link, stored=(leaf,), levels=()))
-    return found
+    level = dict(zip(ours, theirs[::step], strict=True))
+    return with_sources((link, stored.get((level[int(one[3])], other[4]))) for link, one, other in group)

@@ -262,6 +262,13 @@ def containers(part: ModulePart) -> Sequence[Names]:
     return around(part.names)[::-1]
 
 
+def ranked(column: Iterable[str]) -> tuple[list[str], list[int]]:
+    """Returns the numbers in order, and the rank of each of them."""
+    numbers = [*column]
+    places = {number: at for at, number in enumerate(sorted({*numbers}, key=int))}
+    return [*places], [places[number] for number in numbers]
+
+
 def counted_parts(parts: Iterable[ModulePart]) -> Mapping[tuple[Names, str], Mapping[int, ModulePart]]:
     """Returns the parts that a program itself counts, by module and name, in their order."""
     found = defaultdict[tuple[Names, str], dict[int, ModulePart]](dict)

@@ -16,13 +16,12 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from orbax_nnx_handler.planning.core.folding import same_numbers
-from orbax_nnx_handler.planning.core.leaves import Shape, with_fields
+from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import levels, shared_levels
-from orbax_nnx_handler.planning.likeness import in_list, outermost_list, share_word
+from orbax_nnx_handler.planning.likeness import in_list, outermost_list, share_word, with_sources
 from orbax_nnx_handler.planning.likeness.assignment import best_pairs
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie
-from orbax_nnx_handler.planning.likeness.module_parts import Leaf, part_of
+from orbax_nnx_handler.planning.likeness.module_parts import Leaf, part_of, ranked
 from orbax_nnx_handler.planning.likeness.vocabulary import (
     Names,
     concepts,
@@ -273,7 +272,7 @@ class _Axes:
     def all_of(cls, wanted: Names, stored: Names, group: Sequence[_Counted]) -> Iterator["_Axes"]:
         """Yields the pairs of numbers of which each counts what one of the other side does."""
         ours, theirs = (
-            [_ranked(column) for column in zip(*(x[side] for x in group), strict=True)] for side in (1, 2)
+            [ranked(column) for column in zip(*(x[side] for x in group), strict=True)] for side in (1, 2)
         )
         long = [at for at, (values, _) in enumerate(theirs) if len(values) > 1]
         aims = {at: [to for to, (_, ranks) in enumerate(ours) if ranks == theirs[at][1]] for at in long}
@@ -302,16 +301,15 @@ class _Axes:
         forth = dict(zip(self.held[1][one], self.held[1][other], strict=True))
         back = {value: key for key, value in forth.items()}
         sources = {(x.source.collection, at, end): x.source for x, _, at, end in self.group}
-        found = list[Link]()
-        for link, _, numbers, end in self.group:
-            moved = [*numbers]
-            moved[one], moved[other] = back[numbers[other]], forth[numbers[one]]
-            leaf = sources.get((link.source.collection, tuple(moved), end))
-            if leaf is None or leaf.shape != link.source.shape:
-                return []
-            seats = same_numbers(link.target.names, leaf.names, (0, 0))
-            found.append(link if leaf is link.source else with_fields(link, stored=(leaf,), levels=seats))
-        return found
+
+        def exchanged(numbers: _Numbers) -> _Numbers:
+            moved = {one: back[numbers[other]], other: forth[numbers[one]]}
+            return tuple(moved.get(at, number) for at, number in enumerate(numbers))
+
+        return with_sources(
+            (link, sources.get((link.source.collection, exchanged(numbers), end)))
+            for link, _, numbers, end in self.group
+        )
 
     @property
     def gain(self) -> float:
@@ -344,13 +342,6 @@ def _choice(found: Sequence[Link], *readings: Sequence[Link]) -> Tie:
     return Tie(wanted=wanted, stored=stored, readings=tuple(map(tuple, readings)))
 
 
-def _ranked(column: Iterable[str]) -> tuple[list[str], list[int]]:
-    """Returns the numbers in order, and the rank of each of them."""
-    numbers = [*column]
-    places = {number: at for at, number in enumerate(sorted({*numbers}, key=int))}
-    return [*places], [places[number] for number in numbers]
-
-
 def _is_bare(texts: Sequence[str], at: int) -> bool:
     """Tells whether a number follows another one in a name, as in `conv1_0`."""
     return at > 0 and "/" not in texts[at] and not any(map(str.isalpha, texts[at]))
@@ -380,7 +371,8 @@ def with_either_end(found: Findings) -> Findings:
     """Asks about layers that nothing but order tells, where something tells that it may be reversed.
 
     Where shapes tell that `a_{0,1}` are `as/{1,0}`, `b_{0,1}` of one shape may be `bs/{1,0}`. Of what is
-    called by sizes, `enc_{64,32,16}`, the largest one may be the first, but where sizes grow.
+    called by sizes, `enc_{64,32,16}`, the largest one may be the first, but where sizes grow. Layers of which
+    shapes tell a few are all in one order, where shapes allow one.
     """
     held: dict[tuple[Names, Names], _Layers] = defaultdict(lambda: defaultdict(list))
     for link in (x for x in found.links if x.joint is None and x.layers is None and not x.copied):
@@ -388,34 +380,42 @@ def with_either_end(found: Findings) -> Findings:
         if at is not None and to is not None:
             held[ours, theirs][at, to].append(link)
     some = {pair: of for pair, of in held.items() if {*map(len, _sides(of))} == {len(of)}}
+    if turned := [of for of in some.values() if _turned(of)]:
+        links = [*_beside(found, turned), *itertools.chain(*map(_turned, turned))]
+        return with_either_end(dataclasses.replace(found, links=links))
     told = {pair: of for pair, of in some.items() if _is_told(of)}
     backwards = [_sides(of) for of in told.values() if _is_falling(of)]
     forwards = {list_ for pair, of in told.items() if not _is_falling(of) for list_ in pair}
-    ties = [
-        tie
+    asked = [
+        of
         for pair, of in some.items()
         if pair not in told
         and not _is_falling(of)
         and ((_sides(of) in backwards and forwards.isdisjoint(pair)) or _are_sizes(pair[1], _sides(of)))
-        for tie in _either_end(of)
+        and all(_ordered(of, step) for step in (1, -1))
     ]
-    gone = {id(link) for tie in ties for link in tie.readings[-1]}
-    kept = [link for link in found.links if id(link) not in gone]
-    return dataclasses.replace(found, links=kept, ties=[*found.ties, *ties])
+    ties = [_choice(links := _ordered(of, 1), _ordered(of, -1), links) for of in asked]
+    return dataclasses.replace(found, links=_beside(found, asked), ties=[*found.ties, *ties])
 
 
-def _either_end(layers: _Layers) -> Iterator[Tie]:
-    """Yields as a question which of two ends is the first layer."""
-    other = dict(zip(sorted(layers), sorted(layers)[::-1], strict=True))
-    straight = [(pair, link, _within(link)) for pair, links in sorted(layers.items()) for link in links]
-    leaves, backwards = {(pair, inside): link.source for pair, link, inside in straight}, list[Link]()
-    for pair, link, inside in straight:
-        leaf = leaves.get((other[pair], inside))
-        if leaf is None or leaf.shape != link.source.shape:
-            return
-        backwards.append(dataclasses.replace(link, stored=(leaf,), levels=()))
-    found = [link for _, link, _ in straight]
-    yield _choice(found, backwards, found)
+def _beside(found: Findings, several: Iterable[_Layers]) -> list[Link]:
+    gone = {id(link) for layers in several for links in layers.values() for link in links}
+    return [link for link in found.links if id(link) not in gone]
+
+
+def _turned(layers: _Layers) -> list[Link]:
+    """Returns the links of layers in reverse where shapes allow one order of them all, and it is that."""
+    is_one = _is_falling(layers) or _is_falling({(at, -to): x for (at, to), x in layers.items()})
+    return [] if is_one or _ordered(layers, 1) else _ordered(layers, -1)
+
+
+def _ordered(layers: _Layers, step: int) -> list[Link]:
+    """Returns the links of layers one by one, or the other way around; none where shapes do not allow it."""
+    ours, theirs = map(sorted, _sides(layers))
+    order = dict(zip(ours, theirs[::step], strict=True))
+    leaves = {(to, _within(x)): x.source for (_, to), links in layers.items() for x in links}
+    every = [(at, link) for (at, _), links in sorted(layers.items()) for link in links]
+    return with_sources((link, leaves.get((order[at], _within(link)))) for at, link in every)
 
 
 def _within(link: Link) -> tuple[Names, ...]:

@@ -13,14 +13,13 @@ program computes them. Two things follow:
 Last, lists that a program counts from one part further on, all of a module as one of them.
 """
 
-import dataclasses
 import itertools
 import operator
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.paths import Level, levels, shared_levels
-from orbax_nnx_handler.planning.likeness import Couples, all_behind, companions, only_order
+from orbax_nnx_handler.planning.likeness import Couples, apart_from, companions
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, PairGrounds, Tie
 from orbax_nnx_handler.planning.likeness.module_parts import (
     Leaf,
@@ -35,7 +34,7 @@ from orbax_nnx_handler.planning.likeness.module_parts import (
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart, in_order, named_parts
 from orbax_nnx_handler.planning.likeness.shapes import ways
 from orbax_nnx_handler.planning.likeness.vocabulary import END, Names, arm, concepts, meanings, words
-from orbax_nnx_handler.planning.target.roles import Order, creation_place
+from orbax_nnx_handler.planning.target.roles import Order, all_behind, creation_place, only_order
 
 _Pair = tuple[ModulePart, ModulePart]
 """A wanted part and the stored one that it is made from."""
@@ -141,7 +140,7 @@ def _replaced(found: Findings, pairs: Sequence[_Pair], grounds: PairGrounds) -> 
     known = {(x.target.source, x.source.source) for x in found.links}
     if all((x.target.source, x.source.source) in known for x in links):
         return found
-    apart = _apart(found, links)
+    apart = apart_from(found, links)
     apart.links.extend(links)
     return apart
 
@@ -153,32 +152,6 @@ def _links(pairs: Iterable[_Pair], grounds: PairGrounds) -> list[Link]:
         for kind, leaf in one.leaves.items()
         if kind in other.leaves and (how := ways(other.leaves[kind].shape, leaf.shape))
     ]
-
-
-def _apart(found: Findings, links: Sequence[Link]) -> Findings:
-    """Returns what is known without what is about the parts of some links."""
-    taken = {part_of(x.target) for x in links}, {part_of(x.source) for x in links}
-    kept = [link for link in found.links if not _is_about(link, taken)]
-    ties = [made for tie in found.ties if (made := _without(tie, taken))]
-    return Findings(links=kept, ties=ties, groups=found.groups)
-
-
-def _is_about(link: Link, taken: tuple[Set[Names], Set[Names]]) -> bool:
-    sides = (link.wanted, taken[0]), (link.stored, taken[1])
-    return any(part_of(leaf) in parts for leaves, parts in sides for leaf in leaves)
-
-
-def _without(tie: Tie, taken: tuple[Set[Names], Set[Names]]) -> Tie | None:
-    """Returns a question without the parts that are known; None where nothing is left of it."""
-    if taken[0].isdisjoint(tie.wanted) and taken[1].isdisjoint(tie.stored):
-        return tie
-    left = (tuple(link for link in each if not _is_about(link, taken)) for each in tie.readings)
-    readings = tuple({frozenset(map(id, each)): each for each in left if each}.values())
-    wanted, stored = (
-        tuple(names for names in side if names not in gone)
-        for side, gone in zip((tie.wanted, tie.stored), taken, strict=True)
-    )
-    return dataclasses.replace(tie, wanted=wanted, stored=stored, readings=readings) if readings else None
 
 
 def _told_by_sisters(
@@ -439,7 +412,7 @@ def with_one_before(found: Findings, wanted: Sequence[Leaf], stored: Sequence[Le
         elif all(map(_fit, first)) and all(map(_LAST.isdisjoint, ends)):
             readings = tuple(tuple(_links(pairs, "names")) for pairs in (first, last))
             ours, theirs = (tuple(part.names for part in side) for side in zip(*first, strict=True))
-            found = _apart(found, readings[0])
+            found = apart_from(found, readings[0])
             found.ties.append(Tie(wanted=ours, stored=theirs, readings=readings))
     return found
 

@@ -1,12 +1,14 @@
 """What each wanted leaf is: decided by Variable type, never by name.
 
 A pure dict has no Variable types; there the structure decides (`opt_state`, the
-`step` beside it) and random state shows itself by its key dtype. Last: in which order modules are made.
+`step` beside it) and random state shows itself by its key dtype. Last: in which order modules are made, and
+which order is left where some come before others.
 """
 
 import functools
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, Literal, cast
 
 from flax import nnx
@@ -303,3 +305,39 @@ def _is_part(name: str, part: Any) -> bool:
     # `_pytree__...`: Flax keeps its own records of a module beside the module's parts.
     kinds: tuple[type[Any], ...] = (nnx.Pytree, nnx.Variable, dict, list, tuple)
     return not name.startswith("_pytree") and isinstance(part, kinds)
+
+
+_MOST = 200
+"""Of more parts an order is not looked for."""
+
+
+def only_order(
+    numbers: Sequence[int], bounds: Mapping[Tokens, tuple[int, int]], before: Mapping[Tokens, Set[Tokens]]
+) -> tuple[Tokens, ...]:
+    """Returns the only order in which parts may have some rising numbers; nothing where there are several.
+
+    Each has one between two bounds, and comes behind what is before it.
+    """
+    orders: dict[Set[Tokens], list[tuple[Tokens, ...]]] = {frozenset(): [()]}
+    for number in numbers:
+        longer: dict[Set[Tokens], list[tuple[Tokens, ...]]] = defaultdict(list)
+        for used, some in orders.items():
+            for names, (low, high) in bounds.items():
+                if names not in used and before[names] <= used and low < number < high:
+                    made = longer[used | {names}]
+                    made += [(*each, names) for each in some][: 2 - len(made)]
+        if len(longer) > _MOST:
+            return ()
+        orders = longer
+    found = [each for some in orders.values() for each in some]
+    return found[0] if len(found) == 1 else ()
+
+
+def all_behind(names: Tokens, behind: Mapping[Tokens, Set[Tokens]]) -> Set[Tokens]:
+    """Returns what is computed behind a part, at whatever distance."""
+    found, left = set[Tokens](), [*behind.get(names, ())]
+    while left:
+        if (one := left.pop()) not in found:
+            found.add(one)
+            left += behind.get(one, ())
+    return found

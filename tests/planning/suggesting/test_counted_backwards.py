@@ -45,6 +45,14 @@ SETTLED = {
             (f"l_{at}/b", f"ls/{1 - at}/b", DENSE),
         )
     ],
+    "of which two widths differ": [
+        line
+        for at, (to, width, out) in enumerate([(3, 5, 4), (2, 5, 5), (1, 5, 5), (0, 6, 5)])
+        for line in (
+            (f"dec_conv_{at}", f"stages/{to}/conv", {"kernel": (width, out)}),
+            (f"dec_norm_{at}", f"stages/{to}/norm", {"scale": (width,), "bias": (width,)}),
+        )
+    ],
     "a decoder grows": [(f"dec_{16 << at}/conv", f"decoder/{at}/conv", DENSE) for at in range(3)],
     "from one of another shape": [
         ("fc1", "fc_in", {"kernel": (7, 5)}), ("fc2", "fc1", DENSE), ("fc3", "fc2", DENSE)

@@ -612,3 +612,75 @@ def test_of_two_modules_one_of_which_is_never_called_the_other_one_is_proved(
 
     assert not found.questions
     assert "proved by outputs" in found.proof
+
+
+_MATRICES = ("amber", "coral", "olive", "ruby")
+
+
+class GatedCell(nn.RNNCellBase):
+    """Multiplies its carry alone, with matrices of its own."""
+
+    @nn.compact
+    def __call__(self, carry: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        each = [self.param(name, nn.initializers.normal(), (6, 6)) for name in _MATRICES]
+        new = nn.tanh(x + sum(at * nn.tanh(carry @ one) for at, one in enumerate(each, 1)))
+        return new, new
+
+    @property
+    def num_feature_axes(self) -> int:
+        return 1
+
+    def initialize_carry(self, rng: jax.Array, input_shape: tuple[int, ...]) -> jax.Array:  # noqa: ARG002
+        return jnp.zeros(input_shape)
+
+
+class GatedCells(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for name in ("lower", "upper"):
+            x = nn.RNN(GatedCell(name=name))(x)
+        return nn.Dense(3, name="out")(x)
+
+
+class GatedCellTwin(nnx.Module):
+    """Calls the matrices otherwise, and by the alphabet in another order."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        for name in ("four", "two", "one", "three"):
+            setattr(self, name, nnx.Param(jax.random.normal(rngs.params(), (6, 6))))
+
+    def __call__(self, carry: jax.Array, x: jax.Array) -> jax.Array:
+        each = (self.four, self.two, self.one, self.three)
+        return nnx.tanh(x + sum(at * nnx.tanh(carry @ one[...]) for at, one in enumerate(each, 1)))
+
+
+class GatedCellsTwin(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.lower, self.upper = GatedCellTwin(rngs), GatedCellTwin(rngs)
+        self.head = nnx.Linear(6, 3, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for cell in (self.lower, self.upper):
+            carries = [jnp.zeros_like(x[:, 0])]
+            for at in range(x.shape[1]):
+                carries.append(cell(carries[-1], x[:, at]))
+            x = jnp.stack(carries[1:], axis=1)
+        return self.head(x)
+
+
+GATED = Twin(
+    name="gated cells",
+    linen=GatedCells(),
+    make=lambda: GatedCellsTwin(nnx.Rngs(0)),
+    inputs=(np.random.default_rng(6).normal(size=(2, 5, 6)).astype("f"),),
+    rules=[],
+)
+
+
+def test_a_cell_is_tried_on_later_calls_where_the_first_does_not_tell(saved: Save):
+    # With a carry of zeros every order of the matrices is right, and of two cells all orders are too many.
+    found = settled(GATED, saved(GATED))
+
+    assert found.confidence == "certain", found
+    pairs = zip(_MATRICES, ("four", "two", "one", "three"), strict=True)
+    assert {str(pair) for pair in pairs} <= {*map(str, found.renames)}

@@ -382,7 +382,9 @@ def _closest(evidence: Evidence, explained: Collection[Path]) -> list[str]:
     """Returns the stored leaves that names and shapes put beside missing ones which nothing else explains."""
     leaves, wanted = evidence.stored_weights, evidence.sides.wanted
     links = {path: sources for path, sources in evidence.links.items() if path not in explained}
-    pairs = [(wanted[path].leaf, [leaves[source].leaf for source in held]) for path, held in links.items()]
+    # Sorted, so that rows of layers are alike, and the text on every host.
+    held = {path: sorted(sources, key=render) for path, sources in links.items()}
+    pairs = [(wanted[path].leaf, [leaves[source].leaf for source in held[path]]) for path in links]
     if len(pairs) == 1 and len(pairs[0][1]) == 1:
         (leaf,) = pairs[0][1]
         return [f"closest unexpected: {render(leaf.path)} {look(leaf)}"]

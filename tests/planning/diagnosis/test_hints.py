@@ -334,3 +334,14 @@ def test_a_wanted_leaf_and_those_that_may_be_it_have_their_own_shapes():
         f"  b/{{0..1}}/qkv/kernel   (8, 24) float32\n      <- {sources} (8, 8) float32 each\n"
         "  final/scale           (8,) float32      <- params/norm/scale"
     )
+
+
+def test_rows_of_many_layers_with_parts_of_several_shapes_are_one_row():
+    parts = {"query": (8, 8), "key": (8, 4), "value": (8, 4)}
+    stored = {f"params/l_{i}/self/{x}/kernel": shape for i in range(12) for x, shape in parts.items()}
+    stored |= {"params/embed/embedding": (9, 8)}
+    wanted = {f"b/{i}/qkv/kernel": (8, 16) for i in range(12)} | {"embed/embedding": (9, 8)}
+
+    text = str(plan(stored, wanted, renames=[("l_{i}", "b/{i}")]))
+
+    assert text.partition("closest unexpected")[2].count("b/{0..11}/qkv/kernel") == 1

@@ -322,7 +322,10 @@ def _idle_rules(mapping: LeafMapping) -> UnusedRuleError | None:
         f"{'1 rule leads' if len(idle) == 1 else f'{len(idle)} rules lead'} to no wanted leaf:\n"
         + "\n".join(rows),
         paths=[entry.sources[0] for _, entry in idle],
-        hints=["a rule writes the wanted path as the target spells it; correct it or take it out."],
+        hints=[
+            "a rule writes the wanted path as the target spells it; correct it, add the rule that makes the "
+            "rest of it, or take it out."
+        ],
     )
     error.rules = [rule for rule, _ in idle]
     return error

@@ -87,7 +87,7 @@ def rule_faults(
         yield RuleError(
             "\n".join([head, *rows]),
             paths=[path for entry in loose for path in entry.sources],
-            hints=[f"correct their names{drop}."],
+            hints=[f"correct their names, those of the levels above included{drop}."],
         )
     idle = [rule for rule in applied.axes if all(rule.tokens[-len(at) :] != at for at in match.groups)]
     if idle:

@@ -323,8 +323,7 @@ def _idle_rules(mapping: LeafMapping) -> UnusedRuleError | None:
         + "\n".join(rows),
         paths=[entry.sources[0] for _, entry in idle],
         hints=[
-            "a rule writes the wanted path as the target spells it; correct it, add the rule that makes the "
-            "rest of it, or take it out."
+            "a rule writes the wanted path as the target spells it; correct it, take it out, or add what is left."
         ],
     )
     error.rules = [rule for rule, _ in idle]

@@ -323,7 +323,7 @@ def _idle_rules(mapping: LeafMapping) -> UnusedRuleError | None:
         + "\n".join(rows),
         paths=[entry.sources[0] for _, entry in idle],
         hints=[
-            "a rule writes the wanted path as the target spells it; correct it, add the next step, or take it out."
+            "a rule writes the wanted path as the target spells it; correct it, add to it or take it out."
         ],
     )
     error.rules = [rule for rule, _ in idle]

@@ -254,9 +254,9 @@ def side_by_side(series: Series, others: Sequence[Series], above: int) -> _Layer
     lists = [x for other in possible for x in _lists_of(other, series.numbers)]
     if sum(x.size for x in lists) != series.size or any(x.sizes == series.sizes for x in lists):
         return None
-    held = {at: sorted(itertools.chain(*(x.held[at] for x in lists))) for at in series.numbers}
+    sizes = [*map(sum, zip(*(x.sizes for x in lists), strict=True))]
     fronts = [list_name(x.template[above:]) for x in lists]
-    if held != series.held or not all(fronts) or _may_count_blocks(series, lists, fronts):
+    if sizes != series.sizes or not all(fronts) or _may_count_blocks(series, lists, fronts):
         return None
     shared = len(shared_levels(fronts, own=1))
     members, own = defaultdict[int, list[Leaf]](list), dict[int, Own]()

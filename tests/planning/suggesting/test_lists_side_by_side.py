@@ -449,6 +449,28 @@ def test_lists_that_hold_together_what_blocks_hold_are_these_block_by_block(name
     check(values, {aim: stored[path] for path, aim in paths.items()})
 
 
+@pytest.mark.parametrize("count", [2, 3])
+def test_lists_beside_each_other_are_the_blocks_also_where_these_hold_queries_keys_and_values_in_one(count):
+    called = {"ln1s_{}": "ln_1", "ln2s_{}": "ln_2", "attns_{}/o": "attn/c_proj"}
+    called |= {"fcs_{}": "mlp/c_fc", "projs_{}": "mlp/c_proj"}
+    shapes = {"ln_1": (8,), "ln_2": (8,), "c_proj": (8, 8), "mlp/c_fc": (8, 32), "mlp/c_proj": (32, 8)}
+    leaf = {path: "scale" if aim[:2] == "ln" else "kernel" for path, aim in called.items()}
+    every = [(path, aim, at) for path, aim in called.items() for at in range(count)]
+    paths = {f"{path.format(at)}/{leaf[path]}": f"h/{at}/{aim}/{leaf[path]}" for path, aim, at in every}
+    sizes = {f"{path.format(at)}/{leaf[path]}": shapes.get(aim, (8, 8)) for path, aim, at in every}
+    sizes |= {f"attns_{at}/{name}/kernel": (8, 8) for at in range(count) for name in "qkv"}
+    stored = filled({**sizes, "lnf/scale": (8,)})
+    expected = {aim: stored[path] for path, aim in paths.items()} | {"ln_f/scale": stored["lnf/scale"]}
+    for at in range(count):
+        parts = [stored[f"attns_{at}/{name}/kernel"] for name in "qkv"]
+        expected[f"h/{at}/attn/c_attn/kernel"] = np.concatenate(parts, axis=1)
+
+    found, values = proposed(stored, {path: x.shape for path, x in expected.items()})
+
+    assert not found.questions
+    check(values, expected)
+
+
 SIDES = {
     "enc_att_{}/q/kernel": "encoder/{}/attn/wq/kernel",
     "enc_att_{}/k/kernel": "encoder/{}/attn/wk/kernel",

@@ -29,7 +29,6 @@ _WORDS: Mapping[str, str] = {
     "order": "by the order in which both programs number or compute them",
     "siblings": "a square matrix, arranged as its siblings are",
     "patch": "with rows, columns and channels of a patch in one order on both sides",
-    "fact": "",
     "outputs": "proved by outputs",
 }
 
@@ -51,9 +50,11 @@ class Proposal:
     @property
     def why(self) -> str:
         """What it rests on, in a few words; empty where shapes allow nothing else and names say the same."""
+        if changes_nothing(self.rule):
+            return "stays as it is, in a save as well"
         if self.grounds == "shapes" and not (isinstance(self.rule, Rename) and _is_untold(self.rule)):
             return ""
-        return f"as in {self.fact}" if self.fact else _WORDS[self.grounds]
+        return f"as in {self.fact}" if self.fact else _WORDS.get(self.grounds, "")
 
 
 def _is_untold(rule: Rename) -> bool:
@@ -357,8 +358,7 @@ def problem_of(verdict: Verdict, weights: Iterable[Path]) -> str:
     """Returns what a plan says against its rules, or why no rule helps; empty for nothing."""
     if verdict.faults:
         return "\n".join(map(str, verdict.faults))
-    others = [verdict.mismatched[path] for path in weights if path in verdict.mismatched]
-    shapes = [item for item in others if item.kind == "shape"]
+    shapes = [x for path in weights if (x := verdict.mismatched.get(path)) and x.kind == "shape"]
     if not shapes:
         return ""
     head, rows = f"{counted(len(shapes), 'leaf is', 'leaves are')} stored", aligned(mismatched_rows(shapes))

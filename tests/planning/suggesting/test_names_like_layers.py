@@ -129,3 +129,15 @@ def test_the_norm_of_a_full_layer_is_the_last_one_of_its_block():
 
     for stored, (wanted, _) in norms.items():
         np.testing.assert_array_equal(found[f"{wanted}/scale"], values[f"{stored}/scale"])
+
+
+def test_a_rule_that_changes_nothing_says_what_it_is_for():
+    sizes = {"up": ("up_proj", 5), "down": ("down_proj", 6)}
+    stored = filled({f"layer/{at}/{name}/kernel": (4, n) for at in (0, 1) for name, (_, n) in sizes.items()})
+
+    found, _ = proposed(
+        stored, {f"layer/{at}/{name}/kernel": (4, n) for at in (0, 1) for name, n in sizes.values()}
+    )
+
+    (kept,) = (rule for rule in found.renames if rule.pattern == rule.replacement)
+    assert f"    {kept},  # stays as it is, in a save as well" in str(found).splitlines()

@@ -282,13 +282,14 @@ class Runs:
 
 
 def misfilled(runs: Runs, plan: RestorePlan) -> Misfilled | None:
-    """Returns what is filled from modules that Linen never calls, while what it calls fills nothing."""
+    """Returns what is filled, or might be, from what Linen never calls, while what it calls fills nothing."""
     checkpoint, recipes, location = runs.runner.checkpoint, runs.runner.recipes, runs.linen.weights.location
     called, stored = {call.path for call in runs.linen.calls}, checkpoint.leaves
     floats = [path for path in location if jnp.issubdtype(stored[path].dtype or bool, jnp.floating)]
     silent = {path: stored[path] for path in floats if location[path][:-1] not in called}
     read = {path for recipe in recipes.values() for path in reads(recipe)}
-    sizes = {math.prod(leaf.shape) for path, leaf in silent.items() if path in read}
+    open_ = {math.prod(item.wanted.shape) for item in plan.missing.values()}
+    sizes = open_ | {math.prod(leaf.shape) for path, leaf in silent.items() if path in read}
     others = [path for path in floats if path not in read and path not in silent]
     instead = [path for path in others if math.prod(stored[path].shape) in sizes]
 
@@ -301,7 +302,8 @@ def misfilled(runs: Runs, plan: RestorePlan) -> Misfilled | None:
     idle = [leaf for leaf in read_by if leaf[:-1] not in runs.runner.calls]
     idle = [] if not idle or runs.depend_on(dict.fromkeys(idle, 1)) else idle
     kept = {*itertools.chain(*(read_by.pop(leaf) for leaf in idle))}
-    if not (sources := {*itertools.chain(*read_by.values())} - kept):
+    sources = {*itertools.chain(*read_by.values())} - kept
+    if not sources and not (open_ and {*unused} - kept):
         return None
     return Misfilled(
         wanted=whole_modules(read_by, recipes),

@@ -30,7 +30,7 @@ from orbax_nnx_handler.verifying.comparison import compared, proposed_without
 from orbax_nnx_handler.verifying.pairing import by_path, compare_outputs, layers_of
 from orbax_nnx_handler.verifying.runs import Compared, LinenRun, Programs, Runs, misfilled, run_both
 from orbax_nnx_handler.verifying.single_module import ModuleRunner
-from orbax_nnx_handler.verifying.verification import FirstDifference, Verification, lent
+from orbax_nnx_handler.verifying.verification import FirstDifference, Misfilled, Verification, lent
 from orbax_nnx_handler.verifying.weights import on_one_device
 
 _MOST_TOGETHER, _MOST_CALLS = 64, 3
@@ -57,7 +57,7 @@ class Settling:
         tolerance: What outputs may be apart, as `verify` takes it.
         allowed: The answers to each question that are still possible; programs run under the first.
         missing: The wanted leaves that nothing was found for when both programs ran last.
-        wrong: What is filled from modules that the Linen program never calls, in words.
+        wrong: What is filled from modules that the Linen program never calls, once that was looked for.
         remade: Rules behind all others: what outputs prove and those cannot say of how leaves are made.
     """
 
@@ -70,7 +70,7 @@ class Settling:
     tolerance: float | None = None
     allowed: list[Sequence[int]] = dataclasses.field(init=False)
     missing: Sequence[Path] = ()
-    wrong: str = ""
+    wrong: Misfilled | None = None
     remade: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
@@ -125,7 +125,7 @@ class Settling:
         """Returns what is proved where leaves that the Linen program does not use are not meant."""
         if found.equal or self.wrong or (wrong := misfilled(runs, plan)) is None:
             return None
-        self.wrong, options = wrong.words, dataclasses.replace(self.options, init=self.init)
+        self.wrong, options = wrong, dataclasses.replace(self.options, init=self.init)
         with contextlib.suppress(RestoreError):
             other = proposed_without(wrong.unused, self.checkpoint, self.target, options)
             again = dataclasses.replace(self, suggestion=other).settled()
@@ -145,10 +145,8 @@ class Settling:
                 runs = run_both(self.checkpoint, plan, parts, self.programs, self.init, linen)
                 if (found := compared(runs, plan, self.tolerance)).equal:
                     equal.append((tried, found))
-        if len(equal) == 1:
-            answers[:], verification = equal[0]
-            return verification
-        return None
+        answers[:], verification = equal[0] if len(equal) == 1 else (answers[:], None)
+        return verification
 
     def _corrected(
         self,
@@ -414,7 +412,9 @@ def _tells(best: float, next_: float) -> bool:
     return best <= _NEAR and next_ > _NEARER * best
 
 
-def _words(verification: Verification | None, plan: RestorePlan, given: Sequence[Rule], wrong: str) -> str:
+def _words(
+    verification: Verification | None, plan: RestorePlan, given: Sequence[Rule], wrong: Misfilled | None
+) -> str:
     if verification is None:
         return ""
     zeros = f", with {counted(len(plan.missing), 'leaf', 'leaves')} at zero" if plan.missing else ""
@@ -423,8 +423,8 @@ def _words(verification: Verification | None, plan: RestorePlan, given: Sequence
         proved = "" if said else "proved by outputs: "
         return f"{proved}both programs return the same within {verification.relative:.1e}{zeros}{said}"
     first = verification.first
-    if wrong:
-        return f"not proven: the programs return different values under these rules{zeros}. {wrong}."
+    if wrong and wrong.wanted:
+        return f"not proven: the programs return different values under these rules{zeros}. {wrong.words}."
     if verification.relative <= verification.tolerance:  # By wrong weights.
         return f"not proven: {' '.join([*verification.remarks, *_of(first, plan, given)])}"
     apart = f"{verification.relative:.1e} apart, tolerance {verification.tolerance:g}"

@@ -250,7 +250,7 @@ class Misfilled:
     """Leaves of the model that are filled from modules that the Linen program never calls.
 
     Attributes:
-        wanted: The leaves, by modules of which all leaves are so.
+        wanted: The leaves, by modules of which all leaves are so; none where what is missing might be so.
         sources: What they are filled from, by modules too.
         unused: All stored leaves of modules that the Linen program never calls, nor uses in another way.
         instead: What it calls, of the same sizes, and nothing is filled from, by modules.

@@ -137,3 +137,54 @@ def test_what_linen_uses_without_a_call_is_a_source(tmp_path: pathlib.Path):
 
     assert not told.equal
     assert told.unused == ()
+
+
+class Plain(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return x + nn.Dense(6, name="amber")(nn.tanh(nn.Dense(6, name="coral")(x)))
+
+
+class Plains(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        for name in ("block_1", "block_2", "block_3"):
+            x = Plain(name=name)(x)
+        return nn.Dense(3, name="head")(x)
+
+
+class PlainTwin(nnx.Module):
+    def __init__(self, rngs):
+        self.one, self.two = nnx.Linear(6, 6, rngs=rngs), nnx.Linear(6, 6, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.one(nnx.tanh(self.two(x)))
+
+
+class PlainsTwin(nnx.Module):
+    def __init__(self, rngs):
+        self.layers = nnx.List([PlainTwin(rngs) for _ in range(3)])
+        self.out = nnx.Linear(6, 3, rngs=rngs)
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.out(x)
+
+
+PLAINS = Twin(name="plains", linen=Plains(), make=lambda: PlainsTwin(nnx.Rngs(0)), inputs=(_X,), rules=[])
+
+
+def test_what_a_layer_that_is_never_called_leaves_open_is_proved_without_it(tmp_path: pathlib.Path):
+    # Four layers for three, whose modules have names that tell nothing: nothing is proposed for any.
+    params, target = PLAINS.variables()["params"], nnx.eval_shape(PLAINS.make)
+    other = jax.tree.map(lambda leaf: 1.5 * leaf + 0.1, params["block_1"])
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "c", {"params": {**params, "block_0": other}})
+    pair = (PLAINS.linen.apply, PLAINS.run, PLAINS.inputs)
+
+    assert suggest(tmp_path / "c", target).unmatched_wanted
+    found = suggest(tmp_path / "c", target, verify=pair)
+
+    assert found.confidence == "certain", found
+    assert verify(tmp_path / "c", target, *pair, renames=found.renames).equal

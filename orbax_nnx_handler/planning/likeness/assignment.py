@@ -46,7 +46,8 @@ from orbax_nnx_handler.planning.likeness.vocabulary import (
 
 _INNER = frozenset(("sub", "inner", "mid", "hidden"))
 """Words of norms that lie within an attention or a network."""
-_COMPLETE, _LACKING, _UNLIKE, _NUMBER, _LITERAL = 2.0, 1.0, 10.0, 2.0, 1.0
+_UP = frozenset(("up", "upsample"))  # What a transposed convolution does.
+_COMPLETE, _LACKING, _UNLIKE, _NUMBER, _LITERAL, _TRANSPOSED = 2.0, 1.0, 10.0, 2.0, 1.0, 3.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +94,8 @@ def fit_of(one: NamedPart, other: NamedPart) -> Fit | None:
         score += likeness(one.said, other.said) + 0.5 * likeness(one.part.own, other.part.own)
     equal, differs = _compare_numbers(one, other)
     is_called_so = one.part.names[-1:] == other.part.names[-1:] and not _count_otherwise(one, other)
-    score += _NUMBER * equal + _LITERAL * is_called_so
+    is_up = any("deconv" in x.part.own and _UP & y.part.own for x, y in ((one, other), (other, one)))
+    score += _NUMBER * equal + _LITERAL * is_called_so + _TRANSPOSED * is_up
     # A pair that shapes allow is better than none.
     return Fit(score + 20.0, tuple(pairs), not lacking, differs)
 

@@ -65,7 +65,7 @@ _SPELLINGS = {
     "imag": "imag im imaginary",
     "shortcut": "shortcut skip residual",
     "conv": "conv convolution convolutions conv1d conv2d",
-    "conv deconv": "deconv convtranspose tconv",
+    "conv deconv": "deconv convtranspose tconv upconv",
     "downsample": "downsampler downsamplers downsampling shrink",
     "downsample shortcut": "downsample",
     "upsample": "upsample upsampler upsamplers upsampling grow",

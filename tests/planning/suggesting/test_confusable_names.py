@@ -586,3 +586,20 @@ def test_a_part_that_alone_goes_from_one_module_into_anothers_is_at_most_asked_a
 
     assert values.keys() == body.keys()
     assert len(found.questions) == 1
+
+
+@pytest.mark.parametrize(
+    "names", ["up conv", "upconv conv", "conv_up conv_same", "upsample conv", "deconv conv"]
+)
+@pytest.mark.parametrize("first", ["ConvTranspose_0", "Conv_0"])
+def test_a_transposed_convolution_is_what_samples_up_beside_a_convolution_of_its_shape(names, first):
+    up, same = names.split()
+    calls = {"ConvTranspose_0": up, "Conv_0": same}
+    order = sorted(calls, key=lambda name: name != first)
+    paths = {f"Up_{at}/{name}/kernel": f"ups/{at}/{calls[name]}/kernel" for at in range(2) for name in order}
+    stored = filled({path: (7, 64 << int(path[3]), 32 << int(path[3])) for path in paths})
+
+    found, values = proposed(stored, {aim: stored[path].shape for path, aim in paths.items()})
+
+    assert not found.questions
+    check(values, {aim: stored[path] for path, aim in paths.items()})

@@ -360,7 +360,9 @@ def _counted_otherwise(verdict: Verdict) -> set[Path]:
     (lacking, beside), (more, others) = map(_lists_and_modules, (wanted, stored))
     near = itertools.product(wanted, (2, 3))
     new = {((at := canonical(path))[:-depth], at[-1:], wanted[path]) for path, depth in near}
-    found: set[Path] = set()
+    # `gamma1` is the scale of a norm where `beta1` is wanted beside it, and else may scale a layer.
+    norms = ((*path[:-1], f"gamma{str(path[-1])[4:]}") for path in wanted if str(path[-1])[:4] == "beta")
+    found: set[Path] = {path for path in norms if path in verdict.restored}
     numbered = {(*_place(path), shape) for path, shape in stored.items()}
     for path, item in verdict.restored.items():
         source = next(iter(reads(item.recipe)), ())

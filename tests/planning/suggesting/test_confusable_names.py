@@ -603,3 +603,18 @@ def test_a_transposed_convolution_is_what_samples_up_beside_a_convolution_of_its
 
     assert not found.questions
     check(values, {aim: stored[path] for path, aim in paths.items()})
+
+
+@pytest.mark.parametrize("block", ["", "blocks/0/"])
+def test_a_gamma_beside_a_beta_is_of_a_norm_and_scales_a_layer_alone(block):
+    expected = {
+        f"{block}{wanted}{at}": f"{block}{stored.format(at)}"
+        for at in (1, 2)
+        for wanted, stored in (("gamma", "norm{}/scale"), ("beta", "norm{}/bias"), ("ls", "gamma{}"))
+    }
+    stored = filled(dict.fromkeys(expected.values(), (8,)))
+
+    found, values = proposed(stored, dict.fromkeys(expected, (8,)))
+
+    assert not found.questions
+    check(values, {path: stored[source] for path, source in expected.items()})

@@ -381,9 +381,10 @@ def moves(shape: Shape, move: tuple[int, int]) -> Steps:
     return () if move[0] == move[1] else (transposed(shape, order_after(len(shape), move)),)
 
 
-# Levels that may be counted from either end.
+# Levels that may be counted from either end, and names from another number.
 
 
+_Level = tuple[Link, re.Match[str], re.Match[str]]
 _UP = re.compile(r"((?:.*?[/_])??(up[a-z_]*)/?)(\d+)(.*)")
 _WAYS_UP = (
     re.compile(r"((?:.*?/)??([a-z_]+)/?)(\d+)(/(?:up|dec)[a-z_]*(?:[/_]\d+)?/[^/]+/.*)"),
@@ -391,8 +392,6 @@ _WAYS_UP = (
     re.compile(r"((?:.*?/)??(dec(?:oder)?s?(?:[/_][a-z_]+)?)[/_]?)(\d+)(.*)"),
 )
 """A level that holds its way up, `levels/0/up`; one of these, `up_blocks/0`; one of a decoder."""
-
-_Level = tuple[Link, re.Match[str], re.Match[str]]
 
 
 def by_level(links: Sequence[Link]) -> tuple[list[Link], list[list[list[Link]]]]:
@@ -403,8 +402,7 @@ def by_level(links: Sequence[Link]) -> tuple[list[Link], list[list[list[Link]]]]
     groups: dict[tuple[str, str], list[_Level]] = defaultdict(list)
     for link in links:
         one, other = (_way_up("/".join(leaf.names).lower()) for leaf in (link.target, link.source))
-        # Of two decoders none is known to be a U-Net's.
-        is_known = one and other and (one.re is not other.re or one.re is _UP)
+        is_known = one and other and (one.re is not other.re or one.re is _UP)  # Not of two decoders.
         if one and other and is_known and link.layers is None and link.joint is None:
             groups[one[1], other[1]].append((link, one, other))
     made, several = {id(link): [link] for link in links}, list[list[list[Link]]]()
@@ -415,18 +413,17 @@ def by_level(links: Sequence[Link]) -> tuple[list[Link], list[list[list[Link]]]]
         # Of one name, levels that count from 1 may count from the other end.
         sides = zip(*(ends for _, *ends in group), strict=True)
         names = {(each[0][2].replace("_", ""), min(int(x[3]) for x in each)) for each in sides}
-        if found:
-            made |= {id(link): [] for link, *_ in group}
-            is_told = len(found) == 1 or len(names) == 1
-            made[id(group[0][0])] = found[0] if is_told else []
-            several += [] if is_told else [found]
+        is_told = len(found) == 1 or len(names) == 1
+        made |= {id(link): [] for link, *_ in group if found}
+        made |= {id(group[0][0]): found[0]} if found and is_told else {}
+        several += [found] if found and not is_told else []
     return [link for each in made.values() for link in each], several
 
 
 def _way_up(path: str) -> re.Match[str] | None:
     """Returns how a path may lie in a level on the way up of a U-Net."""
-    found = (each.fullmatch(path) for each in _WAYS_UP) if "up" in path or "dec" in path else ()
-    return next(filter(None, found), None)
+    ways = _WAYS_UP if "up" in path or "dec" in path else ()
+    return next(filter(None, (each.fullmatch(path) for each in ways)), None)
 
 
 def _read(group: Sequence[_Level], step: int) -> list[Link]:
@@ -438,3 +435,16 @@ def _read(group: Sequence[_Level], step: int) -> list[Link]:
         return []
     level = dict(zip(ours, theirs[::step], strict=True))
     return with_sources((link, stored.get((level[int(one[3])], other[4]))) for link, one, other in group)
+
+
+def shifted(links: Iterable[Link]) -> Iterator[Link]:
+    """Yields links of one number that count otherwise than all do: `stage{0,1}_fc` as `stage{1,2}_fc`."""
+    held = defaultdict[object, list[tuple[int, int, Link]]](list)
+    for link in links:
+        ours, theirs = (re.split(r"(\d+)", "/".join(x.names)) for x in (link.target, link.source))
+        for at in range(1, len(ours), 2) if ours[::2] == theirs[::2] else ():
+            held[*ours[::2], at].append((int(ours[at]), int(theirs[at]), link))
+    for some in held.values():
+        one, other = {to for to, *_ in some}, {at for _, at, _ in some}
+        if (shift := min(one) - min(other)) and one == {x + shift for x in other}:
+            yield from (link for to, at, link in some if to != at + shift)

@@ -181,7 +181,7 @@ def _unsaid(names: Names, beside: Iterable[Names]) -> Concepts:
 
 
 def _join_letters(found: dict[Names, dict[str, Leaf]]) -> None:
-    """Makes `output_w` and `output_b` one part with a bias, `w_output` and `b_output`, `gamma1` and `beta1`."""
+    """Makes `output_w` and `output_b` one part, `w_output` and `b_output`, `gamma1` and `beta1`."""
     lasts = [(names[:-1], names[-1]) for names in found if names]
     pairs = [(above, x, f"{x[:-1]}b", x[:-2]) for above, x in lasts if x[-2:] == "_w"]
     pairs += [(above, x, f"beta{x[5:]}", f"norm{x[5:]}") for above, x in lasts if x[:5] == "gamma"]
@@ -273,7 +273,7 @@ def ranked(column: Iterable[str]) -> tuple[list[str], list[int]]:
 def counted_parts(parts: Iterable[ModulePart]) -> Mapping[tuple[Names, str], Mapping[int, ModulePart]]:
     """Returns the parts that a program itself counts, by module and name, in their order."""
     found = defaultdict[tuple[Names, str], dict[int, ModulePart]](dict)
-    for part, last in ((part, last) for part in parts for last in part.levels[-1:]):
+    for part, last in ((one, last) for one in parts for last in one.levels[-1:]):
         if last.number is not None and not last.is_automatic:
             found[part.module, last.base][last.number] = part
     return {key: dict(sorted(held.items(), key=lambda x: x[0])) for key, held in found.items()}

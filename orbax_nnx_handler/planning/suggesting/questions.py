@@ -15,6 +15,7 @@ from typing import Literal
 from orbax_nnx_handler.planning.core.folding import Row, fold, fold_names, list_paths, plain_names
 from orbax_nnx_handler.planning.core.paths import Path, levels, shared_levels
 from orbax_nnx_handler.planning.likeness import have_other_purposes, in_list, misnumbered, purposes
+from orbax_nnx_handler.planning.likeness.arrangements import shifted
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie, readings_of
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, part_of
 from orbax_nnx_handler.planning.likeness.vocabulary import Concepts, Names, concepts, counts_of, words
@@ -321,7 +322,7 @@ def coincidences(links: Sequence[Link], left: Set[Names], missing: Set[Names]) -
     """Returns links rather asked about: one of stored parts that are left may fit a missing one by chance."""
     plain = [link for link in links if link.joint is None and link.layers is None]
     odd = [link for link in plain if have_other_purposes(part_of(link.target), part_of(link.source))]
-    odd += misnumbered(plain, left, missing)
+    odd += (*misnumbered(plain, left, missing), *shifted(plain))
     found = {
         link.target.source: link for link in (*odd, *_astray(plain), *_half_used(links, plain, left, missing))
     }

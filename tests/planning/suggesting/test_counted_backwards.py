@@ -73,6 +73,9 @@ ASKED = {
         ("fc1", "fc_in", DENSE), ("fc2", "fc1", DENSE), ("fc3", "fc2", DENSE)
     ],
     "from a stem": [("conv1", "stem", DENSE), ("conv2", "conv1", DENSE), ("conv3", "conv2", DENSE)],
+    "from another number within a name": [
+        (f"stage{at}_fc{to}", f"stage{at + 1}_fc{to}", DENSE) for at in (0, 1) for to in (1, 2)
+    ],
     "from one of another name": [("fc1", "proj", DENSE), ("fc2", "fc1", DENSE), ("fc3", "fc2", DENSE)],
     "norms": [("norm1", "norm_in", NORM), ("norm2", "norm1", NORM), ("norm3", "norm2", NORM)],
     "norms with their layers": from_a_stem("stem/{}", DENSE),

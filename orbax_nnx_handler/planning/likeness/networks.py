@@ -64,14 +64,7 @@ def with_networks_apart(
     stored: Sequence[Leaf],
     match: Callable[[Sequence[Leaf], Sequence[Leaf]], Findings],
 ) -> Findings:
-    """Returns what is known of a model; where parts of networks are crossed, each matched with its own alone.
-
-    Args:
-        found: What is known of the whole model.
-        wanted: The wanted leaves.
-        stored: The stored leaves.
-        match: Matches some leaves of both sides.
-    """
+    """Returns what is known of a model; where parts of networks are crossed, each is matched by itself."""
     pairs = [*_paired(wanted, stored)]
     if not _are_crossed(found, pairs):
         return found
@@ -365,6 +358,7 @@ def _word_before(texts: Sequence[str], at: int) -> str:
 # Layers that may be counted from the other end.
 
 _Layers = dict[tuple[int, int], list[Link]]
+_Lists = tuple[Names, Names]
 
 
 def with_either_end(found: Findings) -> Findings:
@@ -374,39 +368,47 @@ def with_either_end(found: Findings) -> Findings:
     called by sizes, `enc_{64,32,16}`, the largest one may be the first, but where sizes grow. Layers of which
     shapes tell a few are all in one order, where shapes allow one.
     """
-    held: dict[tuple[Names, Names], _Layers] = defaultdict(lambda: defaultdict(list))
+    held: dict[_Lists, _Layers] = defaultdict(lambda: defaultdict(list))
     for link in (x for x in found.links if x.joint is None and x.layers is None and not x.copied):
         (ours, at), (theirs, to) = (outermost_list(leaf.names) for leaf in (link.target, link.source))
         if at is not None and to is not None:
             held[ours, theirs][at, to].append(link)
     some = {pair: of for pair, of in held.items() if {*map(len, _sides(of))} == {len(of)}}
-    if turned := [of for of in some.values() if _turned(of)]:
-        links = [*_beside(found, turned), *itertools.chain(*map(_turned, turned))]
-        return with_either_end(dataclasses.replace(found, links=links))
     told = {pair: of for pair, of in some.items() if _is_told(of)}
-    backwards = [_sides(of) for of in told.values() if _is_falling(of)]
+    if turned := [of for pair, of in some.items() if _are_turned(pair, of, told)]:
+        links = [*_beside(found, turned), *(x for of in turned for x in _ordered(of, -1))]
+        return with_either_end(dataclasses.replace(found, links=links))
     forwards = {list_ for pair, of in told.items() if not _is_falling(of) for list_ in pair}
     asked = [
         of
         for pair, of in some.items()
-        if pair not in told
-        and not _is_falling(of)
-        and ((_sides(of) in backwards and forwards.isdisjoint(pair)) or _are_sizes(pair[1], _sides(of)))
-        and all(_ordered(of, step) for step in (1, -1))
+        if pair not in told and not _is_falling(of) and all(_ordered(of, step) for step in (1, -1))
+        if _are_sizes(pair[1], _sides(of))
+        or (forwards.isdisjoint(pair) and any(map(_is_falling, _like(pair, of, told))))
     ]
     ties = [_choice(links := _ordered(of, 1), _ordered(of, -1), links) for of in asked]
     return dataclasses.replace(found, links=_beside(found, asked), ties=[*found.ties, *ties])
 
 
+def _like(pair: _Lists, layers: _Layers, told: Mapping[_Lists, _Layers]) -> list[_Layers]:
+    """Returns the lists that are counted as these, or beside them by Linen itself; not a U-Net's middle."""
+    own = {x: of for x, of in told.items() if len(of) == len(layers) and x[0][:-1] == pair[0][:-1]}
+    counted = [of for x, of in own.items() if all(y[1][-1][:1].isupper() for y in (x, pair))]
+    is_middle = not concepts(pair[0][-1:]).isdisjoint(("mid", "middle", "bottleneck"))
+    return [of for of in told.values() if _sides(of) == _sides(layers)] + counted * (not is_middle)
+
+
+def _are_turned(pair: _Lists, layers: _Layers, told: Mapping[_Lists, _Layers]) -> bool:
+    """Tells whether layers are there in reverse: shapes allow one order, or others of their list say so."""
+    rises = _is_falling({(at, -to): x for (at, to), x in layers.items()})
+    beside = _like(pair, layers, {x: of for x, of in told.items() if x[0] == pair[0] and pair not in told})
+    is_other = all(map(_is_falling, beside)) if beside else not (rises or _ordered(layers, 1))
+    return is_other and not _is_falling(layers) and bool(_ordered(layers, -1))
+
+
 def _beside(found: Findings, several: Iterable[_Layers]) -> list[Link]:
     gone = {id(link) for layers in several for links in layers.values() for link in links}
     return [link for link in found.links if id(link) not in gone]
-
-
-def _turned(layers: _Layers) -> list[Link]:
-    """Returns the links of layers in reverse where shapes allow one order of them all, and it is that."""
-    is_one = _is_falling(layers) or _is_falling({(at, -to): x for (at, to), x in layers.items()})
-    return [] if is_one or _ordered(layers, 1) else _ordered(layers, -1)
 
 
 def _ordered(layers: _Layers, step: int) -> list[Link]:

@@ -351,9 +351,12 @@ def _counted_otherwise(verdict: Verdict) -> set[Path]:
     `layers_{0..2}` are `proj_in`, `layers/0` and `proj_out`: no number tells which; nor where one list counts
     what holds nothing, `flows_{0,1,3}` and `flows/{0..2}`. And those whose name is stored with a number too,
     where the target has another one beside it: `norm` and `norm2` are `norm` and `moe_norm`, or `stem/norm`.
+    Last, what is left of a module of which another leaf has another shape.
     """
+    torn = {path[:-1] for path, item in verdict.mismatched.items() if item.kind == "shape"}
+    rest = {path for path in (verdict.restored if torn else ()) if path[:-1] in torn}
     if not (verdict.restored and verdict.missing and verdict.unexpected):
-        return set()
+        return rest
     without = (*verdict.missing.items(), *verdict.mismatched.items())
     wanted = {path: item.wanted.shape for path, item in without}
     stored = {path: leaf.shape for path, leaf in verdict.unexpected.items()}
@@ -375,7 +378,7 @@ def _counted_otherwise(verdict: Verdict) -> set[Path]:
                 one, two = left[:-at], right[:-at]
                 if more[two] & (beside[one[:-1]] | lacking[one]) or lacking[one] & others[two[:-1]]:
                     found.add(path)
-    return found | _shifted(verdict)
+    return found | rest | _shifted(verdict)
 
 
 def _shifted(verdict: Verdict) -> set[Path]:

@@ -34,12 +34,7 @@ from orbax_nnx_handler.planning.likeness.vocabulary import (
 
 @dataclasses.dataclass(frozen=True)
 class OuterModule:
-    """An outermost module of a model, with more than one part.
-
-    Attributes:
-        names: Its path.
-        leaves: All that it holds.
-    """
+    """An outermost module of a model, with more than one part: its path, and all that it holds."""
 
     names: Names
     leaves: list[Leaf]
@@ -197,9 +192,6 @@ def _outermost(leaves: Sequence[Leaf]) -> Mapping[Names, list[Leaf]]:
         for names, level in ends.items()
         if level.number is None or (counts[level.base] == level.width == 1)
     }
-
-
-# Lists of lists.
 
 
 _DIGITS = re.compile(r"(\d+)")
@@ -365,8 +357,7 @@ def with_either_end(found: Findings) -> Findings:
     """Asks about layers that nothing but order tells, where something tells that it may be reversed.
 
     Where shapes tell that `a_{0,1}` are `as/{1,0}`, `b_{0,1}` of one shape may be `bs/{1,0}`. Of what is
-    called by sizes, `enc_{64,32,16}`, the largest one may be the first, but where sizes grow. Layers of which
-    shapes tell a few are all in one order, where shapes allow one.
+    called by sizes, `enc_{64,32,16}`, the largest may be the first. Where shapes allow one order, it is that.
     """
     held: dict[_Lists, _Layers] = defaultdict(lambda: defaultdict(list))
     for link in (x for x in found.links if x.joint is None and x.layers is None and not x.copied):
@@ -375,35 +366,45 @@ def with_either_end(found: Findings) -> Findings:
             held[ours, theirs][at, to].append(link)
     some = {pair: of for pair, of in held.items() if {*map(len, _sides(of))} == {len(of)}}
     told = {pair: of for pair, of in some.items() if _is_told(of)}
-    if turned := [of for pair, of in some.items() if _are_turned(pair, of, told)]:
-        links = [*_beside(found, turned), *(x for of in turned for x in _ordered(of, -1))]
-        return with_either_end(dataclasses.replace(found, links=links))
-    forwards = {list_ for pair, of in told.items() if not _is_falling(of) for list_ in pair}
-    asked = [
-        of
-        for pair, of in some.items()
-        if pair not in told and not _is_falling(of) and all(_ordered(of, step) for step in (1, -1))
-        if _are_sizes(pair[1], _sides(of))
-        or (forwards.isdisjoint(pair) and any(map(_is_falling, _like(pair, of, told))))
-    ]
-    ties = [_choice(links := _ordered(of, 1), _ordered(of, -1), links) for of in asked]
-    return dataclasses.replace(found, links=_beside(found, asked), ties=[*found.ties, *ties])
+    if turned := {x: order for x, of in some.items() if (order := _other_order(x, of, told))}:
+        links = (link for x, order in turned.items() for link in _ordered(some[x], order))
+        kept = _beside(found, map(some.__getitem__, turned))
+        return with_either_end(dataclasses.replace(found, links=[*kept, *links]))
+    asked = [(of, each) for pair, of in some.items() if (each := _readings(pair, of, told))]
+    ties = [*found.ties, *(_choice(each[-1], *each) for _, each in asked)]
+    return dataclasses.replace(found, links=_beside(found, (of for of, _ in asked)), ties=ties)
+
+
+def _readings(pair: _Lists, layers: _Layers, told: Mapping[_Lists, _Layers]) -> list[list[Link]]:
+    """Returns layers in each order that may be theirs, one by one last; none where it is told."""
+    straight, now = (*range(len(layers)),), _order_of(layers)
+    forwards = {list_ for x, of in told.items() if _order_of(of) == (*range(len(of)),) for list_ in x}
+    others = {*map(_order_of, _like(pair, layers, told) if forwards.isdisjoint(pair) else ())} - {straight}
+    others |= {straight[::-1]} if _are_sizes(pair[1], _sides(layers)) else set()
+    readings = [_ordered(layers, order) for order in (*sorted(others), straight)]
+    return readings if others and now not in others and pair not in told and all(readings) else []
 
 
 def _like(pair: _Lists, layers: _Layers, told: Mapping[_Lists, _Layers]) -> list[_Layers]:
     """Returns the lists that are counted as these, or beside them by Linen itself; not a U-Net's middle."""
     own = {x: of for x, of in told.items() if len(of) == len(layers) and x[0][:-1] == pair[0][:-1]}
-    counted = [of for x, of in own.items() if all(y[1][-1][:1].isupper() for y in (x, pair))]
-    is_middle = not concepts(pair[0][-1:]).isdisjoint(("mid", "middle", "bottleneck"))
-    return [of for of in told.values() if _sides(of) == _sides(layers)] + counted * (not is_middle)
+    is_arm = concepts(pair[0][-1:]).isdisjoint(("mid", "middle", "bottleneck"))
+    counted = [of for x, of in own.items() if is_arm and all(map(_is_automatic, (x[1], pair[1])))]
+    return [*counted, *(of for of in told.values() if _sides(of) == _sides(layers))]
 
 
-def _are_turned(pair: _Lists, layers: _Layers, told: Mapping[_Lists, _Layers]) -> bool:
-    """Tells whether layers are there in reverse: shapes allow one order, or others of their list say so."""
-    rises = _is_falling({(at, -to): x for (at, to), x in layers.items()})
-    beside = _like(pair, layers, {x: of for x, of in told.items() if x[0] == pair[0] and pair not in told})
-    is_other = all(map(_is_falling, beside)) if beside else not (rises or _ordered(layers, 1))
-    return is_other and not _is_falling(layers) and bool(_ordered(layers, -1))
+def _other_order(pair: _Lists, layers: _Layers, told: Mapping[_Lists, _Layers]) -> tuple[int, ...]:
+    """Returns the order of layers, if another one: shapes allow no other, or others of their list tell it."""
+    now, straight = _order_of(layers), (*range(len(layers)),)
+    is_open = pair not in told and _is_automatic(pair[1])
+    orders = {*map(_order_of, _like(pair, layers, {x: told[x] for x in told if is_open and x[0] == pair[0]}))}
+    is_back = not orders and now != straight and not _ordered(layers, straight)
+    (order,) = orders if len(orders) == 1 else {straight[::-1] if is_back else straight}
+    return order if order not in (now, straight) and _ordered(layers, order) else ()
+
+
+def _is_automatic(list_: Names) -> bool:
+    return "".join(list_[-1:])[:1].isupper()
 
 
 def _beside(found: Findings, several: Iterable[_Layers]) -> list[Link]:
@@ -411,13 +412,13 @@ def _beside(found: Findings, several: Iterable[_Layers]) -> list[Link]:
     return [link for link in found.links if id(link) not in gone]
 
 
-def _ordered(layers: _Layers, step: int) -> list[Link]:
-    """Returns the links of layers one by one, or the other way around; none where shapes do not allow it."""
+def _ordered(layers: _Layers, order: tuple[int, ...]) -> list[Link]:
+    """Returns the links of layers in an order; none where shapes do not allow it."""
     ours, theirs = map(sorted, _sides(layers))
-    order = dict(zip(ours, theirs[::step], strict=True))
+    into = {at: theirs[to] for at, to in zip(ours, order, strict=True)}
     leaves = {(to, _within(x)): x.source for (_, to), links in layers.items() for x in links}
     every = [(at, link) for (at, _), links in sorted(layers.items()) for link in links]
-    return with_sources((link, leaves.get((order[at], _within(link)))) for at, link in every)
+    return with_sources((link, leaves.get((into[at], _within(link)))) for at, link in every)
 
 
 def _within(link: Link) -> tuple[Names, ...]:
@@ -428,9 +429,9 @@ def _sides(layers: _Layers) -> tuple[set[int], ...]:
     return tuple({pair[side] for pair in layers} for side in (0, 1))
 
 
-def _is_falling(layers: _Layers) -> bool:
-    order = [to for _, to in sorted(layers)]
-    return len(order) > 1 and order == sorted(order, reverse=True)
+def _order_of(layers: _Layers) -> tuple[int, ...]:
+    ranks = {to: rank for rank, to in enumerate(sorted(_sides(layers)[1]))}
+    return tuple(ranks[to] for _, to in sorted(layers))
 
 
 def _is_told(layers: _Layers) -> bool:

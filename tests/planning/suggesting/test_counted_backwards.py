@@ -131,6 +131,72 @@ def test_what_may_be_counted_from_another_number_is_asked_with_both_readings(nam
     check(restored_by(values, wanted, rules), {path: values[source] for path, source in sources.items()})
 
 
+CONV = {"kernel": (3, 3, 5, 5), "bias": (5,)}
+BESIDE_ANOTHER_ORDER = {
+    "reversed": [
+        *((f"Conv_{at}", f"inner/{2 - at}", {"kernel": (1, 1, 9 + at, 5)}) for at in range(3)),
+        *((f"Conv_{at + 3}", f"layer/{2 - at}", CONV) for at in range(3)),
+    ],
+    "in turns": [
+        line
+        for at in range(3)
+        for line in (
+            (f"Conv_{2 * at}", f"inner/{2 - at}", {"kernel": (1, 1, 9 + at, 5)}),
+            (f"Conv_{2 * at + 1}", f"smooth/{2 - at}", CONV),
+        )
+    ],
+    "of another class": [
+        *((f"Dense_{at}", f"proj/{to}", {"kernel": (9 + at, 5)}) for at, to in enumerate((1, 2, 0))),
+        *((f"LayerNorm_{at}", f"norm/{to}", NORM) for at, to in enumerate((1, 2, 0))),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", BESIDE_ANOTHER_ORDER)
+def test_what_linen_counts_beside_layers_in_another_order_is_asked_with_that_order(name):
+    stored, wanted, sources = case(*BESIDE_ANOTHER_ORDER[name])
+    values = filled(stored)
+
+    found, restored = proposed(values, wanted)
+
+    assert 0 < len(restored) < len(wanted)
+    check(restored, {path: values[sources[path]] for path in restored})
+    (question,) = found.questions
+    assert len(question.choices) == 2
+    rules = found.answered([0])
+    check(restored_by(values, wanted, rules), {path: values[source] for path, source in sources.items()})
+
+
+def test_what_linen_counts_in_the_layers_of_one_list_is_in_one_order():
+    stored, wanted, sources = case(
+        *[
+            (f"Block_{at}/Conv_0", f"decoder/{1 - at}/block/conv", {"kernel": (3, 3, 5, 5 - at)})
+            for at in (0, 1)
+        ],
+        *[(f"ConvTranspose_{at}", f"decoder/{1 - at}/up", {"kernel": (2, 2, 5, 5)}) for at in (0, 1)],
+    )
+    values = filled(stored)
+
+    found, restored = proposed(values, wanted)
+
+    assert not found.questions
+    check(restored, {path: values[source] for path, source in sources.items()})
+
+
+def test_a_module_is_not_torn_where_one_of_its_leaves_has_the_shape_of_another_one():
+    stored, wanted, sources = case(
+        *[
+            (f"lateral_{at}", f"lateral/{2 - at}", {"kernel": (1, 1, 9 + at, 5), "bias": (5,)})
+            for at in range(3)
+        ]
+    )
+    values = filled(stored)
+
+    _, restored = proposed(values, wanted)
+
+    check(restored, {path: values[source] for path, source in sources.items()})
+
+
 def test_what_is_called_an_end_is_the_last_one():
     stored, wanted, sources = case(("fc1", "fc1", DENSE), ("fc2", "fc2", DENSE), ("fc3", "fc_out", DENSE))
     values = filled(stored)

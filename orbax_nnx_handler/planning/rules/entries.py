@@ -251,6 +251,10 @@ class Entries(Sequence[Entry]):
         index = self.index_of(whole_of)
         return range(len(self)) if index is None else index.holding_all(names)
 
+    def has(self, names: Names) -> bool:
+        """Tells whether an entry has a path."""
+        return any(self[at].segments == names for at in self.holding(names))
+
     def with_changes(self, changed: Mapping[int, Entry]) -> "Entries":
         """Returns the entries with others in some places."""
         found = Entries.__new__(Entries)

@@ -28,7 +28,7 @@ from orbax_nnx_handler.planning.rules.inverse import leads_back
 from orbax_nnx_handler.planning.rules.rename import cuts, matches_only, rename_of
 from orbax_nnx_handler.planning.rules.rule import compiled, with_places
 from orbax_nnx_handler.planning.rules.stacking import stacked_in_parts, whole_parts
-from orbax_nnx_handler.planning.suggesting.shared_renames import Renamed, of_leaves, of_modules
+from orbax_nnx_handler.planning.suggesting.shared_by_modules import Renamed, keeping, of_leaves, of_modules
 
 _MOST_NAMES = 8  # Above the parts of a fuse, for a rule to leave others out.
 _WRITES: Mapping[type[Rule], str] = {Rename: "replacement", StackLayers: "pattern", UnstackLayers: "into"}
@@ -57,7 +57,7 @@ class Writer:
         self, links: Sequence[Link], groups: Sequence[tuple[Names, Names]]
     ) -> Mapping[Rule, Sequence[Link]]:
         """Returns the rules of links that leave nothing open, in order; groups lead into layers of both."""
-        kept = {name: rule for name in self._listed(self.entries) if (rule := self._keeping(name))}
+        kept = {name: rule for name in self._listed(self.entries) if (rule := keeping(name, self.entries))}
         self._unstack(links)
         moves = [move for link in links for move in self._moves(link)]
         self._copy(links)
@@ -102,14 +102,6 @@ class Writer:
             for seat, name in enumerate(paths[at])
             if name.isdecimal() and seat not in spans
         }
-
-    def _keeping(self, name: str) -> Rename | None:
-        """Returns a rename that only keeps `layers/0`, which a save would join to `layers_0`."""
-        rule = Rename(f"{name}/{{i}}", f"{name}/{{i}}")
-        pattern = compiled(rule.pattern)
-        near = (self.entries[at].segments for at in pattern.among(self.entries))
-        spans = (span for names in near for span in pattern.spans(names))
-        return rule if all(is_index(span.bindings["i"]) for span in spans) else None
 
     def _below(self, names: Names) -> Names:
         return (*self.below, *names[self.root :])
@@ -373,10 +365,8 @@ class Writer:
 
     def _rename(self, moves: Sequence[Move]) -> None:
         aims = {move.names: move.aim for move in moves}
-        groups, refused = (
-            defaultdict[tuple[Names, Names], dict[Names, list[Move]]](dict),
-            set[tuple[Names, Names]](),
-        )
+        groups = defaultdict[tuple[Names, Names], dict[Names, list[Move]]](dict)
+        refused, exchanged = set[tuple[Names, Names]](), dict[Names, Names]()
         for move in moves:
             if not alike(move.names, move.aim):
                 groups[differing(move)].setdefault(move.names, []).append(move)
@@ -391,16 +381,25 @@ class Writer:
                 found = self._rename_rule(waiting[names][0], aims, refused) if names in waiting else None
                 if found is not None:
                     rule, applied, is_for_one = found
-                    for name, new in self._renamed(applied, aims).items():
+                    for name, new in self._renamed(applied, aims, exchanged).items():
                         for move in waiting.pop(name, ()):
                             move.names, move.seats = new, [(to, to) for _, to in move.seats]
                             self.rules.setdefault(rule, []).append(move.link)
                             self.by_layer += [move.link] if is_for_one else []
 
-    def _renamed(self, after: Entries, aims: dict[Names, Names]) -> Mapping[Names, Names]:
-        """Takes the entries after a rename and returns the paths that it changed, with the new ones."""
+    def _renamed(
+        self, after: Entries, aims: dict[Names, Names], exchanged: dict[Names, Names]
+    ) -> Mapping[Names, Names]:
+        """Takes the entries after a rename and returns the paths that it changed, with the new ones.
+
+        A leaf that still has one of these keeps its aim; that of the other one is `exchanged` until it goes.
+        """
         changed = {self.entries[at].segments: new.segments for at, new in after.changed.items()}
-        aims.update({new: aims.get(old, new) for old, new in changed.items()})
+        made = {new: aims.get(old, new) for old, new in changed.items()}
+        there = {x for x in made if x in aims and x not in changed and self.entries.has(x)}
+        aims.update({old: exchanged.pop(old) for old in changed if old in exchanged})
+        aims.update({new: aim for new, aim in made.items() if new not in there})
+        exchanged.update({new: made[new] for new in there})
         self.entries = after
         return changed
 

@@ -32,6 +32,7 @@ from orbax_nnx_handler.planning.suggesting.questions import (
     contradicted,
     of_one_tower,
 )
+from orbax_nnx_handler.planning.suggesting.shared_by_modules import with_modules_unturned
 from orbax_nnx_handler.planning.target.roles import Wanted
 
 
@@ -62,7 +63,7 @@ def search(wanted: Sequence[Leaf], stored: Sequence[Leaf], order: Mapping[Tokens
     used = {part_of(leaf) for link in found.every for leaf in link.stored}
     made = {part_of(leaf) for link in found.links for leaf in link.wanted}
     left = {part_of(leaf) for leaf in stored} - used, {part_of(leaf) for leaf in wanted} - made
-    found = as_questions(found, coincidences(found.links, *left))
+    found = with_modules_unturned(as_questions(found, coincidences(found.links, *left)))
     plain, copies = apart_from_copies((found := with_moved_axes(found)).links, stored)
     found.ties.extend(copies)
     settled, turns = settle_turns(plain)
@@ -217,13 +218,12 @@ def match_leftovers(wanted: Sequence[Leaf], stored: Sequence[Leaf], links: Itera
     sizes: dict[int, list[int]] = defaultdict(list)
     for to, other in enumerate(theirs):
         sizes[other.part.main_size].append(to)
-    counts: dict[int, int] = defaultdict(int)
     for at, one in enumerate(ours):
         for to in sizes[one.part.main_size]:
             fit = fit_of(one, theirs[to])
             if fit is not None and may_be(fit, one, theirs[to]):
                 fits[to][at] = fit
-                counts[at] += 1
+    counts = Counter(at for options in fits.values() for at in options)
     # A large model of which nothing is left over is not counted.
     shapes = [Counter(map(_shapes, module_parts(side if fits else ()))) for side in (wanted, stored)]
     found: list[Link] = []

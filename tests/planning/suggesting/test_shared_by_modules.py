@@ -1,0 +1,95 @@
+"""What modules have in common: one rule renames many, and the matrices of one are transposed or none is."""
+
+import itertools
+
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from orbax_nnx_handler import Rename, suggest
+from tests.planning.suggesting.proposals import abstract, check, filled, proposed, restored
+
+WORDS = [*map("".join, itertools.product("bdfg", "aeiou"))][:20]
+
+
+def modules(stored, wanted, count=32):
+    """Returns modules of one size each, by both their names, with places for two words."""
+    places = itertools.islice(itertools.product(WORDS, WORDS[:2]), count)
+    return {stored.format(*words): (wanted.format(*words), 4 + at) for at, words in enumerate(places)}
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted", "rule"),
+    [
+        ("{0}{1}_dense", "{0}{1}_linear", ("{x}_dense", "{x}_linear")),
+        ("enc_{0}{1}", "encoder_{0}{1}", ("enc_{x}", "encoder_{x}")),
+        ("{0}/{1}_dense", "net/{0}/{1}_linear", ("{x}/{y}_dense", "net/{x}/{y}_linear")),
+        ("{0}{1}/block", "{0}{1}/unit", ("block", "unit")),
+    ],
+)
+def test_a_word_of_many_modules_is_renamed_at_once(stored, wanted, rule):
+    pairs = modules(stored, wanted)
+    tree = filled({f"{name}/kernel": (3, size) for name, (_, size) in pairs.items()})
+
+    found, values = proposed(tree, {f"{name}/kernel": (3, size) for name, size in pairs.values()})
+
+    assert found.renames == (Rename(*rule),)
+    for name, (new, _) in pairs.items():
+        np.testing.assert_array_equal(values[f"{new}/kernel"], tree[f"{name}/kernel"], err_msg=name)
+
+
+def test_a_module_that_keeps_its_name_is_not_taken_along():
+    pairs = modules("{0}{1}_dense", "{0}{1}_linear") | {"own_dense": ("own_dense", 99)}
+    tree = filled({f"{name}/kernel": (3, size) for name, (_, size) in pairs.items()})
+
+    found, values = proposed(tree, {f"{name}/kernel": (3, size) for name, size in pairs.values()})
+
+    assert not found.unmatched_wanted
+    for name, (new, _) in pairs.items():
+        np.testing.assert_array_equal(values[f"{new}/kernel"], tree[f"{name}/kernel"], err_msg=name)
+
+
+def asked(stored, wanted):
+    """Returns what is suggested, and the stored values, for matrices by path in each of two layers."""
+    values = filled({f"layers_{at}/{path}/kernel": x for at in range(2) for path, x in stored.items()})
+    shapes = {f"layers/{at}/{path}/kernel": shape for at in range(2) for path, shape in wanted.items()}
+    tree = {"params": traverse_util.unflatten_dict(values, sep="/")}
+    return suggest(tree, abstract(shapes)), values, shapes
+
+
+LLAMA = {"w1": (4, 6), "w2": (6, 4), "w3": (4, 6)}
+DINO = {"w1": (4, 6), "w2": (4, 6), "w3": (6, 4)}
+BACK = {"lin1": (6, 4), "lin2": (4, 6)}
+THERE = {"lin1": (4, 6), "lin2": (6, 4)}
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted", "names"),
+    [(LLAMA, DINO, ("w2", "w3")), (DINO, LLAMA, ("w2", "w3")), (THERE, BACK, ("lin1", "lin2"))],
+    ids=["leads back last", "leads back second", "all of a module"],
+)
+@pytest.mark.parametrize("modules", [("", ""), ("feed_forward/", "mlp/")], ids=["one name", "two names"])
+def test_names_transpose_no_matrices_that_fit_as_they_are_in_another_order(stored, wanted, names, modules):
+    inside = [
+        {f"{module}{name}": shape for name, shape in shapes.items()}
+        for module, shapes in zip(modules, (stored, wanted), strict=True)
+    ]
+
+    found, values, shapes = asked(*inside)
+
+    assert (found.confidence, [question.about for question in found.questions]) == ("open", ["which"])
+    for answer, others in enumerate((names[::-1], names)):
+        sources = {name: name for name in stored} | dict(zip(names, others, strict=True))
+        made = restored(values, shapes, found.answered([answer]))
+        for at, (name, source) in itertools.product(range(2), sources.items()):
+            value = values[f"layers_{at}/{modules[0]}{source}/kernel"]
+            path = f"layers/{at}/{modules[1]}{name}/kernel"
+            np.testing.assert_array_equal(made[path], value if value.shape == shapes[path] else value.T)
+
+
+def test_names_transpose_all_matrices_of_a_model_where_one_fits_no_other_way():
+    found, values, shapes = asked({**THERE, "head/out": (4, 5)}, {**BACK, "head/out": (5, 4)})
+
+    assert (found.confidence, found.questions) == ("likely", ())
+    right = {path: values[path.replace("layers/", "layers_")].T for path in shapes}
+    check(restored(values, shapes, found.renames), right)

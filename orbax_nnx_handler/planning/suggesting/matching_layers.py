@@ -111,6 +111,7 @@ class _Matching:
         self._match_in_sequence(arms=1)
         self._match([pair for pair in paired_series(*self._series(1)) if is_reversed(*pair)])
         self._match_stacks()
+        self._match(self._paired())  # Where stacks took all others, one list is left on either side.
         ours, theirs = self._left()
         # Of lists of other lengths no number tells which layer is which.
         other = [
@@ -233,9 +234,8 @@ class _Matching:
                 continue
             ours, theirs = ([leaf for held in side for leaf in held] for side in zip(*layers, strict=True))
             self._found.add(members)
-            self._take((*ours, *theirs))
-            for series, side in ((one, 0), (other, 1)):
-                self._take(_more_of(series, {pair[side] for pair in same}))
+            more = _more_of(one, {at for at, _ in same}), _more_of(other, {to for _, to in same})
+            self._take((*ours, *theirs, *more[0], *more[1]))
 
     def _pairs_with_rests(self) -> Iterator[Pairs]:
         """Yields which lone groups are what layers that are matched hold beside what was found in them.
@@ -308,29 +308,27 @@ class _Matching:
                 if not self._is_taken(series):
                     rest |= self._match_stack(series, stacks, least)
         self._taken |= rest
-        for side, left in enumerate(self._left(groups)):
-            free = self._free(1 - side), self._context.above[1 - side]
-            self._match_or_ask_stacks(in_any_order(left, *free), stacks=side > 0)
-        for _, pair in rests:
-            if pair is not None and self._is_taken(pair[0]):
-                self._match(pair[1])
+        for side, far in ((0, 1), (1, 0)) if any(left[1:] for left in self._left(groups)) else ():
+            left, free = self._left(groups), (self._free(far), self._context.above[far])
+            self._match_or_ask_stacks(in_any_order(left[side], left[far], stacks_in(*free)), side > 0)
+        self._match([x for _, pair in rests if pair and self._is_taken(pair[0]) for x in pair[1]])
 
     def _match_stack(self, series: Series, stacks: bool, least: int) -> set[int]:
         """Adds what the other side keeps stacked of a group; returns all that lies in the stack."""
         if (known := (stacks, len(self._taken))) not in self._possible:
             free = self._free(1 - stacks), self._context.above[1 - stacks]
             self._possible = {known: (stacks_in(*free), functools.cache(functools.partial(series_of, *free)))}
-        stack, series = stack_of(series, self._possible[known][0], least), shared_in(series)
-        found = [(series, *stack)] if stack is not None and are_alike(series) else []
+        stack = stack_of(series, self._possible[known][0], least, self._left()[stacks])
+        series = shared_in(series)
+        found = [(series, *stack[1:])] if stack is not None and are_alike(series) else []
         found = found if found or stacks or least == 1 else shares_of(series, *self._possible[known])
         rest: set[int] = set()
         for share in found:
             matched, inside = _matched_stack(share, stacks, self._context), share[-1]
-            links = matched.every
-            used = {x.source for link in links for x in (link.wanted if stacks else link.stored)}
-            rest |= {id(leaf) for leaf in inside if links}
+            used = {x.source for link in matched.every for x in (link.wanted if stacks else link.stored)}
+            rest |= {id(leaf) for leaf in inside if used}
             self._take(leaf for leaf in inside if leaf.source in used)
-            self._take(share[0].leaves if links else ())
+            self._take(share[0].leaves if used else ())
             self._found.add(matched)
         return rest
 
@@ -426,8 +424,10 @@ def _leaves_by_name(one: Series, other: Series, left: int, right: int) -> LayerP
 
 
 def _matched_stack(share: Share, stacks: bool, context: Context) -> Findings:
-    """Matches one layer with what a stack holds of one, and the rest like it."""
+    """Matches one layer with what a stack holds of one, and the rest like it; with a list, all layers."""
     series, prefix, axis, inside = share
+    if isinstance(axis, Series):
+        return _match_members(*((axis, series) if stacks else (series, axis)), context)
     members = series.members[series.numbers[0]]
     layer = [dataclasses.replace(leaf, shape=without_axis(leaf.shape, axis)) for leaf in inside]
     # The stack's path takes the place of a layer's, so that both sides count the same levels below.

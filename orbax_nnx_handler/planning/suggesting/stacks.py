@@ -16,14 +16,7 @@ from orbax_nnx_handler.planning.likeness import share_word, sizes_of, with_layer
 from orbax_nnx_handler.planning.likeness.arrangements import moves
 from orbax_nnx_handler.planning.likeness.assignment import MOST_PAIRS, best_pairs
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, settle_turns
-from orbax_nnx_handler.planning.likeness.module_parts import (
-    Leaf,
-    Stacks,
-    depth_of,
-    leaves_below,
-    part_sizes,
-    stacks_in,
-)
+from orbax_nnx_handler.planning.likeness.module_parts import Leaf, Stacks, depth_of, leaves_below, part_sizes
 from orbax_nnx_handler.planning.likeness.shapes import Steps, Way, without_axis
 from orbax_nnx_handler.planning.likeness.vocabulary import (
     MARGIN,
@@ -127,8 +120,12 @@ def _stacks_for(series: Series, possible: Stacks, least: int) -> list[_Stack]:
     return found
 
 
-def stack_of(series: Series, possible: Stacks, least: int) -> tuple[Names, int, list[Leaf]] | None:
-    """Returns the module whose leaves all have an axis for the layers, and the axis."""
+Share = tuple[Series, Names, int | Series, list[Leaf]]
+"""Some layers of a group, and what holds them: its names, the axis if it is a stack or a list, its leaves."""
+
+
+def stack_of(series: Series, possible: Stacks, least: int, beside: Iterable[Series] = ()) -> Share | None:
+    """Returns a group with the module whose leaves have an axis for the layers, and that no other may be."""
     # A network of the group's own name comes first.
     found = _stacks_for(series, possible, least)
     if not (found := [item for item in found if item[4][:1] == series.template[:1]] or found):
@@ -138,23 +135,25 @@ def stack_of(series: Series, possible: Stacks, least: int) -> tuple[Names, int, 
     alike = best[2] - MARGIN if best[2] > 0 else -math.inf
     rivals = [item for item in others if item[1] == best[1] and item[2] > alike]
     apart = (x != y for item in rivals for x, y in zip(item[4], best[4], strict=False))
-    return None if best[5] < 0 or any(apart) else best[4:]
+    # Of two lists of one size that may be in it, that of its own words.
+    like = (x for x in beside if best[1] == 1 and x is not series and x.sizes == series.sizes)
+    shared = (x[2] for y in like for x in _stacks_for(y, possible, least) if x[4:6] == best[4:6])
+    is_open = any(alike > best[2] - MARGIN for alike in shared)
+    return None if best[5] < 0 or any(apart) or is_open else (series, *best[4:])
 
 
-Share = tuple[Series, Names, int, list[Leaf]]
-"""Some layers of a group, with the module that holds them stacked, the axis, and the leaves in it."""
-
-
-def in_any_order(groups: Sequence[Series], free: Sequence[Leaf], above: int) -> list[list[Share]]:
-    """Returns the orders in which groups of layers may be as many stacks, where nothing tells them apart."""
+def in_any_order(groups: Sequence[Series], others: Sequence[Series], possible: Stacks) -> list[list[Share]]:
+    """Returns the orders in which groups may be as many stacks, or lists beside them; no word tells which."""
     held: dict[int, list[Mapping[Names, Share]]] = defaultdict(list)
-    possible = stacks_in(free if len(groups) > 1 else (), above)
     for one in filter(are_alike, groups):
-        stacks = (x[4:] for x in _stacks_for(one, possible, 2) if x[1] == 1)
-        held[one.size].append({each[0]: (one, *each) for each in stacks})
+        like = (x for x in others if x.sizes == one.sizes and not exclude(one.said, x.said))
+        shares: list[Share] = [(one, x.template, x, x.leaves) for x in like]
+        shares += [(one, *x[4:]) for x in _stacks_for(one, possible, 2) if x[1] == 1]
+        held[one.size].append({share[1]: share for share in shares})
     for several in held.values():
         names = sorted({*itertools.chain(*several)})
-        if 1 < len(several) == len(names) <= _MOST:
+        are_stacked = any(isinstance(x[2], int) for each in several for x in each.values())
+        if are_stacked and 1 < len(several) == len(names) <= _MOST:
             orders = ([*zip(several, order, strict=True)] for order in itertools.permutations(names))
             return [[each[at] for each, at in x] for x in orders if all(at in each for each, at in x)]
     return []
@@ -166,8 +165,8 @@ _MOST = 4
 
 def shares_of(series: Series, possible: Stacks, blocks: Callable[[], Iterable[Series]]) -> list[Share]:
     """Returns the stacks that together hold a group, each those of one kind or every second, third, …."""
-    kinds = [(kind, stack_of(kind, possible, 2)) for kind in kinds_of(series)]
-    found = [(kind, *stack) for kind, stack in kinds if stack is not None and are_alike(kind)]
+    kinds = kinds_of(series)
+    found = [x for x in (stack_of(kind, possible, 2) for kind in kinds) if x is not None and are_alike(x[0])]
     if len(kinds) > 1 and len(found) == len(kinds) and len({share[1] for share in found}) == len(found):
         return found
     options = [_every_few(series, block) for block in blocks()]

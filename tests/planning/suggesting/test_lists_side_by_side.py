@@ -607,3 +607,73 @@ def test_which_of_equal_stacks_is_which_list_is_one_question_where_no_name_tells
     assert len(question.choices) == [2, 6][count - 2]
     each = [restored(stored, shapes, rules) for rules in question.alternatives]
     assert sum(all(np.array_equal(one[path], x) for path, x in values.items()) for one in each) == 1
+
+
+def stacked_and_listed(stacked, listed):
+    """Returns the leaves of towers that are stacked or lists, and those of lists with fused projections."""
+    block = {"attn/query/kernel": (8, 8), "attn/key/kernel": (8, 8), "attn/value/kernel": (8, 8)}
+    block |= {"ln/scale": (8,), "fc/kernel": (8, 32)}
+    paths = {name: f"{name}/blocks/" for name in stacked} | {name: f"{name}/blocks_{{}}/" for name in listed}
+    stored = filled(
+        {
+            (path + part).format(at): (3, *shape) if name in stacked else shape
+            for name, path in paths.items()
+            for part, shape in block.items()
+            for at in range(1 if name in stacked else 3)
+        }
+    )
+    values = {}
+    for (name, aim), at in itertools.product({**stacked, **listed}.items(), range(3)):
+        held = {part: stored[(paths[name] + part).format(at)] for part in block}
+        held = {part: x[at] if name in stacked else x for part, x in held.items()}
+        above = f"{aim}/layers/{at}"
+        values[f"{above}/qkv/kernel"] = np.concatenate([held[part] for part in [*block][:3]], axis=1)
+        values |= {f"{above}/norm/scale": held["ln/scale"], f"{above}/up/kernel": held["fc/kernel"]}
+    return stored, values
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    ("stacked", "listed"),
+    [
+        ({"visual": "img"}, {"transformer": "txt"}),
+        ({"visual": "img"}, {"oak": "far"}),
+        ({"visual": "img"}, {"oak": "crown"}),
+        ({"visual": "img", "audio": "audio"}, {"oak": "far"}),
+        ({"visual": "img"}, {"transformer": "txt", "audio": "sound"}),
+        ({"oak": "far"}, {"text": "txt"}),
+    ],
+)
+def test_the_list_that_is_left_beside_stacks_is_the_only_one_left_on_the_other_side(stacked, listed, turned):
+    stored, values = stacked_and_listed(stacked, listed)
+    stored, values = (values, stored) if turned else (stored, values)
+
+    found, made = proposed(stored, {path: x.shape for path, x in values.items()})
+
+    check(made, values)
+    assert found.confidence == "likely"
+    assert not any("layers/1" in str(rule) for rule in found.renames)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    ("stacked", "listed"),
+    [
+        ({"oak": "near"}, {"elm": "far"}),
+        ({"oak": "far"}, {"elm": "near"}),
+        ({"oak": "wide"}, {"elm": "near", "ash": "far"}),
+        ({"oak": "wide", "visual": "img"}, {"ash": "far"}),
+    ],
+)
+def test_which_list_is_stacked_is_one_question_where_no_name_tells(stacked, listed, turned):
+    stored, values = stacked_and_listed(stacked, listed)
+    stored, values = (values, stored) if turned else (stored, values)
+    shapes = {path: x.shape for path, x in values.items()}
+
+    found, made = proposed(stored, shapes)
+
+    check(made, {path: values[path] for path in made})
+    assert all(path.startswith(("img/", "visual/")) for path in made)
+    (question,) = found.questions
+    each = [restored(stored, shapes, found.answered([at])) for at, _ in enumerate(question.choices)]
+    assert sum(all(np.array_equal(one[path], x) for path, x in values.items()) for one in each) == 1

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from orbax_nnx_handler.planning.core.leaves import with_fields
 from orbax_nnx_handler.planning.core.paths import is_index
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Move, Tie, alike, differing
-from orbax_nnx_handler.planning.likeness.module_parts import part_of
+from orbax_nnx_handler.planning.likeness.module_parts import Leaf, part_of
 from orbax_nnx_handler.planning.likeness.shapes import Way
 from orbax_nnx_handler.planning.likeness.vocabulary import PYTORCHS, Names
 from orbax_nnx_handler.planning.rules import Rename
@@ -89,11 +89,16 @@ _FEW = 6
 """Of up to so many matrices of a module every order is tried."""
 
 
-def with_modules_unturned(found: Findings) -> Findings:
+def with_modules_unturned(found: Findings, wanted: Iterable[Leaf], stored: Iterable[Leaf]) -> Findings:
     """Returns what is known, asked where names transpose matrices that fit as they are in another order.
 
     The matrices of a module are all stored transposed, or none is: Llama's `w2` leads back, in DINOv2 `w3`
     does. Names decide where all of a model are transposed and some of them fit in no other order.
+
+    Args:
+        found: What is known.
+        wanted: All wanted leaves.
+        stored: All stored ones.
     """
     parts = defaultdict[tuple[object, ...], list[Link]](list)
     for link in found.links:
@@ -110,10 +115,45 @@ def with_modules_unturned(found: Findings) -> Findings:
     orders = {key: [*_unturned(held)] for key, held in turned.items()}
     settled = {name for name, *_ in (key for key, made in orders.items() if not made)} - straight
     asked = [(turned[key], made) for key, made in orders.items() if made and key[0] not in settled]
-    ties = [_tie(held, made) for held, made in asked]
+    ties = [_tie(held, made) for held, made in asked] + _exchanged(found, wanted, stored)
     gone = {id(link) for held, _ in asked for links in held for link in links}
     kept = [link for link in found.links if id(link) not in gone]
-    return dataclasses.replace(found, links=kept, ties=[*found.ties, *ties]) if asked else found
+    return dataclasses.replace(found, links=kept, ties=[*found.ties, *ties]) if ties else found
+
+
+def _exchanged(found: Findings, wanted: Iterable[Leaf], stored: Iterable[Leaf]) -> list[Tie]:
+    """Returns a question about parts that nothing is known of, and that fit exchanged within their module.
+
+    With a bias no layer is transposed: `w2` and `w3` of Llama, and of DINOv2.
+    """
+    modules = {
+        tuple(part_of(leaf)[:-1] for leaf in (link.target, link.source)): link.levels
+        for link in found.links
+        if link.joint is None and link.layers is None
+    }
+    known = {leaf.part for link in found.every for leaf in (*link.wanted, *link.stored)}
+    sides = [defaultdict[Names, dict[Names, dict[str, Leaf]]](dict) for _ in range(2)]
+    for side, leaves in zip(sides, (wanted, stored), strict=True):
+        for leaf in leaves:
+            if leaf.part not in known and (part := part_of(leaf)):
+                side[part[:-1]].setdefault(part[-1:], {})[leaf.place[1]] = leaf
+    links = list[Link]()
+    for (one, other), seats in modules.items():
+        ours, theirs = sides[0].get(one, {}), sides[1].get(other, {})
+        levels = tuple((at, to) for at, to in seats if at < len(other) and to < len(one))
+        parts = [
+            [
+                Link(wanted=(x,), stored=(y,), grounds="names", ways=((Way(()),),), levels=levels)
+                for kind, x in ours[name].items()
+                if (y := theirs[name].get(kind))
+            ]
+            for name in ours
+            if name in theirs
+        ]
+        if all(any(x.target.shape == x.source.shape[::-1] != x.source.shape for x in each) for each in parts):
+            orders = [*itertools.islice(_unturned(parts), 2)]
+            links += orders[0] if len(orders) == 1 else ()
+    return [_tie([links], [])] if links else []
 
 
 def _is_told(link: Link) -> bool:

@@ -93,3 +93,27 @@ def test_names_transpose_all_matrices_of_a_model_where_one_fits_no_other_way():
     assert (found.confidence, found.questions) == ("likely", ())
     right = {path: values[path.replace("layers/", "layers_")].T for path in shapes}
     check(restored(values, shapes, found.renames), right)
+
+
+def test_layers_with_biases_that_fit_exchanged_within_their_module_are_one_question():
+    inside = [
+        {f"{name}/kernel": shape for name, shape in some.items()}
+        | {f"{name}/bias": shape[1:] for name, shape in some.items()}
+        for some in (LLAMA, DINO)
+    ]
+    stored, shapes = (
+        {f"{list_}{at}/mlp/{path}": shape for at in range(2) for path, shape in some.items()}
+        for list_, some in zip(("layers_", "layers/"), inside, strict=True)
+    )
+    values = filled(stored)
+
+    found = suggest({"params": traverse_util.unflatten_dict(values, sep="/")}, abstract(shapes))
+
+    assert (found.confidence, len(found.questions)) == ("open", 1)
+    others = {"w1": "w1", "w2": "w3", "w3": "w2"}
+    right = {
+        path: values[f"layers_{at}/mlp/{others[name]}/{leaf}"]
+        for path in shapes
+        for _, at, _, name, leaf in [path.split("/")]
+    }
+    check(restored(values, shapes, found.answered([0])), right)

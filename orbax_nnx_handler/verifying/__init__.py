@@ -212,6 +212,49 @@ def begin_alike(reference: Sequence[Array], others: Sequence[Array]) -> bool:
     return all(not exceeds(compare([a], [b]), 100 * TOLERANCE) for a, b in starts)
 
 
+def lent(own: Sequence[Array], reference: Sequence[Array], *, whatever: bool = False) -> list[Array]:
+    """Returns a call's inputs with Linen's numbers, where they are the same ones but for their digits.
+
+    Args:
+        own: The inputs.
+        reference: Linen's.
+        whatever: Whether Linen's of the same size are taken also where they differ, in their order.
+    """
+    if whatever:
+        left = [array for array in reference if array.dtype.kind == "f"]
+        return [_next_of_size(array, left) if array.dtype.kind == "f" else array for array in own]
+    lent: list[Array] = []
+    for array in own:
+        near = [
+            other
+            for other in reference
+            if other.size == array.size and other.dtype.kind == array.dtype.kind == "f"
+        ]
+        nearest = min(near, key=lambda other: distance(other, array)[0], default=None)
+        close = nearest is not None and distance(nearest, array)[0] <= ROUNDING * 1000
+        lent.append(
+            nearest.reshape(array.shape).astype(array.dtype) if nearest is not None and close else array
+        )
+    return lent
+
+
+def _next_of_size(array: Array, left: list[Array]) -> Array:
+    at = next((at for at, other in enumerate(left) if other.size == array.size), None)
+    return array if at is None else left.pop(at).reshape(array.shape).astype(array.dtype)
+
+
+_EQUAL, _NEAR = 1e-4, 1e-2
+_NEARER = 30
+"""How much nearer than any other answer one has to be where the code differs a little too."""
+
+
+def tells(best: float, next_: float) -> bool:
+    """Tells whether the nearest answer is right, from how far apart outputs are under it and the next one."""
+    if best <= _EQUAL:
+        return next_ > _EQUAL and next_ > _NEARER * best
+    return best <= _NEAR and next_ > _NEARER * best
+
+
 def why_open(missing: Sequence[Path], where: str, *, is_equal: bool) -> str:
     """Returns why outputs do not answer what is open, in words; `where` is the first module that differs."""
     ran = "both programs were run"

@@ -22,6 +22,7 @@ from orbax_nnx_handler.verifying import (
     begin_alike,
     changes_more_than_rounding,
     exceeds,
+    lent,
 )
 from orbax_nnx_handler.verifying.pairing import compare_outputs
 from orbax_nnx_handler.verifying.recording import Call
@@ -36,7 +37,6 @@ from orbax_nnx_handler.verifying.verification import (
     FirstDifference,
     called_like,
     differing_settings,
-    lent,
     unit_name,
 )
 from orbax_nnx_handler.verifying.weights import as_stored, heads_by_rotation, with_features_in_order

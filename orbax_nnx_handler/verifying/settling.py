@@ -25,19 +25,16 @@ from orbax_nnx_handler.planning.rules.split_and_fuse import rules_making
 from orbax_nnx_handler.planning.suggesting import Proposal, Question, Remade, Suggestion
 from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
-from orbax_nnx_handler.verifying import agree, compare_inputs, why_open
+from orbax_nnx_handler.verifying import agree, compare_inputs, lent, tells, why_open
 from orbax_nnx_handler.verifying.comparison import compared, proposed_without
 from orbax_nnx_handler.verifying.pairing import by_path, compare_outputs, layers_of
 from orbax_nnx_handler.verifying.runs import Compared, LinenRun, Programs, Runs, misfilled, run_both
 from orbax_nnx_handler.verifying.single_module import ModuleRunner
-from orbax_nnx_handler.verifying.verification import FirstDifference, Misfilled, Verification, lent
+from orbax_nnx_handler.verifying.verification import FirstDifference, Misfilled, Verification, is_called_alone
 from orbax_nnx_handler.verifying.weights import on_one_device
 
 _MOST_TOGETHER, _MOST_CALLS = 64, 3
 _MOST_RUNS, _MOST_WHOLE = 16, 6
-_EQUAL, _NEAR = 1e-4, 1e-2
-_NEARER = 30
-"""How much nearer than any other answer one has to be where the code differs a little too."""
 
 _Ways = Mapping[int, Mapping[Path, Recipe]]
 """For each answer to a question the leaves that are made in another way than under the first."""
@@ -59,6 +56,7 @@ class Settling:
         missing: The wanted leaves that nothing was found for when both programs ran last.
         wrong: What is filled from modules that the Linen program never calls, once that was looked for.
         remade: Rules behind all others: what outputs prove and those cannot say of how leaves are made.
+        runs: The last run of both programs under one plan.
     """
 
     checkpoint: Checkpoint
@@ -72,6 +70,7 @@ class Settling:
     missing: Sequence[Path] = ()
     wrong: Misfilled | None = None
     remade: tuple[Rule, ...] = ()
+    runs: Runs | None = dataclasses.field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.allowed = [range(len(question.choices)) for question in self.suggestion.questions]
@@ -96,7 +95,7 @@ class Settling:
                         *kept, None
                     )  # A proof of one module is none where another loses its own.
                 runs = run_both(self.checkpoint, plan, parts, self.programs, self.init, linen)
-                self.missing = [*plan.missing]
+                self.missing, self.runs = [*plan.missing], runs
             except (VerificationError, UnreadableLeafError):
                 raise
             except RestoreError as error:  # The rules do not go together, or leave a value that counts.
@@ -163,7 +162,8 @@ class Settling:
         free = {at: way for at, way in ways.items() if not self._is_changed(at, changes)}
         self._answer_by(first, answers, free, runs)
         if (found := self._rules(answers, changes)) == rules:
-            changes += _made_otherwise(first, plan)
+            made, layer = first.made_otherwise(plan.restored), first.module.nnx.layer
+            changes += [Remade(leaf=leaf, layer=layer, recipe=recipe) for leaf, recipe in made.items()]
             found = self._rules(answers, changes)
             left = self._unchanged(first.changes, plan, found)
             self.remade += _rules_for({leaf: first.changes[leaf] for leaf in left}, plan, runs.runner)
@@ -274,7 +274,7 @@ class Settling:
             return None
         best, *others = sorted(apart, key=apart.__getitem__)
         next_ = min((apart[other] for other in others), default=math.inf)
-        return best if _tells(apart[best], next_) else None
+        return best if tells(apart[best], next_) else None
 
     def _answer_by(
         self, first: FirstDifference, answers: list[int | None], ways: Mapping[int, _Ways], runs: Runs
@@ -316,7 +316,6 @@ class Settling:
         """Returns the proposal under the answers, and what both programs return under its rules."""
         questions = self.suggestion.questions
         rules = (*self.suggestion.answered(answers, changes), *self.remade)
-        known = {proposal.rule: proposal for proposal in self.suggestion.proposals}
         plan, _ = self._decided((*self.options.renames, *rules), check=False)
         left = [question for question, answer in zip(questions, answers, strict=True) if answer is None]
         where = verification.first.path if verification and verification.first else ""
@@ -327,7 +326,7 @@ class Settling:
         wanted, stored = self.suggestion.unmatched_wanted, self.suggestion.unmatched_stored
         return dataclasses.replace(
             self.suggestion,
-            proposals=tuple(known.get(rule) or Proposal(rule=rule, grounds="outputs") for rule in rules),
+            proposals=tuple(self._proposals(rules, plan, is_equal=is_equal)),
             questions=tuple(left),
             unmatched_wanted=tuple(path for path in wanted if path not in plan.restored),
             unmatched_stored=tuple(path for path in stored if path in plan.unexpected),
@@ -338,19 +337,17 @@ class Settling:
             settle=None,
         )
 
-
-def _made_otherwise(first: FirstDifference, plan: RestorePlan) -> list[Remade]:
-    """Returns how outputs prove that weights have to be made of the first module that differs.
-
-    A leaf whose weights they take gets theirs: two modules were exchanged.
-    """
-    layer, restored, made = first.module.nnx.layer, plan.restored, dict(first.changes)
-    takers = {recipe: path for path, recipe in first.changes.items()} if layer is None else {}
-    for leaf, item in restored.items():
-        taker = takers.get(item.recipe)
-        if taker and leaf not in made and item.wanted.shape == restored[taker].wanted.shape:
-            made[leaf] = restored[taker].recipe
-    return [Remade(leaf=leaf, layer=layer, recipe=recipe) for leaf, recipe in made.items()]
+    def _proposals(self, rules: Iterable[Rule], plan: RestorePlan, *, is_equal: bool) -> Iterator[Proposal]:
+        """Yields the rules with what each rests on: outputs prove one if they show all that it makes."""
+        known = {proposal.rule: proposal for proposal in self.suggestion.proposals}
+        runs = None if is_equal else self.runs
+        recipes, shown = (runs.runner.recipes, _shown(runs)) if runs else (dict[Path, Recipe](), set[Path]())
+        right = {leaf for leaf, item in plan.restored.items() if recipes.get(leaf) == item.recipe}
+        right = {leaf for leaf in right if any(leaf[:depth] in shown for depth in range(len(leaf)))}
+        for rule in rules:
+            made = {leaf for leaf, item in plan.restored.items() if rule.quoted in item.reason.split("; ")}
+            is_proved = is_equal or (made & recipes.keys() and made & recipes.keys() <= right)
+            yield known.get(rule) or Proposal(rule=rule, grounds="outputs" if is_proved else "tried")
 
 
 def _rules_for(changes: Mapping[Path, Recipe], plan: RestorePlan, runner: ModuleRunner) -> tuple[Rule, ...]:
@@ -406,10 +403,14 @@ def _are_told(question: Question, plan: RestorePlan, runs: Runs) -> bool:
     return len(question.choices) > 1
 
 
-def _tells(best: float, next_: float) -> bool:
-    if best <= _EQUAL:
-        return next_ > _EQUAL and next_ > _NEARER * best
-    return best <= _NEAR and next_ > _NEARER * best
+def _shown(runs: Runs) -> set[Path]:
+    """Returns the modules that return what Linen's do, which alone are called with that."""
+    found = dict[Path, list[Compared]]()
+    for one in runs.compared:
+        found.setdefault(one.path, []).append(one)
+    alike = {path: calls for path, calls in found.items() if all(one.agrees for one in calls)}
+    linen = runs.linen.calls
+    return {path for path, calls in alike.items() if all(is_called_alone(one.linen, linen) for one in calls)}
 
 
 def _words(
@@ -439,9 +440,9 @@ def _of(first: FirstDifference | None, plan: RestorePlan, given: Sequence[Rule])
         return
     yield from (line.text for line in first.sentences if isinstance(line, Sentence))
     made = set[str]()
-    for change in _made_otherwise(first, plan):
-        item = plan.restored[change.leaf]
-        is_name = not {*reads(change.recipe)} <= {*reads(item.recipe)}
+    for leaf, recipe in first.made_otherwise(plan.restored).items():
+        item = plan.restored[leaf]
+        is_name = not {*reads(recipe)} <= {*reads(item.recipe)}
         told = item.reason.split("; ")
         made |= {rule.quoted for rule in given if rule.quoted in told and isinstance(rule, Rename) == is_name}
     if made:

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from orbax_nnx_handler.planning.core.errors import VerificationError
 from orbax_nnx_handler.planning.core.folding import FROM, Folded, Row, fold_paths
+from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.lines import (
     Line,
     Sentence,
@@ -26,16 +27,14 @@ from orbax_nnx_handler.planning.core.recipes import Recipe, describe, reads
 from orbax_nnx_handler.planning.rendering.display import line_on_console
 from orbax_nnx_handler.planning.verdict.outcomes import Restored
 from orbax_nnx_handler.verifying import (
-    ROUNDING,
     TOLERANCE,
-    Array,
     Distance,
+    are_the_same,
     compare,
-    distance,
     exceeds,
     opened_up,
 )
-from orbax_nnx_handler.verifying.pairing import Unit
+from orbax_nnx_handler.verifying.pairing import Unit, Use
 from orbax_nnx_handler.verifying.recording import Call
 from orbax_nnx_handler.verifying.weights import mixed_sources
 
@@ -86,35 +85,21 @@ def _structure(tree: Any) -> Any:
     return cast(Any, jax.tree.structure(tree))
 
 
-def lent(own: Sequence[Array], reference: Sequence[Array], *, whatever: bool = False) -> list[Array]:
-    """Returns a call's inputs with Linen's numbers, where they are the same ones but for their digits.
+def is_called_alone(one: Use, calls: Sequence[Call]) -> bool:
+    """Tells whether Linen calls no other module that holds the same shapes with what it calls one with.
 
-    Args:
-        own: The inputs.
-        reference: Linen's.
-        whatever: Whether Linen's of the same size are taken also where they differ, in their order.
+    Otherwise outputs do not tell which of them it is: of two, each is right there by itself.
     """
-    if whatever:
-        left = [array for array in reference if array.dtype.kind == "f"]
-        return [_next_of_size(array, left) if array.dtype.kind == "f" else array for array in own]
-    lent: list[Array] = []
-    for array in own:
-        near = [
-            other
-            for other in reference
-            if other.size == array.size and other.dtype.kind == array.dtype.kind == "f"
-        ]
-        nearest = min(near, key=lambda other: distance(other, array)[0], default=None)
-        close = nearest is not None and distance(nearest, array)[0] <= ROUNDING * 1000
-        lent.append(
-            nearest.reshape(array.shape).astype(array.dtype) if nearest is not None and close else array
-        )
-    return lent
+    path = one.call.path
+    apart = (call for call in calls if any(a != b for a, b in zip(path, call.path, strict=False)))
+    alike = {call.path for call in apart if are_the_same(one.inputs, call.inputs)}
+    return all(_held(other, calls) != _held(path, calls) for other in alike)
 
 
-def _next_of_size(array: Array, left: list[Array]) -> Array:
-    at = next((at for at, other in enumerate(left) if other.size == array.size), None)
-    return array if at is None else left.pop(at).reshape(array.shape).astype(array.dtype)
+def _held(module: Path, calls: Iterable[Call]) -> list[Shape]:
+    """Returns the shapes of all variables in a module."""
+    within = {call.path: call.shapes for call in calls if call.path[: len(module)] == module}
+    return sorted(shape for shapes in within.values() for shape in shapes.values())
 
 
 def differing_settings(linen: Call, nnx: Call) -> dict[str, tuple[Any, Any]]:
@@ -225,6 +210,19 @@ class FirstDifference:
             otherwise = _CODE if self.tried or not self.weights else _WEIGHTS
             said.append(Sentence("hint", mixed_sources(self.weights) or otherwise))
         return said
+
+    def made_otherwise(self, restored: Mapping[Path, Restored]) -> Mapping[Path, Recipe]:
+        """Returns the recipes of the change, with those of leaves whose weights it takes elsewhere.
+
+        Such a leaf gets those of the one that takes its own: two modules were exchanged.
+        """
+        made = dict(self.changes)
+        takers = {recipe: path for path, recipe in made.items()} if self.module.nnx.layer is None else {}
+        for leaf, item in restored.items():
+            taker = takers.get(item.recipe)
+            if taker and leaf not in made and item.wanted.shape == restored[taker].wanted.shape:
+                made[leaf] = restored[taker].recipe
+        return made
 
     def _place(self) -> str:
         agrees = f"{unit_name(self.after)} still returns the same" if self.after is not None else ""

@@ -684,3 +684,57 @@ def test_a_cell_is_tried_on_later_calls_where_the_first_does_not_tell(saved: Sav
     assert found.confidence == "certain", found
     pairs = zip(_MATRICES, ("four", "two", "one", "three"), strict=True)
     assert {str(pair) for pair in pairs} <= {*map(str, found.renames)}
+
+
+class UpBlock(nn.Module):
+    """A part that is called with the same in every block, as a time's embedding is, among others."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, time: jax.Array) -> jax.Array:
+        hidden = nn.Dense(8)(nn.LayerNorm()(x)) + nn.Dense(8)(nn.silu(time))
+        return nn.Dense(8)(nn.silu(nn.LayerNorm()(hidden)))
+
+
+class UpBlocks(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array, time: jax.Array) -> jax.Array:
+        half = UpBlock()(jnp.concatenate([x[:, ::2], x[:, 1::2]], -1), time)
+        return nn.Dense(3)(UpBlock()(jnp.concatenate([jnp.repeat(half, 2, 1), x], -1), time))
+
+
+class UpBlockTwin(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.norm1, self.lin1 = nnx.LayerNorm(16, rngs=rngs), nnx.Linear(16, 8, rngs=rngs)
+        self.time = nnx.Linear(6, 8, rngs=rngs)
+        self.norm2, self.lin2 = nnx.LayerNorm(8, rngs=rngs), nnx.Linear(8, 8, rngs=rngs)
+
+    def __call__(self, x: jax.Array, time: jax.Array) -> jax.Array:
+        hidden = self.lin1(self.norm1(x)) + self.time(nnx.silu(time))
+        return self.lin2(nnx.gelu(self.norm2(hidden)))  # Linen's program has a silu.
+
+
+class UpBlocksTwin(nnx.Module):
+    """Numbers its blocks outside in."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.up = nnx.List([UpBlockTwin(rngs), UpBlockTwin(rngs)])
+        self.out = nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, x: jax.Array, time: jax.Array) -> jax.Array:
+        half = self.up[1](jnp.concatenate([x[:, ::2], x[:, 1::2]], -1), time)
+        return self.out(self.up[0](jnp.concatenate([jnp.repeat(half, 2, 1), x], -1), time))
+
+
+def test_of_a_model_that_stays_wrong_only_what_its_run_shows_is_proved(saved: Save):
+    random = np.random.default_rng(0)
+    inputs = (random.normal(size=(4, 6, 8)).astype("f"), random.normal(size=(4, 1, 6)).astype("f"))
+    make = lambda: UpBlocksTwin(nnx.Rngs(0))  # noqa: E731
+    twin = Twin(name="up blocks", linen=UpBlocks(), make=make, inputs=inputs, rules=[])
+
+    found = settled(twin, saved(twin))
+    why = {str(item.rule): item.why for item in found.proposals}
+
+    assert found.is_refuted
+    told = [rule for rule, words in why.items() if words == "proved by outputs"]
+    assert not [rule for rule in told if "time" in rule or "norm2" in rule or "lin2" in rule], found
+    assert "# by outputs of single modules, not proved" in str(found)

@@ -13,9 +13,9 @@ from orbax_nnx_handler.planning.likeness.vocabulary import PYTORCHS, Names, conc
 from orbax_nnx_handler.planning.rules.entries import PathIndex
 from orbax_nnx_handler.planning.rules.rule import compiled, shared_ends, with_places
 
-PairGrounds = Literal["shapes", "order", "names", "fact", "siblings", "patch", "outputs"]
+PairGrounds = Literal["shapes", "order", "names", "fact", "siblings", "patch", "outputs", "tried"]
 """What tells the pair: shapes allow no other; the order of both programs' parts; names; a known code base;
-how its siblings are arranged; that patches are flattened alike."""
+how its siblings are arranged; that patches are flattened alike; outputs, of both programs or of a module."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,6 +30,7 @@ _WORDS: Mapping[str, str] = {
     "siblings": "a square matrix, arranged as its siblings are",
     "patch": "with rows, columns and channels of a patch in one order on both sides",
     "outputs": "proved by outputs",
+    "tried": "by outputs of single modules, not proved",
 }
 
 
@@ -80,11 +81,9 @@ def _settling(questions: Sequence[Question], *, is_run: bool) -> Iterator[str]:
     if not is_run:
         yield f"# to settle a question, run both: {RUN_BOTH}."
     last = [str(min(at // 2, len(question.choices) - 1)) for at, question in enumerate(questions[:3])]
-    shown = ", ".join(
-        [*last[:1], *["None"][: len(last) - 1], *last[2:], *["..."][: max(len(questions) - 3, 0)]]
-    )
+    shown = [*last[:1], *["None"][: len(last) - 1], *last[2:], *["..."][: max(len(questions) - 3, 0)]]
     what = "it by number" if len(questions) == 1 else "them by number; None leaves one open"
-    yield f"# {BY_NUMBER}{shown}]) answers {what}."
+    yield f"# {BY_NUMBER}{', '.join(shown)}]) answers {what}."
 
 
 RUN_BOTH = "suggest(..., verify=(linen_apply, nnx_apply, inputs))"

@@ -39,7 +39,8 @@ from orbax_nnx_handler.planning.restore_plan import RestorePlan
 from orbax_nnx_handler.planning.target.target import flatten_target
 from orbax_nnx_handler.planning.verdict.outcomes import Restored
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
-from orbax_nnx_handler.storage.reading import Job, read_everywhere
+from orbax_nnx_handler.storage.reading import Job
+from orbax_nnx_handler.storage.restoring.restore import read_jobs
 from orbax_nnx_handler.verifying import are_identical
 
 
@@ -174,15 +175,14 @@ def restore_linen(checkpoint: Checkpoint, plan: RestorePlan, no_numbers: Iterabl
     """
     places, location = locate_stored(plan)
     where = one_device()
-    arrays = read_everywhere(checkpoint, [_job(checkpoint, path, where) for path in places])
+    arrays = read_jobs(checkpoint, [_job(checkpoint, path, where) for path in places])
     arrays |= {path: jnp.full_like(arrays[path], jnp.nan) for path in no_numbers}
     tree = nested({place: arrays[path] for path, place in places.items()})
-    of_array = {id(arrays[path]): location[path] for path in places}
     return LinenWeights(
         variables=cast("dict[str, Any]", _with_lists(tree)),
         places=places,
         location=location,
-        of_array=of_array,
+        of_array={id(arrays[path]): location[path] for path in places},
     )
 
 

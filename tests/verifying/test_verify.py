@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import Fuse, Transpose, Verification, VerificationError, verify
+from orbax_nnx_handler import Fuse, Transpose, Verification, VerificationError, suggest, verify
 from orbax_nnx_handler.planning.core.paths import render
 from tests.verifying.twins import BILSTM, GPT, LLAMA, TRANSLATOR, TWINS, VIT, LinenEncoderBlock, Twin
 
@@ -207,6 +207,20 @@ def test_collections_beside_the_parameters_are_the_linen_programs_too(tmp_path: 
 
     assert found.equal
     assert seen == [jax.tree.map(np.shape, variables)]
+
+
+@pytest.mark.parametrize("held", [np.asarray, jnp.asarray], ids=["NumPy", "JAX"])
+def test_proposals_for_variables_in_memory_are_proved_too(held: Callable[[Any], Any]):
+    x = np.random.default_rng(0).normal(size=(2, 4)).astype("f")
+    variables = jax.tree.map(
+        lambda leaf: held(leaf + 0.25), nn.unbox(Statistics().init(jax.random.key(0), x))
+    )
+    target = nnx.eval_shape(lambda: NNXStatistics(nnx.Rngs(0)))
+    programs = (Statistics().apply, lambda model, x: model(x), (x,))
+
+    found = suggest(variables, target, verify=programs)
+
+    assert found.is_proved
 
 
 def test_vmapped_members_are_compared_one_by_one(tmp_path: pathlib.Path):

@@ -4,7 +4,7 @@ The few stored values that decide a verdict (counts that must fit, leftovers tha
 zero) are read before anything else, so that a failure is known before the first weight is read.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import jax
@@ -156,16 +156,9 @@ def carry_out(
         check_values(checkpoint, plan)
 
     agree(check)
-    jobs = _jobs(plan, single_replica)
-    arrays = dict[Path, jax.Array]()
-    if checkpoint.on_devices:
-        there = [job for job in jobs if not checkpoint.on_devices.keys().isdisjoint(reads(job.recipe))]
-        values = {**(checkpoint.values or {}), **checkpoint.on_devices}
-        arrays = agree(lambda: compute_on_devices(values, there))
-        jobs = [job for job in jobs if job.path not in arrays]
-    arrays |= read_everywhere(
+    arrays = read_jobs(
         checkpoint,
-        jobs,
+        _jobs(plan, single_replica),
         concurrent_bytes=concurrent_bytes,
         progress=progress,
         orbax=orbax,
@@ -177,6 +170,26 @@ def carry_out(
         if item.recipe is not None:
             filled[path] = _overlay(item, filled[path], arrays.pop(path))
     return arrays | filled
+
+
+def read_jobs(checkpoint: Checkpoint, jobs: Sequence[Job], **reading: Any) -> dict[Path, jax.Array]:
+    """Returns the arrays of jobs: those of a tree in memory from where they are, all others read.
+
+    Args:
+        checkpoint: Where the stored leaves lie.
+        jobs: What is to be made.
+        reading: See `read_everywhere`.
+
+    Raises:
+        RestoreError: A stored value cannot be read, on any process.
+    """
+    arrays = dict[Path, jax.Array]()
+    if checkpoint.on_devices:
+        there = [job for job in jobs if not checkpoint.on_devices.keys().isdisjoint(reads(job.recipe))]
+        values = {**(checkpoint.values or {}), **checkpoint.on_devices}
+        arrays = agree(lambda: compute_on_devices(values, there))
+        jobs = [job for job in jobs if job.path not in arrays]
+    return arrays | read_everywhere(checkpoint, jobs, **reading)
 
 
 def _jobs(plan: RestorePlan, single_replica: Callable[[Path], SingleReplica | None]) -> list[Job]:

@@ -54,15 +54,18 @@ def test_a_network_under_another_name_comes_with_the_rules_that_make_it_that_one
 
     error = plan_restore(tmp_path / "item", target).error()
     rules = error.hints[0].arguments["renames"]
-    again = plan_restore(tmp_path / "item", target, renames=rules[:2]).error()
+    weights = [("disc/batch_stats", "critic"), ("disc/params", "critic")]
+    again = plan_restore(tmp_path / "item", target, renames=weights).error()
 
     assert "is stored below 'disc', and nothing" in str(error)
     assert "suggest" not in str(error)
     assert "init" not in str(again)
-    assert as_rules(again.hints[0].arguments["renames"]) == as_rules(rules)
-    result = restore(tmp_path / "item", target, renames=rules)
-    parts = [nnx.state(item, nnx.Not(nnx.RngState)) for item in (result["critic"], saved["disc"])]
-    check(*map(flat, parts))
+    others = again.hints[0].arguments["renames"]
+    assert as_rules(others) == as_rules([*weights, ("disc/opt_state", "critic/optimizer/opt_state")])
+    for each in (rules, others):
+        result = restore(tmp_path / "item", target, renames=each)
+        parts = [nnx.state(item, nnx.Not(nnx.RngState)) for item in (result["critic"], saved["disc"])]
+        check(*map(flat, parts))
 
 
 def test_a_state_without_values_is_not_saved(tmp_path):

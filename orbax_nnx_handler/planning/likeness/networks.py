@@ -2,9 +2,8 @@
 
 A model of several networks keeps each in a module of its own: a generator and a discriminator, an actor
 and a critic, an encoder and a decoder. Where one module of either side holds leaves of the same sizes,
-nothing of it goes into another one, whatever its parts are called. Of several that hold the same, names
-tell which is which, or nothing does. Then parts that two numbers count, of which either may be the outer one.
-Last, layers that one side may count from the other end.
+nothing of it goes into another one, whatever its parts are called. Of several that hold the same, names tell
+which is which, or nothing does. Then parts that two numbers count, and layers counted from the other end.
 """
 
 import dataclasses
@@ -347,10 +346,9 @@ def _word_before(texts: Sequence[str], at: int) -> str:
     return next(filter(None, reversed(texts[at].split("/"))), "")
 
 
-# Layers that may be counted from the other end.
-
 _Layers = dict[tuple[int, int], list[Link]]
 _Lists = tuple[Names, Names]
+_Told = Mapping[_Lists, tuple[tuple[int, ...], tuple[set[int], ...]]]
 
 
 def with_either_end(found: Findings) -> Findings:
@@ -365,39 +363,41 @@ def with_either_end(found: Findings) -> Findings:
         if at is not None and to is not None:
             held[ours, theirs][at, to].append(link)
     some = {pair: of for pair, of in held.items() if {*map(len, _sides(of))} == {len(of)}}
-    told = {pair: of for pair, of in some.items() if _is_told(of)}
+    told = {pair: (_order_of(of), _sides(of)) for pair, of in some.items() if _is_told(of)}
     if turned := {x: order for x, of in some.items() if (order := _other_order(x, of, told))}:
-        links = (link for x, order in turned.items() for link in _ordered(some[x], order))
-        kept = _beside(found, map(some.__getitem__, turned))
-        return with_either_end(dataclasses.replace(found, links=[*kept, *links]))
-    asked = [(of, each) for pair, of in some.items() if (each := _readings(pair, of, told))]
+        links = _beside(found, map(some.__getitem__, turned))
+        links += (link for x, order in turned.items() for link in _ordered(some[x], order))
+        return with_either_end(dataclasses.replace(found, links=links))
+    forwards = {list_ for x, (order, _) in told.items() if order == (*range(len(order)),) for list_ in x}
+    near = {x: told if forwards.isdisjoint(x) else {} for x in some if x not in told}
+    asked = [(some[x], each) for x, beside in near.items() if (each := _readings(x, some[x], beside))]
     ties = [*found.ties, *(_choice(each[-1], *each) for _, each in asked)]
     return dataclasses.replace(found, links=_beside(found, (of for of, _ in asked)), ties=ties)
 
 
-def _readings(pair: _Lists, layers: _Layers, told: Mapping[_Lists, _Layers]) -> list[list[Link]]:
+def _readings(pair: _Lists, layers: _Layers, told: _Told) -> list[list[Link]]:
     """Returns layers in each order that may be theirs, one by one last; none where it is told."""
     straight, now = (*range(len(layers)),), _order_of(layers)
-    forwards = {list_ for x, of in told.items() if _order_of(of) == (*range(len(of)),) for list_ in x}
-    others = {*map(_order_of, _like(pair, layers, told) if forwards.isdisjoint(pair) else ())} - {straight}
-    others |= {straight[::-1]} if _are_sizes(pair[1], _sides(layers)) else set()
+    back = [straight[::-1]] if _are_sizes(pair[1], _sides(layers)) else []
+    others = {*back, *_like(pair, layers, told)} - {straight}
     readings = [_ordered(layers, order) for order in (*sorted(others), straight)]
-    return readings if others and now not in others and pair not in told and all(readings) else []
+    return readings if others and now not in others and all(readings) else []
 
 
-def _like(pair: _Lists, layers: _Layers, told: Mapping[_Lists, _Layers]) -> list[_Layers]:
-    """Returns the lists that are counted as these, or beside them by Linen itself; not a U-Net's middle."""
-    own = {x: of for x, of in told.items() if len(of) == len(layers) and x[0][:-1] == pair[0][:-1]}
-    is_arm = concepts(pair[0][-1:]).isdisjoint(("mid", "middle", "bottleneck"))
-    counted = [of for x, of in own.items() if is_arm and all(map(_is_automatic, (x[1], pair[1])))]
-    return [*counted, *(of for of in told.values() if _sides(of) == _sides(layers))]
+def _like(pair: _Lists, layers: _Layers, told: _Told) -> set[tuple[int, ...]]:
+    """Returns the orders of lists that are counted as this one, or beside it by Linen; no U-Net's middle."""
+    sides, is_arm = _sides(layers), concepts(pair[0][-1:]).isdisjoint(("mid", "middle", "bottleneck"))
+    near = (x for x in told if is_arm and x[0][:-1] == pair[0][:-1])
+    beside = {x for x in near if _is_automatic(x[1]) and _is_automatic(pair[1])}
+    every = ((x, *told[x]) for x in told if len(told[x][0]) == len(layers))
+    return {order for x, order, others in every if others == sides or x in beside}
 
 
-def _other_order(pair: _Lists, layers: _Layers, told: Mapping[_Lists, _Layers]) -> tuple[int, ...]:
+def _other_order(pair: _Lists, layers: _Layers, told: _Told) -> tuple[int, ...]:
     """Returns the order of layers, if another one: shapes allow no other, or others of their list tell it."""
-    now, straight = _order_of(layers), (*range(len(layers)),)
-    is_open = pair not in told and _is_automatic(pair[1])
-    orders = {*map(_order_of, _like(pair, layers, {x: told[x] for x in told if is_open and x[0] == pair[0]}))}
+    now, straight, is_counted = _order_of(layers), (*range(len(layers)),), _is_automatic(pair[1])
+    own = {x: told[x] for x in told if x[0] == pair[0]} if is_counted and pair not in told else {}
+    orders = _like(pair, layers, own)
     is_back = not orders and now != straight and not _ordered(layers, straight)
     (order,) = orders if len(orders) == 1 else {straight[::-1] if is_back else straight}
     return order if order not in (now, straight) and _ordered(layers, order) else ()

@@ -19,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.paths import Level, levels, shared_levels
-from orbax_nnx_handler.planning.likeness import Couples, apart_from, companions
+from orbax_nnx_handler.planning.likeness import Couples, apart_from, companions, in_list, outermost_list
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, PairGrounds, Tie
 from orbax_nnx_handler.planning.likeness.module_parts import (
     Leaf,
@@ -189,7 +189,8 @@ def _told_by_sisters(
 def _told_by_layers(found: Findings, sides: Sequence[Sequence[ModulePart]]) -> Iterator[_Pair]:
     """Yields parts of layers of which leaves are missing, where the whole layers of the list agree."""
     homes, used = _homes(found), {part_of(leaf) for link in found.links for leaf in link.stored}
-    torn = {x[:2] for part in sides[1] if part.names not in used and (x := _seat(part.names))}
+    left = (part for part in sides[1] if part.names not in used)
+    torn = dict.fromkeys(x[:2] for part in left if (x := _seat(part.names)))
     layers = defaultdict[Names, dict[int, dict[Names, ModulePart]]](lambda: defaultdict(dict))
     for part in sides[1] if torn else ():
         if seat := _seat(part.names):
@@ -217,12 +218,8 @@ def _holds(one: ModulePart, other: ModulePart) -> bool:
 
 def _seat(names: Names) -> tuple[Names, int, Names] | None:
     """Returns the list that a part lies in, the number of its layer and its path in that."""
-    width = 0
-    for level in levels(names)[:-1]:
-        width += level.width
-        if level.number is not None:
-            return (*names[: width - level.width], level.base), level.number, names[width:]
-    return None
+    (list_, inner), (_, number) = in_list(names), outermost_list(names)
+    return (list_, number, inner) if inner and number is not None else None
 
 
 # What the order of a target tells.

@@ -58,7 +58,7 @@ from orbax_nnx_handler.planning.suggesting.suggestion import (
     one_of,
     open_ends,
     problem_of,
-    proposal_of,
+    proposals_of,
     resized_in,
     steps_by_leaf,
 )
@@ -438,7 +438,7 @@ class _Proposing:
         placed = verdict.sides.placements
         made, images = verdict.restored, flattened(self._theirs if verdict is not self._base else (), own)
         return Suggestion(
-            proposals=tuple(proposal_of(rule, links) for rule, links in tried.rules.items()),
+            proposals=tuple(proposals_of(tried.rules)),
             questions=tuple(questions),
             wanted_count=len(weights),
             unmatched_wanted=tuple(path for path in weights if path in left),

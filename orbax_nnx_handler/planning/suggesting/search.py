@@ -32,7 +32,7 @@ from orbax_nnx_handler.planning.suggesting.questions import (
     contradicted,
     of_one_tower,
 )
-from orbax_nnx_handler.planning.suggesting.shared_by_modules import with_modules_unturned
+from orbax_nnx_handler.planning.suggesting.whole_modules import with_modules_unturned
 from orbax_nnx_handler.planning.target.roles import Wanted
 
 

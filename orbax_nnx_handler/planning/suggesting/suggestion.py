@@ -1,24 +1,23 @@
 """What is proposed, as text that a user reads and pastes."""
 
 import dataclasses
-import functools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Literal
 
 from orbax_nnx_handler.planning.core.folding import Row, fold
-from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf, WantedLeaf
+from orbax_nnx_handler.planning.core.leaves import StoredLeaf, WantedLeaf
 from orbax_nnx_handler.planning.core.lines import WIDTH, aligned, as_html, counted, framed
-from orbax_nnx_handler.planning.core.paths import Path, canonical, printable, segments, spelled
-from orbax_nnx_handler.planning.core.recipes import Read
+from orbax_nnx_handler.planning.core.paths import Path, levels, printable, segments, spelled
 from orbax_nnx_handler.planning.likeness.joined_parts import Remade
 from orbax_nnx_handler.planning.likeness.links import Link, PairGrounds
-from orbax_nnx_handler.planning.likeness.vocabulary import Names, concepts, exclude, likeness, meanings, words
+from orbax_nnx_handler.planning.likeness.vocabulary import Names, concepts, likeness, meanings, words
 from orbax_nnx_handler.planning.rules import Rename, Rule
 from orbax_nnx_handler.planning.suggesting.questions import Question, parts_in_words
+from orbax_nnx_handler.planning.suggesting.whole_modules import is_rivalled
 from orbax_nnx_handler.planning.verdict.outcomes import Verdict, mismatched_rows
 
 Confidence = Literal["certain", "likely", "open"]
@@ -68,12 +67,32 @@ def _is_untold(rule: Rename) -> bool:
 _RANKING: tuple[PairGrounds, ...] = ("shapes", "names", "patch", "siblings", "order", "fact")
 
 
-def proposal_of(rule: Rule, links: Sequence[Link]) -> Proposal:
-    """Returns a rule with the weakest ground of the links that it serves."""
-    found: list[PairGrounds] = [link.grounds for link in links]
-    grounds = max(found, key=_RANKING.index) if found else "shapes"
-    fact = next((link.fact for link in links if link.fact), "")
-    return Proposal(rule=rule, grounds=grounds, fact=fact if grounds == "fact" else "")
+def proposals_of(rules: Mapping[Rule, Sequence[Link]]) -> Iterator[Proposal]:
+    """Yields each rule with the weakest ground of the links that it serves."""
+    counted = _told_by_creation(link for links in rules.values() for link in links)
+    for rule, links in rules.items():
+        found: list[PairGrounds] = [link.grounds for link in links]
+        if any(link.source.source in counted for link in links):
+            found.append("order")
+        grounds = max(found, key=_RANKING.index) if found else "shapes"
+        fact = next((link.fact for link in links if link.fact), "")
+        yield Proposal(rule=rule, grounds=grounds, fact=fact if grounds == "fact" else "")
+
+
+def _told_by_creation(links: Iterable[Link]) -> Collection[Path]:
+    """Returns the stored leaves that nothing but Linen's own numbers tells from another one of their shape.
+
+    Linen counts modules as they are made: of `Dense(n)(relu(Dense(n)(x)))` the layer that is called last
+    is `Dense_0`. A target that has the same name counts the same way.
+    """
+    found = defaultdict[object, set[Path]](set)
+    for link in links:
+        ours = {level.base for level in levels(link.target.names)}
+        theirs = levels(link.source.names)
+        if any(level.is_automatic and level.base not in ours for level in theirs):
+            names = tuple(level.base if level.is_automatic else level for level in theirs)
+            found[names, link.source.shape, link.source.number].add(link.source.source)
+    return {path for paths in found.values() if len(paths) > 1 for path in paths}
 
 
 def _settling(questions: Sequence[Question], *, is_run: bool) -> Iterator[str]:
@@ -250,7 +269,7 @@ class Tried:
     @property
     def is_rivalled(self) -> bool:
         """Whether a module that nothing wants may be meant where one is taken that holds the same."""
-        return self.verdict is not None and bool(self.rules) and _is_rivalled(self.verdict)
+        return self.verdict is not None and bool(self.rules) and is_rivalled(self.verdict)
 
 
 def steps_by_leaf(links: Iterable[Link]) -> Mapping[Path, tuple[str, ...]]:
@@ -365,43 +384,6 @@ def problem_of(verdict: Verdict, weights: Iterable[Path]) -> str:
     if all(sorted(item.stored_shape) == sorted(item.wanted.shape) for item in shapes):
         way = "their axes lie in another order, which shapes do not tell: pass a Transpose for each."
     return f"{head} in another shape:\n{rows}\n{way}"
-
-
-def _is_rivalled(verdict: Verdict) -> bool:
-    """Tells whether a module that nothing wants holds what one does that is wanted, and may be meant.
-
-    An average of the weights, an older copy of them, a layer more. Of what is wanted by its own name, one
-    that is counted with it, or called its opposite, is none.
-    """
-    # Without their numbers: of a list there are few names, however long it is.
-    taken = defaultdict[tuple[tuple[Path, Path], Shape], set[tuple[str, bool]]](set)
-    for path, item in verdict.restored.items() if verdict.unexpected else ():
-        source, called = item.recipe.path if isinstance(item.recipe, Read) else (), canonical(path)
-        for at, others in _levels(source):
-            is_own = {*canonical(names := segments(source)[at : at + 1])} <= {*called}
-            taken[others, item.wanted.shape].add((_unnumbered(*names), is_own))
-    rivals = defaultdict[Path, list[set[str]]](list)
-    for path, leaf in verdict.unexpected.items() if any(taken.values()) else ():
-        for at, others in _levels(path):
-            name = _unnumbered(segments(path)[at])
-            some = {x for x, is_own in taken[others, leaf.shape] if not is_own or _may_be(name, x)}
-            rivals[path[: at + 1]].append(some)
-    return any(names[0].intersection(*names[1:]) for names in rivals.values())
-
-
-def _may_be(name: str, own: str) -> bool:
-    return name != own and not exclude(concepts([name]), concepts([own]))
-
-
-def _levels(path: Path) -> list[tuple[int, tuple[Path, Path]]]:
-    """Returns the levels of modules in a path, each with what stands before and behind it."""
-    keys = segments(path)
-    return [(at, (keys[:at], keys[at + 1 :])) for at in range(1, len(keys) - 1)]
-
-
-@functools.lru_cache(maxsize=65536)
-def _unnumbered(name: str) -> str:
-    return re.sub(r"\d+", "", name)
 
 
 def resized_in(verdict: Verdict, questions: Iterable[Question]) -> tuple[str, ...]:

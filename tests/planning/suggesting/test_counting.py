@@ -624,3 +624,26 @@ def test_what_leads_down_is_none_of_what_leads_up():
 
     assert not values
     assert not found.questions
+
+
+@pytest.mark.parametrize("to", ["layers/{}", "net/block/{}"])
+@pytest.mark.parametrize(
+    ("widths", "confidence"), [([(4, 4), (4, 4)], "likely"), ([(4, 6), (6, 5)], "certain")]
+)
+def test_of_layers_of_one_shape_the_order_in_which_linen_made_them_is_likely(to, widths, confidence):
+    # `Dense(n)(relu(Dense(n)(x)))` makes the layer first that it calls last.
+    stored = filled({f"Dense_{at}/kernel": shape for at, shape in enumerate(widths)})
+
+    found, values = proposed(stored, {f"{to.format(at)}/kernel": shape for at, shape in enumerate(widths)})
+
+    assert (found.unmatched_wanted, found.questions, found.confidence) == ((), (), confidence)
+    assert ("by the order" in str(found)) == (confidence == "likely")
+    check(values, {f"{to.format(at)}/kernel": stored[f"Dense_{at}/kernel"] for at in range(2)})
+
+
+def test_the_same_class_is_counted_as_it_was():
+    stored = filled({f"Dense_{at}/kernel": (4, 4) for at in range(2)})
+
+    found, _ = proposed(stored, {f"net/{path}": value.shape for path, value in stored.items()})
+
+    assert found.confidence == "certain"

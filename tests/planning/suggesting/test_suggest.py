@@ -269,7 +269,7 @@ def test_a_tenth_module_comes_after_the_second():
     found = proposal({"layers": dict.fromkeys(range(11), DENSE)}, stored)
 
     assert renames(found) == [("Dense_{i}", "layers/{i}")]
-    assert found.confidence == "certain"
+    assert found.confidence == "likely"  # Linen counts in the order of creation, not of calls.
 
 
 def test_layers_under_one_name_are_one_rule_with_a_place():

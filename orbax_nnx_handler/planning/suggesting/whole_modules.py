@@ -1,23 +1,27 @@
-"""What modules share: renames of many of them, and whether the matrices of one are transposed.
+"""What is told of whole modules: renames of many, whether one's matrices are transposed, which one is meant.
 
 `('kernel', 'weight')`, and `('{x}_dense', 'net/{x}_linear')` for `up_dense`, `down_dense` and all
 others: one rule where each module would have one.
 """
 
 import dataclasses
+import functools
 import itertools
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from orbax_nnx_handler.planning.core.leaves import with_fields
-from orbax_nnx_handler.planning.core.paths import is_index
+from orbax_nnx_handler.planning.core.leaves import Shape, with_fields
+from orbax_nnx_handler.planning.core.paths import Path, canonical, is_index, segments
+from orbax_nnx_handler.planning.core.recipes import Read
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Move, Tie, alike, differing
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, part_of
 from orbax_nnx_handler.planning.likeness.shapes import Way
-from orbax_nnx_handler.planning.likeness.vocabulary import PYTORCHS, Names
+from orbax_nnx_handler.planning.likeness.vocabulary import PYTORCHS, Names, concepts, exclude
 from orbax_nnx_handler.planning.rules import Rename
 from orbax_nnx_handler.planning.rules.entries import Entries
 from orbax_nnx_handler.planning.rules.rule import compiled
+from orbax_nnx_handler.planning.verdict.outcomes import Verdict
 
 Renamed = tuple[Names, Names]
 """The segments that a rename is for, and what they become."""
@@ -190,3 +194,43 @@ def _tie(parts: Sequence[Sequence[Link]], orders: Iterable[Sequence[Link]]) -> T
         stored=tuple(dict.fromkeys(part_of(link.source) for link in named)),
         readings=(*map(tuple, orders), named),
     )
+
+
+# Whether another module may be meant.
+
+
+def is_rivalled(verdict: Verdict) -> bool:
+    """Tells whether a module that nothing wants holds what one does that is wanted, and may be meant.
+
+    An average of the weights, an older copy of them, a layer more. Of what is wanted by its own name, one
+    that is counted with it, or called its opposite, is none.
+    """
+    # Without their numbers: of a list there are few names, however long it is.
+    taken = defaultdict[tuple[tuple[Path, Path], Shape], set[tuple[str, bool]]](set)
+    for path, item in verdict.restored.items() if verdict.unexpected else ():
+        source, called = item.recipe.path if isinstance(item.recipe, Read) else (), canonical(path)
+        for at, others in _levels(source):
+            is_own = {*canonical(names := segments(source)[at : at + 1])} <= {*called}
+            taken[others, item.wanted.shape].add((_unnumbered(*names), is_own))
+    rivals = defaultdict[Path, list[set[str]]](list)
+    for path, leaf in verdict.unexpected.items() if any(taken.values()) else ():
+        for at, others in _levels(path):
+            name = _unnumbered(segments(path)[at])
+            some = {x for x, is_own in taken[others, leaf.shape] if not is_own or _may_be(name, x)}
+            rivals[path[: at + 1]].append(some)
+    return any(names[0].intersection(*names[1:]) for names in rivals.values())
+
+
+def _may_be(name: str, own: str) -> bool:
+    return name != own and not exclude(concepts([name]), concepts([own]))
+
+
+def _levels(path: Path) -> list[tuple[int, tuple[Path, Path]]]:
+    """Returns the levels of modules in a path, each with what stands before and behind it."""
+    keys = segments(path)
+    return [(at, (keys[:at], keys[at + 1 :])) for at in range(1, len(keys) - 1)]
+
+
+@functools.lru_cache(maxsize=65536)
+def _unnumbered(name: str) -> str:
+    return re.sub(r"\d+", "", name)

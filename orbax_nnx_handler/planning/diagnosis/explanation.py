@@ -42,7 +42,6 @@ from orbax_nnx_handler.planning.diagnosis.one_sided_parts import (
     find_biases,
     find_collections,
     find_fields,
-    find_given_layout,
     find_lost_weights,
     find_new_parts,
     find_no_optimizer,
@@ -54,6 +53,7 @@ from orbax_nnx_handler.planning.diagnosis.one_sided_parts import (
 from orbax_nnx_handler.planning.diagnosis.optimizers import find_networks, find_optimizers, find_replicated
 from orbax_nnx_handler.planning.diagnosis.passed_rules import (
     find_dropped,
+    find_given_layout,
     find_rules_of_layers,
     find_sizes_of_rules,
     find_unneeded,

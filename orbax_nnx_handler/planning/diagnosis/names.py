@@ -165,8 +165,8 @@ def find_other_groups(evidence: Evidence) -> Iterable[Cause]:
     theirs = _numbers((evidence.stored_below(evidence.free_weights[path]) for path in sources), right)
     if (ours and theirs and ours != theirs) or evidence.speaks_against(lost, sources):
         return  # Layers of other numbers are other layers.
-    if exclude(concepts([left.name]), concepts([right.name])):
-        return  # `encoder_out` is not what `decoder_in` wants.
+    if exclude(concepts([left.name]), concepts([right.name])) or evidence.perhaps_stored.isdisjoint(lost):
+        return  # `encoder_out` is not what `decoder_in` wants; a head with more outputs is another one.
     count, name = len(wanted[left]), right.name
     if theirs and not ours and len(theirs) == 1:
         name = f"{name}_{next(iter(theirs))[1:]}"  # No list: the one module of a name that Linen gave.

@@ -1,6 +1,6 @@
 """Parts that one side lacks or has in another form: a collection, biases, a head, an optimizer, a step.
 
-And what the checkpoint is as a whole: without a weight, or of another layout than was asked for.
+And a checkpoint without any weight.
 """
 
 import dataclasses
@@ -10,10 +10,9 @@ from collections.abc import Collection, Iterable, Sequence
 
 from flax import nnx
 
-from orbax_nnx_handler.planning import layouts
-from orbax_nnx_handler.planning.core.errors import Cause, Hint, UnknownLayoutError, as_python, fill_hint
+from orbax_nnx_handler.planning.core.errors import Cause, Hint, as_python, fill_hint
 from orbax_nnx_handler.planning.core.folding import fold_paths
-from orbax_nnx_handler.planning.core.leaves import begins_a_state, is_optax_state
+from orbax_nnx_handler.planning.core.leaves import begins_a_state, differing_axes, is_optax_state
 from orbax_nnx_handler.planning.core.lines import counted, listed
 from orbax_nnx_handler.planning.core.paths import (
     Path,
@@ -126,12 +125,14 @@ def find_lost_weights(evidence: Evidence) -> Iterable[Cause]:
 
 
 def find_new_parts(evidence: Evidence) -> Iterable[Cause]:
-    """Yields a part of the target of which nothing is stored, where all the rest is there."""
+    """Yields a part of the target of which nothing is stored, where all the rest is there.
+
+    Whatever else lies unused is no reason to look on where none of it has the shapes, in any arrangement.
+    """
     missing = evidence.missing_weights
     known = evidence.explained.union(missing)
     rest = [path for path in evidence.weights if path not in known]
-    # Else the missing leaves may be what the wrong ones were renamed from.
-    elsewhere = evidence.free_weights or evidence.kept_aside.intersection(missing)
+    elsewhere = not evidence.perhaps_stored.isdisjoint(missing)
     if not missing or not rest or elsewhere or any(path not in evidence.restored for path in rest):
         return
     lora = [
@@ -144,16 +145,27 @@ def find_new_parts(evidence: Evidence) -> Iterable[Cause]:
     paths = evidence.with_moments(missing)
     names = [fold_paths(filter(None, modules))] if modules else []
     names += [counted(len(lora), "LoRA weight")] if lora else []
+    of_size = [row for row in (_of_another_size(evidence, path) for path in missing) if row]
+    held = f", or has it in another size ({listed(of_size[:_SHORT])})" if of_size else ""
     yield Cause(
         kind="NewPart",
-        text=f"nothing is stored for {listed(names)}, and everything for the other "
-        f"{'weight' if len(rest) == 1 else f'{len(rest)} weights'}: the checkpoint's model did not have "
-        f"{'this part' if len(names) == 1 else 'these parts'}.",
+        text=f"nothing is stored for {listed(names)}{' in its shapes' if held else ''}, and everything for "
+        f"the other {'weight' if len(rest) == 1 else f'{len(rest)} weights'}: the checkpoint's model did not "
+        f"have {'this part' if len(names) == 1 else 'these parts'}{held}.",
         paths=paths,
+        way=Hint("if it is the same part, build the target with the stored sizes." if held else ""),
         filters=selecting(evidence, paths),
         may_be_initialised=True,
         facts={"names": tuple(names), "complete": len(rest)},
     )
+
+
+def _of_another_size(evidence: Evidence, path: Path) -> str:
+    """Returns in words the one unused matrix of another size on one axis; empty for none, or more."""
+    shape = evidence.shape(path)
+    free = (one for one, item in evidence.free_weights.items() if item.path[-1] == path[-1])
+    near = [one for one in free if len(shape) > 1 and len(differing_axes(evidence.shape(one), shape)) == 1]
+    return f"{render(near[0])} {evidence.shape(near[0])} for {render(path)} {shape}" if len(near) == 1 else ""
 
 
 def _new_module(path: Path, held: Collection[Path]) -> Path | None:
@@ -250,29 +262,6 @@ def find_tied(evidence: Evidence) -> Iterable[Cause]:
 
 
 _SHORT = 3
-
-
-def find_given_layout(evidence: Evidence) -> Iterable[Cause]:
-    """Yields the verdict that the layout was named, and is not that of the checkpoint."""
-    placements = evidence.sides.placements
-    faults = [path for fault in evidence.verdict.faults for path in fault.paths]
-    if not (evidence.missing_weights or faults) or not placements:
-        return
-    stored = {path: item.leaf for path, item in placements.items()}
-    try:
-        fitting = [layout.title for layout in layouts.candidates(stored, "auto")]
-    except UnknownLayoutError:
-        return
-    if evidence.verdict.layout not in fitting:
-        given, found = evidence.verdict.layout, fitting[:_SHORT]
-        yield Cause(
-            kind="LayoutGiven",
-            text=f"the checkpoint was read as {given}, as layout=... asks, but does not have the form "
-            f"of one: it looks like {' or '.join(found)}.",
-            paths=evidence.with_moments(evidence.missing_weights) or tuple(faults),
-            way=Hint("leave layout=... out: it is found out from the metadata.", {"layout": "auto"}),
-            facts={"given": given, "found": tuple(found)},
-        )
 
 
 def find_no_weights(evidence: Evidence) -> Iterable[Cause]:

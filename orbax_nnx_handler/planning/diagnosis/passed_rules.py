@@ -1,10 +1,11 @@
-"""Rules that were passed and stand in the way: what they drop or make is not what the target wants."""
+"""What was passed and stands in the way: rules that drop or make what the target does not want, a layout."""
 
 import dataclasses
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from orbax_nnx_handler.planning.core.errors import Cause, Hint, as_python
+from orbax_nnx_handler.planning import layouts
+from orbax_nnx_handler.planning.core.errors import Cause, Hint, UnknownLayoutError, as_python
 from orbax_nnx_handler.planning.core.folding import fold_paths
 from orbax_nnx_handler.planning.core.leaves import Shape, differing_axes
 from orbax_nnx_handler.planning.core.lines import counted, listed
@@ -21,6 +22,30 @@ from orbax_nnx_handler.planning.verdict.outcomes import Mismatched
 _TRIED = 6
 """Rules that are tried one by one, each by a whole plan."""
 _NEW = " of another shape"
+_SHORT = 3
+
+
+def find_given_layout(evidence: Evidence) -> Iterable[Cause]:
+    """Yields the verdict that the layout was named, and is not that of the checkpoint."""
+    placements = evidence.sides.placements
+    faults = [path for fault in evidence.verdict.faults for path in fault.paths]
+    if not (evidence.missing_weights or faults) or not placements:
+        return
+    stored = {path: item.leaf for path, item in placements.items()}
+    try:
+        fitting = [layout.title for layout in layouts.candidates(stored, "auto")]
+    except UnknownLayoutError:
+        return
+    if evidence.verdict.layout not in fitting:
+        given, found = evidence.verdict.layout, fitting[:_SHORT]
+        yield Cause(
+            kind="LayoutGiven",
+            text=f"the checkpoint was read as {given}, as layout=... asks, but does not have the form "
+            f"of one: it looks like {' or '.join(found)}.",
+            paths=evidence.with_moments(evidence.missing_weights) or tuple(faults),
+            way=Hint("leave layout=... out: it is found out from the metadata.", {"layout": "auto"}),
+            facts={"given": given, "found": tuple(found)},
+        )
 
 
 def find_dropped(evidence: Evidence) -> Iterable[Cause]:

@@ -279,14 +279,6 @@ def counted_parts(parts: Iterable[ModulePart]) -> Mapping[tuple[Names, str], Map
     return {key: dict(sorted(held.items(), key=lambda x: x[0])) for key, held in found.items()}
 
 
-def by_shapes(parts: Iterable[ModulePart]) -> Mapping[object, list[ModulePart]]:
-    """Returns parts by the shapes of their leaves, whichever way round these are."""
-    found: dict[object, list[ModulePart]] = defaultdict(list)
-    for part in parts:
-        found[tuple(sorted((kind, *sorted(leaf.shape)) for kind, leaf in part.leaves.items()))].append(part)
-    return found
-
-
 def without_place(
     pairs: Collection[tuple[int, int]], sides: Sequence[Sequence[ModulePart]]
 ) -> set[tuple[int, int]]:
@@ -380,23 +372,31 @@ def arrangeable(wanted: Sequence[Leaf], stored: Sequence[Leaf]) -> set[Path]:
     One leaf with its axes in another order, or split, or merged; several of one size in one array,
     or one of several; leaves of modules near each other side by side; one of its place several times.
     """
-    found: set[Path] = set()
-    for collection in {leaf.collection for leaf in wanted}:
-        ours = [leaf for leaf in wanted if leaf.collection == collection]
-        theirs = [leaf for leaf in stored if collection is None or leaf.collection in (None, collection)]
-        for number in {leaf.number for leaf in ours}:
-            left, right = ([leaf for leaf in side if leaf.number == number] for side in (ours, theirs))
-            found |= _arrangeable(left, right)
+    groups = defaultdict[tuple[str | None, str, str], list[Leaf]](list)
+    for leaf in wanted:
+        last = leaf.names[-1] if leaf.names[-1] in ("kernel", "bias") else ""
+        groups[leaf.collection, leaf.number, last].append(leaf)
+    found = set[Path]()
+    for (collection, number, last), ours in groups.items():
+        held = {None, collection} if collection else {leaf.collection for leaf in stored}
+        theirs = [leaf for leaf in stored if leaf.number == number and leaf.collection in held]
+        found |= _arrangeable(ours, theirs, [leaf for leaf in theirs if _is_like(leaf, last)])
     return found
 
 
-def _arrangeable(ours: Sequence[Leaf], theirs: Sequence[Leaf]) -> set[Path]:
-    sized = [[(leaf.names, math.prod(leaf.shape)) for leaf in side] for side in (ours, theirs)]
+def _is_like(leaf: Leaf, last: str) -> bool:
+    """Tells whether a leaf may be in one array with others: of a kernel no vector is, of a bias no kernel."""
+    name = leaf.names[-1]
+    is_vector_of_kernel = last == "kernel" != name and (name == "bias" or is_vector(leaf.shape))
+    return not is_vector_of_kernel and (last, name) != ("bias", "kernel")
+
+
+def _arrangeable(ours: Sequence[Leaf], theirs: Sequence[Leaf], alike: Sequence[Leaf]) -> set[Path]:
+    sized = [[(leaf.names, math.prod(leaf.shape)) for leaf in side] for side in (ours, alike)]
     lacking, held = (Counter(size for _, size in side) for side in sized)
     shapes: dict[object, set[Shape]] = defaultdict(set)
-    for leaf in theirs:
-        for key in (math.prod(leaf.shape), *_places(leaf)):
-            shapes[key].add(leaf.shape)
+    for leaf, key in ((each, key) for each in theirs for key in _places(each)):
+        shapes[key].add(leaf.shape)
     parts, joined = families(sized[0]), set(itertools.chain(*families(sized[1]).values()))
     wholes = dict(sorted((whole, held[size]) for sizes, size in joined for whole in totals_with(sizes, size)))
     likes = {size for size, n in lacking.items() if suffice(size, n, held, 2) or suffice(size, n, wholes)}
@@ -409,14 +409,14 @@ def _arrangeable(ours: Sequence[Leaf], theirs: Sequence[Leaf]) -> set[Path]:
         leaf.source
         for leaf in ours
         if math.prod(leaf.shape) in likes
-        or any(ways(shape, leaf.shape) for shape in shapes.get(math.prod(leaf.shape), ()))
+        or any(ways(x, leaf.shape) or repeats(x, leaf.shape) for key in _places(leaf) for x in shapes[key])
         or any(is_part(*family) for family in parts.get(leaf.names, ()))
-        or any(repeats(shape, leaf.shape) for key in _places(leaf) for shape in shapes.get(key, ()))
     }
 
 
-def _places(leaf: Leaf) -> Iterator[tuple[object, ...]]:
-    """Yields what is alike for leaves of one place: the module above, or what their own module is called."""
+def _places(leaf: Leaf) -> Iterator[object]:
+    """Yields what is alike for leaves of one size, of one module, or of modules that are called alike."""
+    yield math.prod(leaf.shape)
     yield leaf.names[:-2], leaf.names[-1]
     if len(leaf.names) > 1 and (said := meanings(leaf.names[-2])):
         yield said, leaf.names[-1:]

@@ -24,7 +24,6 @@ from orbax_nnx_handler.planning.likeness.links import Findings, Link, PairGround
 from orbax_nnx_handler.planning.likeness.module_parts import (
     Leaf,
     ModulePart,
-    by_shapes,
     counted_parts,
     leaves_below,
     module_parts,
@@ -232,7 +231,7 @@ def _told_by_order(
     homes, used = _homes(found), {part_of(leaf) for link in found.links for leaf in link.stored}
     made = {part_of(leaf) for link in found.links for leaf in link.wanted}
     ours, theirs = (
-        by_shapes(part for part in parts if part.names not in taken)
+        _by_shapes(part for part in parts if part.names not in taken)
         for parts, taken in zip(sides, (made, used), strict=True)
     )
     roles: dict[Names, NamedPart] = {}
@@ -240,7 +239,7 @@ def _told_by_order(
         groups = [
             (some, held, left)
             for some in classes.values()
-            for shapes, held in by_shapes(x for _, x in sorted(some.items()) if x.names not in used).items()
+            for shapes, held in _by_shapes(x for _, x in sorted(some.items()) if x.names not in used).items()
             if len(theirs[shapes]) == len(held) == len(left := ours.get(shapes, [])) > 1
         ]
         if not groups:
@@ -439,3 +438,11 @@ def _with_one_more(
                 orders = (*some, *own.values()), (*own.values(), *some)
                 pairs = [[*zip(order, held.values(), strict=True)] for order in orders]
                 yield (module, above, *held, *own), pairs
+
+
+def _by_shapes(parts: Iterable[ModulePart]) -> Mapping[object, list[ModulePart]]:
+    """Returns parts by the shapes of their leaves, whichever way round these are."""
+    found: dict[object, list[ModulePart]] = defaultdict(list)
+    for part in parts:
+        found[tuple(sorted((kind, *sorted(leaf.shape)) for kind, leaf in part.leaves.items()))].append(part)
+    return found

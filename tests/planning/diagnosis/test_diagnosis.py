@@ -355,12 +355,13 @@ def test_a_new_part_comes_with_the_policy_that_initialises_it(concrete):
     assert made.fits
 
 
-def test_a_missing_weight_beside_an_unexpected_one_is_no_new_part():
-    stored = model(2) | {"params/decoder_head/kernel": (4, 12)}
+@pytest.mark.parametrize(("shape", "is_new"), [((4, 12), True), ((3, 4), False), ((2, 2, 3), False)])
+def test_a_missing_weight_is_new_where_no_unexpected_one_has_its_shape_in_any_arrangement(shape, is_new):
+    stored = model(2) | {"params/decoder_head/kernel": shape}
 
     found = diagnose(plan(stored, model(2, "", "layers/{}") | {"classifier/kernel": (4, 3)}))
 
-    assert "NewPart" not in kinds(found)
+    assert ("NewPart" in kinds(found)) == is_new
 
 
 def test_a_weight_whose_moment_is_stored_is_lost_and_not_new():

@@ -52,7 +52,7 @@ def filled(shapes):
 
 def proposed(stored, wanted):
     """Returns what is proposed, and the wanted values under its rules; without those left open."""
-    found = suggest(_tree(stored), abstract(wanted))
+    found = suggest(variables_of(stored), abstract(wanted))
     values = restored(stored, wanted, found.renames)
     unmatched = {"/".join(map(str, path)) for path in found.unmatched_wanted}
     return found, {path: value for path, value in values.items() if path not in unmatched}
@@ -60,11 +60,14 @@ def proposed(stored, wanted):
 
 def restored(stored, wanted, rules):
     """Returns the wanted values under some rules; zeros for what none is stored of."""
-    state = from_linen(_tree(stored), abstract(wanted), renames=rules, policy="warn", unexpected="ignore")
+    state = from_linen(
+        variables_of(stored), abstract(wanted), renames=rules, policy="warn", unexpected="ignore"
+    )
     return {"/".join(map(str, path)): np.asarray(leaf.get_value()) for path, leaf in nnx.to_flat_state(state)}
 
 
-def _tree(stored):
+def variables_of(stored):
+    """Returns the variables of a Linen program whose params are given by their paths."""
     return {"params": traverse_util.unflatten_dict(stored, sep="/")}
 
 

@@ -24,11 +24,10 @@ from orbax_nnx_handler.planning.core.recipes import (
     parts_of,
     reads,
 )
-from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement, Section
+from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement, Section, is_copy_name
 from orbax_nnx_handler.planning.layouts.linen import AUX
 
 Names = tuple[str, ...]
-
 OPT_STATE = "opt_state"
 
 
@@ -103,8 +102,7 @@ class Entry:
         """
         depth = len(self.prefix)
         names, marks = tuple(whole), tuple(fixed)
-        beside = self.section in ("optimizer", "step")
-        if names[:depth] == self.prefix and len(names) > depth and not beside:
+        if names[:depth] == self.prefix and len(names) > depth and self.section not in ("optimizer", "step"):
             owner = () if self.section == "other" else self.owner
             return with_fields(self, segments=names[depth:], fixed=marks, owner=owner, **changes)
         if self.section == "optimizer":
@@ -137,7 +135,9 @@ class Entry:
             # Weights that have their network and `params` in one key, `policy_params`, under its name.
             return with_fields(self, segments=names[1:], prefix=names[:1], fixed=marks, **changes)
         if at is None:
-            kept = self.collection if len(names) < len(self.whole) else None
+            # What a rule has taken out of a copy is a parameter like any other.
+            is_kept = len(names) < len(self.whole) and not is_copy_name(self.collection or "")
+            kept = self.collection if is_kept else None
             return dataclasses.replace(
                 self, segments=names, prefix=(), fixed=marks, collection=kept, owner=(), **changes
             )

@@ -22,7 +22,6 @@ from orbax_nnx_handler.planning.mapping.networks import layers_in_turns, network
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.rules import Rename, Rule
 from orbax_nnx_handler.planning.rules.entries import Entries, Entry, loose_parts
-from orbax_nnx_handler.planning.rules.rename import by_network, copies_as_roots, keys_as_names
 from orbax_nnx_handler.planning.rules.stacking import nested_stacks
 from orbax_nnx_handler.planning.rules.values import steps_in
 from orbax_nnx_handler.planning.suggesting.link_groups import (
@@ -62,6 +61,7 @@ from orbax_nnx_handler.planning.suggesting.suggestion import (
     resized_in,
     steps_by_leaf,
 )
+from orbax_nnx_handler.planning.suggesting.whole_modules import by_network, copies_as_roots, keys_as_names
 from orbax_nnx_handler.planning.target.roles import WEIGHTS, Order, Wanted, of_role, roles_of
 from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.planning.verdict.judge import Chosen, choose, judge
@@ -139,13 +139,11 @@ class _Proposing:
         """Returns the proposal, or that for a model of which several networks are parts by their keys."""
         found = self.suggestion()
         entries = self._chosen.mapping.applied.entries if found.unmatched_wanted else ()
-        prefixes = {entry.prefix for entry in entries if entry.section == "model" and entry.prefix}
-        copies = {prefix for prefix in prefixes if is_copy_beside(prefix[-1], "params")}
-        roots = copies_as_roots(copies, [segments(item.leaf.path) for item in self._model])
+        copies, roots = copies_as_roots(entries, [segments(item.leaf.path) for item in self._model])
         for made in (partial(self._with_copies, copies), self._behind) if roots else ():
             with contextlib.suppress(RestoreError):
                 found = min(found, made(*roots), key=open_ends)
-        keys, turns = keys_as_names(entries), layers_in_turns(entries)
+        keys, turns = keys_as_names(entries, roots), layers_in_turns(entries)
         wanted = ((segments(x.leaf.path), x.leaf.shape) for x in self._model)
         for rules, fact in ((turns, "Gemma 2"), *(((rule,), "") for rule in nested_stacks(entries, wanted))):
             with contextlib.suppress(RestoreError):
@@ -153,7 +151,7 @@ class _Proposing:
         if not keys:
             return found
         alone: dict[str, Suggestion] = {}
-        for key in keys[:_QUESTIONS]:
+        for key in [key for key in keys if key not in roots][:_QUESTIONS]:
             with contextlib.suppress(RestoreError):
                 alone[key.replacement] = self._among([key], Rename(key.replacement, ""))
         if (one := one_of(alone, found)) is not None and one.confidence != "open":

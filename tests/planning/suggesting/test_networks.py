@@ -313,6 +313,46 @@ def test_the_only_copy_of_a_network_is_that_beside_a_network_of_any_name(key, na
             np.testing.assert_array_equal(state[name][ours]["kernel"][...], collection[stored]["kernel"])
 
 
+def twins(first):
+    """Returns two critics in one, as `nn.vmap` stacks them."""
+    return {"VmapCritic_0": {"Dense_0": {"kernel": first + np.arange(64, dtype="f").reshape(2, 4, 8)}}}
+
+
+@pytest.mark.parametrize(
+    ("own", "critic", "copy"),
+    [
+        ("params/actor", "params/critic", "target_params/critic"),
+        ("params/actor", "params/q", "target_params/q"),
+        ("params/actor", "params/critic", "target_params/critic target_params/actor"),
+        ("params/actor", "params/critic", "target_params"),
+        ("actor/params", "critic/params", "critic/target_params"),
+        ("actor/params", "critic/params", "target_critic/params"),
+    ],
+    ids=lambda each: each,
+)
+@pytest.mark.parametrize("is_listed", [True, False])
+def test_the_copy_of_one_of_several_networks_is_the_wanted_one_that_says_the_same(
+    own, critic, copy, is_listed
+):
+    """A checkpoint keeps its target network below the network's own name, or beside it."""
+    stored = {own: {"Dense_0": {"kernel": 900 + np.arange(32, dtype="f").reshape(4, 8)}}, critic: twins(0.0)}
+    stored |= {path: stored[own] if "actor" in path else twins(500.0) for path in copy.split()}
+    tree = traverse_util.unflatten_dict(stored, sep="/")
+    held = {"critics": {at: {"fc1": {"kernel": (4, 8)}} for at in range(2)}}
+    held = held if is_listed else {"ensemble": {"fc1": {"kernel": (2, 4, 8)}}}
+    shapes = {"actor": {"fc1": {"kernel": (4, 8)}}, "critic": held, "target_critic": held}
+    target = nnx.eval_shape(lambda: Model(shapes))
+
+    found = suggest(tree, target)
+    state = from_linen(tree, target, renames=found.renames, unexpected="ignore")
+
+    assert found.confidence == "likely"
+    np.testing.assert_array_equal(state.actor.fc1.kernel, stored[own]["Dense_0"]["kernel"])
+    for network, first in ((state.critic, 0.0), (state.target_critic, 500.0)):
+        kernels = [x.fc1.kernel[...] for x in network.critics] if is_listed else network.ensemble.fc1.kernel
+        np.testing.assert_array_equal(kernels, twins(first)["VmapCritic_0"]["Dense_0"]["kernel"])
+
+
 @pytest.mark.parametrize("names", [("policy", "target_policy"), ("online", "target")], ids="/".join)
 def test_a_target_network_is_never_copied_from_the_network_beside_it(names):
     def drawn(first):

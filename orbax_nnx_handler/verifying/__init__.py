@@ -19,8 +19,7 @@ import numpy as np
 from orbax_nnx_handler.planning.core.errors import VerificationError
 from orbax_nnx_handler.planning.core.folding import fold_paths
 from orbax_nnx_handler.planning.core.lines import counted
-from orbax_nnx_handler.planning.core.paths import Path, segments
-from orbax_nnx_handler.planning.likeness.vocabulary import concepts
+from orbax_nnx_handler.planning.core.paths import Path
 
 Array = np.ndarray[Any, Any]
 
@@ -278,28 +277,6 @@ def why_open(missing: Sequence[Path], where: str, *, is_equal: bool) -> str:
     )
 
 
-_FEW, _ENOUGH = 8, 4096
-
-
-def are_few(inputs: Sequence[Any]) -> bool:
-    """Tells whether some input has few examples and positions: fewer than 8 that differ, or one token."""
-    arrays = [x for leaf in jax.tree.leaves(inputs) if (x := np.asarray(leaf)).dtype.kind in "iuf"]
-    arrays = [array for array in arrays if array.ndim > 1] or arrays  # Lengths and times stand beside them.
-    return any(
-        _positions(array) < _FEW
-        or 1 in array.shape[1 : array.ndim - (array.dtype.kind == "f")]
-        or (array.ndim > 1 + (array.dtype.kind == "f") and _positions(array[:1]) < 2)
-        for array in arrays
-    )
-
-
-def _positions(array: Array) -> int:
-    """Returns how many positions an array has that differ; the last axis of floats is features."""
-    if array.dtype.kind != "f" or array.ndim < 2 or not array.size:
-        return len(np.unique(array))
-    return len(np.unique(array.reshape(-1, array.shape[-1])[:_ENOUGH], axis=0))
-
-
 def check_tolerance(tolerance: Any) -> None:
     """Raises a ValueError for what is no tolerance."""
     if tolerance is not None and not (isinstance(tolerance, Real) and float(tolerance) >= 0):
@@ -389,28 +366,3 @@ def floats_in(tree: Any) -> list[Any]:
         elif jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             found += [jnp.real(leaf), jnp.imag(leaf)] if jnp.iscomplexobj(leaf) else [leaf]
     return found
-
-
-def usual_size(array: Array) -> float:
-    """Returns how large an input's numbers are, those of a mask left out."""
-    size = np.abs(array)
-    usual = size[size < MASK]
-    return float((usual if usual.size else size).mean(dtype=np.float64))
-
-
-_MUCH = 1 / 2
-"""The share of a weight without an effect that is worth a word."""
-
-
-def idle_slices(path: Path, zero: Array) -> Array | None:
-    """Returns the slices of a weight without an effect along one axis, if they are a large part of it."""
-    if zero.all():
-        return zero if zero.size else None
-    if not zero.ndim or concepts(segments(path)) & {"embed", "token", "pos", "type"}:
-        return None  # One number, or words and positions that are not among the inputs.
-    shares = [
-        zero.all(axis=tuple(at for at in range(zero.ndim) if at != axis), keepdims=True)
-        for axis in range(zero.ndim)
-    ]
-    most = max(shares, key=lambda share: share.mean())
-    return np.broadcast_to(most, zero.shape) if most.mean() >= _MUCH else None

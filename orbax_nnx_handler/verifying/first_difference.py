@@ -114,7 +114,7 @@ _MOST_TRIED, _MOST_BEFORE = 200, 8
 
 def _has_another_constant(one: Compared, *, whatever: bool) -> bool:
     """Tells whether a module has another epsilon and another output, be it by no more than rounding."""
-    apart = one.gets_the_same and (whatever or one.found.outputs.relative > 0)
+    apart = one.gets_the_same and one.found.outputs.relative > 0
     settings = differing_settings(one.linen.call, one.nnx.call) if apart else {}
     numbers = [name for name, (value, _) in settings.items() if isinstance(value, float)]
     return any(whatever or name.startswith("eps") for name in numbers)
@@ -261,6 +261,7 @@ class Search:
             is_reordered_before=before is not None and before.is_reordered_before,
             proved="" if proof is None else proof.words,
             changes={} if proof is None else proof.recipes,
+            layer=None if proof is None else self._layer(at),
             tried=self.tried,
             settings=differing_settings(at.linen.call, at.nnx.call),
             reordered=at.is_reordered,

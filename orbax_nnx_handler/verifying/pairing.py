@@ -273,7 +273,7 @@ def _chained(
 ) -> Iterable[tuple[Unit, Unit, bool]]:
     """Pairs modules around the same elements: the innermost hold them, the others wrap these.
 
-    A single one is what of several is called as often: a loop over a cell, or the cell.
+    A single one is what of several is called as often, a loop over a cell or the cell, and returns as much.
     """
     if wanted[0].path == stored[0].path == ():  # Both programs, whatever modules lie within them.
         yield wanted[0], stored[0], True
@@ -290,9 +290,18 @@ def _chained(
         for pair in pairs
     ]
     alike = [pair for pair, (ours, theirs) in zip(pairs, counts, strict=True) if ours == theirs]
+    alike.sort(
+        key=lambda pair: (
+            not _returns_as_much(*(found[unit.path][0] for unit, found in zip(pair, calls, strict=True)))
+        )
+    )
     yield (*(alike[0] if alike else (wanted[-1], stored[-1])), is_single)
     for one in wanted[:-1]:
         yield from ((one, other, False) for other in stored[:-1])
+
+
+def _returns_as_much(one: Call, other: Call) -> bool:
+    return not {array.size for array in one.outputs}.isdisjoint(array.size for array in other.outputs)
 
 
 def nearest_modules(module: Path, others: Sequence[Path]) -> list[Path]:

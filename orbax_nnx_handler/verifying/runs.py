@@ -2,22 +2,19 @@
 
 import dataclasses
 import functools
-import itertools
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import flax.errors
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import nnx
 
 from orbax_nnx_handler.planning.core.errors import VerificationError
 from orbax_nnx_handler.planning.core.leaves import Shape
-from orbax_nnx_handler.planning.core.paths import Path, shared_levels
+from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import Recipe, reads
 from orbax_nnx_handler.planning.restore_plan import RestorePlan
 from orbax_nnx_handler.planning.target.target import Target
@@ -50,13 +47,7 @@ from orbax_nnx_handler.verifying.pairing import (
 )
 from orbax_nnx_handler.verifying.recording import Call, run_linen, run_nnx
 from orbax_nnx_handler.verifying.single_module import ModuleRunner
-from orbax_nnx_handler.verifying.verification import (
-    FirstDifference,
-    Misfilled,
-    ModuleComparison,
-    Verification,
-    outputs_apart,
-)
+from orbax_nnx_handler.verifying.verification import ModuleComparison, is_called_alone, outputs_apart
 from orbax_nnx_handler.verifying.weights import (
     LinenWeights,
     as_jax,
@@ -68,8 +59,6 @@ from orbax_nnx_handler.verifying.weights import (
     orders_of_features,
     path_above,
     restore_linen,
-    unused_leaves,
-    whole_modules,
 )
 
 
@@ -276,57 +265,26 @@ class Runs:
         flat = flat_state(self.runner.model)
         return [path for path, leaf in flat if is_weight(leaf) and not isinstance(leaf, nnx.Param)]
 
-    def depend_on(self, weights: Mapping[Path, Any]) -> bool:
-        """Tells whether the NNX program returns something else with numbers added to weights, by path."""
-        return _depends(self.programs, self.runner.model, self.returned, weights)
+    @property
+    def shown(self) -> set[Path]:
+        """The modules that return what Linen's do, which alone are called with that."""
+        found = dict[Path, list[Compared]]()
+        for one in self.compared:
+            found.setdefault(one.path, []).append(one)
+        alike = {path: calls for path, calls in found.items() if all(one.agrees for one in calls)}
+        linen = self.linen.calls
+        return {
+            path for path, calls in alike.items() if all(is_called_alone(one.linen, linen) for one in calls)
+        }
 
+    def depend_on(self, weights: Mapping[Path, Any], beside: Mapping[Path, Any] | None = None) -> bool:
+        """Tells whether the NNX program returns something else with numbers added to weights, by path.
 
-def misfilled(runs: Runs, plan: RestorePlan) -> Misfilled | None:
-    """Returns what is filled, or might be, from what Linen never calls, while what it calls fills nothing."""
-    checkpoint, recipes, location = runs.runner.checkpoint, runs.runner.recipes, runs.linen.weights.location
-    called, stored = {call.path for call in runs.linen.calls}, checkpoint.leaves
-    floats = [path for path in location if jnp.issubdtype(stored[path].dtype or bool, jnp.floating)]
-    silent = {path: stored[path] for path in floats if location[path][:-1] not in called}
-    read = {path for recipe in recipes.values() for path in reads(recipe)}
-    open_ = {math.prod(item.wanted.shape) for item in plan.missing.values()}
-    sizes = open_ | {math.prod(leaf.shape) for path, leaf in silent.items() if path in read}
-    others = [path for path in floats if path not in read and path not in silent]
-    instead = [path for path in others if math.prod(stored[path].shape) in sizes]
-
-    def run(variables: Any) -> Any:
-        return run_linen(runs.programs.linen, variables, *runs.inputs, owner=lambda _: None)[0]
-
-    unused = unused_leaves(checkpoint, plan, silent, run, runs.linen.returned) if instead else []
-    read_by = {leaf: found for leaf, recipe in recipes.items() if (found := {*reads(recipe)} & {*unused})}
-    # What neither program calls, such as a head for training, may well be each other's.
-    idle = [leaf for leaf in read_by if leaf[:-1] not in runs.runner.calls]
-    idle = [] if not idle or runs.depend_on(dict.fromkeys(idle, 1)) else idle
-    kept = {*itertools.chain(*(read_by.pop(leaf) for leaf in idle))}
-    sources = {*itertools.chain(*read_by.values())} - kept
-    if not sources and not (open_ and {*unused} - kept):
-        return None
-    return Misfilled(
-        wanted=whole_modules(read_by, recipes),
-        sources=whole_modules(sources, stored),
-        unused=[path for path in unused if path not in kept],
-        instead=whole_modules(instead, stored),
-    )
-
-
-def proved_otherwise(
-    found: Verification, wrong: Misfilled, plan: RestorePlan, other: RestorePlan
-) -> Verification:
-    """Returns a verification with what another plan, under which outputs are equal, proves to be wrong."""
-    made = {leaf: item.recipe for leaf, item in other.restored.items() if leaf in plan.restored}
-    changes = {leaf: recipe for leaf, recipe in made.items() if recipe != plan.restored[leaf].recipe}
-    first = FirstDifference(
-        module=min(found.modules, key=lambda one: len(one.nnx.path)),
-        place=shared_levels([leaf[:-1] for leaf in changes]),
-        weights=tuple(plan.restored[leaf] for leaf in changes),
-        proved=f"{wrong.words}: renames=[{', '.join(rule.quoted for rule in other.renames)}]",
-        changes=changes,
-    )
-    return dataclasses.replace(found, first=first, remarks=found.remarks[1:])
+        `beside` are other weights that numbers are added to in either case.
+        """
+        programs, model = self.programs, self.runner.model
+        found = _returned_with(programs, model, beside) if beside else self.returned
+        return _depends(programs, model, found, {**weights, **(beside or {})})
 
 
 def run_both(
@@ -411,15 +369,18 @@ def _run_linen(checkpoint: Checkpoint, plan: RestorePlan, programs: Programs) ->
 
 def _depends(programs: Programs, model: Any, found: Any, weights: Mapping[Path, Any] | None = None) -> bool:
     """Tells whether the NNX program returns something else with other weights, all or some of them."""
+    other = _returned_with(programs, model, weights)
+    pairs = zip(jax.tree.leaves(opened_up(found)), jax.tree.leaves(opened_up(other)), strict=True)
+    return any(exceeds(compare([np.asarray(one)], [np.asarray(two)]), _NO_EFFECT) for one, two in pairs)
 
+
+def _returned_with(programs: Programs, model: Any, weights: Mapping[Path, Any] | None) -> Any:
     def changed(path: Path, leaf: Any) -> Any:
         return leaf.replace(leaf.get_value() + (1 if weights is None else weights.get(path, 0)))
 
     flat = [(path, changed(path, leaf) if is_weight(leaf) else leaf) for path, leaf in flat_state(model)]
     merged = nnx.merge(nnx.graphdef(model), nnx.from_flat_state(cast(Any, flat)))
-    other, _, _ = _run_nnx(programs, merged, ())
-    pairs = zip(jax.tree.leaves(opened_up(found)), jax.tree.leaves(opened_up(other)), strict=True)
-    return any(exceeds(compare([np.asarray(one)], [np.asarray(two)]), _NO_EFFECT) for one, two in pairs)
+    return _run_nnx(programs, merged, ())[0]
 
 
 _NO_EFFECT = 1e-6

@@ -18,6 +18,7 @@ from orbax_nnx_handler.planning.core.errors import RestoreError, UnreadableLeafE
 from orbax_nnx_handler.planning.core.lines import Sentence, counted, listed
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import Add, Recipe, reads
+from orbax_nnx_handler.planning.core.regions import of_all_layers
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.restore_plan import RestorePlan
 from orbax_nnx_handler.planning.rules import Rename, Rule
@@ -26,11 +27,11 @@ from orbax_nnx_handler.planning.suggesting import Proposal, Question, Remade, Su
 from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.verifying import agree, compare_inputs, lent, tells, why_open
-from orbax_nnx_handler.verifying.comparison import compared, proposed_without
+from orbax_nnx_handler.verifying.comparison import compared, misfilled, proposed_without
 from orbax_nnx_handler.verifying.pairing import by_path, compare_outputs, layers_of
-from orbax_nnx_handler.verifying.runs import Compared, LinenRun, Programs, Runs, misfilled, run_both
+from orbax_nnx_handler.verifying.runs import Compared, LinenRun, Programs, Runs, run_both
 from orbax_nnx_handler.verifying.single_module import ModuleRunner
-from orbax_nnx_handler.verifying.verification import FirstDifference, Misfilled, Verification, is_called_alone
+from orbax_nnx_handler.verifying.verification import FirstDifference, Misfilled, Verification
 from orbax_nnx_handler.verifying.weights import on_one_device
 
 _MOST_TOGETHER, _MOST_CALLS = 64, 3
@@ -91,16 +92,15 @@ class Settling:
             try:
                 plan, parts = self._decided(rules)
                 if not plan.restored or not plan.restored.keys() >= restored:
-                    return self._with(
-                        *kept, None
-                    )  # A proof of one module is none where another loses its own.
+                    # A proof of one module is none where another loses its own.
+                    return self._with(*kept, verification)
                 runs = run_both(self.checkpoint, plan, parts, self.programs, self.init, linen)
                 self.missing, self.runs = [*plan.missing], runs
             except (VerificationError, UnreadableLeafError):
                 raise
             except RestoreError as error:  # The rules do not go together, or leave a value that counts.
                 if restored:
-                    return self._with(*kept, None)
+                    return self._with(*kept, verification)
                 words = [str(error).splitlines()[0].rstrip(":."), *(hint.words for hint in error.hints[:1])]
                 return dataclasses.replace(self.suggestion, proof=f"not run: {'; '.join(words)}")
             restored, kept, linen = frozenset(plan.restored), (answers[:], changes[:]), runs.linen
@@ -162,8 +162,11 @@ class Settling:
         free = {at: way for at, way in ways.items() if not self._is_changed(at, changes)}
         self._answer_by(first, answers, free, runs)
         if (found := self._rules(answers, changes)) == rules:
-            made, layer = first.made_otherwise(plan.restored), first.module.nnx.layer
-            changes += [Remade(leaf=leaf, layer=layer, recipe=recipe) for leaf, recipe in made.items()]
+            layer, runner = first.layer, runs.runner
+            for leaf, recipe in first.made_otherwise(plan.restored).items():
+                axis = runner.axes.get(leaf, 0)
+                whole = None if layer is None else of_all_layers(recipe, axis, layer, runner.shapes)
+                changes.append(Remade(leaf=leaf, layer=None if whole else layer, recipe=whole or recipe))
             found = self._rules(answers, changes)
             left = self._unchanged(first.changes, plan, found)
             self.remade += _rules_for({leaf: first.changes[leaf] for leaf in left}, plan, runs.runner)
@@ -283,7 +286,7 @@ class Settling:
 
         Several may make it: of three modules that are called with the same, each is right there by itself.
         """
-        layer = first.module.nnx.layer
+        layer = first.layer
         for number, changed in ways.items():
             fitting = list[int]()
             for answer, made in changed.items():
@@ -341,7 +344,7 @@ class Settling:
         """Yields the rules with what each rests on: outputs prove one if they show all that it makes."""
         known = {proposal.rule: proposal for proposal in self.suggestion.proposals}
         runs = None if is_equal else self.runs
-        recipes, shown = (runs.runner.recipes, _shown(runs)) if runs else (dict[Path, Recipe](), set[Path]())
+        recipes, shown = (runs.runner.recipes, runs.shown) if runs else (dict[Path, Recipe](), set[Path]())
         right = {leaf for leaf, item in plan.restored.items() if recipes.get(leaf) == item.recipe}
         right = {leaf for leaf in right if any(leaf[:depth] in shown for depth in range(len(leaf)))}
         for rule in rules:
@@ -401,16 +404,6 @@ def _are_told(question: Question, plan: RestorePlan, runs: Runs) -> bool:
             if len(others) != 1 or agree(compare_inputs(others[0].inputs, calls[0].inputs)) != is_own:
                 return False
     return len(question.choices) > 1
-
-
-def _shown(runs: Runs) -> set[Path]:
-    """Returns the modules that return what Linen's do, which alone are called with that."""
-    found = dict[Path, list[Compared]]()
-    for one in runs.compared:
-        found.setdefault(one.path, []).append(one)
-    alike = {path: calls for path, calls in found.items() if all(one.agrees for one in calls)}
-    linen = runs.linen.calls
-    return {path for path, calls in alike.items() if all(is_called_alone(one.linen, linen) for one in calls)}
 
 
 def _words(

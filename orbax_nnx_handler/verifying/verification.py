@@ -24,7 +24,7 @@ from orbax_nnx_handler.planning.core.lines import (
 )
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import Recipe, describe, reads
-from orbax_nnx_handler.planning.rendering.display import line_on_console
+from orbax_nnx_handler.planning.rendering import line_on_console
 from orbax_nnx_handler.planning.verdict.outcomes import Restored
 from orbax_nnx_handler.verifying import (
     TOLERANCE,
@@ -164,6 +164,7 @@ class FirstDifference:
         is_reordered_before: Whether that are the same numbers in another order.
         proved: What has to be otherwise: with this change alone the module returns what Linen's does.
         changes: The recipes of that change, by wanted path; of one layer, where the module is scanned.
+        layer: Which layer that is.
         tried: How many other ways of making its weights were tried.
         settings: What both modules call by one name and set to different values: Linen's and NNX's.
         reordered: Whether it returned the same numbers in another order.
@@ -177,6 +178,7 @@ class FirstDifference:
     is_reordered_before: bool = False
     proved: str = ""
     changes: Mapping[Path, Recipe] = dataclasses.field(default_factory=dict[Path, Recipe])
+    layer: int | None = None
     tried: int = 0
     settings: Mapping[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict[str, tuple[Any, Any]])
     reordered: bool = False
@@ -217,7 +219,7 @@ class FirstDifference:
         Such a leaf gets those of the one that takes its own: two modules were exchanged.
         """
         made = dict(self.changes)
-        takers = {recipe: path for path, recipe in made.items()} if self.module.nnx.layer is None else {}
+        takers = {recipe: path for path, recipe in made.items()} if self.layer is None else {}
         for leaf, item in restored.items():
             taker = takers.get(item.recipe)
             if taker and leaf not in made and item.wanted.shape == restored[taker].wanted.shape:
@@ -346,7 +348,8 @@ class Verification:
         return framed(f"{as_html(self._found())}<details><summary>{counts}</summary>{calls}</details>")
 
     def _verdict(self) -> Sentence:
-        verdict, absolute = "equal" if self.equal else "not equal", _number(self.absolute)
+        equal = "equal, as far as these outputs tell" if self.remarks else "equal"
+        verdict, absolute = equal if self.equal else "not equal", _number(self.absolute)
         apart = f"relative difference {_apart(self.relative)}, tolerance {self.tolerance:g}"
         return Sentence("Verification", f"{verdict}: {apart} (absolute difference {absolute})")
 
@@ -387,7 +390,10 @@ def _first_to_dict(first: FirstDifference) -> dict[str, Any]:
 
 def _told(first: FirstDifference) -> list[Line]:
     module = first.module
-    apart = f"inputs {_apart(module.inputs.relative)} apart, outputs {_apart(module.outputs.relative)}"
+    apart = ", ".join(
+        f"{name} {'the same' if one.relative == 0 else f'{_apart(one.relative)} apart'}"
+        for name, one in (("inputs", module.inputs), ("outputs", module.outputs))
+    )
     within = "" if first.place == module.nnx.path else f"{first.path} in "
     lines: list[Line] = [
         f"first difference: {within}{unit_name(module.nnx)}   <- {unit_name(module.linen)}",

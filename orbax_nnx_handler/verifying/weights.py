@@ -431,20 +431,3 @@ def _with_parts(leaf: Path, recipe: Recipe, made: Mapping[tuple[Path, int], Reci
         return made[leaf, 0]
     sources = tuple(made.get((leaf, at), part) for at, part in enumerate(recipe.sources))
     return dataclasses.replace(recipe, sources=sources)
-
-
-_HARDLY = 1e-3
-
-
-def has_near_zero(model: Any) -> bool:
-    """Tells whether some weight, or a layer of it, is so small that what comes before it has no effect."""
-    flat = [(path, leaf.get_value()) for path, leaf in flat_state(model) if is_weight(leaf)]
-    factors = [value for path, value in flat if value.size and "bias" not in concepts(segments(path))]
-    return any(_size_of_smallest(value) < _HARDLY for value in factors)
-
-
-def _size_of_smallest(value: Any) -> float:
-    """Returns the largest magnitude in a weight; the smallest of those in its slices along the first axis."""
-    axes, array = tuple(range(1, value.ndim)) if value.ndim > 1 else None, np.asarray(value)
-    # By NumPy: JAX would compile it for each shape.
-    return float(np.maximum(array.max(axis=axes), -array.min(axis=axes)).min())

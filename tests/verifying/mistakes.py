@@ -113,7 +113,7 @@ class Bench:
         read = {source for recipe in first.changes.values() for source in reads(recipe)}
         values = read_values(self.checkpoint, dict.fromkeys(read))
         made = {leaf: evaluate(recipe, values, np.float32) for leaf, recipe in first.changes.items()}
-        layer = first.module.nnx.layer
+        layer = first.layer
         return all(self._is_right(leaf, np.asarray(value), layer) for leaf, value in made.items())
 
     def _is_right(self, leaf: Path, value: np.ndarray, layer: int | None) -> bool:

@@ -738,3 +738,69 @@ def test_of_a_model_that_stays_wrong_only_what_its_run_shows_is_proved(saved: Sa
     told = [rule for rule, words in why.items() if words == "proved by outputs"]
     assert not [rule for rule in told if "time" in rule or "norm2" in rule or "lin2" in rule], found
     assert "# by outputs of single modules, not proved" in str(found)
+
+
+class LinenScannedAttention(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        q, k, v = (nn.Dense(8, name=name)(x) for name in ("query", "key", "value"))
+        return x + nn.softmax(q @ k.swapaxes(-1, -2)) @ v, None
+
+
+class LinenScannedAttentions(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        scan = nn.scan(
+            LinenScannedAttention, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+        )
+        return scan(name="layers")(x, None)[0]
+
+
+class KeysFirst(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.qkv = nnx.Linear(8, 24, rngs=rngs)
+
+    def __call__(self, x):
+        k, q, v = jnp.split(self.qkv(x), 3, -1)
+        return x + nn.softmax(q @ k.swapaxes(-1, -2)) @ v
+
+
+class ScannedKeysFirst(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.layers = nnx.vmap(KeysFirst, in_axes=0, out_axes=0)(rngs.split(3))
+
+    def __call__(self, x):
+        return nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.layers)
+
+
+def test_an_order_that_one_layer_proves_is_that_of_all_where_both_sides_stack_them(tmp_path: pathlib.Path):
+    x, random = jax.random.normal(jax.random.key(1), (3, 6, 8)), np.random.default_rng(0)
+    linen = LinenScannedAttentions()
+    variables = jax.tree.map(
+        lambda leaf: np.asarray(leaf + random.normal(size=leaf.shape), "f"), linen.init(jax.random.key(0), x)
+    )
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "checkpoint", variables)
+    target = nnx.eval_shape(lambda: ScannedKeysFirst(nnx.Rngs(0)))
+    found = suggest(tmp_path / "checkpoint", target, verify=(linen.apply, lambda model, x: model(x), (x,)))
+
+    assert found.confidence == "certain", found
+    assert sorted((rule.patterns[0], rule.axis) for rule in found.renames if isinstance(rule, Fuse)) == [
+        ("key/bias", 1),
+        ("key/kernel", 2),
+    ]
+
+
+def test_programs_that_differ_are_no_likely_proposal_where_what_is_proved_no_rule_says(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Suggestion, "answered", lambda self, _, changes=(): () if changes else self.renames)
+    x, linen = jax.random.normal(jax.random.key(1), (3, 6, 8)), LinenScannedAttentions()
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "checkpoint", linen.init(jax.random.key(0), x))
+    target = nnx.eval_shape(lambda: ScannedKeysFirst(nnx.Rngs(0)))
+    found = suggest(tmp_path / "checkpoint", target, verify=(linen.apply, lambda model, x: model(x), (x,)))
+
+    assert found.confidence == "open"
+    assert found.is_refuted
+    assert "not proven: the programs return different values" in found.proof

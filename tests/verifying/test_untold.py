@@ -343,3 +343,71 @@ def test_weights_that_outputs_depend_on_by_steps_are_named(tmp_path: pathlib.Pat
     assert found.equal
     assert "encode" in named
     assert "book" not in named
+
+
+class LinenGated(nn.Module):
+    """A branch with a gate: of its own, or a part of what a modulation makes."""
+
+    is_modulated: bool
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        y = nn.Dense(8, name="out")(nn.gelu(nn.Dense(8, name="up")(x)))
+        if self.is_modulated:
+            shift, gate = jnp.split(nn.Dense(16, name="modulation")(x), 2, -1)
+            return x + shift + gate * y, None
+        return x + self.param("gate", nn.initializers.ones, ()) * y, None
+
+
+class Gated(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs, is_modulated: bool):
+        self.up, self.out = nnx.Linear(8, 8, rngs=rngs), nnx.Linear(8, 8, rngs=rngs)
+        self.modulation = nnx.Linear(8, 16, rngs=rngs) if is_modulated else None
+        self.gate = nnx.data(None) if is_modulated else nnx.Param(jnp.ones(()))
+
+    def __call__(self, x):
+        y = self.out(nnx.gelu(self.up(x)))
+        if self.modulation is None:
+            return x + self.gate[...] * y
+        shift, gate = jnp.split(self.modulation(x), 2, -1)
+        return x + shift + gate * y
+
+
+class GatedLayers(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        make = nnx.vmap(lambda rngs: Gated(rngs, is_modulated=False), in_axes=0, out_axes=0)
+        self.layers = make(rngs.split(3))
+
+    def __call__(self, x):
+        return nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.layers)
+
+
+class LinenGatedLayers(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        scan = nn.scan(LinenGated, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        return scan(is_modulated=False, name="layers")(x, None)[0]
+
+
+@pytest.mark.parametrize(
+    "is_modulated", [True, False], ids=["a part of a modulation", "of one layer of three"]
+)
+def test_weights_that_a_gate_of_zero_hides_are_named_with_it(tmp_path: pathlib.Path, is_modulated: bool):
+    linen = LinenGated(is_modulated) if is_modulated else LinenGatedLayers()
+    variables = jax.tree.map(np.array, linen.init(jax.random.key(0), INPUT))
+    if is_modulated:
+        variables["params"]["modulation"]["kernel"][:, 8:] = 0
+        make, apply = lambda: Gated(nnx.Rngs(0), is_modulated), lambda *given: linen.apply(*given)[0]
+    else:
+        variables["params"]["layers"]["gate"][1] = 0
+        make, apply = lambda: GatedLayers(nnx.Rngs(0)), linen.apply
+    found = verify(
+        save(tmp_path, variables), nnx.eval_shape(make), apply, lambda model, x: model(x), (INPUT,)
+    )
+
+    (remark,) = found.remarks
+    hidden, gate = ("out", "modulation/kernel") if is_modulated else ("layers/out", "layers/gate")
+    assert found.equal
+    assert f"{hidden}/kernel" in remark
+    assert f"Weights of zero hide them, whatever the inputs are: {gate}." in remark
+    assert str(found).startswith("Verification: equal, as far as these outputs tell: ")

@@ -356,6 +356,42 @@ def layer_of(recipe: Recipe, axis: int, layer: int, shapes: recipes.Shapes) -> R
             return recipes.Index(recipe, axis, layer)
 
 
+def of_all_layers(recipe: Recipe, axis: int, layer: int, shapes: recipes.Shapes) -> Recipe | None:
+    """Returns how a leaf is made of which one layer along an axis is made so; None where none makes it.
+
+    It is `layer_of` turned round: each stored stack is taken whole, and every step leaves out its layers.
+    """
+    match recipe:
+        case recipes.Index(source, at, index) if index == layer:
+            return _with_axis_at(source, at, axis, shapes)
+        case recipes.Concat(sources, at):
+            parts = [of_all_layers(source, axis, layer, shapes) for source in sources]
+            known = tuple(part for part in parts if part is not None)
+            return recipes.Concat(known, at + (axis <= at)) if len(known) == len(parts) else None
+        case recipes.Transpose(source, permutation):
+            whole = of_all_layers(source, 0, layer, shapes)
+            others = [at + 1 for at in permutation]
+            return whole and recipes.Transpose(whole, (*others[:axis], 0, *others[axis:]))
+        case recipes.Reshape(source, shape):
+            whole = of_all_layers(source, 0, layer, shapes)
+            count = () if whole is None else recipes.shape_of(whole, shapes)[:1]
+            return whole and _with_axis_at(recipes.Reshape(whole, (*count, *shape)), 0, axis, shapes)
+        case recipes.Slice(source, at, start, size):
+            whole = of_all_layers(source, axis, layer, shapes)
+            return whole and recipes.Slice(whole, at + (axis <= at), start, size)
+        case recipes.Scale(source) | recipes.Add(source):
+            whole = of_all_layers(source, axis, layer, shapes)
+            return whole and dataclasses.replace(recipe, source=whole)
+        case _:
+            return None
+
+
+def _with_axis_at(recipe: Recipe, axis: int, to: int, shapes: recipes.Shapes) -> Recipe:
+    """Returns a recipe with one of its axes in another place."""
+    others = [at for at in range(len(recipes.shape_of(recipe, shapes))) if at != axis]
+    return recipe if axis == to else recipes.Transpose(recipe, (*others[:to], axis, *others[to:]))
+
+
 @functools.lru_cache(maxsize=1024)
 def run_start(region: Region, shape: Shape) -> int | None:
     """Returns the position of the region's first element if the region is one run of a C-order array."""

@@ -25,6 +25,8 @@ from orbax_nnx_handler.planning.core.regions import (
     Refolded,
     cut,
     intersect,
+    layer_of,
+    of_all_layers,
     place,
     shape_of_region,
     slices,
@@ -229,3 +231,34 @@ def test_a_fill_cannot_be_cut():
 def test_regions_that_only_touch_share_nothing():
     assert intersect(((0, 2), (0, 4)), ((2, 3), (0, 4))) is None
     assert intersect(((0, 3), (1, 4)), ((2, 5), (0, 2))) == ((2, 3), (1, 2))
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda read: Concat((read("k"), read("q")), 1),
+        lambda read: Concat((Transpose(read("k"), (1, 0)), Scale(read("q"), 2.0)), 0),
+        lambda read: Slice(Add(read("q"), 1.0), 1, 2, 2),
+        lambda read: Transpose(Reshape(Reshape(read("q"), (2, 2, 4)), (4, 4)), (1, 0)),
+    ],
+)
+def test_what_makes_one_layer_makes_all_of_them(made, axis):
+    shape = (*(4, 4)[:axis], 3, *(4, 4)[axis:])
+    stored = {("q",): shape, ("k",): shape}
+    arrays = {path: np.arange(48.0).reshape(shape) + len(path[0]) for path in stored}
+
+    def made_of(layer):
+        return made(lambda name: Index(Read((name,)), axis, layer))
+
+    all_ = of_all_layers(made_of(2), axis, 2, stored)
+
+    assert all_ is not None
+    for layer in range(3):
+        expected = evaluate(made_of(layer), arrays)
+        np.testing.assert_array_equal(evaluate(layer_of(all_, axis, layer, stored), arrays), expected)
+
+
+def test_what_reads_two_layers_is_no_layer_of_a_stack():
+    made = Concat((Index(Read(("q",)), 0, 2), Index(Read(("q",)), 0, 1)), 0)
+    assert of_all_layers(made, 0, 2, {("q",): (3, 4)}) is None

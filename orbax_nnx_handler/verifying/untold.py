@@ -1,0 +1,295 @@
+"""What equal outputs do not tell: weights that they do not depend on, and inputs that show little."""
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import jax
+import numpy as np
+from flax import nnx
+
+from orbax_nnx_handler.planning.core.folding import fold_paths
+from orbax_nnx_handler.planning.core.paths import Path, segments
+from orbax_nnx_handler.planning.likeness.vocabulary import concepts
+from orbax_nnx_handler.planning.restore_plan import RestorePlan
+from orbax_nnx_handler.verifying import MASK, Array, exceeds, floats_in
+from orbax_nnx_handler.verifying.runs import Compared, Runs
+from orbax_nnx_handler.verifying.verification import FirstDifference
+from orbax_nnx_handler.verifying.weights import flat_state, is_weight
+
+_FEATURES = 3
+"""Axes of an array of features: example, position, feature."""
+_LEAST, _MOST = 1e-4, 1e4
+"""The usual sizes of inputs."""
+FAR = 1e-3
+"""What is no rounding, wherever in a program."""
+_CHANCE = 1 / 16
+"""The share of numbers that may be equal by chance."""
+
+
+def untold(runs: Runs, plan: RestorePlan, first: FirstDifference | None) -> Iterator[str]:
+    """Yields what equal outputs do not tell of the weights."""
+    arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(runs.inputs) if np.size(leaf) > 1]
+    numbers = [array for array in arrays if array.dtype.kind in "iuf"]
+    flat = [array for array in numbers if np.all(array == array.flat[0])]
+    # One that is the same throughout beside others is a mask or a type, but for features.
+    if flat and (len(flat) == len(numbers) or any(array.ndim == _FEATURES for array in flat)):
+        yield "an input is one number throughout, which tells little of the weights: choose random inputs."
+    if any(np.array_equal(one, two) for one, two in itertools.combinations(numbers, 2)):
+        yield "two inputs are the same, so what is told of the one may be the other's: choose different ones."
+    sizes = [usual_size(array) for array in numbers if array.dtype.kind == "f"]
+    strange = next((size for size in sizes if size and not _LEAST < size < _MOST), None)
+    if strange is not None:
+        yield f"an input's numbers are about {strange:.0e}, where weights hardly count: choose some of 1."
+    returned = ((one.path, floats_in([*one.nnx.outputs])) for one in runs.compared)
+    large = ((path, usual_size(array)) for path, arrays in returned for array in arrays)
+    if strange is None and (beyond := next((each for each in large if each[1] > _MOST), None)):
+        yield (
+            f"{fold_paths(beyond[:1])}: it returns numbers of about {beyond[1]:.0e}, beside which small "
+            "weights, such as a bias, do not show: this run does not tell that they are right."
+        )
+    calls: dict[Path, list[Compared]] = defaultdict(list)
+    for one in runs.compared:
+        calls[one.path].append(one)
+    certain = [one for one in runs.compared if one.found.is_certain]
+    # What is padding may differ, at some positions or in some calls of a module.
+    quiet = [one for one in certain if one.found.differs or all(map(_is_apart_throughout, calls[one.path]))]
+    quiet = [one for one in quiet if not one.is_reordered]
+    if first is None and quiet:
+        yield (
+            f"{fold_paths(one.path for one in quiet)}: the outputs differ from Linen's, and what comes of "
+            "them is the same: this run does not tell that the weights are right. Inputs of little hide it, "
+            "weights of almost zero behind them, or outputs that are the same whatever goes in."
+        )
+    yield from _without_effect(runs, plan)
+
+
+def _is_apart_throughout(one: Compared) -> bool:
+    """Tells whether a module returns something else nearly everywhere, on whatever inputs."""
+    pairs = [*zip(one.linen.outputs, one.nnx.outputs, strict=False)]
+    if not exceeds(one.found.outputs, FAR) or any(a.shape != b.shape for a, b in pairs):
+        return False
+    return all(np.isclose(a, b, rtol=FAR, atol=0).mean() < _CHANCE for a, b in pairs if a.size)
+
+
+def _without_effect(runs: Runs, plan: RestorePlan) -> Iterator[str]:
+    """Yields which weights may be whatever they are, as the queries of a single token."""
+    has_floats = bool(floats_in(runs.returned))
+    if not has_floats:
+        yield "the outputs hold no floats, so small differences do not show: let both return logits."
+    # Slopes take several times what the programs do. Many tokens hardly leave a weight untold, unless what
+    # comes of it is multiplied by nothing.
+    # But those that no module shows may lie behind an argmax, each by itself.
+    zeros = [*_near_zero(runs, plan)]
+    thorough = bool(zeros) or are_few(runs.inputs)
+    slopes = _slopes(runs) if has_floats and (thorough or len(runs.hidden) > _MOST_RUNS) else None
+    wholes, parts, steps = _idle(runs, slopes, plan, thorough=thorough)
+    used = {path[:-1] for path in plan.restored if _is_statistic(path, plan) and path not in wholes}
+    statistics = [path for path in wholes if _is_statistic(path, plan) and path[:-1] not in used]
+    others = [path for path in wholes if path not in statistics]
+    hidden = _changes(runs, [*others, *parts], 1)
+    is_hidden = bool(zeros and hidden) and runs.depend_on(hidden, _changes(runs, zeros, 1))
+    more = f" {_BEHIND.format(fold_paths(zeros))}" if is_hidden else f" {_MORE}"
+    if others:
+        more = "" if {*others} <= {*runs.hidden} else more
+        yield f"the outputs tell nothing of weights that they do not depend on: {fold_paths(others)}.{more}"
+    if statistics:
+        yield (
+            f"the outputs tell nothing of {fold_paths(statistics)}, which no module in training uses: "
+            "run both in evaluation mode (use_running_average=True, model.eval())."
+        )
+    if steps:
+        yield (
+            f"the outputs do not tell a small difference in {fold_paths(steps)}: they depend on it by steps "
+            "(argmax, rounding, top-k) or hardly. Let both programs return what comes before them too."
+        )
+    if parts:
+        yield f"the outputs depend on a part alone of {fold_paths(parts)}.{more if not others else ''}"
+
+
+_MORE = "Choose inputs of several examples, tokens and positions."
+_BEHIND = (
+    "Weights of zero hide them, whatever the inputs are: {}. Only the comparison of single modules speaks "
+    "for them; a checkpoint from later in training proves more."
+)
+_MOST_GROUPS, _ROUNDED = 8, 1e-5
+_MOST_RUNS = 3
+"""Each takes half of what both programs did."""
+_A_LITTLE = 1e-3
+"""What is added to weights to see whether that has an effect: a unit of a relu that is off stays off."""
+
+
+def _idle(
+    runs: Runs, slopes: Mapping[Path, Array] | None, plan: RestorePlan, *, thorough: bool
+) -> tuple[list[Path], list[Path], list[Path]]:
+    """Returns weights that change nothing of the outputs, those of which a large part does not, and steps.
+
+    Steps are weights of which a small change has no effect, and a large one has.
+    """
+    if slopes is None:
+        quiet = [
+            group for group in _unseen(runs, plan) if not runs.depend_on(_changes(runs, group, _A_LITTLE))
+        ]
+        steps = [group for group in quiet if runs.depend_on(_changes(runs, group, 1))]
+        idle = [group for group in quiet if group not in steps]
+        return [*itertools.chain(*idle)], [], [*itertools.chain(*steps)]
+    least = _ROUNDED * max((float(np.abs(slope).max(initial=0)) for slope in slopes.values()), default=0.0)
+    without = {path: np.abs(slope) <= least for path, slope in slopes.items() if _is_models(path, plan)}
+    axes = runs.runner.axes
+    found = {path: idle_slices(path, zero, axes.get(path)) for path, zero in without.items()}
+    masks = {path: mask for path, mask in found.items() if mask is not None}
+    if not thorough:
+        unseen = {*runs.hidden, *runs.states}
+        masks = {path: mask for path, mask in masks.items() if path in unseen and mask.all()}
+    masks = {path: mask * _A_LITTLE for path, mask in masks.items()}
+    # What has no derivative may have an effect all the same: a count, a rounded value.
+    groups: dict[Path, dict[Path, Any]] = defaultdict(dict)
+    for path, mask in masks.items():
+        groups[tuple(key for key in path if not isinstance(key, int))][path] = mask
+    several = [masks] if masks and not runs.depend_on(masks) else [*groups.values()][:_MOST_GROUPS]
+    sure = [group for group in several if group is masks or not runs.depend_on(group)]
+    found = [path for path in masks if any(path in group for group in sure)]
+    wholes = [path for path in found if masks[path].all()]
+    steps = [path for path in wholes if path in {*runs.hidden}]
+    is_any = bool(steps) and runs.depend_on(_changes(runs, steps, 1))
+    steps = [path for path in steps if is_any and runs.depend_on(_changes(runs, [path], 1))]
+    parts = [path for path in found if not masks[path].all()]
+    return [path for path in wholes if path not in steps], parts, steps
+
+
+def _near_zero(runs: Runs, plan: RestorePlan) -> Iterator[Path]:
+    """Yields weights of (almost) zero that something is multiplied with, all of them or a slice."""
+    for path, leaf in flat_state(runs.runner.model):
+        is_factor = path in plan.restored and path[-1] != "bias" and not _is_statistic(path, plan)
+        if is_factor and is_weight(leaf):
+            weight, layers = np.asarray(leaf.get_value()), runs.runner.axes.get(path)
+            yield from (path,) if is_zero_somewhere(weight, layers) else ()
+
+
+def _is_models(path: Path, plan: RestorePlan) -> bool:
+    """Tells whether a leaf is a restored one of the model: moments are their parameters'."""
+    return path in plan.restored and plan.sides.wanted[path].role == "model"
+
+
+def _is_statistic(path: Path, plan: RestorePlan) -> bool:
+    return plan.sides.wanted[path].collection == "batch_stats"
+
+
+def _changes(runs: Runs, weights: Iterable[Path], size: float) -> dict[Path, Array]:
+    """Returns random numbers to be added to weights: the same one throughout is what a norm takes away."""
+    random, values = np.random.default_rng(0), dict(flat_state(runs.runner.model))
+    return {path: size * random.normal(size=values[path].shape).astype(np.float32) for path in weights}
+
+
+def _unseen(runs: Runs, plan: RestorePlan) -> list[list[Path]]:
+    """Returns the weights whose use no call of a module shows, each group to be tried by itself.
+
+    They are those in no module that was called, and what a program counts itself, as statistics, which a
+    module in training has and does not use.
+    """
+    groups: dict[Path, list[Path]] = defaultdict(list)
+    for path in runs.hidden:
+        groups[path[:-1]].append(path)
+    states = [path for path in runs.states if _is_models(path, plan) and path not in runs.hidden]
+    found = [*groups.values()] if len(groups) <= _MOST_RUNS else [[*runs.hidden]]
+    if len(runs.hidden) <= _MOST_RUNS:
+        found = [[path] for path in runs.hidden]
+    return [*found, *([states] if states else [])]
+
+
+def _slopes(runs: Runs) -> Mapping[Path, Array] | None:
+    """Returns how what the NNX program returns changes with each weight; None where JAX cannot tell.
+
+    Of the sum of all floats that it returns, each times a random number.
+    """
+    graph, floats, others = cast(Any, nnx.split)(runs.runner.model, _is_weight_at, ...)
+
+    def total(state: Any) -> Any:
+        arrays = floats_in(runs.programs.nnx(nnx.merge(graph, state, others), *runs.inputs))
+        keys = jax.random.split(jax.random.key(0), len(arrays))
+        pairs = zip(keys, arrays, strict=True)
+        return sum((array * jax.random.normal(key, array.shape)).sum() for key, array in pairs)
+
+    for compiled in (True, False):  # A program that looks at values cannot be compiled.
+        try:
+            with jax.disable_jit(not compiled), jax.default_matmul_precision("highest"):
+                found = cast(Any, jax.jit(jax.grad(total))(floats))
+        except Exception:  # The caller's program may have no derivative, and fail in any way.
+            continue
+        flat = cast("Iterable[tuple[Path, Any]]", nnx.to_flat_state(found))
+        return {tuple(path): np.asarray(leaf.get_value()) for path, leaf in flat}
+    return None
+
+
+def _is_weight_at(_: Any, leaf: Any) -> bool:
+    return is_weight(leaf)
+
+
+_FEW, _ENOUGH = 8, 4096
+
+
+def are_few(inputs: Sequence[Any]) -> bool:
+    """Tells whether some input has few examples and positions: fewer than 8 that differ, or one token."""
+    arrays = [x for leaf in jax.tree.leaves(inputs) if (x := np.asarray(leaf)).dtype.kind in "iuf"]
+    arrays = [array for array in arrays if array.ndim > 1] or arrays  # Lengths and times stand beside them.
+    return any(
+        _positions(array) < _FEW
+        or 1 in array.shape[1 : array.ndim - (array.dtype.kind == "f")]
+        or (array.ndim > 1 + (array.dtype.kind == "f") and _positions(array[:1]) < 2)
+        for array in arrays
+    )
+
+
+def _positions(array: Array) -> int:
+    """Returns how many positions an array has that differ; the last axis of floats is features."""
+    if array.dtype.kind != "f" or array.ndim < 2 or not array.size:
+        return len(np.unique(array))
+    return len(np.unique(array.reshape(-1, array.shape[-1])[:_ENOUGH], axis=0))
+
+
+def usual_size(array: Array) -> float:
+    """Returns how large an input's numbers are, those of a mask left out."""
+    size = np.abs(array)
+    usual = size[size < MASK]
+    return float((usual if usual.size else size).mean(dtype=np.float64))
+
+
+_MUCH = 1 / 2
+"""The share of a weight without an effect that is worth a word."""
+_HARDLY, _BY_CHANCE = 1e-3, 4
+"""What hardly differs from zero, and how many numbers may do so by chance."""
+
+
+def is_zero_somewhere(weight: Array, layers: int | None) -> bool:
+    """Tells whether a weight, or a slice of it along some axis, is so small that it hides what it multiplies.
+
+    Args:
+        weight: The weight.
+        layers: The axis along which layers are stacked in it, each of which counts, however few its numbers.
+    """
+    if weight.ndim < 2 and layers is None:
+        return weight.size > 0 and bool(np.abs(weight).max() < _HARDLY)
+    for axis in range(weight.ndim):
+        line = weight[tuple(slice(None) if at == axis else slice(1) for at in range(weight.ndim))]
+        if axis == layers or line.size * _BY_CHANCE <= weight.size:
+            small = np.flatnonzero(np.abs(line) < _HARDLY)  # Elsewhere a slice is not to be looked at.
+            if any(np.abs(weight.take(at, axis)).max() < _HARDLY for at in small):
+                return True
+    return False
+
+
+def idle_slices(path: Path, zero: Array, layers: int | None) -> Array | None:
+    """Returns the slices of a weight without an effect along one axis, if they are layers or a large part."""
+    if zero.all():
+        return zero if zero.size else None
+    shares = [
+        zero.all(axis=tuple(at for at in range(zero.ndim) if at != axis), keepdims=True)
+        for axis in range(zero.ndim)
+    ]
+    if layers is not None and shares[layers].any():
+        return np.broadcast_to(shares[layers], zero.shape)
+    if not zero.ndim or concepts(segments(path)) & {"embed", "token", "pos", "type"}:
+        return None  # One number, or words and positions that are not among the inputs.
+    most = max(shares, key=lambda share: share.mean())
+    return np.broadcast_to(most, zero.shape) if most.mean() >= _MUCH else None

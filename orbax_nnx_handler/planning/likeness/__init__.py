@@ -73,42 +73,47 @@ def have_other_purposes(one: Names, other: Names) -> bool:
 
 
 @functools.lru_cache(maxsize=1 << 18)  # Asked several times of each leaf.
+def lists_around(names: Names) -> Sequence[tuple[Names, int, Names]]:
+    """Returns the lists that a part is in, the outermost one first, each with its number and path there."""
+    every = levels(names)
+    ends = itertools.accumulate(level.width for level in every)
+    return [
+        ((*names[: at - level.width], level.base), level.number, names[at:])
+        for at, level in zip(ends, every, strict=True)
+        if level.number is not None
+    ]
+
+
 def in_list(names: Names) -> tuple[Names, Names]:
     """Returns the outermost list that a part is in, and its path in a layer; nothing where it is in none."""
-    at = 0
-    for level in levels(names):
-        at += level.width
-        if level.number is not None:
-            return (*names[: at - level.width], level.base), names[at:]
-    return (), ()
+    list_, _, within = next(iter(lists_around(names)), ((), 0, ()))
+    return list_, within
 
 
-def with_sources(several: Iterable[tuple[Link, Leaf | None]]) -> list[Link]:
-    """Returns links with other stored leaves, each of the shape of its own; none where one lacks it."""
+def with_sources(several: Iterable[tuple[Link, Sequence[Leaf | None]]]) -> list[Link]:
+    """Returns links with other stored leaves, each of the shape of its own; none where one lacks them."""
     found = list[Link]()
-    for link, leaf in several:
-        if leaf is None or leaf.shape != link.source.shape:
+    for link, leaves in several:
+        stored = tuple(leaf for leaf in leaves if leaf is not None)
+        if [leaf.shape for leaf in stored] != [leaf.shape for leaf in link.stored]:
             return []
-        seats = same_numbers(link.target.names, leaf.names, (0, 0))
-        found.append(link if leaf is link.source else with_fields(link, stored=(leaf,), levels=seats))
+        seats = same_numbers(link.target.names, stored[0].names, (0, 0))
+        found.append(link if stored == link.stored else with_fields(link, stored=stored, levels=seats))
     return found
 
 
-def outermost_list(names: Names) -> tuple[Names, int | None]:
-    """Returns the outermost list that a part is in, and its number there."""
-    level = next((x for x in levels(names) if x.number is not None), None)
-    return in_list(names)[0], level.number if level else None
+def choice_of(found: Sequence[Link], *readings: Sequence[Link]) -> Tie:
+    """Returns the choice between some readings of what was found, each leaf made of one."""
+    ends = zip(*((part_of(link.target), part_of(link.source)) for link in found), strict=True)
+    wanted, stored = (tuple(dict.fromkeys(side)) for side in ends)
+    return Tie(wanted=wanted, stored=stored, readings=tuple(map(tuple, readings)))
 
 
 def lists_in(parts: Iterable[Names]) -> Mapping[tuple[Names, str], set[int]]:
     """Returns the numbers of each list, by where it is and what it is called."""
     found: dict[tuple[Names, str], set[int]] = defaultdict(set)
-    for part in parts:
-        at = 0
-        for level in levels(part):
-            if level.number is not None:
-                found[part[:at], level.base].add(level.number)
-            at += level.width
+    for (*above, base), number, _ in (each for part in parts for each in lists_around(part)):
+        found[tuple(above), base].add(number)
     return found
 
 

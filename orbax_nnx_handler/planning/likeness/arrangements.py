@@ -434,7 +434,7 @@ def _read(group: Sequence[_Level], step: int) -> list[Link]:
     if len(ours) != len(theirs) or len(ours) < 2 or len({one for one, _ in below}) < len(below):
         return []
     level = dict(zip(ours, theirs[::step], strict=True))
-    return with_sources((link, stored.get((level[int(one[3])], other[4]))) for link, one, other in group)
+    return with_sources((link, [stored.get((level[int(one[3])], other[4]))]) for link, one, other in group)
 
 
 def shifted(links: Iterable[Link]) -> Iterator[Link]:

@@ -15,13 +15,13 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import levels, shared_levels
-from orbax_nnx_handler.planning.likeness import in_list, outermost_list, share_word, with_sources
+from orbax_nnx_handler.planning.likeness import choice_of, in_list, lists_around, share_word, with_sources
 from orbax_nnx_handler.planning.likeness.assignment import best_pairs
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, part_of, ranked
 from orbax_nnx_handler.planning.likeness.vocabulary import (
+    Concepts,
     Names,
     concepts,
     counts_of,
@@ -39,6 +39,7 @@ class OuterModule:
     leaves: list[Leaf]
 
 
+_Match = Callable[[Sequence[Leaf], Sequence[Leaf]], Findings]
 _Pair = tuple[Sequence[OuterModule], Sequence[OuterModule]]
 """Networks of both sides that are each other's: one, or as many of which nothing tells which is which."""
 
@@ -53,10 +54,7 @@ _FEW = 32
 
 
 def with_networks_apart(
-    found: Findings,
-    wanted: Sequence[Leaf],
-    stored: Sequence[Leaf],
-    match: Callable[[Sequence[Leaf], Sequence[Leaf]], Findings],
+    found: Findings, wanted: Sequence[Leaf], stored: Sequence[Leaf], match: _Match
 ) -> Findings:
     """Returns what is known of a model; where parts of networks are crossed, each is matched by itself."""
     pairs = [*_paired(wanted, stored)]
@@ -71,36 +69,30 @@ def with_networks_apart(
     return made
 
 
-def _matched(
-    ours: Sequence[OuterModule],
-    theirs: Sequence[OuterModule],
-    match: Callable[[Sequence[Leaf], Sequence[Leaf]], Findings],
-) -> Findings:
+def _matched(ours: Sequence[OuterModule], theirs: Sequence[OuterModule], match: _Match) -> Findings:
     """Returns what is found of networks that are each other's; a question where several may be."""
     both = itertools.product(enumerate(ours), enumerate(theirs))
     each = {(at, to): match(one.leaves, other.leaves) for (at, one), (to, other) in both}
     if len(each) == 1:
         return each[0, 0]
     orders = itertools.permutations(range(len(theirs)))
-    readings = ([each[pair].links for pair in enumerate(order)] for order in orders)
+    several = ((each[pair].links for pair in enumerate(order)) for order in orders)
+    readings = tuple(tuple(itertools.chain(*links)) for links in several)
     names = [tuple(network.names for network in side) for side in (ours, theirs)]
-    tie = Tie(
-        wanted=names[0],
-        stored=names[1],
-        readings=tuple(tuple(itertools.chain(*several)) for several in readings),
-    )
+    tie = Tie(wanted=names[0], stored=names[1], readings=readings)
     return Findings(ties=[tie, *(tie for one in each.values() for tie in one.ties)])
 
 
 _Home = tuple[int, Names]
 """To which networks that are each other's a leaf belongs, and to which one of them."""
+_SIDES = operator.attrgetter("wanted"), operator.attrgetter("stored")
 
 
 def _are_crossed(found: Findings, pairs: Sequence[_Pair]) -> bool:
     """Tells whether parts of some network are those of another one, or left on both sides."""
     homes = [
         {
-            leaf.part: (at, network.names)
+            leaf.part: ((at, network.names), math.prod(leaf.shape))
             for at, pair in enumerate(pairs)
             for network in pair[side]
             for leaf in network.leaves
@@ -110,28 +102,17 @@ def _are_crossed(found: Findings, pairs: Sequence[_Pair]) -> bool:
 
     def within(links: Iterable[Link]) -> set[tuple[_Home, _Home]]:
         both = ((x.part, y.part) for link in links for x in link.wanted for y in link.stored)
-        return {(homes[0][x], homes[1][y]) for x, y in both if x in homes[0] and y in homes[1]}
+        return {(homes[0][x][0], homes[1][y][0]) for x, y in both if x in homes[0] and y in homes[1]}
 
     settled = within(found.links)
     for reading in ((), *(reading for tie in found.ties for reading in tie.readings)):
         made = settled | within(reading)
-        if any(one[0] != other[0] for one, other in made):
+        are_torn = any(len({pair[side] for pair in made}) < len(made) for side in (0, 1))
+        if are_torn or any(one[0] != other[0] for one, other in made):
             return True
-        if any(len({pair[side] for pair in made}) < len(made) for side in (0, 1)):
-            return True
-    sides = operator.attrgetter("wanted"), operator.attrgetter("stored")
-    linked = [{x.part for link in found.every for x in side(link)} for side in sides]
-    left = [
-        {
-            (at, math.prod(x.shape))
-            for at, pair in enumerate(pairs)
-            for network in pair[side]
-            for x in network.leaves
-            if x.part not in linked[side]
-        }
-        for side in (0, 1)
-    ]
-    return bool(left[0] & left[1])
+    linked = [{x.part for link in found.every for x in side(link)} for side in _SIDES]
+    sizes = ({(at, size) for x, ((at, _), size) in homes[i].items() if x not in linked[i]} for i in (0, 1))
+    return not set.isdisjoint(*sizes)
 
 
 def _paired(wanted: Sequence[Leaf], stored: Sequence[Leaf]) -> Iterator[_Pair]:
@@ -194,8 +175,7 @@ def _outermost(leaves: Sequence[Leaf]) -> Mapping[Names, list[Leaf]]:
 
 
 _DIGITS = re.compile(r"(\d+)")
-_Numbers = tuple[str, ...]
-_Counted = tuple[Link, _Numbers, _Numbers, str]
+_Counted = tuple[Link, Names, Names, str]
 """A link with the numbers of the wanted and of the stored path, and what follows the last stored one."""
 
 
@@ -212,15 +192,13 @@ def with_axes(found: Findings) -> Findings:
             theirs = _DIGITS.split("/".join(link.source.names))
             key = tuple(ours[:-1:2]), tuple(theirs[:-1:2])
             groups[key].append((link, tuple(ours[1::2]), tuple(theirs[1::2]), theirs[-1]))
-    told, open_ = dict[object, set[bool]](), list[_Axes]()
-    for axes in (each for key, group in groups.items() for each in _Axes.all_of(*key, group)):
-        if axes.exchanged:
-            open_.append(axes)
-        else:
-            told.setdefault(axes.around, set()).add(axes.is_straight)
+    every = [axes for key, group in groups.items() for axes in _Axes.all_of(*key, group)]
+    told: dict[object, set[bool]] = defaultdict(set)
+    for axes in (axes for axes in every if not axes.exchanged):
+        told[axes.around].add(axes.is_straight)
     made, ties, seen = {id(link): link for link in found.links}, [*found.ties], set[int]()
-    for axes in open_:
-        is_open = axes.gain > -_STRAIGHT and told.get(axes.around) != {axes.is_straight}
+    for axes in (axes for axes in every if axes.exchanged):
+        is_open = axes.gain > -_STRAIGHT and told[axes.around] != {axes.is_straight}
         if id(axes.group) in seen or not (is_open or axes.gain >= 1):
             continue
         seen.add(id(axes.group))
@@ -228,7 +206,7 @@ def with_axes(found: Findings) -> Findings:
         if axes.gain >= 1:
             made |= zip(map(id, now), axes.exchanged, strict=True)
         else:
-            ties.append(_choice(now, now, axes.exchanged))
+            ties.append(choice_of(now, now, axes.exchanged))
     return Findings(links=[*made.values()], ties=ties, groups=found.groups)
 
 
@@ -284,16 +262,13 @@ class _Axes:
         one, other = self.at[0]
         forth = dict(zip(self.held[1][one], self.held[1][other], strict=True))
         back = {value: key for key, value in forth.items()}
-        sources = {(x.source.collection, at, end): x.source for x, _, at, end in self.group}
-
-        def exchanged(numbers: _Numbers) -> _Numbers:
-            moved = {one: back[numbers[other]], other: forth[numbers[one]]}
-            return tuple(moved.get(at, number) for at, number in enumerate(numbers))
-
-        return with_sources(
-            (link, sources.get((link.source.collection, exchanged(numbers), end)))
-            for link, _, numbers, end in self.group
-        )
+        sources = {(x.source.collection, *at, end): x.source for x, _, at, end in self.group}
+        others = list[Leaf | None]()
+        for link, _, held, end in self.group:
+            numbers = [*held]
+            numbers[one], numbers[other] = back[numbers[other]], forth[numbers[one]]
+            others.append(sources.get((link.source.collection, *numbers, end)))
+        return with_sources((link, [leaf]) for (link, *_), leaf in zip(self.group, others, strict=True))
 
     @property
     def gain(self) -> float:
@@ -319,13 +294,6 @@ class _Axes:
         return "" if is_in_list else _word_before(self.words[side], at)
 
 
-def _choice(found: Sequence[Link], *readings: Sequence[Link]) -> Tie:
-    """Returns the choice between some readings of what was found, each leaf made of one."""
-    ends = zip(*((part_of(link.target), part_of(link.source)) for link in found), strict=True)
-    wanted, stored = (tuple(dict.fromkeys(side)) for side in ends)
-    return Tie(wanted=wanted, stored=stored, readings=tuple(map(tuple, readings)))
-
-
 def _is_bare(texts: Sequence[str], at: int) -> bool:
     """Tells whether a number follows another one in a name, as in `conv1_0`."""
     return at > 0 and "/" not in texts[at] and not any(map(str.isalpha, texts[at]))
@@ -346,61 +314,102 @@ def _word_before(texts: Sequence[str], at: int) -> str:
     return next(filter(None, reversed(texts[at].split("/"))), "")
 
 
-_Layers = dict[tuple[int, int], list[Link]]
 _Lists = tuple[Names, Names]
-_Told = Mapping[_Lists, tuple[tuple[int, ...], tuple[set[int], ...]]]
+"""A wanted list and the stored one."""
+_Layers = dict[tuple[int, int], list[tuple[Link, Sequence[Names]]]]
+"""By both numbers the links of each layer, with the paths of the stored leaves in it."""
+_Order = tuple[int, ...]
+_Told = Mapping[_Lists, _Layers]
 
 
 def with_either_end(found: Findings) -> Findings:
     """Asks about layers that nothing but order tells, where something tells that it may be reversed.
 
-    Where shapes tell that `a_{0,1}` are `as/{1,0}`, `b_{0,1}` of one shape may be `bs/{1,0}`. Of what is
-    called by sizes, `enc_{64,32,16}`, the largest may be the first. Where shapes allow one order, it is that.
+    Where shapes tell that `a_{0,1}` are `as/{1,0}`, one program counts from the other end, and `b_{0,1}` of
+    one shape may be `bs/{1,0}`, or `b_{1,0}`. Of what is called by sizes, `enc_{64,32,16}`, the largest may
+    be the first. Where shapes allow one order, it is that.
     """
-    held: dict[_Lists, _Layers] = defaultdict(lambda: defaultdict(list))
-    for link in (x for x in found.links if x.joint is None and x.layers is None and not x.copied):
-        (ours, at), (theirs, to) = (outermost_list(leaf.names) for leaf in (link.target, link.source))
-        if at is not None and to is not None:
-            held[ours, theirs][at, to].append(link)
-    some = {pair: of for pair, of in held.items() if {*map(len, _sides(of))} == {len(of)}}
-    told = {pair: (_order_of(of), _sides(of)) for pair, of in some.items() if _is_told(of)}
-    if turned := {x: order for x, of in some.items() if (order := _other_order(x, of, told))}:
-        links = _beside(found, map(some.__getitem__, turned))
-        links += (link for x, order in turned.items() for link in _ordered(some[x], order))
+    lists = _lists_of(found.links)
+    outer = {pair: layers for pair, layers in lists.items() if pair == _around(layers)}
+    told = {pair: layers for pair, layers in outer.items() if not _ordered(layers, _order_of(layers)[::-1])}
+    orders = {pair: _best_order(pair, layers, told) for pair, layers in outer.items()}
+    if turned := {x: order for x, order in orders.items() if order != _order_of(outer[x])}:
+        links = _beside(found, map(outer.__getitem__, turned))
+        links += (link for x, order in turned.items() for link in _ordered(outer[x], order))
         return with_either_end(dataclasses.replace(found, links=links))
-    forwards = {list_ for x, (order, _) in told.items() if order == (*range(len(order)),) for list_ in x}
-    near = {x: told if forwards.isdisjoint(x) else {} for x in some if x not in told}
-    asked = [(some[x], each) for x, beside in near.items() if (each := _readings(x, some[x], beside))]
-    ties = [*found.ties, *(_choice(each[-1], *each) for _, each in asked)]
-    return dataclasses.replace(found, links=_beside(found, (of for of, _ in asked)), ties=ties)
+    asked, ties = dict[_Lists, _Layers](), [*found.ties]
+    for pair, layers in lists.items():
+        is_open = (around := _around(layers)) not in told and around not in asked
+        if is_open and (readings := _readings(pair, layers, told)):
+            asked[pair] = layers
+            ties.append(choice_of(readings[-1], *readings))
+    return dataclasses.replace(found, links=_beside(found, asked.values()), ties=ties)
+
+
+def _lists_of(links: Iterable[Link]) -> Mapping[_Lists, _Layers]:
+    """Returns the lists of which each layer is one of the other side, the outermost ones first."""
+    held: dict[_Lists, _Layers] = defaultdict(lambda: defaultdict(list))
+    for link in (x for x in links if x.layers is None and not x.copied):
+        sides = [[lists_around(leaf.names) for leaf in side] for side in (link.wanted, link.stored)]
+        counts = {len(lists) for side in sides for lists in side}
+        for at in range(min(*counts, 2) if len(counts) == 1 else min(*counts, 1)):
+            ours, theirs = ({lists[at][:2] for lists in side} for side in sides)
+            if len(ours) == len(theirs) == 1:
+                ((one, number), (other, to)) = *ours, *theirs
+                held[one, other][number, to].append((link, [lists[at][2] for lists in sides[1]]))
+    pairs = sorted(held, key=lambda pair: len(pair[0]))
+    return {pair: held[pair] for pair in pairs if {*map(len, _sides(held[pair]))} == {len(held[pair])}}
+
+
+def _around(layers: _Layers) -> _Lists:
+    """Returns the outermost lists that layers are in."""
+    link, _ = next(iter(layers.values()))[0]
+    return in_list(link.target.names)[0], in_list(link.source.names)[0]
 
 
 def _readings(pair: _Lists, layers: _Layers, told: _Told) -> list[list[Link]]:
     """Returns layers in each order that may be theirs, one by one last; none where it is told."""
-    straight, now = (*range(len(layers)),), _order_of(layers)
-    back = [straight[::-1]] if _are_sizes(pair[1], _sides(layers)) else []
-    others = {*back, *_like(pair, layers, told)} - {straight}
+    straight, ways = (*range(len(layers)),), _ways(pair)
+    forwards = {x for x, of in told.items() if _order_of(of) == (*range(len(of)),)}
+    on_way = {x for x in told if ways & _ways(x)}  # Down or up a U-Net.
+    if (on_way and on_way <= forwards) or any(not {*x}.isdisjoint(_around(layers)) for x in forwards):
+        return []
+    back = {straight[::-1]} if _are_sizes(pair[1], _sides(layers)) else set[_Order]()
+    others = (back | _like(pair, layers, told)) - {straight}
     readings = [_ordered(layers, order) for order in (*sorted(others), straight)]
-    return readings if others and now not in others and all(readings) else []
+    return readings if others and _order_of(layers) not in others and all(readings) else []
 
 
-def _like(pair: _Lists, layers: _Layers, told: _Told) -> set[tuple[int, ...]]:
-    """Returns the orders of lists that are counted as this one, or beside it by Linen; no U-Net's middle."""
-    sides, is_arm = _sides(layers), concepts(pair[0][-1:]).isdisjoint(("mid", "middle", "bottleneck"))
-    near = (x for x in told if is_arm and x[0][:-1] == pair[0][:-1])
-    beside = {x for x in near if _is_automatic(x[1]) and _is_automatic(pair[1])}
-    every = ((x, *told[x]) for x in told if len(told[x][0]) == len(layers))
-    return {order for x, order, others in every if others == sides or x in beside}
+def _ways(pair: _Lists) -> Concepts:
+    return concepts(itertools.chain(*pair)) & {"down", "up", "enc", "dec"}
 
 
-def _other_order(pair: _Lists, layers: _Layers, told: _Told) -> tuple[int, ...]:
-    """Returns the order of layers, if another one: shapes allow no other, or others of their list tell it."""
-    now, straight, is_counted = _order_of(layers), (*range(len(layers)),), _is_automatic(pair[1])
+def _like(pair: _Lists, layers: _Layers, told: _Told) -> set[_Order]:
+    """Returns the orders of lists that count as this one, or as many beside it; no U-Net's middle.
+
+    Beside levels in reverse what lies between them, one less, is so too, and the levels in each of a list.
+    """
+    straight, found, around = (*range(len(layers)),), set[_Order](), _around(layers)
+    is_outer, is_arm = pair == around, concepts(pair[0][-1:]).isdisjoint(("mid", "middle", "bottleneck"))
+    for x, of in told.items():
+        order, is_alike = _order_of(of), _sides(of) == _sides(layers)
+        near = [one[:-1] == other[:-1] for one, other in zip(x, around, strict=True)]
+        is_beside = is_arm and (near[0] or (near[1] and not _is_automatic(pair[1])))
+        is_alike = is_alike or is_beside if is_outer else is_alike and is_beside and len(order) > 2
+        if is_alike and len(order) == len(straight):
+            found.add(order)
+        elif is_alike and is_beside and order == (len(straight), *straight[::-1]):
+            found.add(straight[::-1])
+    return found
+
+
+def _best_order(pair: _Lists, layers: _Layers, told: _Told) -> _Order:
+    """Returns the order of layers: that of others of their list by Linen, or the first that shapes allow."""
+    is_counted, now, straight = _is_automatic(pair[1]), _order_of(layers), (*range(len(layers)),)
     own = {x: told[x] for x in told if x[0] == pair[0]} if is_counted and pair not in told else {}
     orders = _like(pair, layers, own)
-    is_back = not orders and now != straight and not _ordered(layers, straight)
-    (order,) = orders if len(orders) == 1 else {straight[::-1] if is_back else straight}
-    return order if order not in (now, straight) and _ordered(layers, order) else ()
+    options = orders if len(orders) == 1 else (straight, straight[::-1])
+    return next((x for x in options if x == now or _ordered(layers, x)), now)
 
 
 def _is_automatic(list_: Names) -> bool:
@@ -408,38 +417,28 @@ def _is_automatic(list_: Names) -> bool:
 
 
 def _beside(found: Findings, several: Iterable[_Layers]) -> list[Link]:
-    gone = {id(link) for layers in several for links in layers.values() for link in links}
+    gone = {id(link) for layers in several for links in layers.values() for link, _ in links}
     return [link for link in found.links if id(link) not in gone]
 
 
-def _ordered(layers: _Layers, order: tuple[int, ...]) -> list[Link]:
+def _ordered(layers: _Layers, order: _Order) -> list[Link]:
     """Returns the links of layers in an order; none where shapes do not allow it."""
     ours, theirs = map(sorted, _sides(layers))
     into = {at: theirs[to] for at, to in zip(ours, order, strict=True)}
-    leaves = {(to, _within(x)): x.source for (_, to), links in layers.items() for x in links}
-    every = [(at, link) for (at, _), links in sorted(layers.items()) for link in links]
-    return with_sources((link, leaves.get((into[at], _within(link)))) for at, link in every)
-
-
-def _within(link: Link) -> tuple[Names, ...]:
-    return tuple(in_list(leaf.names)[1] for leaf in (link.target, link.source))
+    every = [(at, to, *each) for (at, to), links in sorted(layers.items()) for each in links]
+    leaves = {
+        (to, x): leaf for _, to, link, within in every for x, leaf in zip(within, link.stored, strict=True)
+    }
+    return with_sources((link, [leaves.get((into[at], x)) for x in within]) for at, _, link, within in every)
 
 
 def _sides(layers: _Layers) -> tuple[set[int], ...]:
     return tuple({pair[side] for pair in layers} for side in (0, 1))
 
 
-def _order_of(layers: _Layers) -> tuple[int, ...]:
+def _order_of(layers: _Layers) -> _Order:
     ranks = {to: rank for rank, to in enumerate(sorted(_sides(layers)[1]))}
     return tuple(ranks[to] for _, to in sorted(layers))
-
-
-def _is_told(layers: _Layers) -> bool:
-    """Tells whether shapes tell in which order layers are each other's."""
-    shapes: dict[Names, list[Shape]] = defaultdict(list)
-    for link in itertools.chain.from_iterable(layers[pair] for pair in sorted(layers)):
-        shapes[in_list(link.target.names)[1]].append(link.target.shape)
-    return any(each != each[::-1] for each in shapes.values() if len(each) == len(layers))
 
 
 def _are_sizes(list_: Names, sides: tuple[set[int], ...]) -> bool:

@@ -19,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.paths import Level, levels, shared_levels
-from orbax_nnx_handler.planning.likeness import Couples, apart_from, companions, in_list, outermost_list
+from orbax_nnx_handler.planning.likeness import Couples, apart_from, companions, lists_around
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, PairGrounds, Tie
 from orbax_nnx_handler.planning.likeness.module_parts import (
     Leaf,
@@ -217,7 +217,7 @@ def _holds(one: ModulePart, other: ModulePart) -> bool:
 
 def _seat(names: Names) -> tuple[Names, int, Names] | None:
     """Returns the list that a part lies in, the number of its layer and its path in that."""
-    (list_, inner), (_, number) = in_list(names), outermost_list(names)
+    list_, number, inner = next(iter(lists_around(names)), ((), None, ()))
     return (list_, number, inner) if inner and number is not None else None
 
 

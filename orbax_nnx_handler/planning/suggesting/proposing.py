@@ -110,8 +110,10 @@ class _Proposing:
 
     @cached_property
     def _found(self) -> dict[Path, Restored]:
-        """What is restored without a proposal, and no law speaks against."""
+        """What is restored without a proposal, and no law, and no order of other lists, speaks against."""
         doubted = {p for fault in self._base.faults for p in fault.paths} | self._base.counted_otherwise
+        if any(item.leaf.path not in self._base.restored for item in self._model):
+            doubted |= self._searched.ordered
         return {path: item for path, item in self._base.restored.items() if path not in doubted}
 
     @cached_property
@@ -161,8 +163,8 @@ class _Proposing:
         plain = [key for key in keys if not is_copy_beside(key.replacement, names)]
         with contextlib.suppress(RestoreError):
             other = self._behind(*keys) if len(plain) == len(keys) else self._among(plain, *plain)
-            others = [each for each in (*self._by_network(keys, other), other) if not each.problem]
-            others = [each for each in others if not mixes(each, keys, self._called)]
+            others = [*self._by_network(keys, other), other]
+            others = [x for x in others if not (x.problem or mixes(x, keys, self._called))]
             found = min([*others, found if found.proposals else asking(other, found)], key=open_ends)
         return found if one is None or found.confidence != "open" else one
 
@@ -215,7 +217,7 @@ class _Proposing:
         """Returns the proposal, tried."""
         if all(item.leaf.path in self._found for item in self._model):
             return self._as_it_is()
-        searched = self._searched()
+        searched = self._searched
         links = self._reconciled(searched.links)
         tried = self._best(links, searched)
         questions = self._questions(links, searched, tried)
@@ -250,6 +252,7 @@ class _Proposing:
             keeps = self._judged(links, rules, tried.root, tried.below).is_clean
         return tuple(rule for rule in rules if keeps or not changes_nothing(rule))
 
+    @cached_property
     def _searched(self) -> Searched:
         found = self._search(after := self._applied)
         if not self.options.renames:
@@ -264,7 +267,7 @@ class _Proposing:
         sources = paths_of(before.links)
         made = ((sources.get(path, set()), reads(item.recipe)) for path, item in self._base.restored.items())
         differs = any(not said <= set(read) for said, read in made)
-        return Settled(before, after, differs, self._base.restored.keys()).reconciled(found)
+        return Settled(before, after, differs, self._base.restored.keys() - before.ordered).reconciled(found)
 
     def _chosen_by(self, rules: Sequence[Rule]) -> Chosen:
         return choose(self._wanted, self.stored, dataclasses.replace(self.options, renames=tuple(rules)))
@@ -282,24 +285,21 @@ class _Proposing:
         # A target with room for what repeats `params` too has a network of its own for it, no copy.
         has_room = sizes[2] > sizes[1] and 2 * sizes[0] > sizes[1] + sizes[2]
         links = tuple(link for link in found.links if not (has_room and link.copied))
-        return dataclasses.replace(found, links=links)
+        ruled = {path for path, item in self._base.restored.items() if item.evidence.kind == "rule"}
+        return dataclasses.replace(found, links=links, ordered=found.ordered - ruled)
 
     def _reconciled(self, links: Sequence[Link]) -> list[Link]:
         """Returns the links without those that speak against what a plan without rules finds by name."""
         paths = (item.leaf.path for item in self._model if item.leaf.path in self._found)
         settled = {path: set(reads(self._found[path].recipe)) for path in paths}
-        used, told = {path for sources in settled.values() for path in sources}, turned_lists(links)
+        used, told = set[Path]().union(*settled.values()), turned_lists(links)
         kept = [x for x in links if agrees(x, settled, used, self._free) and not self._is_doubted(x, told)]
-        ours = {leaf.source: leaf for leaf in self._ours}
         kept = without_strays(kept, self._ours, self._theirs)
         made = {x.recipe: leaf for x, leaf in zip(self._entries, self._theirs, strict=True)}
-        covered = {leaf.source for link in kept for leaf in link.wanted}
-        for path in settled:
-            recipe = self._found[path].recipe
-            if path not in covered and recipe in made:
-                wanted, stored = (ours[path],), (made[recipe],)
-                kept.append(Link(wanted=wanted, stored=stored, grounds="shapes", ways=((Way(()),),)))
-        return kept
+        left = settled.keys() - paths_of(kept).keys()
+        pairs = [(x, made.get(self._found[x.source].recipe)) for x in self._ours if x.source in left]
+        asis = (Link(wanted=(x,), stored=(y,), grounds="shapes", ways=((Way(()),),)) for x, y in pairs if y)
+        return [*kept, *asis]
 
     def _is_doubted(self, link: Link, told: Collection[tuple[Names, str]]) -> bool:
         """Tells whether a square matrix may be transposed that a plan without rules restores as it is."""
@@ -403,7 +403,8 @@ class _Proposing:
 
     def _questions(self, links: Sequence[Link], searched: Searched, tried: Tried) -> list[Choice]:
         verdict = tried.verdict or self._base
-        covered = {*paths_of(links), *(verdict.restored.keys() - verdict.counted_otherwise)}
+        doubted = verdict.counted_otherwise | searched.ordered
+        covered = {*paths_of(links), *(verdict.restored.keys() - doubted)}
         used = {leaf.part for link in links for leaf in link.stored}
         found, several = list[Choice](), list[Sequence[Sequence[Link]]]()
         for tie in searched.found.ties:
@@ -430,7 +431,8 @@ class _Proposing:
 
     def _suggested(self, tried: Tried, questions: Sequence[Question]) -> Suggestion:
         verdict, weights = tried.verdict or self._base, [x.leaf.path for x in of_role(self._wanted, *WEIGHTS)]
-        doubted = verdict.counted_otherwise - paths_of(tried.links).keys()
+        asked = itertools.chain(*(question.wanted for question in questions if question.about == "which"))
+        doubted = {*verdict.counted_otherwise, *asked} - paths_of(tried.links).keys()
         left = {*verdict.missing, *verdict.mismatched, *doubted}
         own = {path for item in self._found.values() for path in reads(item.recipe)}
         placed = verdict.sides.placements

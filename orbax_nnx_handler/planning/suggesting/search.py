@@ -44,11 +44,13 @@ class Searched:
         links: What is decided.
         turns: Links of square matrices of which nobody knows whether they are transposed.
         found: The rest: ties, groups of layers.
+        ordered: The wanted leaves of lists that may be in the order of others, whatever names say.
     """
 
     links: tuple[Link, ...]
     turns: tuple[Link, ...]
     found: Findings
+    ordered: Set[Path] = frozenset()
 
 
 def search(wanted: Sequence[Leaf], stored: Sequence[Leaf], order: Mapping[Tokens, Sequence[str]]) -> Searched:
@@ -59,7 +61,9 @@ def search(wanted: Sequence[Leaf], stored: Sequence[Leaf], order: Mapping[Tokens
     found = cells.apart(match_model(Context(wanted=cells.wanted, stored=cells.stored, order=order)))
     found.add(_tied(wanted, stored, found))
     found.links.extend(match_leftovers(wanted, stored, found.links))
-    found = with_one_before(with_either_end(found), wanted, stored)
+    found, count = with_either_end(found), len(found.ties)
+    ordered = {path for tie in found.ties[count:] for path in _wanted_by(tie)}
+    found = with_one_before(found, wanted, stored)
     used = {part_of(leaf) for link in found.every for leaf in link.stored}
     made = {part_of(leaf) for link in found.links for leaf in link.wanted}
     left = {part_of(leaf) for leaf in stored} - used, {part_of(leaf) for leaf in wanted} - made
@@ -67,7 +71,7 @@ def search(wanted: Sequence[Leaf], stored: Sequence[Leaf], order: Mapping[Tokens
     plain, copies = apart_from_copies((found := with_moved_axes(found)).links, stored)
     found.ties.extend(copies)
     settled, turns = settle_turns(plain)
-    return Searched(links=tuple(settled), turns=tuple(turns), found=found)
+    return Searched(links=tuple(settled), turns=tuple(turns), found=found, ordered=ordered)
 
 
 def wanted_leaves(items: Iterable[Wanted]) -> list[Leaf]:
@@ -209,8 +213,7 @@ def match_leftovers(wanted: Sequence[Leaf], stored: Sequence[Leaf], links: Itera
         module_parts(x for x in leaves if x.part not in own and not any(leads(top, x.names) for top in above))
         for leaves, own, above in zip((wanted, stored), (made, used), tops, strict=True)
     ]
-    few = sizes_of_few(Counter(part.main_size for part in parts) for parts in free)
-    if not few:
+    if not (few := sizes_of_few(Counter(part.main_size for part in parts) for parts in free)):
         return []
     ours, theirs = (named_parts(parts, sizes=few) for parts in free)
     tokens = {link.target.shape[0] for link in every if _is_of_tokens(link)}
@@ -220,8 +223,7 @@ def match_leftovers(wanted: Sequence[Leaf], stored: Sequence[Leaf], links: Itera
         sizes[other.part.main_size].append(to)
     for at, one in enumerate(ours):
         for to in sizes[one.part.main_size]:
-            fit = fit_of(one, theirs[to])
-            if fit is not None and may_be(fit, one, theirs[to]):
+            if (fit := fit_of(one, theirs[to])) is not None and may_be(fit, one, theirs[to]):
                 fits[to][at] = fit
     counts = Counter(at for options in fits.values() for at in options)
     # A large model of which nothing is left over is not counted.
@@ -231,14 +233,17 @@ def match_leftovers(wanted: Sequence[Leaf], stored: Sequence[Leaf], links: Itera
         takers = [ours[at] for at in options]
         if any(counts[at] > 1 for at in options) or not _are_one(takers, theirs[to], free[1]):
             continue
-        is_alone = all(len(fit.pairs) > 1 for fit in options.values()) and _are_alone(
-            takers, theirs[to], shapes
-        )
+        are_whole = all(len(fit.pairs) > 1 for fit in options.values())
+        is_alone = are_whole and _are_alone(takers, theirs[to], shapes)
         # A vector with an element for each token is a bias of the logits.
         is_bias = theirs[to].part.is_vector and theirs[to].part.main_size in tokens
         is_told = is_alone or is_bias or all(_is_meant(one, theirs[to]) for one in takers)
         if is_told and all(fit.is_exact for fit in options.values()):
-            found += _links(options.values())
+            found += (
+                Link(wanted=(one,), stored=(other,), grounds="names", ways=(how,), copied=number > 0)
+                for number, fit in enumerate(options.values())
+                for one, other, how in fit.pairs
+            )
     return found
 
 
@@ -271,12 +276,6 @@ def _is_of_tokens(link: Link) -> bool:
 def _is_meant(one: NamedPart, other: NamedPart) -> bool:
     left, right = ([x.number for x in role.part.levels if x.number is not None] for role in (one, other))
     return (not left or not right or left == right) and bool(one.part.own & other.part.own - _GENERAL)
-
-
-def _links(fits: Iterable[Fit]) -> Iterator[Link]:
-    for number, fit in enumerate(fits):
-        for one, other, how in fit.pairs:
-            yield Link(wanted=(one,), stored=(other,), grounds="names", ways=(how,), copied=number > 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,9 +315,10 @@ class Settled:
         covered.update(leaf.source for link in kept for leaf in link.wanted)
         ties = [] if self.differs else [*found.found.ties, *self._again(found.found.ties)]
         turns = tuple(link for link in found.turns if link.target.source not in covered)
-        groups = [*found.found.groups, *self.before.found.groups]
+        groups = found.found.groups + self.before.found.groups
         whole = Findings(links=found.found.links, ties=ties, groups=groups)
-        return Searched(links=tuple(kept), turns=turns, found=whole)
+        ordered = found.ordered | self.before.ordered
+        return Searched(links=tuple(kept), turns=turns, found=whole, ordered=ordered)
 
     @cached_property
     def _unanswered(self) -> list[Tie]:

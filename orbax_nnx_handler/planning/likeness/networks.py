@@ -199,19 +199,19 @@ def with_axes(found: Findings) -> Findings:
     made, ties, seen = {id(link): link for link in found.links}, [*found.ties], set[int]()
     for axes in (axes for axes in every if axes.exchanged):
         is_open = axes.gain > -_STRAIGHT and told[axes.around] != {axes.is_straight}
-        if id(axes.group) in seen or not (is_open or axes.gain >= 1):
+        if id(axes.group) in seen or not (is_open or axes.gain >= _WORD):
             continue
         seen.add(id(axes.group))
         now = [made.pop(id(link)) for link, *_ in axes.group]
-        if axes.gain >= 1:
+        if axes.gain >= _WORD:
             made |= zip(map(id, now), axes.exchanged, strict=True)
         else:
             ties.append(choice_of(now, now, axes.exchanged))
     return Findings(links=[*made.values()], ties=ties, groups=found.groups)
 
 
-_STRAIGHT = 0.5
-"""That of two numbers with words of their own the first one is the outer one on both sides."""
+_STRAIGHT, _WORD = 0.5, 2
+"""That of two numbers with a word each the first is the outer one on both sides; that a word is the same."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -285,7 +285,7 @@ class _Axes:
     def _alike(self, at: int, to: int) -> int:
         """Returns how much tells that a number of a stored path is one of the wanted path."""
         called = share_word(self._word(1, at), self._word(0, to))
-        return called + (self.held[1][at] == self.held[0][to])
+        return _WORD * called + (self.held[1][at] == self.held[0][to])
 
     def _word(self, side: int, at: int) -> str:
         """Returns what a number counts; `conv1_0` is in a list `conv1`, where the two count otherwise."""

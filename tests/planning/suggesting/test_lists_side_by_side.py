@@ -522,6 +522,28 @@ def test_of_two_numbers_that_may_each_be_the_block_nothing_is_crossed(name):
     assert all(crossed[value.tobytes()] == path for path, value in values.items())
 
 
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("name", ["b{s}_conv{j}", "block{s}_conv{j}"])
+def test_a_word_before_a_number_says_as_much_as_what_both_sides_count_from(name, count):
+    # The blocks count from 0 as the skips and the stored convolutions do, and from 1 those in a block.
+    numbers = [{"t": t, "s": t + 1, "j": j, "k": j + 1} for t in range(count) for j in range(count)]
+    paths = {f"{name.format(**each)}/{x}": "blocks/{t}/conv{k}/{x}".format(**each, x=x)
+             for each in numbers for x in SQUARE}  # fmt: skip
+    paths |= {f"skip_{at}/{x}": f"blocks/{at}/skip/{x}" for at in range(count) for x in SQUARE}
+    stored = filled({path: SQUARE[path.rsplit("/", 1)[1]] for path in paths})
+    shapes = {aim: stored[path].shape for path, aim in paths.items()}
+
+    found, values = proposed(stored, shapes)
+
+    check(values, {aim: stored[path] for path, aim in paths.items() if aim in values})
+    each = (
+        [restored(stored, shapes, rules) for rules in found.questions[0].alternatives]
+        if found.questions
+        else [values]
+    )
+    assert any(all(np.array_equal(one[aim], stored[path]) for path, aim in paths.items()) for one in each)
+
+
 def test_of_blocks_of_networks_the_spatial_one_comes_before_that_of_the_channels():
     paths = {
         f"main_blocks_{at}/{kind}_block/{part}": f"blocks/{at}/{number}/{part}"

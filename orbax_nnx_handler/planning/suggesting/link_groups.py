@@ -421,10 +421,10 @@ class Precedents:
         for word, against in () if theirs[-1].is_automatic else _one_word_apart(wanted[-1], stored[-1]):
             yield modules, word, against
 
-    def _among(self, module: Names, part: Names) -> int:
-        """Returns how many of a class Linen has counted with a part: of others, numbers tell nothing."""
+    def _among(self, module: Names, part: Names) -> Set[int]:
+        """Returns the numbers of a class that Linen has counted with a part: of others, they tell nothing."""
         first = next((level for level in levels(part[len(module) :])[:1] if level.is_automatic), None)
-        return len(self._counted[1].get((module, first.base), ())) if first else 0
+        return frozenset(self._counted[1].get((module, first.base), ()) if first else ())
 
     def _place_in_list(self, one: Names, other: Names) -> tuple[tuple[object, ...], object] | None:
         """Returns the lists that two parts are in, where one counts as the other, and as far."""

@@ -32,7 +32,7 @@ from orbax_nnx_handler.planning.suggesting.questions import (
     contradicted,
     of_one_tower,
 )
-from orbax_nnx_handler.planning.suggesting.whole_modules import with_modules_unturned
+from orbax_nnx_handler.planning.suggesting.whole_modules import GENERAL, wanted_twice, with_modules_unturned
 from orbax_nnx_handler.planning.target.roles import Wanted
 
 
@@ -67,7 +67,8 @@ def search(wanted: Sequence[Leaf], stored: Sequence[Leaf], order: Mapping[Tokens
     used = {part_of(leaf) for link in found.every for leaf in link.stored}
     made = {part_of(leaf) for link in found.links for leaf in link.wanted}
     left = {part_of(leaf) for leaf in stored} - used, {part_of(leaf) for leaf in wanted} - made
-    found = with_modules_unturned(as_questions(found, coincidences(found.links, *left)), wanted, stored)
+    odd = {**coincidences(found.links, *left), **wanted_twice(found, wanted, stored)}
+    found = with_modules_unturned(as_questions(found, odd), wanted, stored)
     plain, copies = apart_from_copies((found := with_moved_axes(found)).links, stored)
     found.ties.extend(copies)
     settled, turns = settle_turns(plain)
@@ -193,10 +194,6 @@ def paths_of(links: Iterable[Link]) -> Mapping[Path, set[Path]]:
     return found
 
 
-_GENERAL = frozenset(("norm", "attn", "mlp", "enc", "dec", "conv", "head", "embed"))
-"""Words that many parts of a model share."""
-
-
 def match_leftovers(wanted: Sequence[Leaf], stored: Sequence[Leaf], links: Iterable[Link]) -> list[Link]:
     """Returns links between parts of which nothing is linked, and that fit each other alone.
 
@@ -275,7 +272,7 @@ def _is_of_tokens(link: Link) -> bool:
 
 def _is_meant(one: NamedPart, other: NamedPart) -> bool:
     left, right = ([x.number for x in role.part.levels if x.number is not None] for role in (one, other))
-    return (not left or not right or left == right) and bool(one.part.own & other.part.own - _GENERAL)
+    return (not left or not right or left == right) and bool(one.part.own & other.part.own - GENERAL)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,10 +17,12 @@ from orbax_nnx_handler.planning.core.leaves import Shape, with_fields
 from orbax_nnx_handler.planning.core.paths import Path, canonical, is_index, segments
 from orbax_nnx_handler.planning.core.recipes import Read
 from orbax_nnx_handler.planning.layouts.layout import is_copy_beside, is_copy_level, words_of
+from orbax_nnx_handler.planning.likeness.assignment import MOST_PAIRS, fit_of, may_be
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Move, Tie, alike, differing
-from orbax_nnx_handler.planning.likeness.module_parts import Leaf, part_of
+from orbax_nnx_handler.planning.likeness.module_parts import Leaf, module_parts, part_of
+from orbax_nnx_handler.planning.likeness.named_parts import NamedPart, named_parts
 from orbax_nnx_handler.planning.likeness.shapes import Way
-from orbax_nnx_handler.planning.likeness.vocabulary import PYTORCHS, Names, concepts, exclude
+from orbax_nnx_handler.planning.likeness.vocabulary import PYTORCHS, Names, concepts, exclude, meanings, words
 from orbax_nnx_handler.planning.rules import Rename, Rule, UnstackLayers
 from orbax_nnx_handler.planning.rules.entries import Entries, Entry
 from orbax_nnx_handler.planning.rules.rule import compiled
@@ -237,6 +239,70 @@ def _levels(path: Path) -> list[tuple[int, tuple[Path, Path]]]:
 @functools.lru_cache(maxsize=65536)
 def _unnumbered(name: str) -> str:
     return re.sub(r"\d+", "", name)
+
+
+GENERAL = frozenset(("norm", "attn", "mlp", "enc", "dec", "conv", "head", "embed"))
+"""Words that many parts of a model share."""
+
+
+def wanted_twice(found: Findings, wanted: Sequence[Leaf], stored: Sequence[Leaf]) -> Mapping[Path, Link]:
+    """Returns links whose source a part that stays open might have as well: its own may be what is absent.
+
+    Where that is a part of a module that Linen numbered, all parts of both modules are doubted.
+
+    Args:
+        found: What is known.
+        wanted: All wanted leaves.
+        stored: All stored ones.
+    """
+    known = {part_of(leaf) for link in found.every for leaf in link.wanted}
+    is_whole = all(part_of(leaf) in known for leaf in wanted)
+    lacking = [part for part in module_parts(() if is_whole else wanted) if part.names not in known]
+    if not (sizes := {part.main_size for part in lacking}):
+        return {}
+    sides = [named_parts(module_parts(side), sizes=sizes) for side in (wanted, stored)]
+    ours, theirs = ({role.part.names: role for role in side} for side in sides)
+    plain = [link for link in found.links if link.joint is None and link.layers is None]
+    pairs = {link.target.source: (part_of(link.target), part_of(link.source)) for link in plain}
+    roles = {(x, y): (ours[x], theirs[y]) for x, y in pairs.values() if x in ours and y in theirs}
+    few = len(roles) * len(lacking) <= MOST_PAIRS
+    near = defaultdict[object, list[NamedPart]](list)
+    for part in lacking:  # Of very many only those of the same layer.
+        near[part.main_size, () if few else _numbers(ours[part.names])].append(ours[part.names])
+    doubted, modules = set[tuple[Names, Names]](), set[Names]()
+    for pair, (one, other) in roles.items():
+        for role in near[one.part.main_size, () if few else _numbers(one)]:
+            if _may_have(role, one, other):
+                doubted.add(pair)
+                if pair[0][-1] == role.part.names[-1] and other.part.levels[-2:-1][0].is_automatic:
+                    modules |= {pair[0][:-1], role.part.names[:-1]}
+    odd = (x for x in plain if (pair := pairs[x.target.source]) in doubted or pair[0][:-1] in modules)
+    return {link.target.source: link for link in odd}
+
+
+def _numbers(role: NamedPart) -> tuple[int, ...]:
+    return tuple(level.number for level in role.part.levels if level.number is not None)
+
+
+def _may_have(role: NamedPart, one: NamedPart, other: NamedPart) -> bool:
+    """Tells whether a stored part may be made into another part as well as into the one it is known to be."""
+    now, then = fit_of(one, other), fit_of(role, other)
+    if now is None or then is None:
+        return False
+    is_counted = any(level.is_automatic for level in other.part.levels[-2:])
+    is_better = then.score > now.score or (is_counted and then.score == now.score)
+    numbers = _numbers(other)
+    is_its = _numbers(one)[: len(numbers)] == numbers != _numbers(role)[: len(numbers)]
+    if is_better and may_be(then, role, other) and not is_its:
+        return True
+    ours, own, theirs = map(_telling, (role, one, other))
+    return bool(theirs & ours - own) and not theirs & own - ours
+
+
+def _telling(role: NamedPart) -> frozenset[str]:
+    """Returns the words of a part's path that say more than what many parts are."""
+    said = (word for name in role.part.names for word in words(name) if word.isalpha())
+    return frozenset(word for word in said if not meanings(word) or {*meanings(word)} - GENERAL)
 
 
 # What several networks of one checkpoint share.

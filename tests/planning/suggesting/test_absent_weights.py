@@ -1,0 +1,67 @@
+"""What a checkpoint lacks is not made of something else that is stored: it stays open, or is asked about."""
+
+import pytest
+
+from tests.planning.suggesting.absent import taken_instead
+from tests.planning.suggesting.pairs import UNSEEN
+from tests.planning.suggesting.proposals import check, filled, proposed
+from tests.sampled import every
+
+
+@pytest.mark.parametrize("name", every(12, [*UNSEEN]))
+def test_no_other_leaf_takes_the_place_of_those_that_are_gone(name):
+    part, wrong = taken_instead(name, 0)
+
+    assert wrong == {}, part
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        # Linen numbered both attentions of a block: the one that lacks a layer was the other one.
+        ("wmt_mha", "decoder/layers/#/self_attn/value"),
+        # What Linen numbered before one of its class was lost.
+        ("resmlp_short_first", "blocks/#/proj"),
+        ("detr_facebook", "transformer/encoder/layers/#/self_attn/v_proj"),
+        ("layers_from_one", "layers/#/attn/out"),
+    ],
+)
+def test_where_a_part_of_every_layer_is_gone_the_others_are_still_told_apart(name, part):
+    assert taken_instead(name, part=part) == (part, {})
+
+
+def test_a_head_is_not_made_of_another_one_that_the_target_has_too():
+    stored = filled(
+        {f"mask_head/conv_{at}/kernel": shape for at, shape in ((1, (3, 3, 4, 6)), (2, (1, 1, 6, 9)))}
+    )
+
+    _, values = proposed(
+        stored,
+        {
+            "flow_head/conv1/kernel": (3, 3, 4, 6),
+            "flow_head/conv2/kernel": (3, 3, 6, 2),
+            "mask/0/kernel": (3, 3, 4, 6),
+            "mask/2/kernel": (1, 1, 6, 9),
+        },
+    )
+
+    assert not any(path.startswith("flow") for path in values)
+
+
+@pytest.mark.parametrize("lacking", [(), ("out",), ("key", "out")])
+def test_lists_of_as_many_layers_are_each_other_from_their_first_one_on(lacking):
+    layer = {f"{name}/kernel": (4, 8 + at) for at, name in enumerate(("query", "key", "out"))}
+    stored = filled(
+        {
+            f"layers_{at + 1}/{path}": shape
+            for at in range(3)
+            for path, shape in layer.items()
+            if path.partition("/")[0] not in lacking
+        }
+    )
+
+    _, values = proposed(
+        stored, {f"layers/{at}/{path}": shape for at in range(3) for path, shape in layer.items()}
+    )
+
+    check(values, {f"layers/{int(path[7]) - 1}{path[8:]}": value for path, value in stored.items()})

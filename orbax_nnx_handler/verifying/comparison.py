@@ -125,21 +125,31 @@ def verify(
 
 
 def misfilled(runs: Runs, plan: RestorePlan) -> Misfilled | None:
-    """Returns what is filled, or might be, from what Linen never calls, while what it calls fills nothing."""
+    """Returns what is filled, or might be, from what Linen does not use, while what it calls fills nothing.
+
+    That is what it never calls, and of what it calls a parameter beside another one of the size.
+    """
     checkpoint, recipes, location = runs.runner.checkpoint, runs.runner.recipes, runs.linen.weights.location
     called, stored = {call.path for call in runs.linen.calls}, checkpoint.leaves
     floats = [path for path in location if jnp.issubdtype(stored[path].dtype or bool, jnp.floating)]
     silent = {path: stored[path] for path in floats if location[path][:-1] not in called}
     read = {path for recipe in recipes.values() for path in reads(recipe)}
-    open_ = {math.prod(item.wanted.shape) for item in plan.missing.values()}
-    sizes = open_ | {math.prod(leaf.shape) for path, leaf in silent.items() if path in read}
     others = [path for path in floats if path not in read and path not in silent]
+    left = {(path[:-1], math.prod(stored[path].shape)) for path in others}
+    mine = {
+        path: (path[:-1], math.prod(stored[path].shape)) for path in floats if path in read - silent.keys()
+    }
+    doubted = [path for path, beside in mine.items() if beside in left]
+    open_ = {math.prod(item.wanted.shape) for item in plan.missing.values()}
+    sizes = open_ | {math.prod(stored[path].shape) for path in (*silent, *doubted) if path in read}
     instead = [path for path in others if math.prod(stored[path].shape) in sizes]
 
     def run(variables: Any) -> Any:
         return run_linen(runs.programs.linen, variables, *runs.inputs, owner=lambda _: None)[0]
 
-    unused = unused_leaves(checkpoint, plan, silent, run, runs.linen.returned) if instead else []
+    groups = [[*each] for _, each in itertools.groupby(silent, key=lambda path: path[:-1])]
+    groups += [[path] for path in doubted]
+    unused = unused_leaves(checkpoint, plan, groups, run, runs.linen.returned) if instead else []
     read_by = {leaf: found for leaf, recipe in recipes.items() if (found := {*reads(recipe)} & {*unused})}
     # What neither program calls, such as a head for training, may well be each other's.
     idle = [leaf for leaf in read_by if leaf[:-1] not in runs.runner.calls]
@@ -190,7 +200,7 @@ def proposed_without(
         plan, _ = decide(checkpoint, target, {}, dataclasses.replace(options, renames=rules))
         return None if plan.faults else {path: item.recipe for path, item in plan.restored.items()}
 
-    modules, reason = whole_modules(unused, checkpoint.leaves), "the Linen program never calls it"
+    modules, reason = whole_modules(unused, checkpoint.leaves), "the Linen program does not use it"
     drops = [Drop(spelled(module), reason) for module in modules]
     wanted = makes(drops)
     for drop in drops:  # One is needed only where the others alone do not make the same.

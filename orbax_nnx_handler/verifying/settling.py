@@ -55,7 +55,7 @@ class Settling:
         tolerance: What outputs may be apart, as `verify` takes it.
         allowed: The answers to each question that are still possible; programs run under the first.
         missing: The wanted leaves that nothing was found for when both programs ran last.
-        wrong: What is filled from modules that the Linen program never calls, once that was looked for.
+        wrong: What is filled from what the Linen program does not use, once that was looked for.
         remade: Rules behind all others: what outputs prove and those cannot say of how leaves are made.
         runs: The last run of both programs under one plan.
     """

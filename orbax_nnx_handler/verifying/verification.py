@@ -247,12 +247,12 @@ _WEIGHTS = "the module does not run by itself, so its weights were not tried: ch
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Misfilled:
-    """Leaves of the model that are filled from modules that the Linen program never calls.
+    """Leaves of the model that are filled from what the Linen program does not use.
 
     Attributes:
         wanted: The leaves, by modules of which all leaves are so; none where what is missing might be so.
         sources: What they are filled from, by modules too.
-        unused: All stored leaves of modules that the Linen program never calls, nor uses in another way.
+        unused: All stored leaves that were found not to be used.
         instead: What it calls, of the same sizes, and nothing is filled from, by modules.
     """
 
@@ -266,8 +266,8 @@ class Misfilled:
         """What is wrong."""
         wanted, sources, instead = map(fold_paths, (self.wanted, self.sources, self.instead))
         return (
-            f"{wanted}: filled from {sources}, which the Linen program never calls, while {instead}, which "
-            "it calls and whose sizes are the same, fills nothing"
+            f"{wanted}: filled from {sources}, which the Linen program does not use, while {instead}, in "
+            "what it calls and of the same sizes, fills nothing"
         )
 
 
@@ -291,7 +291,7 @@ class Verification:
         modules: Every module that both programs called with the same weights, in the order of the run.
         first: The first module that gets the same and returns something else; None where there is none.
         remarks: What else a reader should know.
-        unused: Stored modules that the model is filled from, and that the Linen program never calls.
+        unused: What is stored that the model is filled from, and that the Linen program does not use.
     """
 
     equal: bool

@@ -196,28 +196,28 @@ def whole_modules(some: Collection[Path], all_: Iterable[Path]) -> list[Path]:
 def unused_leaves(
     checkpoint: Checkpoint,
     plan: RestorePlan,
-    leaves: Iterable[Path],
+    groups: Sequence[Sequence[Path]],
     run: Callable[[Any], Any],
     returned: Any,
 ) -> list[Path]:
-    """Returns which stored floats, by modules, a Linen program does not use: it returns the same without.
+    """Returns which groups of stored floats a Linen program does not use: it returns the same without.
 
     Each is tried as NaN, many at once. `run` runs the program on other variables than those that it
     `returned` from.
     """
     runs = iter(range(_MOST_RUNS))
 
-    def unused(modules: Sequence[Sequence[Path]]) -> list[Path]:
-        if not modules or next(runs, None) is None:
+    def unused(some: Sequence[Sequence[Path]]) -> list[Path]:
+        if not some or next(runs, None) is None:
             return []
-        tried = [*itertools.chain(*modules)]
-        variables, half = restore_linen(checkpoint, plan, tried).variables, len(modules) // 2
+        tried = [*itertools.chain(*some)]
+        variables, half = restore_linen(checkpoint, plan, tried).variables, len(some) // 2
         with contextlib.suppress(Exception):  # The program may refuse what is no number in any way.
             if are_identical(returned, run(variables)):
                 return tried
-        return [*unused(modules[:half]), *unused(modules[half:])] if half else []
+        return [*unused(some[:half]), *unused(some[half:])] if half else []
 
-    return unused([[*each] for _, each in itertools.groupby(leaves, key=lambda path: path[:-1])])
+    return unused(groups)
 
 
 _MOST_RUNS = 16

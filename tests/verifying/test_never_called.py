@@ -97,7 +97,7 @@ def test_what_linen_never_calls_is_no_source_of_what_the_model_calls(
 
     assert not told.equal
     assert told.unused == (("params", source),)
-    assert (told.first.path, "which the Linen program never calls" in told.first.proved) == (wanted, True)
+    assert (told.first.path, "which the Linen program does not use" in told.first.proved) == (wanted, True)
     assert found.confidence != "open", found  # Of `aux` outputs tell nothing.
     assert {*map(str, rules)} <= {*map(str, found.renames)}
     assert verify(path, target, *pair, renames=found.renames).equal
@@ -115,8 +115,8 @@ def test_what_linen_never_calls_is_told_also_where_the_code_differs_too(tmp_path
     found = suggest(path, target, verify=(RESIDUALS.linen.apply, doubled, RESIDUALS.inputs))
 
     words = (
-        "out: filled from params/out, which the Linen program never calls, while params/head, which it calls "
-        "and whose sizes are the same, fills nothing"
+        "out: filled from params/out, which the Linen program does not use, while params/head, in what it "
+        "calls and of the same sizes, fills nothing"
     )
     assert told.remarks[0].startswith(words)
     assert str(told).split("note: ")[1].startswith("out: filled from params/out")
@@ -188,3 +188,35 @@ def test_what_a_layer_that_is_never_called_leaves_open_is_proved_without_it(tmp_
 
     assert found.confidence == "certain", found
     assert verify(tmp_path / "c", target, *pair, renames=found.renames).equal
+
+
+class LinenGains(nn.Module):
+    """A module that is called, of whose own parameters one was left over: the name that is wanted."""
+
+    @nn.compact
+    def __call__(self, x):
+        self.param("alpha", nn.initializers.normal(1.0), (6,))
+        return nn.tanh(nn.Dense(6, name="lin")(x)) * self.param("gain", nn.initializers.normal(1.0), (6,))
+
+
+class Gains(nnx.Module):
+    def __init__(self, rngs):
+        self.lin, self.alpha = nnx.Linear(6, 6, rngs=rngs), nnx.Param(np.ones(6, "f"))
+
+    def __call__(self, x):
+        return nnx.tanh(self.lin(x)) * self.alpha[...]
+
+
+def test_of_what_is_called_a_parameter_that_is_not_used_is_no_source(tmp_path: pathlib.Path):
+    linen = LinenGains()
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "c", linen.init(jax.random.key(0), _X))
+    target, pair = nnx.eval_shape(lambda: Gains(nnx.Rngs(0))), (linen.apply, RESIDUALS.run, (_X,))
+
+    told = verify(tmp_path / "c", target, *pair)
+    found = suggest(tmp_path / "c", target, verify=pair)
+
+    assert told.unused == (("params", "alpha"),)
+    assert "filled from params/alpha, which the Linen program does not use, while params/gain" in str(told)
+    assert found.is_proved
+    assert ("gain", "alpha") in [(rule.pattern, getattr(rule, "replacement", "")) for rule in found.renames]

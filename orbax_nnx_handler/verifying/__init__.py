@@ -8,7 +8,7 @@ import dataclasses
 import inspect
 import itertools
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -19,7 +19,9 @@ import numpy as np
 from orbax_nnx_handler.planning.core.errors import VerificationError
 from orbax_nnx_handler.planning.core.folding import fold_paths
 from orbax_nnx_handler.planning.core.lines import counted
-from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.core.paths import Path, render
+from orbax_nnx_handler.planning.core.recipes import reads
+from orbax_nnx_handler.planning.verdict.outcomes import Restored
 
 Array = np.ndarray[Any, Any]
 
@@ -200,6 +202,29 @@ def are_the_same(reference: Sequence[Array], others: Sequence[Array]) -> bool:
     return bool(inputs.compared) and not inputs.left and not exceeds(inputs, TOLERANCE)
 
 
+def without_counterpart(reference: Sequence[Array], others: Sequence[Array]) -> list[str]:
+    """Returns which inputs of one call the other one has nothing like, in words.
+
+    Of floats the size tells, for what they hold is compared; masks and positions have to be the same ones, or
+    each other's opposites.
+    """
+    left, found = [*others], list[str]()
+    for array in reference:
+        at = next((at for at, other in enumerate(left) if _is_like(array, other)), None)
+        if at is None:
+            found.append(f"{array.dtype}[{','.join(map(str, array.shape))}]")
+        else:
+            del left[at]
+    return found
+
+
+def _is_like(one: Array, other: Array) -> bool:
+    if not comparable(one, other) or one.dtype.kind not in "biu":
+        return comparable(one, other)
+    a, b = one.reshape(-1), other.reshape(-1)
+    return np.array_equal(a, b) or (a.dtype == b.dtype == np.bool_ and np.array_equal(a, ~b))
+
+
 _BEGINNING = 64
 
 
@@ -281,6 +306,23 @@ def check_tolerance(tolerance: Any) -> None:
     """Raises a ValueError for what is no tolerance."""
     if tolerance is not None and not (isinstance(tolerance, Real) and float(tolerance) >= 0):
         raise ValueError(f"tolerance is a number from 0 on, such as 1e-4, not {tolerance!r}")
+
+
+_OF_ONE_LAYER = frozenset(("kernel", "bias", "scale", "mean", "var", "embedding"))
+
+
+def mixed_sources(weights: Iterable[Restored]) -> str:
+    """Returns which leaves of one layer come from two Linen modules, in words; nothing where none do."""
+    first: dict[Path, tuple[str, frozenset[Path]]] = {}
+    for item in weights:
+        path, read = item.wanted.path, frozenset(source[1:-1] for source in reads(item.recipe))
+        if str(path[-1]) not in _OF_ONE_LAYER or not read:
+            continue
+        name, beside = first.setdefault(path[:-1], (render(path), read))
+        if beside.isdisjoint(read):
+            here, there = (", ".join(sorted(map(render, some))) for some in (read, beside))
+            return f"{render(path)} comes from {here}, and {name} from {there}: check their rules."
+    return ""
 
 
 def inputs_in_words(inputs: Sequence[Any]) -> str:

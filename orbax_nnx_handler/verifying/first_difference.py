@@ -8,7 +8,8 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.folding import fold_paths
 from orbax_nnx_handler.planning.core.leaves import Shape
@@ -19,18 +20,18 @@ from orbax_nnx_handler.verifying import (
     TOLERANCE,
     Distance,
     are_the_same,
-    begin_alike,
     changes_more_than_rounding,
     exceeds,
     lent,
 )
 from orbax_nnx_handler.verifying.pairing import compare_outputs
 from orbax_nnx_handler.verifying.recording import Call
-from orbax_nnx_handler.verifying.runs import Compared
+from orbax_nnx_handler.verifying.runs import Compared, called_alike
 from orbax_nnx_handler.verifying.single_module import (
     Alternative,
     ModuleRunner,
     alternatives,
+    orders,
 )
 from orbax_nnx_handler.verifying.verification import (
     CALLED_IN_ANOTHER_ORDER,
@@ -40,24 +41,6 @@ from orbax_nnx_handler.verifying.verification import (
     unit_name,
 )
 from orbax_nnx_handler.verifying.weights import as_stored, heads_by_rotation, with_features_in_order
-
-
-def called_alike(one: Compared, compared: Sequence[Compared]) -> Iterator[Compared]:
-    """Yields other modules whose Linen counterpart is called with what a module is called with.
-
-    Modules that are called with what their own counterpart is are right where they are, as q is for k.
-    """
-    sizes = [array.size for array in one.nnx.outputs]
-    for other in compared:
-        if (
-            (other.gets_the_same and not other.found.differs)
-            or other.pair.linen == one.pair.linen
-            or [array.size for array in other.linen.outputs] != sizes
-        ):
-            continue
-        wanted, found = other.linen.inputs, one.nnx.inputs
-        if begin_alike(wanted, found) and are_the_same(wanted, found):
-            yield other
 
 
 def weights_of(
@@ -79,7 +62,7 @@ def weights_of(
 
 
 def exchanges(runner: ModuleRunner, inside: Sequence[Compared], layer: int | None) -> Iterator[Alternative]:
-    """Yields every exchange of the weights of two modules within one, siblings first.
+    """Yields every exchange of the weights of two modules within one, siblings first, then of three or four.
 
     Args:
         runner: Knows the recipes.
@@ -87,18 +70,27 @@ def exchanges(runner: ModuleRunner, inside: Sequence[Compared], layer: int | Non
         layer: The layer of the module that holds them, where it is scanned.
     """
     unique = list({one.path: one for one in inside}.values())
-    pairs = [
-        (one, other)
+    made = {one.path: _recipes(runner, one, layer) for one in unique}
+    shapes = {path: _shapes(recipes, runner) for path, recipes in made.items()}
+    siblings: dict[object, list[Path]] = defaultdict(list)
+    for path, held in shapes.items():
+        siblings[path[:-1], frozenset(held.items())].append(path)
+    groups = [
+        [one.path, other.path]
         for one, other in itertools.combinations(unique, 2)
-        if not (one.encloses(other) or other.encloses(one))
+        if shapes[one.path] == shapes[other.path] and not (one.encloses(other) or other.encloses(one))
     ]
-    for one, other in sorted(pairs, key=lambda pair: pair[0].path[:-1] != pair[1].path[:-1]):
-        mine, theirs = _recipes(runner, one, layer), _recipes(runner, other, layer)
-        if _shapes(mine, runner) == _shapes(theirs, runner):
-            changed = {(*one.path, *name): recipe for name, recipe in theirs.items()}
-            changed |= {(*other.path, *name): recipe for name, recipe in mine.items()}
-            words = f"{render(one.path)} and {render(other.path)} have each other's weights"
-            yield Alternative(words=words, recipes=changed)
+    groups.sort(key=lambda pair: pair[0][:-1] != pair[1][:-1])
+    groups += [group for group in siblings.values() if 2 < len(group) <= _MOST_SIBLINGS]
+    for group in groups:
+        for order in itertools.permutations(group):
+            moved = [(one, other) for one, other in zip(group, order, strict=True) if one != other]
+            if len(moved) > 2 or len(moved) == len(group):
+                ones, others = ([render(pair[at]) for pair in moved] for at in (0, 1))
+                words = f"{', '.join(ones)} have the weights of {', '.join(others)}"
+                words = f"{' and '.join(ones)} have each other's weights" if len(group) == 2 else words
+                pairs = ((one, name, recipe) for one, other in moved for name, recipe in made[other].items())
+                yield Alternative(words=words, recipes={(*one, *name): recipe for one, name, recipe in pairs})
 
 
 def _recipes(runner: ModuleRunner, one: Compared, layer: int | None) -> dict[Path, Recipe]:
@@ -109,15 +101,10 @@ def _shapes(recipes: Mapping[Path, Recipe], runner: ModuleRunner) -> dict[Path, 
     return {name: shape_of(recipe, runner.shapes) for name, recipe in recipes.items()}
 
 
-_MOST_TRIED, _MOST_BEFORE = 200, 8
+_MOST_TRIED, _MOST_BEFORE, _MOST_SIBLINGS = 200, 8, 4
 
 
-def _has_another_constant(one: Compared, *, whatever: bool) -> bool:
-    """Tells whether a module has another epsilon and another output, be it by no more than rounding."""
-    apart = one.gets_the_same and one.found.outputs.relative > 0
-    settings = differing_settings(one.linen.call, one.nnx.call) if apart else {}
-    numbers = [name for name, (value, _) in settings.items() if isinstance(value, float)]
-    return any(whatever or name.startswith("eps") for name in numbers)
+_ROTATED = "the features of each head lie as other rotary positions pair them"
 
 
 class _CannotRunError(Exception):
@@ -180,7 +167,7 @@ class Search:
     def set_up_otherwise(self, *, whatever: bool) -> FirstDifference | None:
         """Returns the first module with another epsilon, or whatever other number, and another output."""
         self.tried = 0
-        found = (one for one in self.compared if _has_another_constant(one, whatever=whatever))
+        found = (one for one in self.compared if one.has_another_constant(whatever=whatever))
         one = next(found, None)
         return None if one is None else self._difference(one, None)
 
@@ -265,6 +252,7 @@ class Search:
             tried=self.tried,
             settings=differing_settings(at.linen.call, at.nnx.call),
             reordered=at.is_reordered,
+            unlike=at.unlike if proof is None else (),
         )
 
     def _place(
@@ -336,12 +324,15 @@ class Search:
             return self._in_its_branch(known, one, inside)
         layer = self._layer(one)
         doubtful = {leaf: self.runner.recipe(leaf, layer) for leaf in self._doubtful(one, inside)}
+        comparable = [other for other in inside if other.found.outputs.compared]
         ways = itertools.chain(
             alternatives(doubtful, self.runner.likes(one.path, layer, doubtful), self.runner.shapes),
-            self._rotated(one, layer),
-            exchanges(self.runner, [other for other in inside if other.found.outputs.compared], layer),
+            self._rotated(one, layer, [Alternative(words="", recipes={})]),
+            exchanges(self.runner, comparable, layer),
         )
-        for way in itertools.islice(ways, _MOST_TRIED):
+        others = [orders(doubtful, self.runner.shapes), exchanges(self.runner, comparable, layer)]
+        both = self._rotated(one, layer, itertools.chain(*others))
+        for way in itertools.chain(*(itertools.islice(each, _MOST_TRIED) for each in (ways, both))):
             if time.monotonic() > until:
                 break
             self.tried += 1
@@ -371,14 +362,19 @@ class Search:
                     return known if pair[0] is here else proof
         return None
 
-    def _rotated(self, one: Compared, layer: int | None) -> Iterator[Alternative]:
-        """Yields the queries and keys in a module for another way of turning them by their positions."""
-        recipes = {leaf: self.runner.recipe(leaf, layer) for leaf in one.pair.leaves if leaf in self.restored}
-        for changed in heads_by_rotation(recipes, self.runner.shapes):
-            words = (
-                f"{fold_paths(changed)}: the features of each head lie as other rotary positions pair them"
-            )
-            yield Alternative(words=words, recipes=changed)
+    def _rotated(
+        self, one: Compared, layer: int | None, before: Iterable[Alternative]
+    ) -> Iterator[Alternative]:
+        """Yields the queries and keys in a module for another way of turning them by their positions.
+
+        That is done after another change, for a port may differ in both.
+        """
+        now = {leaf: self.runner.recipe(leaf, layer) for leaf in one.pair.leaves if leaf in self.restored}
+        for way in before:
+            for changed in heads_by_rotation({**now, **way.recipes}, self.runner.shapes):
+                words = f"{fold_paths(changed)}: {_ROTATED}"
+                words = f"{way.words}; {words}" if way.words else words
+                yield Alternative(words=words, recipes={**way.recipes, **changed})
 
     def _misplaced(self, inside: Sequence[Compared]) -> _Proof | None:
         """Returns the outermost module that is called with what another one is called with in Linen."""

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import flax.errors
@@ -24,6 +24,8 @@ from orbax_nnx_handler.verifying import (
     TOLERANCE,
     Distance,
     agree,
+    are_the_same,
+    begin_alike,
     changes_more_than_rounding,
     compare,
     distance,
@@ -33,6 +35,7 @@ from orbax_nnx_handler.verifying import (
     inputs_in_words,
     opened_up,
     same_numbers,
+    without_counterpart,
 )
 from orbax_nnx_handler.verifying.pairing import (
     ModulePair,
@@ -47,7 +50,12 @@ from orbax_nnx_handler.verifying.pairing import (
 )
 from orbax_nnx_handler.verifying.recording import Call, run_linen, run_nnx
 from orbax_nnx_handler.verifying.single_module import ModuleRunner
-from orbax_nnx_handler.verifying.verification import ModuleComparison, is_called_alone, outputs_apart
+from orbax_nnx_handler.verifying.verification import (
+    ModuleComparison,
+    differing_settings,
+    is_called_alone,
+    outputs_apart,
+)
 from orbax_nnx_handler.verifying.weights import (
     LinenWeights,
     as_jax,
@@ -124,11 +132,43 @@ class Compared:
                 found.setdefault(turned.tobytes(), (lengths, order))
         return next(iter(found.values())) if len(found) == 1 else None  # Many zeros fit any order.
 
+    @property
+    def unlike(self) -> tuple[str, ...]:
+        """Inputs of the one call that the other one has nothing like, in words."""
+        pair = self.nnx.inputs, self.linen.inputs
+        ours = [f"NNX's {array}" for array in without_counterpart(*pair)]
+        return (*ours, *(f"Linen's {array}" for array in without_counterpart(*reversed(pair))))
+
+    def has_another_constant(self, *, whatever: bool) -> bool:
+        """Tells whether it has another epsilon, or whatever number, and another output, be it by rounding."""
+        apart = self.gets_the_same and self.found.outputs.relative > 0
+        settings = differing_settings(self.linen.call, self.nnx.call) if apart else {}
+        numbers = [name for name, (value, _) in settings.items() if isinstance(value, float)]
+        return any(whatever or name.startswith("eps") for name in numbers)
+
     def encloses(self, inner: "Compared") -> bool:
         """Tells whether the module holds another: of the same layer, where both are scanned."""
         if self.path == inner.path or inner.path[: len(self.path)] != self.path:
             return False
         return self.pair.nnx.layer in (None, inner.pair.nnx.layer)
+
+
+def called_alike(one: Compared, compared: Sequence[Compared]) -> Iterator[Compared]:
+    """Yields other modules whose Linen counterpart is called with what a module is called with.
+
+    Modules that are called with what their own counterpart is are right where they are, as q is for k.
+    """
+    sizes = [array.size for array in one.nnx.outputs]
+    for other in compared:
+        if (
+            (other.gets_the_same and not other.found.differs)
+            or other.pair.linen == one.pair.linen
+            or [array.size for array in other.linen.outputs] != sizes
+        ):
+            continue
+        wanted, found = other.linen.inputs, one.nnx.inputs
+        if begin_alike(wanted, found) and are_the_same(wanted, found):
+            yield other
 
 
 def compare_modules(
@@ -268,13 +308,11 @@ class Runs:
     @property
     def shown(self) -> set[Path]:
         """The modules that return what Linen's do, which alone are called with that."""
-        found = dict[Path, list[Compared]]()
-        for one in self.compared:
-            found.setdefault(one.path, []).append(one)
-        alike = {path: calls for path, calls in found.items() if all(one.agrees for one in calls)}
         linen = self.linen.calls
-        return {
-            path for path, calls in alike.items() if all(is_called_alone(one.linen, linen) for one in calls)
+        other = {one.path for one in self.compared if not one.agrees}
+        alike = [one for one in self.compared if one.path not in other]
+        return {one.path for one in alike} - {
+            one.path for one in alike if not is_called_alone(one.linen, linen)
         }
 
     def depend_on(self, weights: Mapping[Path, Any], beside: Mapping[Path, Any] | None = None) -> bool:

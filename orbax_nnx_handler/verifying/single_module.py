@@ -37,7 +37,7 @@ from orbax_nnx_handler.storage.reading import read_values
 from orbax_nnx_handler.verifying import Array
 from orbax_nnx_handler.verifying.pairing import nearest_modules
 from orbax_nnx_handler.verifying.recording import Call, Held, arrays_by_place
-from orbax_nnx_handler.verifying.weights import one_device
+from orbax_nnx_handler.verifying.weights import by_groups, by_one, one_device, refolded
 
 _MOST_AXES = 4
 _MOST_PARTS = 4
@@ -78,12 +78,36 @@ def alternatives(
         yield Alternative(words=f"{_names(undone)} are neither scaled nor shifted", recipes=undone)
     for leaf, recipe in doubtful.items():
         yield from _axes(leaf, recipe, shapes)
-    yield from _orders(doubtful, shapes)
+    yield from _alike(doubtful, shapes)
+    yield from orders(doubtful, shapes)
     for leaf, recipe in doubtful.items():
         yield from _parts_of(leaf, recipe, shapes)
     for module, theirs in others.items():
         yield _from_other(module, theirs)
     yield from (_exchange(pairs, doubtful) for pairs in exchanged if pairs not in likely)
+
+
+def _alike(doubtful: Mapping[Path, Recipe], shapes: Shapes) -> Iterator[Alternative]:
+    """Yields leaves that one name writes, but for a number: all otherwise in one way, or in another order.
+
+    One rule makes them all, so that a mistake in it is in all of them.
+    """
+    groups: dict[object, list[Path]] = defaultdict(list)
+    for leaf, recipe in doubtful.items():
+        groups[tuple(key for key in leaf if not isinstance(key, int)), shape_of(recipe, shapes)].append(leaf)
+    several = [group for group in groups.values() if len(group) > 1]
+    for group in several:
+        for ways in zip(*(_axes(leaf, doubtful[leaf], shapes) for leaf in group), strict=False):
+            made = {leaf: recipe for way in ways for leaf, recipe in way.recipes.items()}
+            yield Alternative(words=f"{fold_paths(group)}: {ways[0].words}, and so in all", recipes=made)
+    for count in range(3, _MOST_PARTS + 1):
+        alike = [group for group in several if len(group) == count]
+        for some, order in itertools.product(
+            [alike, *([x] for x in alike)], itertools.permutations(range(count))
+        ):
+            made = {group[to]: doubtful[group[at]] for group in some for to, at in enumerate(order)}
+            sources = ", ".join(map(render_reads, made.values()))
+            yield Alternative(words=f"{fold_paths(made)} are in another order: {sources}", recipes=made)
 
 
 def _exchanged(doubtful: Mapping[Path, Recipe], shapes: Shapes) -> Iterator[list[tuple[Path, Path]]]:
@@ -135,7 +159,7 @@ def _axes(leaf: Path, recipe: Recipe, shapes: Shapes) -> Iterator[Alternative]:
     """Yields the leaf with its axes in another order, and divided in another way."""
     shape = shape_of(recipe, shapes)
     seen = {recipe}
-    for words, changed in itertools.chain(_ways(recipe, shapes), _by_one(recipe, shape)):
+    for words, changed in itertools.chain(_ways(recipe, shapes), by_one(recipe, shape)):
         plain = simplify(changed, shapes)
         if plain not in seen:
             seen.add(plain)
@@ -179,12 +203,6 @@ def _turned(recipe: Recipe, shape: Shape) -> Iterator[tuple[str, Recipe]]:
                 yield "transposed", Transpose(recipe, order)
 
 
-def _by_one(recipe: Recipe, shape: Shape) -> Iterator[tuple[str, Recipe]]:
-    """Yields a vector with one added or taken away: a norm that multiplies with 1 + scale."""
-    for constant in (1.0, -1.0) if len(shape) == 1 else ():
-        yield f"{'larger' if constant > 0 else 'smaller'} by one", Add(recipe, constant)
-
-
 def _divided(recipe: Recipe, shapes: Shapes) -> Iterator[tuple[str, Recipe]]:
     """Yields the same elements divided into axes in another order: heads before features, or after them."""
     shape = shape_of(recipe, shapes)
@@ -202,21 +220,7 @@ def _divided(recipe: Recipe, shapes: Shapes) -> Iterator[tuple[str, Recipe]]:
             back = tuple(sorted(range(len(order)), key=order.__getitem__))
             yield "divided otherwise", _again(recipe, step, Transpose(divided, back))
     if len(shape) <= _MOST_AXES:
-        yield from _refolded(recipe, shape)
-
-
-def _refolded(recipe: Recipe, shape: Shape) -> Iterator[tuple[str, Recipe]]:
-    """Yields an axis read as two that were exchanged, as interleaved heads or parts are."""
-    for axis, length in enumerate(shape):
-        for outer in (2, 3, 4, 6, 8, 12, 16):
-            if length % outer == 0 and 1 < outer < length:
-                split = (*shape[:axis], length // outer, outer, *shape[axis + 1 :])
-                order = [*range(len(split))]
-                order[axis], order[axis + 1] = axis + 1, axis
-                yield (
-                    "in another order of its parts",
-                    Reshape(Transpose(Reshape(recipe, split), tuple(order)), shape),
-                )
+        yield from refolded(recipe, shape)
 
 
 def _chain(recipe: Recipe) -> Iterator[Recipe]:
@@ -236,7 +240,7 @@ def _again(recipe: Recipe, step: Recipe, instead: Recipe) -> Recipe:
     return dataclasses.replace(recipe, source=inner)
 
 
-def _orders(doubtful: Mapping[Path, Recipe], shapes: Shapes) -> Iterator[Alternative]:
+def orders(doubtful: Mapping[Path, Recipe], shapes: Shapes) -> Iterator[Alternative]:
     """Yields fused leaves with their parts in another order, or group by group, kernel and bias alike."""
     fused = {leaf: found for leaf, recipe in doubtful.items() if (found := _joint(recipe)) is not None}
     for count in sorted({len(joint.sources) for joint in fused.values()}):
@@ -266,18 +270,10 @@ def _interleaved(
     length = lengths.pop() if len(lengths) == 1 else 1
     for groups in [number for number in range(2, length + 1) if length % number == 0][:_MOST_GROUPS]:
         made = {
-            leaf: _again(doubtful[leaf], one, _by_groups(one, groups, shapes)) for leaf, one in joints.items()
+            leaf: _again(doubtful[leaf], one, by_groups(one, groups, shapes)) for leaf, one in joints.items()
         }
         words = f"{_names(joints)} joined group by group, {groups} in all, each with all parts"
         yield Alternative(words=words, recipes=made)
-
-
-def _by_groups(joint: Concat, groups: int, shapes: Shapes) -> Recipe:
-    shape, axis, parts = shape_of(joint, shapes), joint.axis, len(joint.sources)
-    divided = (*shape[:axis], parts, groups, shape[axis] // parts // groups, *shape[axis + 1 :])
-    order = [*range(len(divided))]
-    order[axis], order[axis + 1] = axis + 1, axis
-    return Reshape(Transpose(Reshape(joint, divided), tuple(order)), shape)
 
 
 def _names(leaves: Iterable[Path]) -> str:

@@ -21,6 +21,7 @@ from orbax_nnx_handler.planning.core.lines import (
     counted,
     framed,
     joined,
+    listed,
 )
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import Recipe, describe, reads
@@ -32,11 +33,11 @@ from orbax_nnx_handler.verifying import (
     are_the_same,
     compare,
     exceeds,
+    mixed_sources,
     opened_up,
 )
 from orbax_nnx_handler.verifying.pairing import Unit, Use
 from orbax_nnx_handler.verifying.recording import Call
-from orbax_nnx_handler.verifying.weights import mixed_sources
 
 
 def outputs_apart(expected: Any, found: Any) -> list[Distance]:
@@ -168,6 +169,7 @@ class FirstDifference:
         tried: How many other ways of making its weights were tried.
         settings: What both modules call by one name and set to different values: Linen's and NNX's.
         reordered: Whether it returned the same numbers in another order.
+        unlike: Inputs of the one module that the other one is called with nothing like, in words.
     """
 
     module: ModuleComparison
@@ -182,6 +184,7 @@ class FirstDifference:
     tried: int = 0
     settings: Mapping[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict[str, tuple[Any, Any]])
     reordered: bool = False
+    unlike: tuple[str, ...] = ()
 
     @property
     def path(self) -> str:
@@ -202,6 +205,9 @@ class FirstDifference:
         if self.settings:
             pairs = [f"{name} is {a!r} in Linen and {b!r} in NNX" for name, (a, b) in self.settings.items()]
             said.append(Sentence("cause", f"the modules are set up differently: {', '.join(pairs)}."))
+        if self.unlike and not self.settings:
+            more = f"{listed(self.unlike)} {'has' if len(self.unlike) == 1 else 'have'} no counterpart"
+            said.append(Sentence("note", f"of the inputs {more}: the difference may come in with that."))
         if self.reordered:
             said.append(Sentence("note", "it returns the same numbers in another order."))
         if self.tried:

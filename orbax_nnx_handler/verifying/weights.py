@@ -19,8 +19,9 @@ from jax.core import Tracer
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from orbax_nnx_handler.planning.core.leaves import Shape
-from orbax_nnx_handler.planning.core.paths import Path, nested, render, segments
+from orbax_nnx_handler.planning.core.paths import Path, nested, segments
 from orbax_nnx_handler.planning.core.recipes import (
+    Add,
     Concat,
     Read,
     Recipe,
@@ -37,7 +38,6 @@ from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placemen
 from orbax_nnx_handler.planning.likeness.vocabulary import concepts
 from orbax_nnx_handler.planning.restore_plan import RestorePlan
 from orbax_nnx_handler.planning.target.target import flatten_target
-from orbax_nnx_handler.planning.verdict.outcomes import Restored
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.storage.reading import Job
 from orbax_nnx_handler.storage.restoring.restore import read_jobs
@@ -66,23 +66,6 @@ def as_jax(value: Any) -> Any:
     """Returns a NumPy array of numbers as JAX's: `nnx.scan` carries no other where nothing is compiled."""
     is_array = isinstance(value, np.ndarray) and value.dtype.kind in "biufc"
     return jnp.asarray(cast(Any, value)) if is_array else cast(Any, value)
-
-
-_OF_ONE_LAYER = frozenset(("kernel", "bias", "scale", "mean", "var", "embedding"))
-
-
-def mixed_sources(weights: Iterable[Restored]) -> str:
-    """Returns which leaves of one layer come from two Linen modules, in words; nothing where none do."""
-    first: dict[Path, tuple[str, frozenset[Path]]] = {}
-    for item in weights:
-        path, read = item.wanted.path, frozenset(source[1:-1] for source in reads(item.recipe))
-        if str(path[-1]) not in _OF_ONE_LAYER or not read:
-            continue
-        name, beside = first.setdefault(path[:-1], (render(path), read))
-        if beside.isdisjoint(read):
-            here, there = (", ".join(sorted(map(render, some))) for some in (read, beside))
-            return f"{render(path)} comes from {here}, and {name} from {there}: check their rules."
-    return ""
 
 
 def on_one_device(target: Any) -> dict[Path, OneDevice]:
@@ -333,6 +316,35 @@ def as_stored(recipe: Recipe, shapes: Shapes) -> Recipe:
     while isinstance(source, Reshape | Transpose):
         source = source.source
     return source if shape_of(source, shapes) == shape_of(recipe, shapes) else recipe
+
+
+def by_groups(joint: Concat, groups: int, shapes: Shapes) -> Recipe:
+    """Returns joined parts group by group: the query, key and value of each head side by side."""
+    shape, axis, parts = shape_of(joint, shapes), joint.axis, len(joint.sources)
+    divided = (*shape[:axis], parts, groups, shape[axis] // parts // groups, *shape[axis + 1 :])
+    order = [*range(len(divided))]
+    order[axis], order[axis + 1] = axis + 1, axis
+    return Reshape(Transpose(Reshape(joint, divided), tuple(order)), shape)
+
+
+def by_one(recipe: Recipe, shape: Shape) -> Iterator[tuple[str, Recipe]]:
+    """Yields a vector with one added or taken away: a norm that multiplies with 1 + scale."""
+    for constant in (1.0, -1.0) if len(shape) == 1 else ():
+        yield f"{'larger' if constant > 0 else 'smaller'} by one", Add(recipe, constant)
+
+
+def refolded(recipe: Recipe, shape: Shape) -> Iterator[tuple[str, Recipe]]:
+    """Yields an axis read as two that were exchanged, as interleaved heads or parts are."""
+    for axis, length in enumerate(shape):
+        for outer in (2, 3, 4, 6, 8, 12, 16):
+            if length % outer == 0 and 1 < outer < length:
+                split = (*shape[:axis], length // outer, outer, *shape[axis + 1 :])
+                order = [*range(len(split))]
+                order[axis], order[axis + 1] = axis + 1, axis
+                yield (
+                    "in another order of its parts",
+                    Reshape(Transpose(Reshape(recipe, split), tuple(order)), shape),
+                )
 
 
 _HEAD_SIZES = (256, 192, 160, 128, 96, 80, 64, 48, 40, 32, 24, 16, 12, 8, 6, 4)

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from orbax_nnx_handler import Add, Fuse, Scale, StackLayers, Transpose, Verification, verify
 from orbax_nnx_handler.planning.core.recipes import Index, Read
+from orbax_nnx_handler.planning.core.recipes import Transpose as Turned
 from orbax_nnx_handler.verifying.single_module import alternatives
 from tests.verifying.twins import BILSTM, GPT, LLAMA, TRANSLATOR, VIT, Twin
 
@@ -439,3 +440,59 @@ def test_a_loop_is_compared_with_the_module_that_runs_a_cell_of_its_callers(tmp_
     assert (("loop",), ("recurrent",)) in {(one.nnx.path, one.linen.path) for one in right.modules}
     assert wrong is not None
     assert wrong.path == "loop"
+
+
+def test_a_mistake_of_one_rule_is_tried_in_all_leaves_that_it_makes():
+    leaves = [("experts", at, "up", "kernel") for at in range(3)]
+    right = {leaf: Index(Read(("w",)), 0, at) for at, leaf in enumerate(leaves)}
+    mistakes = (
+        {leaf: Turned(recipe, (1, 0)) for leaf, recipe in right.items()},
+        dict(zip(leaves, [right[leaves[at]] for at in (1, 2, 0)], strict=True)),
+    )
+    for made in mistakes:
+        assert right in [way.recipes for way in alternatives(made, {}, {("w",): (3, 4, 4)})]
+
+
+class LinenLooking(nn.Module):
+    """Makes its mask by itself."""
+
+    @nn.compact
+    def __call__(self, x):
+        scores = nn.Dense(5, name="scores")(x) + jnp.triu(jnp.full((5, 5), -9.0), 1)
+        return nn.softmax(scores) @ x
+
+
+class LinenLookers(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(8, name="out")(LinenLooking(name="look")(x))
+
+
+class Looking(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.scores = nnx.Linear(8, 5, rngs=rngs)
+
+    def __call__(self, x, mask):
+        return nnx.softmax(self.scores(x) + mask) @ x
+
+
+class Lookers(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.look, self.out = Looking(rngs), nnx.Linear(8, 8, rngs=rngs)
+
+    def __call__(self, x):
+        return self.out(self.look(x, jnp.triu(jnp.full((5, 5), -9.0), 0)))
+
+
+def test_an_input_without_a_counterpart_is_named_where_the_difference_may_come_in_with_it(tmp_path):
+    x, linen = jax.random.normal(jax.random.key(1), (3, 5, 8)), LinenLookers()
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "c", linen.init(jax.random.key(0), x))
+    target = nnx.eval_shape(lambda: Lookers(nnx.Rngs(0)))
+    found = verify(tmp_path / "c", target, linen.apply, lambda model, x: model(x), (x,))
+
+    assert found.first is not None
+    assert found.first.path == "look"
+    assert "note: of the inputs NNX's float32[5,5] has no counterpart: the difference may come in" in str(
+        found
+    )

@@ -123,6 +123,28 @@ def test_what_is_right_stays_as_it_is(tmp_path) -> None:
     assert found.first is None
 
 
+def test_another_order_of_parts_is_proved_with_the_other_rotary_positions(tmp_path) -> None:
+    path, target, pair = programs(tmp_path, halves=False, in_heads=False, fused=True)
+    rules = [Fuse(("wk/kernel", "wq/kernel", "wv/kernel"), "qkv/kernel", axis=1)]
+    rules += [Fuse(("wk/bias", "wq/bias", "wv/bias"), "qkv/bias", axis=0)]
+
+    first = verify(path, target, *pair, renames=[*rules, ("layers_{i}", "layers/{i}")]).first
+
+    assert first is not None
+    assert first.proved.startswith("bias and kernel joined in another order")
+    assert first.proved.endswith("the features of each head lie as other rotary positions pair them")
+
+
+def test_three_modules_that_have_each_others_weights_are_proved(tmp_path) -> None:
+    path, target, pair = programs(tmp_path, halves=True, in_heads=False, fused=False, ours=True)
+    turns = [(f"layers_{{i}}/w{one}", f"layers/{{i}}/w{other}") for one, other in ("qk", "kv", "vq")]
+
+    first = verify(path, target, *pair, renames=[*turns, ("layers_{i}/wo", "layers/{i}/wo")]).first
+
+    assert first is not None
+    assert first.proved.startswith("layers/0/wq, layers/0/wk, layers/0/wv have the weights of ")
+
+
 def in_one(y: Any, arrangement: str) -> list[Any]:
     """Returns queries, keys and values out of one array."""
     if arrangement == "heads":

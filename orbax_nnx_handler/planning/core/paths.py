@@ -315,9 +315,8 @@ def trained_by(owner: Path, networks: Collection[Path]) -> list[Path]:
 
 
 def _is_short(word: str, other: str) -> bool:
-    return not {word, other} & {*filter(str.isdigit, (word, other))} and (
-        word.startswith(other) or other.startswith(word)
-    )
+    is_number = word.isdigit() or other.isdigit()
+    return not is_number and (word.startswith(other) or other.startswith(word))
 
 
 def _words(name: Path) -> list[str]:
@@ -348,7 +347,8 @@ class Level:
 
 
 _NUMBERED = re.compile(rf"(.*?(?:[A-Za-z]|\d(?=[_.-])))([_.-]?)(?<!\dx)(\d{{1,{MAX_DIGITS}}})")
-_WITHIN = re.compile(rf"(.*[A-Za-z])_(\d{{1,{MAX_DIGITS}}})_([A-Za-z]+)")
+_COUNTING = r"(?:.*_)?(?:layer|block)s?|.*[A-Za-z](?=_)"  # Of `layer1_ffn_in`, not `conv1_bn`.
+_WITHIN = re.compile(rf"({_COUNTING})_?(\d{{1,{MAX_DIGITS}}})_([A-Za-z][A-Za-z_]*)")
 _BEFORE = re.compile(rf"(\d{{1,{MAX_DIGITS}}})\.([A-Za-z_]+)")
 
 

@@ -338,14 +338,11 @@ def sizes_of_few(counts: Iterable[Mapping[int, int]]) -> set[int]:
 
 
 def are_unlike(
-    wanted: Sequence[ModulePart],
-    stored: Sequence[ModulePart],
-    used: Sequence[ModulePart],
-    above: Iterable[Iterable[str]],
+    wanted: Sequence[ModulePart], stored: Sequence[ModulePart], above: Iterable[Iterable[str]]
 ) -> bool:
     """Tells whether no parts of two sides are compared, by sizes, nor as several in one array, by names."""
     few = sizes_of_few(Counter(part.main_size for part in side) for side in (wanted, stored))
-    return not few and not _may_be_joined((*wanted, *stored, *used), itertools.chain(*above))
+    return not few and not _may_be_joined((*wanted, *stored), itertools.chain(*above))
 
 
 _COUNTED = frozenset(base for base, _ in NUMBERED)

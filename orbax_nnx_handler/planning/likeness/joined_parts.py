@@ -55,8 +55,8 @@ def joined_parts(
     for split in (False, True):
         wholes, singles = (right, left) if split else (left, right)
         before = -1
-        while before < len(links):  # What one whole takes may tell the parts of another.
-            before = len(links)
+        while before < len(links) + len(ties):  # What one whole takes may tell the parts of another.
+            before = len(links) + len(ties)
             for whole, parts, found, tie in _claims(wholes, singles, split):
                 links += found
                 ties += [tie] if tie is not None else []
@@ -206,8 +206,8 @@ def links_of(whole: NamedPart, parts: Sequence[NamedPart], split: bool, nth: int
     found: list[Link] = []
     for kind, leaf in whole.part.leaves.items():
         singles = [part.part.leaves[kind] for part in parts if kind in part.part.leaves]
-        if not singles and kind != "main":
-            continue
+        if len(singles) < len(parts) and kind != "main":
+            continue  # A bias of queries and values, where keys have none.
         joints = _joints(leaf, singles, split, whole.fact == "Gemma") if len(singles) == len(parts) else []
         if len(joints) != (1 if nth is None else 2):
             return []
@@ -279,21 +279,20 @@ def gated(wholes: list[NamedPart], singles: list[NamedPart], split: bool) -> Ite
     for parts in modules.values():
         roles = [{"gate", "up"} & part.said for part in parts]
         here = {(word, part.part.main_size) for part in parts for word in {"gate", "up"} & part.said}
-        if sorted(map(sorted, roles)) != [["gate"], ["up"]] or here <= apart:
+        are_gates = roles == [{"gate"}, {"gate"}]  # KerasHub's `ffw_gating` and `ffw_gating_2`.
+        if not are_gates and (sorted(map(sorted, roles)) != [["gate"], ["up"]] or here <= apart):
             continue  # What both sides keep apart lies in no array.
         gate_first = sorted(parts, key=lambda part: "up" in part.said)
         near = sized[sum(part.part.main_size for part in parts)]
-        held = [(whole, _gate_orders(whole, gate_first, split)) for whole in near if not whole.fused]
+        held = [(x, _gate_orders(x, gate_first, split)) for x in near if are_gates or not x.fused]
         held = [(whole, readings) for whole, readings in held if readings]
-        if len(held) != 1:
-            continue
-        whole, readings = held[0]
-        wholes.remove(whole)
-        near.remove(whole)
-        for part in parts:
-            singles.remove(part)
-        one, several = (whole.part.names,), tuple(part.part.names for part in gate_first)
-        yield Tie(wanted=several if split else one, stored=one if split else several, readings=readings)
+        for whole, readings in held if len(held) == 1 else ():
+            wholes.remove(whole)
+            near.remove(whole)
+            for part in parts:
+                singles.remove(part)
+            one, several = (whole.part.names,), tuple(part.part.names for part in gate_first)
+            yield Tie(wanted=several if split else one, stored=one if split else several, readings=readings)
 
 
 def _gate_orders(whole: NamedPart, parts: Sequence[NamedPart], split: bool) -> tuple[tuple[Link, ...], ...]:

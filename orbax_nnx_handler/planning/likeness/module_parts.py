@@ -192,13 +192,12 @@ def _join_letters(found: dict[Names, dict[str, Leaf]]) -> None:
         if x[:1] in "wW" and x[1:]
     ]
     for above, name, bias, part in pairs:
-        shapes = [
-            held["main"].shape
-            for at in (name, bias)
-            if (held := found.get((*above, at), {})).keys() == {"main"} and held["main"].names[-1] == at
-        ]
+        both = [(at, found.get((*above, at), {})) for at in (name, bias)]
+        shapes = [x["main"].shape for at, x in both if [*x] == ["main"] and x["main"].names[-1] == at]
+        # An ensemble's bias has 1 in the place of the inputs.
+        fits = (y in (x[-len(y) :], (*x[:-2], 1, *x[-1:])) for x, y in itertools.pairwise(shapes))
         is_free = part == name or (*above, part) not in found
-        if len(shapes) == 2 and shapes[0][-len(shapes[1]) :] == shapes[1] and is_free:
+        if is_free and any(fits):
             main, other = (found.pop((*above, at))["main"] for at in (name, bias))
             found[*above, part] = {"main": main, "bias": other}
 

@@ -201,8 +201,7 @@ class _Context:
         for x, pair in itertools.product(own, _SELF_AND_CROSS):
             if x[-1] in pair and {(*x[:-1], name) for name in pair} <= self._attentions:
                 return {("self", "cross")[pair.index(x[-1])]}
-        near = [(names, self._inside[names[:-1]] & self._attentions) for names in own]
-        beside = [x for names, attentions in near for x in attentions if x != names]
+        beside = [x for names in own for x in self._inside[names[:-1]] & self._attentions if x != names]
         kinds = {frozenset({"self", "cross"} & {*meanings(names[-1])}) for names in beside}
         return {"self", "cross"} - next(iter(kinds)) if len(kinds) == 1 and any(kinds) else set()
 
@@ -242,9 +241,12 @@ class _Context:
         return tuple(word for word in meanings(last) if word in _QKV) if is_either else ()
 
     def _computed(self, part: ModulePart) -> tuple[str, ...]:
-        """Returns the roles of a layer that Linen numbered in an attention, where sizes allow no others."""
+        """Returns an attention's roles that sizes alone tell: of `Dense_0`, `linear_0`, `att_proj`."""
         last, shapes = part.levels[-1] if part.levels else Level(""), self._shapes[part.family]
-        if last.number not in shapes or not last.base[:1].isupper() or "attn" not in part.said:
+        if [*part.own] == ["attn"] and self._around[part.module].isdisjoint(_QKV):
+            thirds = (x for x in self._matrices[part.module] if 3 * math.prod(x) == part.main_size)
+            return COMPUTED[3.0, 1.0][0] if any(len(x) == 2 and x[0] == x[1] for x in thirds) else ()
+        if last.number not in shapes or meanings(last.base) or "attn" not in part.said:
             return ()
         sizes = [math.prod(shapes[number]) for number in sorted(shapes) if len(shapes[number]) == 2]
         roles = COMPUTED.get(tuple(size / max(sizes[-1], 1) for size in sizes), ())
@@ -282,14 +284,13 @@ class _Context:
             elif not own and any(self._held[names] >= _QKV for names in containers(part)[:1]):
                 said.add("o")
             return ""
-        if "mlp" not in said and own & {"out"} and self._lacks_output:
-            return ""  # `output` beside `attention/query`: of the attention, or of the network.
-        if "mlp" in said or (self._has_attention and not part.is_vector):
+        is_either = bool(own & {"out"}) and self._lacks_output  # Beside `attention/query`, of either.
+        if "mlp" in said or (self._has_attention and not (part.is_vector or is_either)):
             # `net/0/proj`: the number above tells the place, not the name.
             is_counted = len(part.levels) > 1 and part.levels[-2].number is not None
             # What is as large beside them may be either, if its name does not tell.
-            size = math.prod(next(iter(part.leaves.values())).shape)
-            are_told = self._are_in_turn(part, family) and not self._unknown[part.module, size] - {last.base}
+            unknown = self._unknown[part.module, part.main_size] - {last.base}
+            are_told = self._are_in_turn(part, family) and not unknown
             self._resolve_mlp(said, own, family if are_told else (), last, is_counted)
         return ""
 
@@ -401,10 +402,9 @@ def in_order(
     roles: Sequence[NamedPart], others: Sequence[NamedPart], *, to_last: bool = False
 ) -> list[int] | None:
     """Returns parts, beside others, in the order of computation that names tell; `to_last`: the last one."""
-    places = [role.position for role in roles]
     are_norms = all(role.part.is_norm for role in roles)
-    if not are_norms and all("attn" in role.said and role.said & {"self", "cross"} for role in roles):
-        places = [float("cross" in role.said) for role in roles]
+    attend = not are_norms and all("attn" in x.said and x.said & {"self", "cross"} for x in roles)
+    places = [float("cross" in x.said) if attend else x.position for x in roles]
     # A decoder looks at itself before it looks across; latents do either first, as Linen has counted.
     near = [x.said for x in roles if "cross" not in x.said]
     is_open = any(x & {"self", "attn"} and not x & {"in", "post"} for x in near) and len(near) < len(roles)

@@ -22,7 +22,7 @@ _SPELLINGS = {
     "mlp": "mlp mlps ffn ffns ff ffw ffwd feedforward mlpblock moe",
     "norm": "norm norms ln layernorm lnorm layrnorm rmsnorm rms batchnorm bn groupnorm gn normalization "
     "normalisation instancenorm normalize normomalization lns bns gns",
-    "embed": "embed embeds embedding embeddings embedder emb embs",
+    "embed": "embed embeds embedding embeddings embedder emb embs embd",
     "token embed": "wte",
     "pos embed": "wpe posembed posemb posembeds",
     "token": "word words tok token tokens vocab",
@@ -93,7 +93,7 @@ _SPELLINGS = {
     "online": "online student",
     "": "model models module modules transformer core net network backbone base layer layers block blocks h "
     "stack proj projection dense linear fc fcs lin weight weights kernel w param params cell instance dot "
-    "product multi c to einsum the of and",
+    "product multi c to einsum the of and general",
 }
 """Each concept with its spellings; those of the last line say nothing."""
 
@@ -144,12 +144,12 @@ _EXCLUSIVE = tuple(frozenset(words.split()) for words in _APART.split(", "))
 
 _PARAMETERS = {
     "main": "kernel weight weights w scale gamma embedding embeddings table",
-    "bias": "bias b beta offset",
+    "bias": "bias b beta offset shift",
     "mean": "mean running_mean moving_mean",
     "var": "var running_var moving_var variance running_variance moving_variance",
 }
 PARAMETER = {spelling: kind for kind, names in _PARAMETERS.items() for spelling in names.split()}
-ENDING = re.compile(r"(.+)_(kernel|weight|bias|scale)")
+ENDING = re.compile(r"(.+)_(kernel|weights?|bias|scale)")
 """A parameter with what it is called as its own, and at the end of a name: `gate_up_proj_bias`."""
 
 PYTORCHS = frozenset(("weight", "weights", "w"))

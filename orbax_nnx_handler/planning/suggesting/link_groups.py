@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
@@ -160,13 +161,13 @@ def _kind_of(link: Link) -> tuple[object, tuple[str, ...]]:
         for names, at in (*((names, seat) for names in stored), *((names, aim) for names in wanted)):
             if _number(names[at]) != number:
                 return id(link), ()  # By itself: the two sides do not count alike.
-            names[at] = names[at].removesuffix(number)
+            names[at] = "".join(names[at].rsplit(number, 1))
     names = tuple(tuple(map(tuple, side)) for side in (stored, wanted))
     return (names, link.levels, link.ways, link.joint, link.after, link.grounds, link.fact), numbers
 
 
 def _number(name: str) -> str:
-    return name[len(name.rstrip("0123456789")) :]
+    return "".join(re.findall(r"\d+", name)[-1:])
 
 
 def _some_of(members: Sequence[tuple[Link, tuple[str, ...]]], *, is_whole: bool) -> Iterator[Link]:

@@ -70,7 +70,6 @@ def match_parts(
     above: tuple[Sequence[str], Sequence[str]] = ((), ()),
     created: Created = lambda _: None,
     known: Known = lambda _wanted, _stored: 0,
-    used: Sequence[ModulePart] = (),
     partial: Sequence[Collection[Names]] = ((), ()),
 ) -> Findings:
     """Matches the parts of a context.
@@ -81,12 +80,11 @@ def match_parts(
         above: The names that lead to the context on either side.
         created: The place of a wanted part in the order of creation, or None.
         known: How much of what is known elsewhere speaks for a pair.
-        used: Further stored parts that have a wanted one already: the context of names only.
         partial: Modules of either side that hold more than these parts.
     """
-    if are_unlike(wanted, stored, used, above):
+    if are_unlike(wanted, stored, above):
         return Findings()  # As of another model.
-    ours, theirs = named_parts(wanted, above[0]), named_parts([*stored, *used], above[1])[: len(stored)]
+    ours, theirs = named_parts(wanted, above[0]), named_parts(stored, above[1])
     links, ties, left, right = joined_parts(ours, theirs)
     ties += [*gated(left, right, split=False), *gated(right, left, split=True)]
     pairs = _Pairs((left, right), known, partial, is_outermost=not any(above))
@@ -261,7 +259,9 @@ class _Pairs:
             self._ours[to], self._theirs[at] = at, to
         doubtful = {frozenset((pair, other)) for pair in best for other in self._rather(pair, best, group)}
         doubtful.update(displaced(best, group, self._wanted, self._stored))
-        doubtful.update(exchanged(best, {pair: self._homes.of(*pair) for pair in group}, self._told))
+        # A module that takes a norm with its bias does not take a token.
+        whole = (pair for pair in group if pair in best or self._fits[pair].is_exact)
+        doubtful.update(exchanged(best, {pair: self._homes.of(*pair) for pair in whole}, self._told))
         unstable = {pair for tie in doubtful for pair in tie}  # Names that speak against each other.
         for pair in filter(lambda pair: pair not in unstable, best):
             second, lower = table.best(without=pair)

@@ -250,8 +250,9 @@ def side_by_side(series: Series, others: Sequence[Series], above: int) -> _Layer
 
     `attentions/{i}`, `norm1/{i}`, `fc1_{i}` are `layers/{i}/attn`, `layers/{i}/norm1`, `layers/{i}/fc1`.
     """
-    possible = (other for other in others if not exclude(series.said, other.said))  # `enc_attn_{i}`.
-    lists = [x for other in possible for x in _lists_of(other, series.numbers)]
+    possible = [other for other in others if not exclude(series.said, other.said)]  # `enc_attn_{i}`.
+    counts = [series.numbers, [1 - 2 * series.numbers[0] + at for at in series.numbers]]  # From 0, from 1.
+    lists = next(filter(None, ([x for y in possible for x in _lists_of(y, n)] for n in counts)), [series])
     if sum(x.size for x in lists) != series.size or any(x.sizes == series.sizes for x in lists):
         return None
     sizes = [*map(sum, zip(*(x.sizes for x in lists), strict=True))]
@@ -271,11 +272,10 @@ def side_by_side(series: Series, others: Sequence[Series], above: int) -> _Layer
 
 def _lists_of(series: Series, numbers: list[int]) -> list[Series]:
     """Returns a list that counts so, or those in its members, where these do: `norm1/{i}`, `norm2/{i}`."""
-    if series.numbers == numbers:
-        return [series]
     inner = [series_of(held, series.depth, 1) for held in series.members.values()]
     are_lists = all(len(x) == 1 and x[0].numbers == numbers and x[0].depth == series.depth + 1 for x in inner)
-    return [x for each in inner for x in each] if are_lists else []
+    every = [x for each in inner for x in each] if are_lists else []
+    return [series] if series.numbers == numbers else every
 
 
 def _may_count_blocks(series: Series, lists: Sequence[Series], fronts: Sequence[Names]) -> bool:

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from tests.planning.suggesting.proposals import check, filled, proposed
+from tests.planning.suggesting.proposals import check, filled, proposed, restored
 
 STREAMS = {
     "x_block": (("to_q", "to_k", "to_v"), "norm_{}", "to_out_0", "norm1"),
@@ -389,3 +389,32 @@ def test_local_and_global_layers_in_each_block_of_a_stack_take_turns_as_in_gemma
 
     check(values, expected)
     assert any(each.fact == "Gemma 2" for each in found.proposals)
+
+
+UNNAMED = {
+    "OLMo": {"att_proj": "qkv", "attn_out": "o"},
+    "one attention": {"attention/linear_0": "qkv", "attention/linear_1": "o"},
+    "CTranslate2": {"attention/linear_0": "q", "attention/linear_1": "kv", "attention/linear_2": "o"},
+}
+
+
+@pytest.mark.parametrize("kinds", [("kernel",), ("kernel", "bias")])
+@pytest.mark.parametrize("names", UNNAMED.values(), ids=UNNAMED)
+def test_queries_keys_and_values_in_an_array_that_no_name_tells_are_asked_about(names, kinds):
+    stored, single, joined, shapes = {}, {}, {}, {}
+    shape = {"kernel": (WIDTH, WIDTH), "bias": (WIDTH,)}
+    for at, (name, roles), kind in itertools.product(range(2), names.items(), kinds):
+        sources = [f"layers_{at}/self_attn/{role}_proj/{kind}" for role in roles if role + kind != "kbias"]
+        stored |= dict.fromkeys(sources, shape[kind])
+        aim = f"blocks/{at}/{name}/{kind}"
+        shapes[aim] = (*shape[kind][1:], len(roles) * WIDTH)
+        if len(sources) == len(roles):  # Whisper has no bias of keys.
+            (joined if roles[1:] else single)[aim] = sources
+    stored = filled(stored)
+    right = {aim: np.concatenate([stored[x] for x in y], -1) for aim, y in (joined | single).items()}
+
+    found, values = proposed(stored, shapes)
+
+    check(values, {aim: right[aim] for aim in single})
+    answered = restored(stored, shapes, found.answered([0] * len(found.questions)))
+    check({aim: answered[aim] for aim in right}, right)

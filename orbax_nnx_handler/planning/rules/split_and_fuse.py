@@ -1,15 +1,22 @@
-"""Rules between one leaf and several: cut and joined along an axis, stacked layers, a leaf wanted twice."""
+"""Rules between one leaf and several: cut and joined along an axis, stacked layers, a leaf wanted twice.
+
+Last, rules between one model and several networks, also as rules that rename each network.
+"""
 
 import dataclasses
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from typing import Any, cast
 
 from orbax_nnx_handler.planning.core import recipes
 from orbax_nnx_handler.planning.core.errors import RuleError, check_kinds
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, shared_levels
 from orbax_nnx_handler.planning.core.recipes import Recipe, RecipeError, Shapes
-from orbax_nnx_handler.planning.rules.entries import Entry
+from orbax_nnx_handler.planning.layouts.layout import is_copy_beside, is_copy_level, words_of
+from orbax_nnx_handler.planning.rules.entries import Entry, Names
+from orbax_nnx_handler.planning.rules.rename import Rename
 from orbax_nnx_handler.planning.rules.rule import (
     Applied,
     Join,
@@ -23,7 +30,7 @@ from orbax_nnx_handler.planning.rules.rule import (
     normal_axis,
     replace_each,
 )
-from orbax_nnx_handler.planning.rules.stacking import stacked
+from orbax_nnx_handler.planning.rules.stacking import UnstackLayers, stacked
 from orbax_nnx_handler.planning.rules.values import Reshape, Transpose
 
 
@@ -296,3 +303,143 @@ def _rejoining(
     fuse = Fuse(names, name, axis=joint.axis + front, sizes=sizes[1])
     whole, *parts = [rules for rules in made if rules is not None]
     return (*whole, split, *(rule for rules in parts for rule in rules), fuse)
+
+
+# What several networks of one checkpoint share.
+
+
+def keys_as_names(entries: Iterable[Entry], roots: Sequence[Rename] = ()) -> tuple[Rename, ...]:
+    """Returns rules under which several networks, each with params of its own, are parts of one model.
+
+    Args:
+        entries: What is stored.
+        roots: Rules for the copies that are such a part; the other ones are none.
+    """
+    models = dict.fromkeys(entry.prefix for entry in entries if entry.section == "model")
+    if len({prefix[:-1] for prefix in models}) < 2 or any(len(prefix) < 2 for prefix in models):
+        return ()
+    rules = {rule.pattern: rule for rule in roots}
+    for prefix in models:
+        if not is_copy_beside(prefix[-1], "params"):
+            rules["/".join(prefix)] = Rename("/".join(prefix), "/".join(prefix[:-1]))
+    stored = ("/".join(prefix) for prefix in models)
+    return tuple(rules[path] for path in stored if path in rules)
+
+
+def copies_as_roots(
+    entries: Sequence[Entry], wanted: Iterable[Path]
+) -> tuple[Collection[Names], tuple[Rename, ...]]:
+    """Returns where copies of parameters lie, and rules under which they are wanted ones.
+
+    What says the same words as a wanted copy is that, as `target_params/critic` and `critic/target_params`
+    are `target_critic`; else the only one, or that with a word that no other one has.
+    """
+    copies, roots = _copies_in(entries), {str(path[0]) for path in wanted}
+    named = [root for root in roots if is_copy_level(root) or is_copy_beside(root, "params")]
+    levels = {*copies, *((*copy, part) for copy, parts in copies.items() for part in parts)}
+    pairs = [(x, y) for x in levels for y in named if set[str]().union(*map(words_of, x)) == words_of(y)]
+    if not pairs:
+        is_one = len(copies) == len(named) == 1
+        pairs = [(x, y) for x in copies for y in named if is_one or words_of(x[-1]) & words_of(y)]
+    counts = Counter(itertools.chain(*pairs))
+    alone = sorted((copy, root) for copy, root in pairs if counts[copy] == counts[root] == 1)
+    rules = (Rename("/".join(copy), root) for copy, root in alone if len(roots) > len(alone))
+    return copies.keys(), tuple(rules)
+
+
+def _copies_in(entries: Iterable[Entry]) -> Mapping[Names, Collection[str]]:
+    """Returns where copies of parameters lie, each with its parts.
+
+    The copy of one of several networks lies below the name of this one: `target_params/critic`.
+    """
+    held: dict[Names, set[str]] = defaultdict(set)
+    for entry in entries:
+        if entry.section == "model" and entry.prefix:
+            held[entry.prefix].add(entry.segments[0])
+    copies = {prefix for prefix in held if is_copy_beside(prefix[-1], "params")}
+    beside: dict[Names, set[str]] = defaultdict(set)
+    for prefix in held.keys() - copies:
+        beside[prefix[:-1]] |= held[prefix]
+    alone = {copy for copy in copies if len(held[copy]) == 1 and held[copy] < beside[copy[:-1]]}
+    found: dict[Names, Collection[str]] = {copy: held[copy] for copy in copies - alone}
+    return found | {(*copy, *held[copy]): () for copy in alone}
+
+
+def by_network(keys: Sequence[Rename], rules: Sequence[Rule]) -> Iterator[tuple[Rule, ...]]:
+    """Yields rules that rename each network and what is in it, out of those for one model of all of them.
+
+    Args:
+        keys: The rules that made parts of one model of the networks.
+        rules: They, and those behind them; nothing comes where one takes parts of two networks.
+    """
+    collections = {rule.replacement: rule.pattern.removeprefix(f"{rule.replacement}/") for rule in keys}
+    owners, levels = dict[str, str](), set[str]()
+    for rule in rules[len(keys) :]:
+        if isinstance(rule, Rename | UnstackLayers):
+            stored, _ = _parted(rule.pattern, dict.fromkeys(collections, ""))
+            wanted, *rest = (rule.replacement if isinstance(rule, Rename) else rule.into).split("/")
+            if stored and (not rest or owners.setdefault(stored, wanted) != wanted):
+                return
+            levels.update(rest[:1] if stored and len(rest) > 1 else ())
+    # `model` beside an optimizer, or 0 of a tuple.
+    for level in (*levels, "") if len(levels) == 1 else ("",):
+        found: dict[object, dict[str, Rule]] = defaultdict(dict)
+        for rule in rules[len(keys) :]:
+            below = _below(rule, owners, collections, level)
+            if below is None:
+                return
+            network, inner = below
+            kind = type(rule), *_fields(inner)[0][1], getattr(rule, "axis", None)
+            at = next(at for at in itertools.count() if network not in found[*kind, at])
+            found[*kind, at][network] = inner
+        yield tuple(_in_networks(owners, collections, found.values()))
+
+
+def _below(
+    rule: Rule, owners: Mapping[str, str], collections: Iterable[str], level: str
+) -> tuple[str, Rule] | None:
+    """Returns the network that a rule is about, if it is about one, and the rule below it; None for two."""
+    stored = {key: (key, "") for key in collections}
+    wanted = {owner: (key, level) for key, owner in owners.items()}
+    networks, fields = set[str](), list[tuple[str, Sequence[str]]]()
+    for name, paths in _fields(rule):
+        # A rename leads from the stored names to the wanted ones.
+        known = wanted | stored if name in ("pattern", "patterns") else stored | wanted
+        parted = [_parted(path, {key: at for key, (_, at) in known.items()}) for path in paths]
+        networks |= {known[key][0] for key, _ in parted if key}
+        fields.append((name, [rest for _, rest in parted]))
+    return None if len(networks) > 1 else (next(iter(networks), ""), _with_fields(rule, fields))
+
+
+def _in_networks(
+    owners: Mapping[str, str], collections: Mapping[str, str], found: Iterable[Mapping[str, Rule]]
+) -> Iterator[Rule]:
+    yield from (Rename(stored, wanted) for stored, wanted in owners.items() if stored != wanted)
+    for rules in found:
+        if len({*rules.values()}) == 1 and ("" in rules or len(rules) == len(collections)):
+            yield next(iter(rules.values()))
+            continue
+        for stored in collections if "" in rules else rules:
+            rule = rules.get(stored) or rules[""]
+            above = f"{owners.get(stored, stored)}/{collections[stored]}"
+            fields = [(name, [f"{above}/{path}" for path in paths]) for name, paths in _fields(rule)]
+            yield _with_fields(rule, fields)
+
+
+def _parted(path: str, above: Mapping[str, str]) -> tuple[str, str]:
+    """Returns the network that a path begins with, if it does, and the rest without a level between."""
+    key, _, rest = path.partition("/")
+    return (key, rest.removeprefix(f"{above[key]}/")) if rest and key in above else ("", path)
+
+
+def _fields(rule: Rule) -> list[tuple[str, tuple[str, ...]]]:
+    """Returns the fields of a rule that hold paths, the stored ones first."""
+    fields = ((name, getattr(rule, name, ())) for name in ("pattern", "patterns", "replacement", "into"))
+    return [(name, (paths,) if isinstance(paths, str) else paths) for name, paths in fields if paths]
+
+
+def _with_fields(rule: Rule, fields: Iterable[tuple[str, Sequence[str]]]) -> Rule:
+    changes = {
+        name: tuple(paths) if isinstance(getattr(rule, name), tuple) else paths[0] for name, paths in fields
+    }
+    return cast(Rule, dataclasses.replace(cast(Any, rule), **changes))

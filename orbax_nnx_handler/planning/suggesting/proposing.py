@@ -14,7 +14,7 @@ from orbax_nnx_handler.planning.layouts.layout import Stored, is_copy_beside
 from orbax_nnx_handler.planning.likeness import in_list
 from orbax_nnx_handler.planning.likeness.arrangements import flattened, turned_lists
 from orbax_nnx_handler.planning.likeness.joined_parts import Remade
-from orbax_nnx_handler.planning.likeness.links import Findings, Link, simplest
+from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie, simplest
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf
 from orbax_nnx_handler.planning.likeness.shapes import Way
 from orbax_nnx_handler.planning.likeness.vocabulary import Names
@@ -22,6 +22,7 @@ from orbax_nnx_handler.planning.mapping.networks import layers_in_turns, network
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.rules import Rename, Rule
 from orbax_nnx_handler.planning.rules.entries import Entries, Entry, loose_parts
+from orbax_nnx_handler.planning.rules.split_and_fuse import by_network, copies_as_roots, keys_as_names
 from orbax_nnx_handler.planning.rules.stacking import nested_stacks
 from orbax_nnx_handler.planning.rules.values import steps_in
 from orbax_nnx_handler.planning.suggesting.link_groups import (
@@ -61,7 +62,7 @@ from orbax_nnx_handler.planning.suggesting.suggestion import (
     resized_in,
     steps_by_leaf,
 )
-from orbax_nnx_handler.planning.suggesting.whole_modules import by_network, copies_as_roots, keys_as_names
+from orbax_nnx_handler.planning.suggesting.whole_modules import torn_by_name
 from orbax_nnx_handler.planning.target.roles import WEIGHTS, Order, Wanted, of_role, roles_of
 from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.planning.verdict.judge import Chosen, choose, judge
@@ -218,7 +219,7 @@ class _Proposing:
         if all(item.leaf.path in self._found for item in self._model):
             return self._as_it_is()
         searched = self._searched
-        links = self._reconciled(searched.links)
+        links = self._reconciled(searched.links, searched.found.ties)
         tried = self._best(links, searched)
         questions = self._questions(links, searched, tried)
 
@@ -226,9 +227,8 @@ class _Proposing:
             chosen = [q.readings[at] for q, at in zip(questions, answers, strict=True) if at is not None]
             return self._rules(tried, searched, [link for reading in chosen for link in reading], changes)
 
-        rules = partial(self._rules, tried, searched)
         counts = held_by(*((self._theirs, self._ours) if questions else ((), ())))
-        asked = [item.question(rules, counts) for item in questions]
+        asked = [item.question(partial(self._rules, tried, searched), counts) for item in questions]
         return dataclasses.replace(self._suggested(tried, asked), settle=answered)
 
     def _as_it_is(self) -> Suggestion:
@@ -288,10 +288,10 @@ class _Proposing:
         ruled = {path for path, item in self._base.restored.items() if item.evidence.kind == "rule"}
         return dataclasses.replace(found, links=links, ordered=found.ordered - ruled)
 
-    def _reconciled(self, links: Sequence[Link]) -> list[Link]:
+    def _reconciled(self, links: Sequence[Link], ties: Sequence[Tie] = ()) -> list[Link]:
         """Returns the links without those that speak against what a plan without rules finds by name."""
-        paths = (item.leaf.path for item in self._model if item.leaf.path in self._found)
-        settled = {path: set(reads(self._found[path].recipe)) for path in paths}
+        settled = {path: {*reads(item.recipe)} for path, item in self._found.items()}
+        settled = {path: settled[path] for path in settled.keys() - torn_by_name(settled, links, ties)}
         used, told = set[Path]().union(*settled.values()), turned_lists(links)
         kept = [x for x in links if agrees(x, settled, used, self._free) and not self._is_doubted(x, told)]
         kept = without_strays(kept, self._ours, self._theirs)
@@ -390,8 +390,7 @@ class _Proposing:
 
     @cached_property
     def _entries(self) -> Sequence[Entry]:
-        model = [entry for entry in self._applied if entry.section == "model"]
-        return without_repeats(self._ours, model)
+        return without_repeats(self._ours, [entry for entry in self._applied if entry.section == "model"])
 
     @cached_property
     def _ours(self) -> list[Leaf]:
@@ -403,8 +402,9 @@ class _Proposing:
 
     def _questions(self, links: Sequence[Link], searched: Searched, tried: Tried) -> list[Choice]:
         verdict = tried.verdict or self._base
-        doubted = verdict.counted_otherwise | searched.ordered
-        covered = {*paths_of(links), *(verdict.restored.keys() - doubted)}
+        known = {path: {*reads(item.recipe)} for path, item in verdict.restored.items()}
+        torn = torn_by_name(known, (), searched.found.ties)
+        covered = paths_of(links).keys() | known.keys() - verdict.counted_otherwise - searched.ordered - torn
         used = {leaf.part for link in links for leaf in link.stored}
         found, several = list[Choice](), list[Sequence[Sequence[Link]]]()
         for tie in searched.found.ties:

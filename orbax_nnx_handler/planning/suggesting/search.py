@@ -32,7 +32,7 @@ from orbax_nnx_handler.planning.suggesting.questions import (
     contradicted,
     of_one_tower,
 )
-from orbax_nnx_handler.planning.suggesting.whole_modules import GENERAL, wanted_twice, with_modules_unturned
+from orbax_nnx_handler.planning.suggesting.whole_modules import GENERAL, wanted_twice, with_modules_asked
 from orbax_nnx_handler.planning.target.roles import Wanted
 
 
@@ -68,7 +68,7 @@ def search(wanted: Sequence[Leaf], stored: Sequence[Leaf], order: Mapping[Tokens
     made = {part_of(leaf) for link in found.links for leaf in link.wanted}
     left = {part_of(leaf) for leaf in stored} - used, {part_of(leaf) for leaf in wanted} - made
     odd = {**coincidences(found.links, *left), **wanted_twice(found, wanted, stored)}
-    found = with_modules_unturned(as_questions(found, odd), wanted, stored)
+    found = with_modules_asked(as_questions(found, odd), wanted, stored)
     plain, copies = apart_from_copies((found := with_moved_axes(found)).links, stored)
     found.ties.extend(copies)
     settled, turns = settle_turns(plain)

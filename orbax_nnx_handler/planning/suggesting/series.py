@@ -13,7 +13,6 @@ from orbax_nnx_handler.planning.core.folding import PLACE, numbered
 from orbax_nnx_handler.planning.core.leaves import Shape, derived, with_fields
 from orbax_nnx_handler.planning.core.paths import is_count, levels, natural_key, shared_levels
 from orbax_nnx_handler.planning.likeness import Own, list_name, share_word, sizes_of
-from orbax_nnx_handler.planning.likeness.assignment import best_pairs
 from orbax_nnx_handler.planning.likeness.module_parts import BySize, Leaf, module_parts, of_sizes
 from orbax_nnx_handler.planning.likeness.vocabulary import (
     MARGIN,
@@ -27,6 +26,7 @@ from orbax_nnx_handler.planning.likeness.vocabulary import (
     telling,
     words,
 )
+from orbax_nnx_handler.planning.suggesting.whole_modules import pairs_beside
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -142,13 +142,13 @@ def paired_series(ours: Sequence[Series], theirs: Sequence[Series]) -> Pairs:
     said, says = (telling([each.said for each in side]) for side in (ours, theirs))
     lists = [[each for each in by_front(side).values() if each[1:]] for side in (ours, theirs)]
     places = [{id(x): (at, len(each)) for each in some for at, x in enumerate(each)} for some in lists]
-    for at, one in enumerate(ours):
-        for to, other in enumerate(theirs):
-            if _may_be_one(one, other):
-                ratio = min(one.size, other.size) / max(one.size, other.size)
-                is_same = places[0].get(id(one)) == places[1].get(id(other), 0)
-                scores[at, to] = 20 + 4 * ratio + likeness(said[at], says[to]) + is_same
-    return [(ours[at], theirs[to]) for at, to in best_pairs(scores)]
+    for (at, one), (to, other) in itertools.product(enumerate(ours), enumerate(theirs)):
+        if _may_be_one(one, other):
+            ratio = min(one.size, other.size) / max(one.size, other.size)
+            is_same = places[0].get(id(one)) == places[1].get(id(other), 0)
+            scores[at, to] = 20 + 4 * ratio + likeness(said[at], says[to]) + is_same
+    sides = [[(each.template, each.sizes) for each in side] for side in (ours, theirs)]
+    return [(ours[at], theirs[to]) for at, to in pairs_beside(scores, *sides)]
 
 
 def by_front(groups: Iterable[Series]) -> Mapping[tuple[str, str], list[Series]]:

@@ -1,30 +1,29 @@
 """What is told of whole modules: renames of many, whether one's matrices are transposed, which one is meant.
 
 `('kernel', 'weight')`, and `('{x}_dense', 'net/{x}_linear')` for `up_dense`, `down_dense` and all
-others: one rule where each module would have one. And rules for one model of several networks, also as
-rules that rename each network.
+others: one rule where each module would have one.
 """
 
 import dataclasses
 import functools
 import itertools
+import operator
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+from orbax_nnx_handler.planning.core.folding import PLACE
 from orbax_nnx_handler.planning.core.leaves import Shape, with_fields
-from orbax_nnx_handler.planning.core.paths import Path, canonical, is_index, segments
+from orbax_nnx_handler.planning.core.paths import Path, canonical, is_index, levels, segments
 from orbax_nnx_handler.planning.core.recipes import Read
-from orbax_nnx_handler.planning.layouts.layout import is_copy_beside, is_copy_level, words_of
-from orbax_nnx_handler.planning.likeness.assignment import MOST_PAIRS, fit_of, may_be
+from orbax_nnx_handler.planning.likeness.assignment import MOST_PAIRS, best_pairs, fit_of, may_be
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Move, Tie, alike, differing
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, module_parts, part_of
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart, named_parts
 from orbax_nnx_handler.planning.likeness.shapes import Way
 from orbax_nnx_handler.planning.likeness.vocabulary import PYTORCHS, Names, concepts, exclude, meanings, words
-from orbax_nnx_handler.planning.rules import Rename, Rule, UnstackLayers
-from orbax_nnx_handler.planning.rules.entries import Entries, Entry
+from orbax_nnx_handler.planning.rules import Rename
+from orbax_nnx_handler.planning.rules.entries import Entries
 from orbax_nnx_handler.planning.rules.rule import compiled
 from orbax_nnx_handler.planning.verdict.outcomes import Verdict
 
@@ -98,7 +97,12 @@ _FEW = 6
 """Of up to so many matrices of a module every order is tried."""
 
 
-def with_modules_unturned(found: Findings, wanted: Iterable[Leaf], stored: Iterable[Leaf]) -> Findings:
+def with_modules_asked(found: Findings, wanted: Iterable[Leaf], stored: Iterable[Leaf]) -> Findings:
+    """Returns what is known, asked where a whole module may be another one, or may be transposed."""
+    return _with_modules_unturned(_with_siblings(found), wanted, stored)
+
+
+def _with_modules_unturned(found: Findings, wanted: Iterable[Leaf], stored: Iterable[Leaf]) -> Findings:
     """Returns what is known, asked where names transpose matrices that fit as they are in another order.
 
     The matrices of a module are all stored transposed, or none is: Llama's `w2` leads back, in DINOv2 `w3`
@@ -204,6 +208,132 @@ def _tie(parts: Sequence[Sequence[Link]], orders: Iterable[Sequence[Link]]) -> T
 # Whether another module may be meant.
 
 
+def pairs_beside(
+    scores: Mapping[tuple[int, int], float],
+    wanted: Sequence[tuple[Names, Sequence[int]]],
+    stored: Sequence[tuple[Names, Sequence[int]]],
+) -> list[tuple[int, int]]:
+    """Returns the best pairs of lists; of lists that are as large, those that lie beside known ones.
+
+    Where `transformer/decoder` is `decoder`, nothing but its name says so much as that `transformer/encoder`
+    is `encoder`. Where names alone tell something else, neither is told.
+
+    Args:
+        scores: How well pairs fit.
+        wanted: What leads into each wanted list, and how large its layers are.
+        stored: The same of the stored lists.
+    """
+    best = best_pairs(scores)
+    equal = {(at, to) for at, to in scores if wanted[at][1] == stored[to][1]}
+    counts = [Counter(pair[side] for pair in equal) for side in (0, 1)]
+    alone = {(at, to) for at, to in equal if counts[0][at] == counts[1][to] == 1}
+    around = {(at, to): _around(wanted[at][0], stored[to][0]) for at, to in equal if len(alone) < len(equal)}
+    known = {place for pair in alone & around.keys() for place in around[pair]}
+    beside = {pair for pair, places in around.items() if pair not in alone and not known.isdisjoint(places)}
+    if not beside:
+        return best
+    told = best_pairs({pair: score + _BESIDE * (pair in beside) for pair, score in scores.items()})
+    forth, back = dict(best), {to: at for at, to in best}
+    return [(at, to) for at, to in told if forth.get(at, to) == to and back.get(to, at) == at]
+
+
+_BESIDE = 2.0
+"""Of a list that lies beside another one on both sides."""
+
+
+def _around(one: Names, other: Names) -> set[tuple[Names, ...]]:
+    """Returns what stands around each name that two paths share."""
+    return {
+        (one[:at], one[at + 1 :], other[:to], other[to + 1 :])
+        for (at, name), (to, own) in itertools.product(enumerate(one), enumerate(other))
+        if PLACE not in name and words(name) == words(own)
+    }
+
+
+def _with_siblings(found: Findings) -> Findings:
+    """Returns what is known, asked where a network has gone elsewhere than one beside it.
+
+    Where `decoder` is `vae/decoder`, `encoder` beside it may as well be `vae/encoder` as a lone `encoder`.
+    """
+    led = defaultdict[tuple[Names, Names], list[Link]](list)
+    for link in found.links:
+        for pair in itertools.product(_networks(part_of(link.target)), _networks(part_of(link.source))):
+            led[pair].append(link)
+    held = [Counter(x for link in found.links for x in _networks(part_of(end(link)))) for end in _ENDS]
+    whole = {x for x, links in led.items() if len(links) == held[0][x[0]] == held[1][x[1]]}
+    sources, homes, ties = dict(whole), {other: one for one, other in whole}, dict[Names, Tie]()
+    for one, other in (pair for pair in whole if pair[0][-1] == pair[1][-1]):
+        for source in (x for x in homes if x[:-1] == other[:-1]):
+            into = *one[:-1], source[-1]
+            if into in sources and (into, source) not in led and not {into, homes[source]} & ties.keys():
+                pairs = (into, sources[into]), (homes[source], source)
+                now = [link for pair in pairs for link in led[pair]]
+                other_way = _exchanged_networks(now, source, sources[into])
+                ties[into] = ties[homes[source]] = Tie(
+                    wanted=(into, homes[source]),
+                    stored=(source, sources[into]),
+                    readings=tuple(tuple(each) for each in (other_way, now) if each),
+                )
+    asked = {id(link) for tie in ties.values() for link in tie.readings[-1]}
+    kept = [link for link in found.links if id(link) not in asked]
+    several = list({id(tie): tie for tie in ties.values()}.values())
+    return dataclasses.replace(found, links=kept, ties=[*found.ties, *several])
+
+
+def _exchanged_networks(links: Sequence[Link], one: Names, other: Names) -> list[Link]:
+    """Returns links with two networks in each other's place; none where these do not hold the same."""
+    leaves = {leaf.names: leaf for link in links for leaf in link.stored}
+    made = list[Link]()
+    for link in links:
+        now, into = (one, other) if link.source.names[: len(one)] == one else (other, one)
+        stored = [leaves.get((*into, *leaf.names[len(now) :])) for leaf in link.stored]
+        if [x and x.shape for x in stored] != [x.shape for x in link.stored] or link.layers is not None:
+            return []
+        levels = tuple((at + len(into) - len(now), to) for at, to in link.levels)
+        made.append(with_fields(link, stored=tuple(stored), levels=levels))
+    return made
+
+
+_ENDS = operator.attrgetter("target"), operator.attrgetter("source")
+
+
+@functools.lru_cache(maxsize=65536)
+def _networks(names: Names) -> Sequence[Names]:
+    """Returns the modules around a part that are in no list."""
+    plain = itertools.takewhile(
+        lambda name: not is_index(name) and levels((name,))[0].number is None, names[:-1]
+    )
+    return [names[: at + 1] for at, _ in enumerate(plain)]
+
+
+def torn_by_name(settled: Mapping[Path, set[Path]], links: Iterable[Link], ties: Iterable[Tie]) -> set[Path]:
+    """Returns leaves that names alone find, of modules of which the rest is, or may be, another module.
+
+    No module is made of two: of a `linear1` a `bias` is called the same on both sides, a `kernel` is not.
+
+    Args:
+        settled: What names alone find, with what it is made of.
+        links: What a search finds.
+        ties: What it leaves open.
+    """
+    found = defaultdict[Names, list[tuple[Link, bool]]](list)
+    asked = (link for tie in ties for reading in tie.readings for link in reading)
+    for link, is_told in (*((x, True) for x in links), *((x, False) for x in asked)):
+        found[part_of(link.target)].append((link, is_told))
+    torn = set[Path]()
+    for some in found.values() if settled else ():
+        paths = {leaf.source for link, _ in some for leaf in link.wanted}
+        named = [
+            (link, is_told, settled[path])
+            for link, is_told in some
+            if (path := link.target.source) in settled
+        ]
+        differ = [(own.isdisjoint(x.source for x in link.stored), is_told) for link, is_told, own in named]
+        if not paths <= settled.keys() and (False, True) not in differ and any(each for each, _ in differ):
+            torn |= paths
+    return torn
+
+
 def is_rivalled(verdict: Verdict) -> bool:
     """Tells whether a module that nothing wants holds what one does that is wanted, and may be meant.
 
@@ -303,143 +433,3 @@ def _telling(role: NamedPart) -> frozenset[str]:
     """Returns the words of a part's path that say more than what many parts are."""
     said = (word for name in role.part.names for word in words(name) if word.isalpha())
     return frozenset(word for word in said if not meanings(word) or {*meanings(word)} - GENERAL)
-
-
-# What several networks of one checkpoint share.
-
-
-def keys_as_names(entries: Iterable[Entry], roots: Sequence[Rename] = ()) -> tuple[Rename, ...]:
-    """Returns rules under which several networks, each with params of its own, are parts of one model.
-
-    Args:
-        entries: What is stored.
-        roots: Rules for the copies that are such a part; the other ones are none.
-    """
-    models = dict.fromkeys(entry.prefix for entry in entries if entry.section == "model")
-    if len({prefix[:-1] for prefix in models}) < 2 or any(len(prefix) < 2 for prefix in models):
-        return ()
-    rules = {rule.pattern: rule for rule in roots}
-    for prefix in models:
-        if not is_copy_beside(prefix[-1], "params"):
-            rules["/".join(prefix)] = Rename("/".join(prefix), "/".join(prefix[:-1]))
-    stored = ("/".join(prefix) for prefix in models)
-    return tuple(rules[path] for path in stored if path in rules)
-
-
-def copies_as_roots(
-    entries: Sequence[Entry], wanted: Iterable[Path]
-) -> tuple[Collection[Names], tuple[Rename, ...]]:
-    """Returns where copies of parameters lie, and rules under which they are wanted ones.
-
-    What says the same words as a wanted copy is that, as `target_params/critic` and `critic/target_params`
-    are `target_critic`; else the only one, or that with a word that no other one has.
-    """
-    copies, roots = _copies_in(entries), {str(path[0]) for path in wanted}
-    named = [root for root in roots if is_copy_level(root) or is_copy_beside(root, "params")]
-    levels = {*copies, *((*copy, part) for copy, parts in copies.items() for part in parts)}
-    pairs = [(x, y) for x in levels for y in named if set[str]().union(*map(words_of, x)) == words_of(y)]
-    if not pairs:
-        is_one = len(copies) == len(named) == 1
-        pairs = [(x, y) for x in copies for y in named if is_one or words_of(x[-1]) & words_of(y)]
-    counts = Counter(itertools.chain(*pairs))
-    alone = sorted((copy, root) for copy, root in pairs if counts[copy] == counts[root] == 1)
-    rules = (Rename("/".join(copy), root) for copy, root in alone if len(roots) > len(alone))
-    return copies.keys(), tuple(rules)
-
-
-def _copies_in(entries: Iterable[Entry]) -> Mapping[Names, Collection[str]]:
-    """Returns where copies of parameters lie, each with its parts.
-
-    The copy of one of several networks lies below the name of this one: `target_params/critic`.
-    """
-    held: dict[Names, set[str]] = defaultdict(set)
-    for entry in entries:
-        if entry.section == "model" and entry.prefix:
-            held[entry.prefix].add(entry.segments[0])
-    copies = {prefix for prefix in held if is_copy_beside(prefix[-1], "params")}
-    beside: dict[Names, set[str]] = defaultdict(set)
-    for prefix in held.keys() - copies:
-        beside[prefix[:-1]] |= held[prefix]
-    alone = {copy for copy in copies if len(held[copy]) == 1 and held[copy] < beside[copy[:-1]]}
-    found: dict[Names, Collection[str]] = {copy: held[copy] for copy in copies - alone}
-    return found | {(*copy, *held[copy]): () for copy in alone}
-
-
-def by_network(keys: Sequence[Rename], rules: Sequence[Rule]) -> Iterator[tuple[Rule, ...]]:
-    """Yields rules that rename each network and what is in it, out of those for one model of all of them.
-
-    Args:
-        keys: The rules that made parts of one model of the networks.
-        rules: They, and those behind them; nothing comes where one takes parts of two networks.
-    """
-    collections = {rule.replacement: rule.pattern.removeprefix(f"{rule.replacement}/") for rule in keys}
-    owners, levels = dict[str, str](), set[str]()
-    for rule in rules[len(keys) :]:
-        if isinstance(rule, Rename | UnstackLayers):
-            stored, _ = _parted(rule.pattern, dict.fromkeys(collections, ""))
-            wanted, *rest = (rule.replacement if isinstance(rule, Rename) else rule.into).split("/")
-            if stored and (not rest or owners.setdefault(stored, wanted) != wanted):
-                return
-            levels.update(rest[:1] if stored and len(rest) > 1 else ())
-    # `model` beside an optimizer, or 0 of a tuple.
-    for level in (*levels, "") if len(levels) == 1 else ("",):
-        found: dict[object, dict[str, Rule]] = defaultdict(dict)
-        for rule in rules[len(keys) :]:
-            below = _below(rule, owners, collections, level)
-            if below is None:
-                return
-            network, inner = below
-            kind = type(rule), *_fields(inner)[0][1], getattr(rule, "axis", None)
-            at = next(at for at in itertools.count() if network not in found[*kind, at])
-            found[*kind, at][network] = inner
-        yield tuple(_in_networks(owners, collections, found.values()))
-
-
-def _below(
-    rule: Rule, owners: Mapping[str, str], collections: Iterable[str], level: str
-) -> tuple[str, Rule] | None:
-    """Returns the network that a rule is about, if it is about one, and the rule below it; None for two."""
-    stored = {key: (key, "") for key in collections}
-    wanted = {owner: (key, level) for key, owner in owners.items()}
-    networks, fields = set[str](), list[tuple[str, Sequence[str]]]()
-    for name, paths in _fields(rule):
-        # A rename leads from the stored names to the wanted ones.
-        known = wanted | stored if name in ("pattern", "patterns") else stored | wanted
-        parted = [_parted(path, {key: at for key, (_, at) in known.items()}) for path in paths]
-        networks |= {known[key][0] for key, _ in parted if key}
-        fields.append((name, [rest for _, rest in parted]))
-    return None if len(networks) > 1 else (next(iter(networks), ""), _with_fields(rule, fields))
-
-
-def _in_networks(
-    owners: Mapping[str, str], collections: Mapping[str, str], found: Iterable[Mapping[str, Rule]]
-) -> Iterator[Rule]:
-    yield from (Rename(stored, wanted) for stored, wanted in owners.items() if stored != wanted)
-    for rules in found:
-        if len({*rules.values()}) == 1 and ("" in rules or len(rules) == len(collections)):
-            yield next(iter(rules.values()))
-            continue
-        for stored in collections if "" in rules else rules:
-            rule = rules.get(stored) or rules[""]
-            above = f"{owners.get(stored, stored)}/{collections[stored]}"
-            fields = [(name, [f"{above}/{path}" for path in paths]) for name, paths in _fields(rule)]
-            yield _with_fields(rule, fields)
-
-
-def _parted(path: str, above: Mapping[str, str]) -> tuple[str, str]:
-    """Returns the network that a path begins with, if it does, and the rest without a level between."""
-    key, _, rest = path.partition("/")
-    return (key, rest.removeprefix(f"{above[key]}/")) if rest and key in above else ("", path)
-
-
-def _fields(rule: Rule) -> list[tuple[str, tuple[str, ...]]]:
-    """Returns the fields of a rule that hold paths, the stored ones first."""
-    fields = ((name, getattr(rule, name, ())) for name in ("pattern", "patterns", "replacement", "into"))
-    return [(name, (paths,) if isinstance(paths, str) else paths) for name, paths in fields if paths]
-
-
-def _with_fields(rule: Rule, fields: Iterable[tuple[str, Sequence[str]]]) -> Rule:
-    changes = {
-        name: tuple(paths) if isinstance(getattr(rule, name), tuple) else paths[0] for name, paths in fields
-    }
-    return cast(Rule, dataclasses.replace(cast(Any, rule), **changes))

@@ -11,6 +11,7 @@ from orbax_nnx_handler import from_linen, suggest
 from orbax_nnx_handler.planning.likeness.links import Findings
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf
 from orbax_nnx_handler.planning.likeness.networks import with_networks_apart
+from tests.planning.suggesting.proposals import check, filled, proposed, restored
 
 WIDTH = 8
 KERNELS = {"Dense": (WIDTH, WIDTH), "Conv": (3, 3, WIDTH, WIDTH), "ConvTranspose": (3, 3, WIDTH, WIDTH)}
@@ -61,6 +62,18 @@ def layers(stored, wanted, count, *others):
     ]
 
 
+def blocks(stored, wanted, *parts):
+    """Returns the parts of two layers, of each the stored name, the wanted one and the outputs."""
+    return [
+        (f"{stored}/layer_{at}/{one}", f"{wanted}/layers/{at}/{other}", outputs)
+        for at in range(2)
+        for one, other, outputs in parts
+    ]
+
+
+PLAIN = ("Dense_0", "fc", 9), ("LayerNorm_0", "norm", WIDTH)
+CROSSED = *PLAIN, ("Dense_1", "cross", 7)
+
 NETWORKS = {
     "layers of another class": [
         *layers("q_network", "q/blocks", 3, ("ConvTranspose", "up"), ("BatchNorm", "norm")),
@@ -86,6 +99,11 @@ NETWORKS = {
     "the towers of a retriever": [
         *layers("question_encoder", "query_encoder/layers", 2, ("Dense", "fc"), ("LayerNorm", "norm")),
         *layers("ctx_encoder", "passage_encoder/layers", 2, ("Dense", "fc"), ("LayerNorm", "norm")),
+    ],
+    "an encoder beside its decoder, and another one": [
+        *blocks("style_encoder", "encoder", *PLAIN),
+        *blocks("encoder", "transformer/encoder", *PLAIN),
+        *blocks("decoder", "transformer/decoder", *CROSSED),
     ],
 }
 
@@ -118,6 +136,57 @@ def test_networks_that_hold_the_same_are_one_question_where_no_name_tells():
     assert {*question.wanted} == {*found.unmatched_wanted} == right.keys()
     answers = [wrong_under(rules, tree, target, right) for rules in question.alternatives]
     assert sorted(map(len, answers)) == [0, len(right)]
+
+
+def test_a_network_that_its_name_leads_elsewhere_than_the_one_beside_it_is_asked_about():
+    names = {"obs_encoder": "encoder", "encoder": "vae/encoder", "decoder": "vae/decoder"}
+    plain = [(f"{one}/Dense_{at}", f"{other}/{at}") for one, other in names.items() for at in range(3)]
+    tree, target, right = pair_of(*plain)
+
+    found = suggest(tree, target)
+
+    (question,) = found.questions
+    assert {path[:-2] for path in question.wanted} == {("encoder",), ("vae", "encoder")}
+    assert {*question.wanted} == {*found.unmatched_wanted}
+    answers = [wrong_under(rules, tree, target, right) for rules in question.alternatives]
+    assert [*map(len, answers)] == [0, 12]
+
+
+# `encoder/layers_0/fc/bias` is called so on both sides below the root of the target, and its kernel is not.
+UNLIKE = {"encoder": "vae_encoder", "transformer/encoder": "encoder", "transformer/decoder": "decoder"}
+
+
+def unlike_pair(*parts):
+    """Returns stored arrays and wanted shapes of three networks, and which array each wanted leaf is."""
+    stored, wanted, right = {}, {}, {}
+    for (one, other), at in itertools.product(UNLIKE.items(), range(2)):
+        for part, size in [*parts, *[("cross", 7)] * other.startswith("decoder")]:
+            for leaf, to, shape in (("kernel", "weight", (4, size)), ("bias", "bias", (size,))):
+                stored[path := f"{one}/layers_{at}/{part}/{leaf}"] = shape
+                wanted[into := f"model/{other}/layers/{at}/{part}/{to}"] = shape[::-1]
+                right[into] = path
+    tree = filled(stored)
+    return tree, wanted, {into: tree[path].T for into, path in right.items()}
+
+
+def test_no_leaf_of_a_module_keeps_its_name_where_the_module_is_another_one():
+    tree, wanted, right = unlike_pair(("fc", 9), ("out", 5))
+
+    found, values = proposed(tree, wanted)
+
+    assert not found.questions
+    check(values, right)
+
+
+def test_a_leaf_that_its_name_finds_is_asked_about_with_its_module():
+    tree, wanted, right = unlike_pair(("fc", 9))
+
+    found, _ = proposed(tree, wanted)
+
+    (question,) = found.questions
+    assert {"/".join(map(str, path)) for path in question.wanted} == {x for x in wanted if "encoder" in x}
+    assert found.covered == len(wanted) - len(question.wanted)
+    check(restored(tree, wanted, question.alternatives[0]), right)
 
 
 def test_what_is_left_of_two_networks_of_the_same_sizes_may_be_elsewhere():

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 from orbax_nnx_handler.planning.core.leaves import record, with_fields
@@ -171,20 +171,33 @@ class Findings:
 _QKV = frozenset("qkv")
 
 
-def settle_turns(links: Sequence[Link]) -> tuple[list[Link], list[Link]]:
-    """Returns the links of which it is decided whether square matrices are transposed, and the others.
+Turns = Mapping[tuple[object, ...], set[bool]]
+"""Whether matrices are transposed, by what they share their arrangement with."""
 
-    Matrices of the same block that are not square, and whose parameter has the same name, tell first; then
-    those of the same model. Where there is none, two `kernel` are arranged alike: both have inputs first.
-    """
-    evidence: dict[tuple[object, ...], set[bool]] = defaultdict(set)
-    is_asked = any(len(possible) > 1 for link in links for possible in link.ways)
-    for link in links if is_asked else ():
+
+def turns_told(links: Iterable[Link]) -> Turns:
+    """Returns of which matrices shapes or names tell whether they are transposed."""
+    found: dict[tuple[object, ...], set[bool]] = defaultdict(set)
+    for link in links:
         for leaf, possible in link.by_part:
             turns, is_named = [way.turned for way in possible], any(way.named for way in possible[:-1])
             if (len(turns) == 1 or is_named) and _axes(leaf) > 1 and leaf.names[-1] != "embedding":
                 for key in _keys(link, leaf):
-                    evidence[("named", *key) if is_named else key].add(turns[0])
+                    found[("named", *key) if is_named else key].add(turns[0])
+    return found
+
+
+def settle_turns(links: Sequence[Link], known: Turns | None = None) -> tuple[list[Link], list[Link]]:
+    """Returns the links of which it is decided whether square matrices are transposed, and the others.
+
+    Matrices of the same block that are not square, and whose parameter has the same name, tell first; then
+    those of the same model, also what is known of its others. Where there is none, two `kernel` are arranged
+    alike: both have inputs first.
+    """
+    is_asked = any(len(possible) > 1 for link in links for possible in link.ways)
+    evidence: Turns = turns_told(links) if is_asked else {}
+    if known and is_asked:
+        evidence = {**known, **{key: told | known.get(key, told) for key, told in evidence.items()}}
     settled, left = list[Link](), list[Link]()
     for link in links:
         # Nearly every one is told.
@@ -215,15 +228,13 @@ def readings_of(link: Link) -> tuple[Link, ...]:
     return tuple(dataclasses.replace(link, ways=tuple((ways[0],) for ways in each)) for each in made)
 
 
-def simplest(links: Sequence[Link]) -> list[Link]:
+def simplest(links: Sequence[Link], known: Turns | None = None) -> list[Link]:
     """Returns links with the simplest way of each where nothing decides."""
-    settled, left = settle_turns(links)
+    settled, left = settle_turns(links, known)
     return [*settled, *(readings_of(link)[0] for link in left)]
 
 
-def _chosen(
-    link: Link, leaf: Leaf, ways: tuple[Way, ...], evidence: dict[tuple[object, ...], set[bool]]
-) -> Way | None:
+def _chosen(link: Link, leaf: Leaf, ways: tuple[Way, ...], evidence: Turns) -> Way | None:
     is_told = len(ways) == 1 or ("transpose" in leaf.done and not ways[0].steps)
     if is_told or ways[0].named is None:
         return ways[0] if is_told else None
@@ -251,9 +262,7 @@ def _chosen(
     return None
 
 
-def _told(
-    link: Link, leaf: Leaf, evidence: Mapping[tuple[object, ...], set[bool]], is_named: bool
-) -> tuple[set[bool], bool]:
+def _told(link: Link, leaf: Leaf, evidence: Turns, is_named: bool) -> tuple[set[bool], bool]:
     """Returns what others of its name tell of a matrix, or those that are or are not called kernels."""
     turned, is_far = _nearest(keys := [*_keys(link, leaf)], evidence)
     if turned:
@@ -265,9 +274,7 @@ def _told(
     return (_nearest(_keys(link, leaf, "kernel"), evidence)[0] if is_kernel else turned), False
 
 
-def _nearest(
-    keys: Iterable[tuple[object, ...]], evidence: Mapping[tuple[object, ...], set[bool]]
-) -> tuple[set[bool], bool]:
+def _nearest(keys: Iterable[tuple[object, ...]], evidence: Turns) -> tuple[set[bool], bool]:
     """Returns what the nearest matrices that agree tell, or those of the model; and whether it is these."""
     for key in keys:
         turned = evidence.get(key, set())
@@ -335,18 +342,6 @@ def numbered(template: Names, number: int) -> Names:
 
 Undecided = tuple[list[tuple[int, int]], set[tuple[int, int]]]
 """A choice among pairs of parts by their places, and all pairs among which it is one."""
-
-
-def exchanged(
-    best: Iterable[tuple[int, int]],
-    homes: Mapping[tuple[int, int], tuple[Names, Names]],
-    told: Set[tuple[Names, Names]],
-) -> Iterator[frozenset[tuple[int, int]]]:
-    """Yields best pairs by which a told module takes a part and gives one away; beside them, one within."""
-    outer = [pair for pair in best if homes[pair] not in told]
-    given = {to for _, to in outer}
-    inner = [pair for pair, home in homes.items() if pair[1] in given and home in told]
-    yield from (frozenset((pair, other)) for pair in outer for other in inner if pair[0] == other[0])
 
 
 def together(undecided: Iterable[Undecided]) -> Iterator[Undecided]:

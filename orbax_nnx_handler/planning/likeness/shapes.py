@@ -218,7 +218,8 @@ def _runs(axes: Sequence[int]) -> int:
 
 
 def _is_turn(axes: tuple[int, ...]) -> bool:
-    return axes in ((1, 0), (0, 2, 1), (2, 1, 0), (2, 3, 1, 0))
+    # Rows and columns keep their order: a kernel of 1 by 5 is none of 5 by 1.
+    return axes in ((1, 0), (0, 2, 1), (2, 1, 0), (2, 3, 1, 0), (3, 2, 1, 0))
 
 
 def transposed(before: Shape, axes: tuple[int, ...]) -> Step:

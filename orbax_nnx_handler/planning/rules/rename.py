@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.errors import RuleError, check_kinds
 from orbax_nnx_handler.planning.core.leaves import derived
-from orbax_nnx_handler.planning.core.paths import parse, render
+from orbax_nnx_handler.planning.core.paths import is_index, parse, render
 from orbax_nnx_handler.planning.rules.entries import NUMBER, PLACE, PLACE_OR_NUMBER, Entries, Entry, Names
 from orbax_nnx_handler.planning.rules.rule import (
     Applied,
@@ -342,3 +342,29 @@ def spelt_as(text: str, names: Names) -> str | None:
 
 def _matching(text: str, names: Names) -> str | None:
     return text if Pattern(text).match(names) is not None else None
+
+
+def keeping(list_: str, entries: Entries) -> Rename | None:
+    """Returns a rename that only keeps `layers/0`, which a save would join to `layers_0`."""
+    rule = Rename(f"{list_}/{{i}}", f"{list_}/{{i}}")
+    pattern = compiled(rule.pattern)
+    near = (entries[at].segments for at in pattern.among(entries))
+    spans = (span for names in near for span in pattern.spans(names))
+    return rule if all(is_index(span.bindings["i"]) for span in spans) else None
+
+
+def with_place(place: str, one: str, other: str) -> tuple[str, str]:
+    """Returns two names with a place for the words that both begin or end with."""
+    if one == other:
+        return place, place
+    if (width := _shared_words(one, other)) > 0:
+        return place + one[width:], place + other[width:]
+    if (width := _shared_words(one[::-1], other[::-1])) > 0:
+        return one[:-width] + place, other[:-width] + place
+    return one, other
+
+
+def _shared_words(one: str, other: str) -> int:
+    """Returns how many letters lie before the last `_` of what two names begin with."""
+    shared = next((at for at, pair in enumerate(zip(one, other, strict=False)) if len({*pair}) > 1), len(one))
+    return one[:shared].rfind("_")

@@ -35,7 +35,6 @@ from orbax_nnx_handler.planning.likeness.links import (
     PairGrounds,
     Tie,
     Undecided,
-    exchanged,
     together,
 )
 from orbax_nnx_handler.planning.likeness.module_parts import ModulePart, without_place
@@ -50,6 +49,7 @@ from orbax_nnx_handler.planning.likeness.vocabulary import (
     likeness,
 )
 from orbax_nnx_handler.planning.suggesting.questions import tie_of
+from orbax_nnx_handler.planning.suggesting.whole_modules import exchanged
 
 Created = Callable[[ModulePart], tuple[int, ...] | None]
 """The place of a wanted part in the order of creation, where it is known."""

@@ -14,7 +14,7 @@ from orbax_nnx_handler.planning.layouts.layout import Stored, is_copy_beside
 from orbax_nnx_handler.planning.likeness import in_list
 from orbax_nnx_handler.planning.likeness.arrangements import flattened, turned_lists
 from orbax_nnx_handler.planning.likeness.joined_parts import Remade
-from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie, simplest
+from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie, turns_told
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf
 from orbax_nnx_handler.planning.likeness.shapes import Way
 from orbax_nnx_handler.planning.likeness.vocabulary import Names
@@ -62,7 +62,7 @@ from orbax_nnx_handler.planning.suggesting.suggestion import (
     resized_in,
     steps_by_leaf,
 )
-from orbax_nnx_handler.planning.suggesting.whole_modules import torn_by_name
+from orbax_nnx_handler.planning.suggesting.whole_modules import left_open, torn_by_name
 from orbax_nnx_handler.planning.target.roles import WEIGHTS, Order, Wanted, of_role, roles_of
 from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.planning.verdict.judge import Chosen, choose, judge
@@ -401,21 +401,12 @@ class _Proposing:
         return stored_leaves(self._entries, False)
 
     def _questions(self, links: Sequence[Link], searched: Searched, tried: Tried) -> list[Choice]:
-        verdict = tried.verdict or self._base
+        verdict, ties = tried.verdict or self._base, searched.found.ties
         known = {path: {*reads(item.recipe)} for path, item in verdict.restored.items()}
-        torn = torn_by_name(known, (), searched.found.ties)
-        covered = paths_of(links).keys() | known.keys() - verdict.counted_otherwise - searched.ordered - torn
-        used = {leaf.part for link in links for leaf in link.stored}
-        found, several = list[Choice](), list[Sequence[Sequence[Link]]]()
-        for tie in searched.found.ties:
-            readings = [
-                tuple(simplest(reading))
-                for reading in tie.readings
-                if covered.isdisjoint(leaf.source for link in reading for leaf in link.wanted)
-                and used.isdisjoint(one.part for link in reading if not link.copied for one in link.stored)
-            ]
-            if len(readings) == len(tie.readings) or len(readings) > 1:
-                several.append(list(filter(None, readings)))
+        doubted = verdict.counted_otherwise | searched.ordered | torn_by_name(known, (), ties)
+        covered = paths_of(links).keys() | known.keys() - doubted
+        used, found = {leaf.part for link in links for leaf in link.stored}, list[Choice]()
+        several = left_open(ties, covered, used, turns_told(searched.found.links if ties else ()))
         for readings in as_one(filter(None, several)):  # Too many orders are told by none of them.
             is_joined = len(readings) > 1 and all(link.joint or link.told for link in readings[0])
             found.append(Choice("how" if is_joined else "which", tuple(map(tuple, readings))))

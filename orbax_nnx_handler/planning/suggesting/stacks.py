@@ -110,6 +110,8 @@ def _stacks_for(series: Series, possible: Stacks, least: int) -> list[_Stack]:
         says, way = concepts(level.base for level in levels(prefix)), arm(series.base) * arm(prefix)
         if not axes or exclude(said - {"q", "v"}, says) or way < 0:
             continue
+        if least == 1 and "norm" in said ^ says:
+            continue  # Norms are no rows of a matrix.
         size = sizes_of(leaves)
         ratio = min(size, series.size) / max(size, series.size)
         if ratio > (0.5 if is_module and least > 1 else 0.99):

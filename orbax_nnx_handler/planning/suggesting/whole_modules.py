@@ -10,21 +10,28 @@ import itertools
 import operator
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 
 from orbax_nnx_handler.planning.core.folding import PLACE
 from orbax_nnx_handler.planning.core.leaves import Shape, with_fields
 from orbax_nnx_handler.planning.core.paths import Path, canonical, is_index, levels, segments
 from orbax_nnx_handler.planning.core.recipes import Read
 from orbax_nnx_handler.planning.likeness.assignment import MOST_PAIRS, best_pairs, fit_of, may_be
-from orbax_nnx_handler.planning.likeness.links import Findings, Link, Move, Tie, alike, differing
+from orbax_nnx_handler.planning.likeness.links import (
+    Findings,
+    Link,
+    Move,
+    Tie,
+    Turns,
+    alike,
+    differing,
+    simplest,
+)
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, module_parts, part_of
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart, named_parts
 from orbax_nnx_handler.planning.likeness.shapes import Way
 from orbax_nnx_handler.planning.likeness.vocabulary import PYTORCHS, Names, concepts, exclude, meanings, words
-from orbax_nnx_handler.planning.rules import Rename
-from orbax_nnx_handler.planning.rules.entries import Entries
-from orbax_nnx_handler.planning.rules.rule import compiled
+from orbax_nnx_handler.planning.rules.rename import with_place
 from orbax_nnx_handler.planning.verdict.outcomes import Verdict
 
 Renamed = tuple[Names, Names]
@@ -59,36 +66,10 @@ def _with_places(stored: Names, wanted: Names) -> Renamed:
     if shared > len(_PLACES) or any("{" in name for name in stored):
         return stored, wanted
     ends = stored[len(stored) - shared :], wanted[len(wanted) - shared :]
-    made = [_with_place(*names) for names in zip(_PLACES, *ends, strict=False)]
+    made = [with_place(*names) for names in zip(_PLACES, *ends, strict=False)]
     theirs = (*stored[: len(stored) - shared], *(one for one, _ in made))
     ours = (*wanted[: len(wanted) - shared], *(other for _, other in made))
     return (theirs, ours) if {*theirs}.difference(_PLACES) else (stored, wanted)
-
-
-def _with_place(place: str, one: str, other: str) -> tuple[str, str]:
-    """Returns two names with a place for the words that both begin or end with."""
-    if one == other:
-        return place, place
-    if (width := _shared_words(one, other)) > 0:
-        return place + one[width:], place + other[width:]
-    if (width := _shared_words(one[::-1], other[::-1])) > 0:
-        return one[:-width] + place, other[:-width] + place
-    return one, other
-
-
-def _shared_words(one: str, other: str) -> int:
-    """Returns how many letters lie before the last `_` of what two names begin with."""
-    shared = next((at for at, pair in enumerate(zip(one, other, strict=False)) if len({*pair}) > 1), len(one))
-    return one[:shared].rfind("_")
-
-
-def keeping(list_: str, entries: Entries) -> Rename | None:
-    """Returns a rename that only keeps `layers/0`, which a save would join to `layers_0`."""
-    rule = Rename(f"{list_}/{{i}}", f"{list_}/{{i}}")
-    pattern = compiled(rule.pattern)
-    near = (entries[at].segments for at in pattern.among(entries))
-    spans = (span for names in near for span in pattern.spans(names))
-    return rule if all(is_index(span.bindings["i"]) for span in spans) else None
 
 
 # Whether the matrices of a module are transposed.
@@ -261,23 +242,18 @@ def _with_siblings(found: Findings) -> Findings:
             led[pair].append(link)
     held = [Counter(x for link in found.links for x in _networks(part_of(end(link)))) for end in _ENDS]
     whole = {x for x, links in led.items() if len(links) == held[0][x[0]] == held[1][x[1]]}
-    sources, homes, ties = dict(whole), {other: one for one, other in whole}, dict[Names, Tie]()
+    sources, homes, ties, gone = dict(whole), {other: one for one, other in whole}, [*found.ties], set[int]()
     for one, other in (pair for pair in whole if pair[0][-1] == pair[1][-1]):
         for source in (x for x in homes if x[:-1] == other[:-1]):
             into = *one[:-1], source[-1]
-            if into in sources and (into, source) not in led and not {into, homes[source]} & ties.keys():
-                pairs = (into, sources[into]), (homes[source], source)
-                now = [link for pair in pairs for link in led[pair]]
-                other_way = _exchanged_networks(now, source, sources[into])
-                ties[into] = ties[homes[source]] = Tie(
-                    wanted=(into, homes[source]),
-                    stored=(source, sources[into]),
-                    readings=tuple(tuple(each) for each in (other_way, now) if each),
-                )
-    asked = {id(link) for tie in ties.values() for link in tie.readings[-1]}
-    kept = [link for link in found.links if id(link) not in asked]
-    several = list({id(tie): tie for tie in ties.values()}.values())
-    return dataclasses.replace(found, links=kept, ties=[*found.ties, *several])
+            if into not in sources or (into, source) in led:
+                continue
+            now = [*led[into, sources[into]], *led[homes[source], source]]
+            if gone.isdisjoint(map(id, now)):
+                gone.update(map(id, now))
+                exchanged = _exchanged_networks(now, source, sources[into])
+                ties.append(_tie([now], filter(None, [exchanged])))
+    return dataclasses.replace(found, links=[x for x in found.links if id(x) not in gone], ties=ties)
 
 
 def _exchanged_networks(links: Sequence[Link], one: Names, other: Names) -> list[Link]:
@@ -304,6 +280,33 @@ def _networks(names: Names) -> Sequence[Names]:
         lambda name: not is_index(name) and levels((name,))[0].number is None, names[:-1]
     )
     return [names[: at + 1] for at, _ in enumerate(plain)]
+
+
+def exchanged(
+    best: Iterable[tuple[int, int]],
+    homes: Mapping[tuple[int, int], tuple[Names, Names]],
+    told: Set[tuple[Names, Names]],
+) -> Iterator[frozenset[tuple[int, int]]]:
+    """Yields best pairs by which a told module takes a part and gives one away; beside them, one within."""
+    outer = [pair for pair in best if homes[pair] not in told]
+    given = {to for _, to in outer}
+    inner = [pair for pair, home in homes.items() if pair[1] in given and home in told]
+    yield from (frozenset((pair, other)) for pair in outer for other in inner if pair[0] == other[0])
+
+
+def left_open(
+    ties: Iterable[Tie], covered: Set[Path], used: Set[tuple[Path, Names]], told: Turns
+) -> Iterator[list[Sequence[Link]]]:
+    """Yields the readings of ties that nothing speaks against, squares turned as others of the model."""
+    for tie in ties:
+        readings = [
+            simplest(reading, told)
+            for reading in tie.readings
+            if covered.isdisjoint(leaf.source for link in reading for leaf in link.wanted)
+            and used.isdisjoint(one.part for link in reading if not link.copied for one in link.stored)
+        ]
+        if len(readings) == len(tie.readings) or len(readings) > 1:
+            yield [reading for reading in readings if reading]
 
 
 def torn_by_name(settled: Mapping[Path, set[Path]], links: Iterable[Link], ties: Iterable[Tie]) -> set[Path]:

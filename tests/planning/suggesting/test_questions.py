@@ -8,10 +8,10 @@ from flax import nnx
 from orbax_nnx_handler import Drop, Split, from_linen, suggest
 from orbax_nnx_handler.planning.likeness.links import Link
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf
-from orbax_nnx_handler.planning.likeness.shapes import Way
+from orbax_nnx_handler.planning.likeness.shapes import Way, ways
 from orbax_nnx_handler.planning.suggesting.questions import Choice, held_by
 from tests.planning.plans import params
-from tests.planning.suggesting.proposals import DENSE, OTHER, arrays, proposal
+from tests.planning.suggesting.proposals import DENSE, OTHER, arrays, filled, proposal, proposed, restored
 
 NORM = {"scale": (8,), "bias": (8,)}
 
@@ -210,3 +210,35 @@ def filled_tree(tree):
     if isinstance(tree, dict):
         return {key: filled_tree(part) for key, part in tree.items()}
     return np.arange(np.prod(tree), dtype="float32").reshape(tree)
+
+
+def test_an_answer_turns_a_square_matrix_as_the_others_of_the_model_are():
+    # Of two layers of one shape no name tells which is which; the wide ones are turned by their shapes.
+    stored = {"first": (4, 9), "Dense_0": (6, 6), "Dense_1": (6, 6), "last": (7, 3)}
+    wanted = {"first": "first", "Dense_0": "omega", "Dense_1": "alpha", "last": "last"}
+    tree = filled({f"{one}/kernel": shape for one, shape in stored.items()})
+    target = {f"{other}/weight": stored[one][::-1] for one, other in wanted.items()}
+    right = {f"{other}/weight": tree[f"{one}/kernel"].T for one, other in wanted.items()}
+
+    found, _ = proposed(tree, target)
+
+    (question,) = found.questions
+    values = [restored(tree, target, rules) for rules in question.alternatives]
+    assert sum(all(np.array_equal(each[path], right[path]) for path in right) for each in values) == 1
+
+
+def test_rows_and_columns_of_a_kernel_keep_their_order():
+    assert not ways((1, 5, 20, 8), (8, 20, 5, 1))
+    assert len(ways((1, 5, 20, 8), (8, 20, 1, 5))) == 1
+
+
+def test_norms_are_no_rows_of_a_matrix():
+    found = proposal(
+        {"gate": {"weight": (3, 8)}, **{f"{word}_norm": {"scale": (8,)} for word in ("a", "b", "c", "d")}},
+        {"router": {"w": (8, 3)}, "rms_norm": {"scale": (8,)}}
+        | {f"rms_norm_{at}": {"scale": (8,)} for at in (1, 2, 3)},
+    )
+
+    asked = {path for question in found.questions for path in question.wanted if path[0] == "gate"}
+    made = {path for question in found.questions if asked & {*question.wanted} for path in question.stored}
+    assert not any("rms_norm" in str(path) for path in made)

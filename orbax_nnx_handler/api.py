@@ -33,7 +33,7 @@ from orbax_nnx_handler.storage.checkpoint.find import find_item, hold
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
 from orbax_nnx_handler.storage.reading.memory import Memory
 from orbax_nnx_handler.storage.reading.single_replica import single_replica_leaves
-from orbax_nnx_handler.storage.restoring.restore import carry_out
+from orbax_nnx_handler.storage.restoring import carry_out
 from orbax_nnx_handler.storage.saving.arrange import Flavour, Transformation, is_nnx
 from orbax_nnx_handler.storage.saving.atomic import save_item
 from orbax_nnx_handler.storage.saving.save import (

@@ -59,7 +59,7 @@ from orbax_nnx_handler.storage.converting.planned_leaves import (
 )
 from orbax_nnx_handler.storage.converting.regroup import Regrouping, in_order, regroup
 from orbax_nnx_handler.storage.converting.write import Conversion, check_free, write_converted
-from orbax_nnx_handler.storage.restoring.restore import check_values
+from orbax_nnx_handler.storage.restoring import check_values
 from orbax_nnx_handler.storage.stores.locations import absolute
 
 

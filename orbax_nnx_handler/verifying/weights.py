@@ -40,7 +40,7 @@ from orbax_nnx_handler.planning.restore_plan import RestorePlan
 from orbax_nnx_handler.planning.target.target import flatten_target
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.storage.reading import Job
-from orbax_nnx_handler.storage.restoring.restore import read_jobs
+from orbax_nnx_handler.storage.restoring import read_jobs
 from orbax_nnx_handler.verifying import are_identical
 
 

@@ -24,6 +24,7 @@ from orbax_nnx_handler.planning.likeness.vocabulary import Names, concepts
 from orbax_nnx_handler.planning.mapping.cells_and_wrappers import derive
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.rules.values import steps_in
+from orbax_nnx_handler.planning.suggesting.doubts import GENERAL, wanted_twice
 from orbax_nnx_handler.planning.suggesting.link_groups import Precedents, apart_from_copies, with_moved_axes
 from orbax_nnx_handler.planning.suggesting.matching_layers import Context, match_context
 from orbax_nnx_handler.planning.suggesting.questions import (
@@ -32,7 +33,7 @@ from orbax_nnx_handler.planning.suggesting.questions import (
     contradicted,
     of_one_tower,
 )
-from orbax_nnx_handler.planning.suggesting.whole_modules import GENERAL, wanted_twice, with_modules_asked
+from orbax_nnx_handler.planning.suggesting.whole_modules import with_modules_asked
 from orbax_nnx_handler.planning.target.roles import Wanted
 
 

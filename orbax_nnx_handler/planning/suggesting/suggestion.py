@@ -16,8 +16,8 @@ from orbax_nnx_handler.planning.likeness.joined_parts import Remade
 from orbax_nnx_handler.planning.likeness.links import Link, PairGrounds
 from orbax_nnx_handler.planning.likeness.vocabulary import Names, concepts, likeness, meanings, words
 from orbax_nnx_handler.planning.rules import Rename, Rule
+from orbax_nnx_handler.planning.suggesting.doubts import is_rivalled
 from orbax_nnx_handler.planning.suggesting.questions import Question, parts_in_words
-from orbax_nnx_handler.planning.suggesting.whole_modules import is_rivalled
 from orbax_nnx_handler.planning.verdict.outcomes import Verdict, mismatched_rows
 
 Confidence = Literal["certain", "likely", "open"]

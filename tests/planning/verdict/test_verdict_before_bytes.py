@@ -24,7 +24,7 @@ from orbax_nnx_handler import (
     plan_restore,
     restore,
 )
-from orbax_nnx_handler.storage.restoring import restore as restoring
+from orbax_nnx_handler.storage import restoring
 from tests.cases import Case, load_case, names
 from tests.sampled import sampled
 

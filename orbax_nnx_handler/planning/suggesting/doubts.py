@@ -1,0 +1,117 @@
+"""What a proposal that fits leaves in doubt: another part may be meant, or have the source as well."""
+
+import functools
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.paths import Path, canonical, segments
+from orbax_nnx_handler.planning.core.recipes import Read
+from orbax_nnx_handler.planning.likeness.assignment import MOST_PAIRS, fit_of, may_be
+from orbax_nnx_handler.planning.likeness.links import Findings, Link
+from orbax_nnx_handler.planning.likeness.module_parts import Leaf, module_parts, part_of
+from orbax_nnx_handler.planning.likeness.named_parts import NamedPart, named_parts
+from orbax_nnx_handler.planning.likeness.vocabulary import Names, concepts, exclude, meanings, words
+from orbax_nnx_handler.planning.verdict.outcomes import Verdict
+
+
+def is_rivalled(verdict: Verdict) -> bool:
+    """Tells whether a module that nothing wants holds what one does that is wanted, and may be meant.
+
+    An average of the weights, an older copy of them, a layer more. Of what is wanted by its own name, one
+    that is counted with it, or called its opposite, is none.
+    """
+    # Without their numbers: of a list there are few names, however long it is.
+    taken = defaultdict[tuple[tuple[Path, Path], Shape], set[tuple[str, bool]]](set)
+    for path, item in verdict.restored.items() if verdict.unexpected else ():
+        source, called = item.recipe.path if isinstance(item.recipe, Read) else (), canonical(path)
+        for at, others in _levels(source):
+            is_own = {*canonical(names := segments(source)[at : at + 1])} <= {*called}
+            taken[others, item.wanted.shape].add((_unnumbered(*names), is_own))
+    rivals = defaultdict[Path, list[set[str]]](list)
+    for path, leaf in verdict.unexpected.items() if any(taken.values()) else ():
+        for at, others in _levels(path):
+            name = _unnumbered(segments(path)[at])
+            some = {x for x, is_own in taken[others, leaf.shape] if not is_own or _may_be(name, x)}
+            rivals[path[: at + 1]].append(some)
+    return any(names[0].intersection(*names[1:]) for names in rivals.values())
+
+
+def _may_be(name: str, own: str) -> bool:
+    return name != own and not exclude(concepts([name]), concepts([own]))
+
+
+def _levels(path: Path) -> list[tuple[int, tuple[Path, Path]]]:
+    """Returns the levels of modules in a path, each with what stands before and behind it."""
+    keys = segments(path)
+    return [(at, (keys[:at], keys[at + 1 :])) for at in range(1, len(keys) - 1)]
+
+
+@functools.lru_cache(maxsize=65536)
+def _unnumbered(name: str) -> str:
+    return re.sub(r"\d+", "", name)
+
+
+GENERAL = frozenset(("norm", "attn", "mlp", "enc", "dec", "conv", "head", "embed"))
+"""Words that many parts of a model share."""
+
+
+def wanted_twice(found: Findings, wanted: Sequence[Leaf], stored: Sequence[Leaf]) -> Mapping[Path, Link]:
+    """Returns links whose source a part that stays open might have as well: its own may be what is absent.
+
+    Where that is a part of a module that Linen numbered, all parts of both modules are doubted.
+
+    Args:
+        found: What is known.
+        wanted: All wanted leaves.
+        stored: All stored ones.
+    """
+    known = {part_of(leaf) for link in found.every for leaf in link.wanted}
+    is_whole = all(part_of(leaf) in known for leaf in wanted)
+    lacking = [part for part in module_parts(() if is_whole else wanted) if part.names not in known]
+    if not (sizes := {part.main_size for part in lacking}):
+        return {}
+    sides = [named_parts(module_parts(side), sizes=sizes) for side in (wanted, stored)]
+    ours, theirs = ({role.part.names: role for role in side} for side in sides)
+    plain = [link for link in found.links if link.joint is None and link.layers is None]
+    pairs = {link.target.source: (part_of(link.target), part_of(link.source)) for link in plain}
+    roles = {(x, y): (ours[x], theirs[y]) for x, y in pairs.values() if x in ours and y in theirs}
+    few = len(roles) * len(lacking) <= MOST_PAIRS
+    near = defaultdict[object, list[NamedPart]](list)
+    for part in lacking:  # Of very many only those of the same layer.
+        near[part.main_size, () if few else _numbers(ours[part.names])].append(ours[part.names])
+    doubted, modules = set[tuple[Names, Names]](), set[Names]()
+    for pair, (one, other) in roles.items():
+        for role in near[one.part.main_size, () if few else _numbers(one)]:
+            if _may_have(role, one, other):
+                doubted.add(pair)
+                if pair[0][-1] == role.part.names[-1] and other.part.levels[-2:-1][0].is_automatic:
+                    modules |= {pair[0][:-1], role.part.names[:-1]}
+    odd = (x for x in plain if (pair := pairs[x.target.source]) in doubted or pair[0][:-1] in modules)
+    return {link.target.source: link for link in odd}
+
+
+def _numbers(role: NamedPart) -> tuple[int, ...]:
+    return tuple(level.number for level in role.part.levels if level.number is not None)
+
+
+def _may_have(role: NamedPart, one: NamedPart, other: NamedPart) -> bool:
+    """Tells whether a stored part may be made into another part as well as into the one it is known to be."""
+    now, then = fit_of(one, other), fit_of(role, other)
+    if now is None or then is None:
+        return False
+    is_counted = any(level.is_automatic for level in other.part.levels[-2:])
+    is_better = then.score > now.score or (is_counted and then.score == now.score)
+    numbers = _numbers(other)
+    is_its = _numbers(one)[: len(numbers)] == numbers != _numbers(role)[: len(numbers)]
+    if is_better and may_be(then, role, other) and not is_its:
+        return True
+    ours, own, theirs = map(_telling, (role, one, other))
+    return bool(theirs & ours - own) and not theirs & own - ours
+
+
+def _telling(role: NamedPart) -> frozenset[str]:
+    """Returns the words of a part's path that say more than what many parts are."""
+    said = (word for name in role.part.names for word in words(name) if word.isalpha())
+    return frozenset(word for word in said if not meanings(word) or {*meanings(word)} - GENERAL)

@@ -37,7 +37,7 @@ _SPELLINGS = (
     "classifier|cls_head|probe",
     "projector|(?<!out_)(?<!output_)projection",
     *("pooler", "neck", "pre_logits", "critic|value", "reward", "policy|actor", "qa|span"),
-    *("bbox|box|boxes|det", "mask_head", "adapter|lora|prompt"),
+    *("bbox|box|boxes|det", "mask_head", "adapter", "lora", "prompt"),
 )
 _PURPOSES = tuple(re.compile(rf"(?:^|_)(?:{spellings})(?:_|$)") for spellings in _SPELLINGS)
 """What heads and the like are for, by the words of each: to tell tokens, a class, a value, ...."""

@@ -122,7 +122,7 @@ def may_be(fit: Fit, one: NamedPart, other: NamedPart) -> bool:
         if not same_place(one.place, other.place):
             return False
         left, right = left - PLACING, right - PLACING
-    if all("bias" in role.part.leaves for role in (one, other)):
+    if all("bias" in role.part.leaves and not role.part.is_norm for role in (one, other)):
         left, right = left - {"embed"}, right - {"embed"}  # DETR's `class_embed` is no table.
     # Of a text in diffusers' SD3 and Flux, of an image in Wan.
     left, right = (said - ({"text"} if "added" in said else set[str]()) for said in (left, right))

@@ -29,6 +29,7 @@ _SPELLINGS = {
     "pos": "pos position positions positional",
     "type": "type types segment segments",
     "cls": "cls class",
+    "dist": "dist distillation distilled",
     "patch": "patch patches",
     "q": "q query queries wq qs",
     "k": "k key keys wk ks",
@@ -84,7 +85,6 @@ _SPELLINGS = {
     "layerscale": "layerscale gamma lambda ls scaling",
     "expand": "expand exp expansion expanded",
     "depthwise": "depthwise dw",
-    "depthwise conv": "dwconv",
     "pointwise": "pointwise pw",
     "pointwise project": "pwl project",
     "probe": "probe latent",
@@ -93,7 +93,7 @@ _SPELLINGS = {
     "online": "online student",
     "": "model models module modules transformer core net network backbone base layer layers block blocks h "
     "stack proj projection dense linear fc fcs lin weight weights kernel w param params cell instance dot "
-    "product multi c to einsum the of and general",
+    "product multi c to einsum the of and general sublayer",
 }
 """Each concept with its spellings; those of the last line say nothing."""
 
@@ -111,7 +111,7 @@ _TOGETHER = (
     "score network:, score unet:, sa norm: self attn norm, sa layer norm: self attn norm, r w: rel content, "
     "r r: rel pos, g encoder: goal enc, conv pw: conv pw, conv transpose: conv deconv, "
     "query encoder: question enc, context encoder: passage enc, net g: generator, net d: discriminator, "
-    "full layer layer norm: last norm"
+    "full layer layer norm: last norm, negative slope: prelu, encoderdecoder: enc dec, dwconv: depthwise conv"
 )
 _PHRASES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     tuple(words.split()): tuple(said.split())
@@ -128,16 +128,16 @@ _APART = (
     "fwd bwd, left right, top bottom, upper lower, inner outer, local global, high low, coarse fine, "
     "row col, odd even, real imag, min max, mean var std logvar, prev next, past future, teacher online, "
     "online tgt, src tgt, generator discriminator, actor critic, user item, expand depthwise, "
-    "spatial temporal, depthwise pointwise, expand project, token pos type, embed head, cls mask, "
-    "positive negative, channel token, parent child, fast slow, wide deep, front back, long short, "
-    "downsample upsample, public private, old new, clean noisy, x y z, a b, red green blue, major minor, "
-    "north south east west, small large medium, tall short, hot cold, layerscale shift, scale shift, "
-    "alpha shift, update reset, forget in out cell, scale bias, add mul, write read, known unknown, "
-    "static dynamic, sine cosine, sin cos, width height depth, hidden visible, encode decode, "
-    "sender receiver, head tail, subject object, question answer, text question, premise hypothesis, "
-    "anchor positive, input target, ih hh, theta phi gate o, ir iz in hr hz hn, ii if ig io hi hf hg ho, "
-    "actor v, reward v, reward critic, reward actor, v advantage, pitch energy duration, question passage, "
-    "critic generator, prior posterior, ext int, hstack vstack"
+    "spatial temporal, depthwise pointwise, expand project, token pos type, embed head, "
+    "cls mask dist register prompt, positive negative, channel token, parent child, fast slow, wide deep, "
+    "front back, long short, downsample upsample, public private, old new, clean noisy, x y z, a b, "
+    "red green blue, major minor, north south east west, small large medium, tall short, hot cold, "
+    "layerscale shift, scale shift, alpha shift, update reset, forget in out cell, scale bias, add mul, "
+    "write read, known unknown, static dynamic, sine cosine, sin cos, width height depth, hidden visible, "
+    "encode decode, sender receiver, head tail, subject object, question answer, text question, "
+    "premise hypothesis, anchor positive, input target, ih hh, theta phi gate o, ir iz in hr hz hn, "
+    "ii if ig io hi hf hg ho, actor v, reward v, reward critic, reward actor, v advantage, "
+    "pitch energy duration, question passage, critic generator, prior posterior, ext int, hstack vstack"
 )
 _EXCLUSIVE = tuple(frozenset(words.split()) for words in _APART.split(", "))
 """Words of which one never becomes another."""

@@ -1,18 +1,33 @@
 """What a proposal that fits leaves in doubt: another part may be meant, or have the source as well."""
 
 import functools
+import itertools
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
+from orbax_nnx_handler.planning.core.folding import around, plain_names
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path, canonical, segments
 from orbax_nnx_handler.planning.core.recipes import Read
+from orbax_nnx_handler.planning.likeness import in_list, purposes
 from orbax_nnx_handler.planning.likeness.assignment import MOST_PAIRS, fit_of, may_be
 from orbax_nnx_handler.planning.likeness.links import Findings, Link
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, module_parts, part_of
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart, named_parts
-from orbax_nnx_handler.planning.likeness.vocabulary import Names, concepts, exclude, meanings, words
+from orbax_nnx_handler.planning.likeness.shapes import is_vector
+from orbax_nnx_handler.planning.likeness.vocabulary import (
+    PARAMETER,
+    PLACING,
+    STRONG,
+    Concepts,
+    Names,
+    concepts,
+    exclude,
+    meanings,
+    words,
+)
 from orbax_nnx_handler.planning.verdict.outcomes import Verdict
 
 
@@ -115,3 +130,91 @@ def _telling(role: NamedPart) -> frozenset[str]:
     """Returns the words of a part's path that say more than what many parts are."""
     said = (word for name in role.part.names for word in words(name) if word.isalpha())
     return frozenset(word for word in said if not meanings(word) or {*meanings(word)} - GENERAL)
+
+
+# What the names of parts have to share.
+
+_KINDS = concepts(("norm", "token", "embed", "head", "conv", "bias", "enc", "dec"))
+_OF_ANY = _KINDS | (PLACING - {"attn", "mlp", "self", "cross"})
+"""What many parts are, and that they are first or last: what one side may say and the other not."""
+
+
+class _Said(NamedTuple):
+    """What only the wanted and what only the stored name says; whether they share a word that tells."""
+
+    only: tuple[Concepts, Concepts]
+    is_shared: bool
+
+
+def strangers(links: Iterable[Link]) -> Iterator[Link]:
+    """Yields links of parts that shapes do not tell, whose names share no more than what kind they are.
+
+    A vector is as long as any other one of its model, and a square matrix as large: a new `mask_token` fits
+    an old `dist_token`, a `q_norm` the norm of a head. Both names say something that the other one lacks;
+    for a vector in no list it is enough that one does. Words that one side lacks in other parts too, which
+    are told, say nothing, nor do the names of modules that hold such parts.
+    """
+    parts = defaultdict[tuple[Names, Names], list[Link]](list)
+    for link in links:
+        for one, other in itertools.product(link.wanted, link.stored):
+            parts[part_of(one), part_of(other)].append(link)
+    called = {pair: _names(some[0]) for pair, some in parts.items()}
+    told = {pair for pair, some in parts.items() if _said(*called[pair]).is_shared or _are_told(pair, some)}
+    kinds = {tuple(map(plain_names, pair)): _said(*called[pair]).only for pair in told}
+    lacking = [frozenset[str]().union(*(only[side] for only in kinds.values())) for side in (0, 1)]
+    known = [{pair[side] for pair in told} for side in (0, 1)]
+    modules = {both for pair in told for both in itertools.product(*map(around, pair))}
+    for pair, some in parts.items():
+        if pair in told:
+            continue
+        left = [only - others for only, others in zip(_said(*called[pair]).only, lacking, strict=True)]
+        left = [set[str]() if pair[side] in known[side] else left[side] for side in (0, 1)]
+        if (pair[0][:-1], pair[1][:-1]) in modules:
+            left = [left[side] & concepts(called[pair][side][len(pair[side]) - 1 :]) for side in (0, 1)]
+        is_lone = not any(in_list(x)[0] for x in pair) and all(is_vector(link.source.shape) for link in some)
+        if all(left) or (is_lone and any(left)):
+            yield from (x for x in some if x.joint is None and x.layers is None and not x.copied)
+
+
+def _are_told(pair: tuple[Names, Names], links: Sequence[Link]) -> bool:
+    """Tells whether shapes tell parts, what heads are for, or the order of some that are in no list."""
+    one, other = map(purposes, pair)
+    # Whether heads for something are each other's, another law says.
+    are_heads = one & other or (one | other and "head" in concepts(pair[0]) & concepts(pair[1]))
+    is_inside, shapes = any(in_list(x)[0] for x in pair), [link.source.shape for link in links]
+    is_ordered = not is_inside and all(link.grounds == "order" for link in links)
+    is_kernel = any(len(x.source.shape) > 1 and x.source.names[-1] == "kernel" for x in links)
+    if all(map(is_vector, shapes)):
+        return bool(are_heads) or is_ordered or is_kernel
+    is_raw = all(part_of(x) == x.names for link in links for x in (link.target, link.source))
+    are_square = all(is_vector(shape) or shape == shape[:1] * 2 for shape in shapes)
+    return bool(are_heads) or is_inside or is_ordered or not (is_raw or are_square)
+
+
+def _names(link: Link) -> tuple[Names, Names]:
+    """Returns what a link's leaves are called, without the words for a module's usual parameters."""
+    one, other = (x.names[: -(x.names[-1] in PARAMETER) or None] for x in (link.target, link.source))
+    return one, other
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _said(wanted: Names, stored: Names) -> _Said:
+    sides = ours, theirs = _own(wanted), _own(stored)
+    one, other = ours - theirs, theirs - ours
+    begun = any(x.startswith(y) or y.startswith(x) for x in one for y in other if min(len(x), len(y)) > 1)
+    is_short = not (one.isdisjoint(_in_short(stored)) and other.isdisjoint(_in_short(wanted)))
+    is_shared = begun or is_short or not ours & theirs <= _KINDS | PLACING
+    # Where both only say where they are in a block, that has decided; a letter alone says nothing.
+    return _Said((one - _OF_ANY, other - _OF_ANY), is_shared or not all(sides) or one | other <= PLACING)
+
+
+def _own(names: Names) -> Concepts:
+    """Returns what names say; a letter that is none of an attention may stand for anything."""
+    letters = (word for name in names for word in words(name) if len(word) == 1 and word not in STRONG)
+    return concepts(names) - concepts(letters)
+
+
+def _in_short(names: Names) -> set[str]:
+    """Returns what words may be in short: `sa` of `SelfAttention`, `lnf` of `ln_f`."""
+    several = [x[at:to] for x in map(words, names) for to in range(len(x) + 1) for at in range(to - 1)]
+    return {"".join(word[:width] for word in some) for some in several for width in (1, None)}

@@ -20,6 +20,7 @@ from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie, readi
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, part_of
 from orbax_nnx_handler.planning.likeness.vocabulary import Concepts, Names, concepts, counts_of, words
 from orbax_nnx_handler.planning.rules import Rule
+from orbax_nnx_handler.planning.suggesting.doubts import strangers
 from orbax_nnx_handler.planning.suggesting.link_groups import by_module
 
 About = Literal["which", "how", "transposed"]
@@ -274,7 +275,9 @@ def as_questions(found: Findings, odd: Mapping[Path, Link]) -> Findings:
     asked: dict[tuple[Names, Names], list[Link]] = defaultdict(list)
     for link in odd.values():
         asked[part_of(link.target), part_of(link.source)].append(link)
-    ties = [Tie(wanted=key[:1], stored=key[1:], readings=(tuple(some),)) for key, some in asked.items()]
+    known = {(tie.wanted, tie.stored) for tie in found.ties}
+    left = {key: some for key, some in asked.items() if (key[:1], key[1:]) not in known}
+    ties = [Tie(wanted=key[:1], stored=key[1:], readings=(tuple(some),)) for key, some in left.items()]
     return dataclasses.replace(found, links=kept, ties=[*found.ties, *ties])
 
 
@@ -322,10 +325,9 @@ def coincidences(links: Sequence[Link], left: Set[Names], missing: Set[Names]) -
     """Returns links rather asked about: one of stored parts that are left may fit a missing one by chance."""
     plain = [link for link in links if link.joint is None and link.layers is None]
     odd = [link for link in plain if have_other_purposes(part_of(link.target), part_of(link.source))]
-    odd += (*misnumbered(plain, left, missing), *shifted(plain))
-    found = {
-        link.target.source: link for link in (*odd, *_astray(plain), *_half_used(links, plain, left, missing))
-    }
+    odd += (*misnumbered(plain, left, missing), *shifted(plain), *strangers(links), *_astray(plain))
+    odd += _half_used(links, plain, left, missing)
+    found = {link.target.source: link for link in odd}
     return {**found, **_torn(links, left), **_from_elsewhere(links, left)}
 
 

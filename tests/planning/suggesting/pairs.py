@@ -86,6 +86,12 @@ OPEN = {
     "distilbert_mlm_to_cls": 4,
     "t5_encoder_only": 2,
     "crossq": 48,
+    "beit": 2,
+    "beit_nolambda": 2,
+    "marian": 1,
+    "owl": 2,
+    "owlvit": 2,
+    "fnet": 6,
 }
 """Leaves that stay open.
 
@@ -110,16 +116,17 @@ of two numbered norms is the global one (pegasus_x), which of `w1`, `v1` and `w2
 half of an array is the gate (openelm), which layer masks (soundstream_unet), which of two heads that Linen
 numbered is the deviation's (serl) and which of the layers that Haiku counts is which (structure_module),
 whether what remains of a head is meant by a new one (bert_mlm_to_cls and its like, electra_pre_to_cls,
-distilbert_mlm_to_cls), or what remains of a decoder (t5_encoder_only), and which of the norms of a list and
-a lone one Linen numbered first (crossq), only outputs tell. Not found yet: the
-mask's layer in a list of its own (conv_tasnet), the bias of queries and of values in one for all three
-(qformer), a lone vector (ncsnpp), two levels of a U-Net that are as large (ddpm), heads that hold queries
-and a part of the network (palm_fused), positions of tokens (spectrogram_diffusion),
-`fflayer_start` and convolutions of dense layers (perch_conformer), a layer below `concat_mlp` beside one of
-that name (tome), keys and values per head in one array, and a bias beside `proj_kernel` (nest), two lists
-of blocks in the arms of a U-Net (xunet), the numbers of a layer and of a view in one name (mtv), stacks
-beside the layers that hold them (jet), and norms and convolutions of which the ones beside tell the number
-(fvlm).
+distilbert_mlm_to_cls), or what remains of a decoder (t5_encoder_only), which of the norms of a list and
+a lone one Linen numbered first (crossq), and whether a vector is a new one where each side calls it after
+something else: a pooler's norm `fc_norm` (beit), the bias of logits `generator` (marian), the norm of a
+`merged_class_token` (owl, owlvit), that of what mixes one of `fourier` (fnet), only outputs tell. Not found
+yet: the mask's layer in a list of its own (conv_tasnet), the bias of queries and of values in one for all
+three (qformer), a lone vector (ncsnpp), two levels of a U-Net that are as large (ddpm), heads that hold
+queries and a part of the network (palm_fused), positions of tokens (spectrogram_diffusion), `fflayer_start`
+and convolutions of dense layers (perch_conformer), a layer below `concat_mlp` beside one of that name
+(tome), keys and values per head in one array, and a bias beside `proj_kernel` (nest), two lists of blocks
+in the arms of a U-Net (xunet), the numbers of a layer and of a view in one name (mtv), stacks beside the
+layers that hold them (jet), and norms and convolutions of which the ones beside tell the number (fvlm).
 """
 
 KINDS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}

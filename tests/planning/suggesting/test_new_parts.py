@@ -1,0 +1,118 @@
+"""Parts of a target that are not stored: what is unused takes their place only where names tell it.
+
+Each beside a transformer whose parts all have other names in the target.
+"""
+
+import pytest
+
+from tests.planning.suggesting.proposals import check, filled, proposed
+
+BLOCK = {
+    "MultiHeadDotProductAttention_0/query": "attn/q",
+    "MultiHeadDotProductAttention_0/key": "attn/k",
+    "MultiHeadDotProductAttention_0/value": "attn/v",
+    "MultiHeadDotProductAttention_0/out": "attn/out",
+    "MlpBlock_0/Dense_0": "mlp/fc1",
+    "MlpBlock_0/Dense_1": "mlp/fc2",
+    "LayerNorm_0": "norm1",
+    "LayerNorm_1": "norm2",
+}
+SHAPES = {"fc1": (8, 32), "fc2": (32, 8), "norm1": (8,), "norm2": (8,)}
+MODULES = {
+    f"Transformer/encoderblock_{at}/{one}": (f"blocks/{at}/{other}", SHAPES.get(other.split("/")[-1], (8, 8)))
+    for at in range(2)
+    for one, other in BLOCK.items()
+} | {"embedding": ("patch_embed/proj", (4, 4, 3, 8)), "head": ("head", (8, 5))}
+
+
+def transformer(*more):
+    """Returns the stored and the wanted shapes of a transformer, and which leaf is which.
+
+    Args:
+        more: Further parts, `stored=wanted`, each with its shape; modules where the names end in `/`.
+    """
+    stored, wanted = {}, {}
+    modules = [(one, *other) for one, other in MODULES.items()]
+    pairs = {}
+    for text, shape in more:
+        one, other = text.split("=")
+        if one.endswith("/"):
+            modules.append((one[:-1], other[:-1], shape))
+        else:
+            stored[one], wanted[other], pairs[other] = shape, shape, one
+    for one, other, shape in modules:
+        for name in ("kernel" if len(shape) > 1 else "scale", "bias"):
+            stored[f"{one}/{name}"] = wanted[f"{other}/{name}"] = shape if name != "bias" else shape[-1:]
+            pairs[f"{other}/{name}"] = f"{one}/{name}"
+    return filled(stored), wanted, pairs
+
+
+NEW = [
+    ("distillation_token=register_token", (1, 1, 8)),
+    ("dist_pos_embed=cls_pos_embed", (1, 1, 8)),
+    ("prompt=register_tokens", (4, 8)),
+    ("query_tokens=register_tokens", (1, 4, 8)),
+    ("bos_embed=null_embed", (8,)),
+    ("token_bias=unigram_bias", (50,)),
+    ("pooler_ln/=feature_norm/", (8,)),
+    ("pooler/LayerNorm/=feature_norm/", (8,)),
+    ("mlm_ln/=q_norm/", (8,)),
+    ("old/norm/=norm/", (8,)),
+    ("value_head/norm/=norm_f/", (8,)),
+    ("adapter/norm/=final_norm/", (8,)),
+    ("head_norm/=embed_norm/", (8,)),
+    ("memory_proj/=query_proj/", (8, 8)),
+    ("adapter_down/=lora_a/", (8, 2)),
+]
+"""Parts that are not stored, each beside an unused one of its shape that is something else."""
+
+RENAMED = [
+    ("cls=cls_token", (1, 1, 8)),
+    ("class_embedding=cls_token", (1, 1, 8)),
+    ("dist_token=distillation_token", (1, 1, 8)),
+    ("register_tokens=registers", (1, 4, 8)),
+    ("query_tokens=queries", (1, 4, 8)),
+    ("null_token=null_embed", (8,)),
+    ("Transformer/encoder_norm/=norm/", (8,)),
+    ("final_norm/=ln_f/", (8,)),
+    ("norm/=norm_out/", (8,)),
+    ("pooler/LayerNorm/=pool_norm/", (8,)),
+    ("embeddings/LayerNorm/=norm_embed/", (8,)),
+    ("fc_norm/=head_norm/", (8,)),
+    ("pooler/dense/=pool_head/", (8, 8)),
+    ("projector/layer1/=proj_head/fc1/", (8, 12)),
+]
+"""Parts that are stored under another name."""
+
+
+@pytest.mark.parametrize(("text", "shape"), NEW)
+def test_a_new_part_is_not_what_an_unused_one_of_another_meaning_holds(text, shape):
+    stored, wanted, pairs = transformer((text, shape))
+    new = {path for path in wanted if path.startswith(text.split("=")[1])}
+
+    found, values = proposed(stored, wanted)
+
+    assert {"/".join(map(str, path)) for path in found.unmatched_wanted} == new
+    check(values, {path: stored[pairs[path]] for path in wanted.keys() - new})
+
+
+@pytest.mark.parametrize(("text", "shape"), RENAMED)
+def test_an_unused_part_that_names_tell_is_found_under_its_other_name(text, shape):
+    stored, wanted, pairs = transformer((text, shape))
+
+    _, values = proposed(stored, wanted)
+
+    check(values, {path: stored[pairs[path]] for path in wanted})
+
+
+@pytest.mark.parametrize(
+    "text", ["adapter_norm=cross_norm", "adapter_scale=attn_temperature", "attn/sink=attn/head_scale"]
+)
+def test_a_new_vector_of_each_layer_is_not_what_an_unused_one_of_another_meaning_holds(text):
+    one, other = text.split("=")
+    more = [(f"Transformer/encoderblock_{at}/{one}=blocks/{at}/{other}", (8,)) for at in range(2)]
+    stored, wanted, pairs = transformer(*more)
+
+    _, values = proposed(stored, wanted)
+
+    check(values, {path: stored[pairs[path]] for path in wanted if not path.endswith(f"/{other}")})

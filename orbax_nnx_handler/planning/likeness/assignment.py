@@ -132,10 +132,10 @@ def may_be(fit: Fit, one: NamedPart, other: NamedPart) -> bool:
     plain = other if one.fused else one  # What says something else is no fused one.
     if exclude(left, right) or (bool(one.fused) != bool(other.fused) and plain.part.own):
         return False
-    # The norm of keys is none of a block.
+    # The norm of keys is none of a block, nor one of what an attention puts out.
     both = (one, other), (other, one)
-    placed = ((y.part.own - x.said, y.part.is_norm) for x, y in both if x.place and x.part.own & PLACING)
-    is_of_keys = any(is_norm and own & {"q", "k", "v"} for own, is_norm in placed)
+    placed = [(x, y) for x, y in both if x.place and x.part.own & PLACING | x.part.said & {"out"}]
+    is_of_keys = any(y.part.is_norm and (y.part.own - x.said) & {*"qkv"} for x, y in placed)
     back = {(to, at) for at, to in directions(one.part.names) if at != to}
     return not (fit.differs or is_of_keys) and back.isdisjoint(directions(other.part.names))
 

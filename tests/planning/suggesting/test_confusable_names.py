@@ -250,6 +250,32 @@ def test_the_norm_of_keys_is_none_that_a_block_has_behind_its_attention():
     check(values, {aims[path]: x for path, x in stored.items() if aims[path] in values})
 
 
+def test_the_norm_of_keys_is_none_of_what_an_attention_puts_out():
+    names = {
+        "attention/self/query": "attn/q_proj",
+        "attention/self/key": "attn/k_proj",
+        "attention/self/value": "attn/v_proj",
+        "attention/output/dense": "attn/o_proj",
+        "intermediate/dense": "mlp/up",
+        "output/dense": "mlp/down",
+        "attention/output/LayerNorm": "attn_norm",
+        "output/LayerNorm": "mlp_norm",
+        "attn_sub_norm": "attn/k_norm",  # Another norm; that of keys is new.
+    }
+    shapes = {"mlp/up": (8, 32), "mlp/down": (32, 8)}
+    paths, stored = {}, {}
+    for at, (one, other) in itertools.product(range(2), names.items()):
+        last, shape = ("scale", (8,)) if "norm" in other else ("kernel", shapes.get(other, (8, 8)))
+        paths[f"encoder/layer/{at}/{one}/{last}"] = f"layers/{at}/{other}/{last}"
+        stored[f"encoder/layer/{at}/{one}/{last}"] = shape
+    stored = filled(stored)
+
+    _, values = proposed(stored, {aim: stored[path].shape for path, aim in paths.items()})
+
+    check(values, {aim: stored[path] for path, aim in paths.items() if aim in values})
+    assert not any("k_norm" in path for path in values)
+
+
 def test_what_fits_as_it_is_and_what_would_be_reshaped_do_not_change_places():
     shapes = {"embedding": (4, 4, 3, 12), "pool/MlpBlock_0/Dense_1": (48, 12)}
     aims = {"embedding": "fir/proj", "pool/MlpBlock_0/Dense_1": "attn_pool/ash/fc2"}

@@ -57,9 +57,12 @@ def with_moved_axes(found: Findings) -> Findings:
         if (is_left := made[at] is link and _is_plain(link)) and (both := kept_by_head(link)) is not None:
             shares[plain_names(part_of(link.target)), plain_names(part_of(link.source))].append(both)
             made[at] = None
-        if len(orders := _orders(link) if is_left else []) > 1:
+        orders = _orders(link) if is_left else []
+        if len(orders) > 1:
             made[at] = None
             ties.append(_tie([[_ordered(link, order, f"transpose {order}")] for order in orders]))
+        elif orders and orders[0] != link.ways[0][0].steps[0].axes:
+            made[at] = _ordered(link, orders[0])
     ties += [_tie(list(zip(*each, strict=True))) for each in shares.values()]
     links = [link for link in made.values() if link is not None]
     return Findings(links=links, ties=[*found.ties, *ties], groups=found.groups)
@@ -86,7 +89,11 @@ def _tie(readings: Sequence[Sequence[Link]]) -> Tie:
 
 
 def _orders(link: Link) -> list[tuple[int, ...]]:
-    """Returns the orders of axes that a link may stand for: of several, no convention tells which."""
+    """Returns the orders of axes that a link may stand for: of several, no convention tells which.
+
+    The axes of space stay together in their order where a kernel's shape allows that: in PyTorch's (`O, I,
+    D, H, W`), and in MLX's (`O, D, H, W, I`).
+    """
     ways = [way for each in link.ways for way in each if not way.turned]
     steps = [step for way in ways for step in way.steps]
     if [len(each) for each in link.ways] != [len(ways)] or len(steps) != 1:
@@ -99,7 +106,15 @@ def _orders(link: Link) -> list[tuple[int, ...]]:
     for order in (step.axes, *itertools.permutations(range(len(long)))):
         if permuted(step.before, order) == step.shape:
             different.setdefault(tuple(at for at in order if long[at]), order)
-    return list(different.values())
+    is_kernel = link.source.names[-1] == "kernel" and len(long) > 3  # Space, inputs, outputs.
+    space = tuple(at for at in range(len(long) - 2) if long[at] and is_kernel)
+    kept = [order for key, order in different.items() if space and _in_a_row(space, key)]
+    return kept or list(different.values())
+
+
+def _in_a_row(some: tuple[int, ...], axes: tuple[int, ...]) -> bool:
+    at = axes.index(some[0])
+    return axes[at : at + len(some)] == some
 
 
 def _is_plain(link: Link) -> bool:
@@ -322,37 +337,6 @@ def _layer(names: Names) -> Names:
     """Returns what leads into the outermost layer that a part is in; nothing where it is in none."""
     inside = in_list(names)[1]
     return names[: len(names) - len(inside)] if len(inside) > 1 else ()
-
-
-def as_one(several: Iterable[Sequence[Sequence[Link]]]) -> list[Sequence[Sequence[Link]]]:
-    """Returns possible readings, those as one that say the same of blocks of one kind."""
-    groups: dict[object, list[dict[object, Sequence[Link]]]] = defaultdict(list)
-    for at, readings in enumerate(several):
-        said, count = _said_by(readings), len(readings)
-        is_told = len({*said}) == count > 1
-        key, each = (frozenset(said), said) if is_told else (at, range(count))
-        groups[key].append(dict(zip(each, readings, strict=True)))
-    return [[[link for x in group for link in x[each]] for each in group[0]] for group in groups.values()]
-
-
-def _said_by(readings: Sequence[Sequence[Link]]) -> list[object]:
-    """Returns what each reading says, whichever block it says it of."""
-    ends = [{part_of(link.target): part_of(link.source) for link in reading} for reading in readings]
-    back = [{other: one for one, other in pairs.items()} for pairs in ends]
-
-    def within(names: Names, options: Sequence[Mapping[Names, Names]], other: Names) -> object:
-        several = [pairs[other] for pairs in options if other in pairs]
-        at = len(shared_levels(several, own=1))
-        above = levels(names[:at])  # What Linen numbered is a class, the same everywhere.
-        first = -1 if above and above[-1].style == "_" and above[-1].base[:1].isupper() else 0
-        said = [frozenset(words("_".join(each[at:]))) for each in (names, *several)]
-        told = said[0] - frozenset.intersection(*said)  # `a_p` and `b_p` as `a_g` and `b_g`.
-        return tuple(level.base for level in above[first:]), told or names[at:]
-
-    return [
-        frozenset((within(one, back, other), within(other, ends, one)) for one, other in pairs.items())
-        for pairs in ends
-    ]
 
 
 class Precedents:

@@ -27,7 +27,6 @@ from orbax_nnx_handler.planning.rules.stacking import nested_stacks
 from orbax_nnx_handler.planning.rules.values import steps_in
 from orbax_nnx_handler.planning.suggesting.link_groups import (
     agrees,
-    as_one,
     kinds_of_links,
     of_few_layers,
     possible_roots,
@@ -62,7 +61,7 @@ from orbax_nnx_handler.planning.suggesting.suggestion import (
     resized_in,
     steps_by_leaf,
 )
-from orbax_nnx_handler.planning.suggesting.whole_modules import left_open, torn_by_name
+from orbax_nnx_handler.planning.suggesting.whole_modules import as_one, left_open, torn_by_name
 from orbax_nnx_handler.planning.target.roles import WEIGHTS, Order, Wanted, of_role, roles_of
 from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.planning.verdict.judge import Chosen, choose, judge
@@ -359,12 +358,9 @@ class _Proposing:
         problem, blamed = "\n".join(map(str, faults)), {path for fault in faults for path in fault.paths}
         wanted, steps = paths_of(links), steps_by_leaf(links)
         got = {p: {*reads(x.recipe)} for p, x in verdict.restored.items() if p not in blamed}
-        right = {
-            path
-            for path, sources in wanted.items()
-            if sources <= got.get(path, set())
-            and steps.get(path) in (None, steps_in(verdict.restored[path].recipe))
-        }
+        done = {p: steps_in(verdict.restored[p].recipe) for p in got.keys() & wanted.keys()}
+        made = (path for path, sources in wanted.items() if sources <= got.get(path, set()))
+        right = {path for path in made if steps.get(path) in (None, done[path])}
         wrong = [path for path in wanted if path not in right]
         wrong += [p for p, x in self._found.items() if p not in wanted and got.get(p) != {*reads(x.recipe)}]
         others = {item.leaf.path for item in self._model} - wanted.keys() - self._base.restored.keys()

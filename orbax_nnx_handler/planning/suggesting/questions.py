@@ -141,14 +141,16 @@ class Choice:
     def _orders(
         self, parts: tuple[Sequence[Path], Sequence[Path]], wanted: Iterable[Leaf], stored: Iterable[Leaf]
     ) -> int:
-        """Returns the number of orders of the parts where every one is possible; 0 where not."""
+        """Returns the number of orders of the parts, or of a block's, where every one is possible; else 0."""
         count = math.factorial(min(len(parts[0]), 20))
         if self.about != "which" or len(parts[0]) != len(parts[1]) or len(self.readings) < 2:
             return 0
         if len(self.readings) == count:
             return count
-        is_cut = len(self.readings) == _MOST_READINGS < count
-        return count if is_cut and _are_alike(wanted) and _are_alike(stored) else 0
+        pairs = {(x.target.source, x.source.source) for reading in self.readings for x in reading}
+        count = _MOST_READINGS if {*Counter(one for one, _ in pairs).values()} == {4} else count
+        is_some = len(self.readings) == _MOST_READINGS <= count
+        return count if is_some and _are_alike(wanted) and _are_alike(stored) else 0
 
     def _in_words(self, names: "_Called") -> tuple[str, ...]:
         """Returns each reading in words: its rules are for the machine."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 
 from orbax_nnx_handler.planning.core.folding import PLACE
 from orbax_nnx_handler.planning.core.leaves import with_fields
-from orbax_nnx_handler.planning.core.paths import Path, is_index, levels
+from orbax_nnx_handler.planning.core.paths import Path, is_index, levels, shared_levels
 from orbax_nnx_handler.planning.likeness.assignment import best_pairs
 from orbax_nnx_handler.planning.likeness.links import (
     Findings,
@@ -276,6 +276,41 @@ def _networks(names: Names) -> Sequence[Names]:
         lambda name: not is_index(name) and levels((name,))[0].number is None, names[:-1]
     )
     return [names[: at + 1] for at, _ in enumerate(plain)]
+
+
+# Questions that are one.
+
+
+def as_one(several: Iterable[Sequence[Sequence[Link]]]) -> list[Sequence[Sequence[Link]]]:
+    """Returns possible readings, those as one that say the same of blocks of one kind."""
+    groups: dict[object, list[dict[object, Sequence[Link]]]] = defaultdict(list)
+    for at, readings in enumerate(several):
+        said, count = _said_by(readings), len(readings)
+        is_told = len({*said}) == count > 1
+        key, each = (frozenset(said), said) if is_told else (at, range(count))
+        groups[key].append(dict(zip(each, readings, strict=True)))
+    return [[[link for x in group for link in x[each]] for each in group[0]] for group in groups.values()]
+
+
+def _said_by(readings: Sequence[Sequence[Link]]) -> list[object]:
+    """Returns what each reading says, whichever block it says it of."""
+    ends = [{part_of(link.target): part_of(link.source) for link in reading} for reading in readings]
+    back = [{other: one for one, other in pairs.items()} for pairs in ends]
+
+    def within(names: Names, options: Sequence[Mapping[Names, Names]], other: Names) -> object:
+        several = [pairs[other] for pairs in options if other in pairs]
+        at = len(shared_levels(several, own=1))
+        above = levels(names[:at])  # What Linen numbered is a class, the same everywhere.
+        first = -1 if above and above[-1].style == "_" and above[-1].base[:1].isupper() else 0
+        said = [frozenset(words("_".join(each[at:]))) for each in (names, *several)]
+        told = said[0] - frozenset.intersection(*said)  # `a_p` and `b_p` as `a_g` and `b_g`.
+        is_told = told or len({*several}) == len({*said}) > 1  # `p` and `p_b` as `g` and `g_b`.
+        return tuple(level.base for level in above[first:]), told if is_told else names[at:]
+
+    return [
+        frozenset((within(one, back, other), within(other, ends, one)) for one, other in pairs.items())
+        for pairs in ends
+    ]
 
 
 def exchanged(

@@ -89,6 +89,20 @@ def test_an_order_of_axes_beside_another_one_of_the_same_shape_is_not_proposed()
     _check({"params": stored}, wanted, found.answered([0]))
 
 
+@pytest.mark.parametrize("order", [(4, 3, 0, 1, 2), (4, 0, 1, 2, 3)], ids=["PyTorch", "MLX"])
+def test_the_axes_of_space_of_a_kernel_keep_their_order(order):
+    stored = filled({"stem/kernel": (3, 5, 5, 3, 6), "Conv_0/kernel": (1, 3, 3, 4, 6)})
+    expected = {
+        "stem/weight": stored["stem/kernel"].transpose(order),
+        "conv/weight": stored["Conv_0/kernel"].transpose(order),
+    }
+
+    found, values = proposed(stored, {path: value.shape for path, value in expected.items()})
+
+    assert not found.questions
+    check(values, expected)
+
+
 def test_two_axes_that_explain_a_group_are_a_question():
     variables, wanted = _stacked({"kernel": (4, 4), "k2": (16, 4)}, 4, 2)
 

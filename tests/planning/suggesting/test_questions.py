@@ -111,6 +111,20 @@ def test_every_order_is_said_only_where_every_order_is_possible():
     assert [*many.lines][-1] == "    ... and 114 more, 24 of all by number"
 
 
+def test_orders_within_each_of_several_blocks_are_counted_once():
+    norms = {name: {"scale": (8,)} for name in ("a", "b", "c", "d")}
+    wide = {"wide": {"kernel": (8, 3)}}
+
+    found = proposal(
+        {"layers": {at: {name: {"scale": (8,)} for name in ("p", "q", "r", "s")} | wide for at in range(2)}},
+        {f"block_{at}": norms | wide for at in range(2)},
+    )
+
+    (question,) = found.questions
+    assert len(question.parts[0]) == 8
+    assert question.orders == len(question.choices) == 24
+
+
 def test_what_is_one_in_a_stack_is_named_in_all_layers():
     block = {"LayerNorm_0": NORM, "LayerNorm_1": NORM, "wide": {"kernel": (8, 3)}}
     stacked = {name: {"scale": (3, 8), "bias": (3, 8)} for name in ("left_norm", "right_norm")}

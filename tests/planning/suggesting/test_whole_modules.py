@@ -117,3 +117,37 @@ def test_layers_with_biases_that_fit_exchanged_within_their_module_are_one_quest
         for _, at, _, name, leaf in [path.split("/")]
     }
     check(restored(values, shapes, found.answered([0])), right)
+
+
+def test_which_of_two_modules_is_told_apart_by_a_word_more_is_one_question_for_all_of_their_parts():
+    shapes = {"conv/kernel": (4, 1, 16), "x_proj/kernel": (16, 10), "dt_proj/kernel": (2, 16), "D": (16,)}
+    stored = filled(
+        {
+            f"block_{at}/mamba/{way}/{x}": of
+            for at in range(2)
+            for way in ("ab", "cd")
+            for x, of in shapes.items()
+        }
+    )
+    stored |= {f"block_{at}/mamba/in_proj/kernel": np.full((8, 32), at, "float32") for at in range(2)}
+    asked = {
+        f"layers/{at}/mixer/{part}{end}{leaf and '/'}{leaf}": shape
+        for at, end in itertools.product(range(2), ("", "_b"))
+        for part, _, leaf, shape in ((*path.partition("/"), shape) for path, shape in shapes.items())
+    }
+
+    wanted = asked | {f"layers/{at}/mixer/in_proj/kernel": (8, 32) for at in range(2)}
+
+    found, values = proposed(stored, wanted)
+
+    (question,) = found.questions
+    assert (len(values), len(question.choices), len(question.wanted)) == (2, 2, 16)
+    for ways in itertools.permutations(("ab", "cd")):
+        right = {
+            path: stored["/".join((f"block_{at}", "mamba", way, part.removesuffix("_b"), *leaf))]
+            for path in asked
+            for _, at, _, part, *leaf in [path.split("/")]
+            for way in [ways[part.endswith("_b")]]
+        }
+        every = (restored(stored, wanted, found.answered([at])) for at in range(2))
+        assert any(all(np.array_equal(made[path], x) for path, x in right.items()) for made in every)

@@ -106,7 +106,8 @@ def _orders(link: Link) -> list[tuple[int, ...]]:
     for order in (step.axes, *itertools.permutations(range(len(long)))):
         if permuted(step.before, order) == step.shape:
             different.setdefault(tuple(at for at in order if long[at]), order)
-    is_kernel = link.source.names[-1] == "kernel" and len(long) > 3  # Space, inputs, outputs.
+    # Space, inputs, outputs; what keeps its name has its layers elsewhere.
+    is_kernel = len(long) > 3 and link.source.names[-1] == "kernel" != link.target.names[-1]
     space = tuple(at for at in range(len(long) - 2) if long[at] and is_kernel)
     kept = [order for key, order in different.items() if space and _in_a_row(space, key)]
     return kept or list(different.values())

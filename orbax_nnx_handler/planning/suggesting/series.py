@@ -13,7 +13,7 @@ from orbax_nnx_handler.planning.core.folding import PLACE, numbered
 from orbax_nnx_handler.planning.core.leaves import Shape, derived, with_fields
 from orbax_nnx_handler.planning.core.paths import is_count, levels, natural_key, shared_levels
 from orbax_nnx_handler.planning.likeness import Own, list_name, share_word, sizes_of
-from orbax_nnx_handler.planning.likeness.module_parts import BySize, Leaf, module_parts, of_sizes
+from orbax_nnx_handler.planning.likeness.module_parts import Leaf, module_parts, of_sizes
 from orbax_nnx_handler.planning.likeness.vocabulary import (
     MARGIN,
     SINGLE,
@@ -26,7 +26,7 @@ from orbax_nnx_handler.planning.likeness.vocabulary import (
     telling,
     words,
 )
-from orbax_nnx_handler.planning.suggesting.whole_modules import pairs_beside
+from orbax_nnx_handler.planning.suggesting.whole_modules import counted_levels, modules_by_size, pairs_beside
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -104,7 +104,6 @@ class Series:
 
 Pairs = list[tuple[Series, Series]]
 _Waiting = list[tuple[Leaf, list[Any]]]
-_numbered = functools.lru_cache(maxsize=65536)(numbered)  # Asked of each leaf in every context.
 _said = functools.lru_cache(maxsize=65536)(concepts)  # Asked of each module beside every list.
 
 
@@ -113,7 +112,7 @@ def series_of(leaves: Sequence[Leaf], above: int, least: int = 2) -> list[Series
 
     A layer must have `least` parts: a single one is rather a part with a number.
     """
-    waiting = [(leaf, _numbered(leaf.names, above)) for leaf in leaves]
+    waiting = [(leaf, counted_levels(leaf.names, above)) for leaf in leaves]
     found: list[Series] = []
     while waiting:
         groups: dict[tuple[Names, Names], dict[int, _Waiting]] = defaultdict(lambda: defaultdict(list))
@@ -309,7 +308,7 @@ def in_sequence(groups: Sequence[Series], free: Sequence[Leaf], above: int, arms
     Two readings where levels on the way up may count from either end.
     """
     complete = [series for series in groups if is_complete(series)]
-    held = functools.cache(functools.partial(of_sizes, _modules_by_size(free if complete else (), above)))
+    held = functools.cache(functools.partial(of_sizes, modules_by_size(free if complete else (), above)))
     found = [_in_sequence(series, held(frozenset(series.sizes)), arms) for series in complete]
     claims = Counter(other.template for each in found for pairs in each[:1] for _, other in pairs)
     return [each for each in found if each and all(claims[other.template] == 1 for _, other in each[0])]
@@ -335,7 +334,7 @@ def _in_sequence(series: Series, found: Mapping[Names, list[Leaf]], arms: int) -
     spelled = {words("/".join(each)): at for at, each in zip(series.numbers, fitting[0], strict=True)}
     if any(spelled.get(words("/".join(series.place(at))), at) != at for at in series.numbers):
         return []  # `down_2_block_0` is `down/2/block/0`, and no other one.
-    counted = [numbered((*names, ""), 0)[-1] for names in fitting[0]]
+    counted = [x for names in fitting[0] for x in numbered((*names, ""), 0)[-1:]]
     if len({key for key, _ in counted}) == 1 and [number for _, number in counted] == series.numbers:
         members = {number: found[names] for (_, number), names in zip(counted, fitting[0], strict=True)}
         return [[(series, Series(*counted[0][0], members))]]  # A list, in another one.
@@ -359,19 +358,6 @@ def have_equal_layers(one: Series, other: Series) -> bool:
 def alone(names: Names, leaves: list[Leaf], number: int) -> Series:
     """Returns a module as the only one of its group."""
     return Series(names, tuple(level.base for level in levels(names)), {number: leaves}, is_kind=True)
-
-
-def _modules_by_size(free: Sequence[Leaf], above: int) -> BySize:
-    """Returns the modules with a number, the outer ones first, each with its place among all."""
-    below: dict[Names, list[Leaf]] = defaultdict(list)
-    found: dict[int, list[tuple[int, Names, list[Leaf]]]] = defaultdict(list)
-    for leaf in free:
-        for (template, _), number in _numbered(leaf.names, above):
-            is_alone = template[-1] == PLACE  # Else the name is as it was.
-            below[(*template[:-1], str(number)) if is_alone else leaf.names[: len(template)]].append(leaf)
-    for at, names in enumerate(sorted(below, key=len)):
-        found[sizes_of(below[names])].append((at, names, below[names]))
-    return found
 
 
 def _may_be_one(one: Series, other: Series) -> bool:

@@ -11,9 +11,10 @@ import operator
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 
-from orbax_nnx_handler.planning.core.folding import PLACE
+from orbax_nnx_handler.planning.core.folding import PLACE, numbered
 from orbax_nnx_handler.planning.core.leaves import with_fields
 from orbax_nnx_handler.planning.core.paths import Path, is_index, levels, shared_levels
+from orbax_nnx_handler.planning.likeness import sizes_of
 from orbax_nnx_handler.planning.likeness.assignment import best_pairs
 from orbax_nnx_handler.planning.likeness.links import (
     Findings,
@@ -25,9 +26,9 @@ from orbax_nnx_handler.planning.likeness.links import (
     differing,
     simplest,
 )
-from orbax_nnx_handler.planning.likeness.module_parts import Leaf, part_of
+from orbax_nnx_handler.planning.likeness.module_parts import BySize, Leaf, part_of
 from orbax_nnx_handler.planning.likeness.shapes import Way
-from orbax_nnx_handler.planning.likeness.vocabulary import PYTORCHS, Names, words
+from orbax_nnx_handler.planning.likeness.vocabulary import PYTORCHS, Names, meanings, words
 from orbax_nnx_handler.planning.rules.rename import with_place
 
 Renamed = tuple[Names, Names]
@@ -36,6 +37,7 @@ Renamed = tuple[Names, Names]
 _MANY = 24
 """So many modules are rather renamed at once than one by one."""
 _PLACES = ("{x}", "{y}", "{z}")
+counted_levels = functools.lru_cache(maxsize=65536)(numbered)  # Asked of each leaf in every context.
 
 
 def of_leaves(moves: Sequence[Move]) -> Iterator[Renamed]:
@@ -180,6 +182,31 @@ def _tie(parts: Sequence[Sequence[Link]], orders: Iterable[Sequence[Link]]) -> T
         stored=tuple(dict.fromkeys(part_of(link.source) for link in named)),
         readings=(*map(tuple, orders), named),
     )
+
+
+# What a program computes one after another.
+
+
+def modules_by_size(free: Sequence[Leaf], above: int) -> BySize:
+    """Returns the modules with a number, and a U-Net's middle, each with its place: the outer ones first."""
+    below: dict[Names, list[Leaf]] = defaultdict(list)
+    found: dict[int, list[tuple[int, Names, list[Leaf]]]] = defaultdict(list)
+    for leaf in free:
+        counted = counted_levels(leaf.names, above)
+        for (template, _), number in counted:
+            is_alone = template[-1] == PLACE  # Else the name is as it was.
+            below[(*template[:-1], str(number)) if is_alone else leaf.names[: len(template)]].append(leaf)
+        at = next((at for at in range(above, len(leaf.names) - 1) if _is_middle(leaf.names[at])), None)
+        if at is not None and all(len(template) > at + 1 for (template, _), _ in counted):
+            below[leaf.names[: at + 1]].append(leaf)
+    for at, names in enumerate(sorted(below, key=len)):
+        found[sizes_of(below[names])].append((at, names, below[names]))
+    return found
+
+
+@functools.lru_cache(maxsize=65536)
+def _is_middle(name: str) -> bool:
+    return not {"mid", "middle", "bottleneck"}.isdisjoint(meanings(name))
 
 
 # Whether another module may be meant.

@@ -542,3 +542,22 @@ def test_hundreds_of_modules_that_lie_in_turn_are_not_compared_with_each_other(m
 def leaf(path, shape):
     names = tuple(path.split("/"))
     return Leaf(names=names, collection="params", shape=shape, number="floating", source=names)
+
+
+@pytest.mark.parametrize("middle", ["mid_block", "middle", "bottleneck"])
+def test_the_middle_without_a_number_lies_between_the_blocks_on_either_side(middle):
+    shapes = {"LayerNorm_0/scale": (8,), "attn/kernel": (8, 8), "Dense_0/kernel": (8, 24)}
+    called = {"LayerNorm_0/scale": "norm/scale", "attn/kernel": "attn/kernel", "Dense_0/kernel": "fc/kernel"}
+    blocks = ["in_blocks/0", "in_blocks/1", middle, "out_blocks/0", "out_blocks/1"]
+    expected = {
+        f"{block}/{called[path]}": (f"Block_{at}/{path}", shape)
+        for at, block in enumerate(blocks)
+        for path, shape in shapes.items()
+    }
+    expected |= {f"out_blocks/{at}/skip/kernel": (f"Block_{3 + at}/skip/kernel", (16, 8)) for at in range(2)}
+    stored = filled(dict(expected.values()))
+
+    found, values = proposed(stored, {path: shape for path, (_, shape) in expected.items()})
+
+    assert not found.questions
+    check(values, {path: stored[name] for path, (name, _) in expected.items()})

@@ -38,6 +38,7 @@ _ENDS, _FEW = frozenset(("pre", "post", "first", "last")), 5  # More numbers tha
 _MIXED = {"token": -1, "patch": -1, "spatial": -1, "temporal": -1, "channel": 1, "feature": 1}
 """A Mixer's order, and that of blocks of networks: DaViT's."""
 _SELF_AND_CROSS = ("attn1", "attn2"), ("sa", "ca")  # In diffusers, and in short.
+_NONLOCAL = {"theta": "q", "phi": "k", "gate": "v"}  # In non-local networks, and in SAGAN; `g` is no gate.
 _EITHER = {"qkv": "proj_out", "qkv_proj": "wo"}
 """What stands beside arrays by head: guided diffusion's, InternLM2's; CodeGen has `fc_in`, UvA `linear`."""
 
@@ -139,7 +140,8 @@ class _Context:
         said = concepts(base for _, base, _ in self._families)
         is_image = any(len(shape) > 3 for held in self._matrices.values() for shape in held)
         self._way_up = {"up", "dec"} & said if is_image and said & {"down", "enc"} else set[str]()
-        self._has_actor = any("actor" in part.said for part in parts)
+        has_actor = not self._has_attention and any("actor" in part.said for part in parts)
+        self._values = {"v": "critic" if has_actor else "v"}  # The value of a state.
         # In `nn.Dense(4)(nn.relu(nn.Dense(8)(x)))` Linen numbers the last layer first.
         counted = {x: [of[n] for n in sorted(of)] for x, of in self._shapes.items() if x[1][:1].isupper()}
         backwards = {at for (at, _), x in counted.items() if not follow(*x) and follow(*x[::-1])}
@@ -157,11 +159,10 @@ class _Context:
         untold = self._untold(part)
         fused, fact = self._fused(part, is_untold=bool(untold))
         said -= {"in"} & part.own if fused else set()  # The `in_proj` of a block on the way out.
-        computed = () if fused else self._computed(part)
-        said.update(computed)
+        said.update(computed := () if fused else self._computed(part))
         untold = untold or (computed if len(computed) > 1 else ())
-        if self._has_actor and not self._has_attention and "v" in said:
-            said = (said - {"v"}) | {"critic"}  # The value of a state.
+        others = _NONLOCAL if self._around[part.module] >= _NONLOCAL.keys() else self._values
+        said = {others.get(word, word) for word in said}
         is_either = part.family[1] in self._backwards
         if part.is_norm:
             said -= STRONG - part.own
@@ -216,8 +217,7 @@ class _Context:
         return bool(blocks) and not part.said & {*_QKV, "o", "out"} and all(beside)
 
     def _fused(self, part: ModulePart, *, is_untold: bool) -> tuple[tuple[str, ...], str]:
-        last = part.levels[-1].base if part.levels else ""
-        known = FUSED.get("".join(part.names[-1:]))
+        last, known = part.levels[-1].base if part.levels else "", FUSED.get("".join(part.names[-1:]))
         # The `in_proj` of a quantizer or of a state space model is none of an attention.
         is_in_attention = "attn" in self._above or (self._has_attention and "mlp" not in part.said)
         if known is not None and (last != "in_proj" or is_in_attention):

@@ -111,7 +111,8 @@ _TOGETHER = (
     "score network:, score unet:, sa norm: self attn norm, sa layer norm: self attn norm, r w: rel content, "
     "r r: rel pos, g encoder: goal enc, conv pw: conv pw, conv transpose: conv deconv, "
     "query encoder: question enc, context encoder: passage enc, net g: generator, net d: discriminator, "
-    "full layer layer norm: last norm, negative slope: prelu, encoderdecoder: enc dec, dwconv: depthwise conv"
+    "full layer layer norm: last norm, negative slope: prelu, encoderdecoder: enc dec, "
+    "dwconv: depthwise conv, encoder q: enc online, encoder k: enc tgt"
 )
 _PHRASES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     tuple(words.split()): tuple(said.split())
@@ -137,7 +138,8 @@ _APART = (
     "encode decode, sender receiver, head tail, subject object, question answer, text question, "
     "premise hypothesis, anchor positive, input target, ih hh, theta phi gate o, ir iz in hr hz hn, "
     "ii if ig io hi hf hg ho, actor v, reward v, reward critic, reward actor, v advantage, "
-    "pitch energy duration, question passage, critic generator, prior posterior, ext int, hstack vstack"
+    "pitch energy duration, question passage, critic generator, prior posterior, ext int, hstack vstack, "
+    "macaron post, macaron last"
 )
 _EXCLUSIVE = tuple(frozenset(words.split()) for words in _APART.split(", "))
 """Words of which one never becomes another."""

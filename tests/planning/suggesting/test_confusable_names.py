@@ -45,6 +45,7 @@ CLEAR = [
     "actor_net=actor critic_net=critic",
     "incoming_edges=edges_in outgoing_edges=edges_out",
     "starting_node=node_start ending_node=node_end",
+    "encoder_q=base_encoder encoder_k=momentum_encoder",
     "attention_scaling=layer_scale_1 mlp_scaling=layer_scale_2",
 ]
 """Pairs `stored=wanted` that words of the field tell apart."""

@@ -253,6 +253,8 @@ def test_numbered_layers_of_a_gated_network_go_by_their_shapes_before_a_known_pr
         (("scale_net", "translate_net"), ("s_net", "t_net")),
         (("predictor", "projector"), ("pred", "proj_out")),
         (("online_net", "target_net"), ("student", "teacher")),
+        (("theta", "phi", "g"), ("query", "key", "value")),
+        (("ffn_pre", "ffn_post"), ("feed_forward_macaron", "feed_forward")),
     ],
 )
 def test_short_and_long_words_of_one_meaning_are_one(stored, wanted):

@@ -9,20 +9,26 @@ import itertools
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.folding import around, plain_names
 from orbax_nnx_handler.planning.core.leaves import Move, MovedGroup, Pair, moved_groups, order_after, permuted
 from orbax_nnx_handler.planning.core.paths import Path, is_number, levels, shared_levels
 from orbax_nnx_handler.planning.core.recipes import Read, Shapes
 from orbax_nnx_handler.planning.layouts.layout import is_copy_level
-from orbax_nnx_handler.planning.likeness import count_of, in_list, lists_in
+from orbax_nnx_handler.planning.likeness import count_of, in_list, lists_in, told_by_names
 from orbax_nnx_handler.planning.likeness.arrangements import by_level
 from orbax_nnx_handler.planning.likeness.joined_parts import Remade, kept_by_head, remade_links
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, is_alone, kinds_of_modules, part_of
 from orbax_nnx_handler.planning.likeness.shapes import Way, transposed
-from orbax_nnx_handler.planning.likeness.vocabulary import Names, may_hold_otherwise, meanings, words
+from orbax_nnx_handler.planning.likeness.vocabulary import (
+    Names,
+    counts_of,
+    may_hold_otherwise,
+    meanings,
+    words,
+)
 from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS, Roots
 from orbax_nnx_handler.planning.rules.entries import Entry, from_entries
 
@@ -42,12 +48,10 @@ def with_moved_axes(found: Findings) -> Findings:
         above = {link.source.names[: len(group.name) - len(link.target.names)] for link in members}
         if len(above) > 1:
             continue  # What is several modules in the checkpoint is no one stack.
+        told = [(move, _told(group, move)) for move in group.moves]
         readings = [
-            [
-                _ordered(each, order_after(len(each.source.shape), move), _told(group, move))
-                for each in members
-            ]
-            for move in group.moves
+            [_ordered(x, order_after(len(x.source.shape), move), said) for x in members]
+            for move, said in told
         ]
         made |= zip(places, readings[0] if len(readings) == 1 else [None] * len(places), strict=True)
         if len(readings) > 1:
@@ -76,9 +80,8 @@ def _told(group: MovedGroup, move: Move) -> str:
 def _ordered(link: Link, order: tuple[int, ...], told: str = "") -> Link:
     """Returns a link that puts the axes into an order, with what is told where another may be meant."""
     way = Way((transposed(link.source.shape, order),))
-    return dataclasses.replace(
-        link, ways=((way,),), grounds="names" if link.grounds == "shapes" else link.grounds, told=told
-    )
+    (named,) = told_by_names([link])
+    return dataclasses.replace(named, ways=((way,),), told=told)
 
 
 def _tie(readings: Sequence[Sequence[Link]]) -> Tie:
@@ -114,8 +117,7 @@ def _orders(link: Link) -> list[tuple[int, ...]]:
 
 
 def _in_a_row(some: tuple[int, ...], axes: tuple[int, ...]) -> bool:
-    at = axes.index(some[0])
-    return axes[at : at + len(some)] == some
+    return some in {axes[at : at + len(some)] for at in range(len(axes))}
 
 
 def _is_plain(link: Link) -> bool:
@@ -204,16 +206,6 @@ def by_module(links: Iterable[Link]) -> Mapping[object, list[Link]]:
     return found
 
 
-def agrees(
-    link: Link, settled: Mapping[Path, set[Path]], claimed: Set[Path], free: Set[tuple[Path, Names]]
-) -> bool:
-    """Tells whether a link takes no leaf that another one has by its name, but for parts that are free."""
-    for leaf in link.wanted:
-        if leaf.source in settled:
-            return {one.source for one in link.stored} <= settled[leaf.source]
-    return link.copied or all(leaf.source not in claimed or leaf.part in free for leaf in link.stored)
-
-
 def remade_behind(
     links: Sequence[Link], changes: Sequence[Remade], entries: Iterable[Entry], shapes: Shapes
 ) -> list[Link]:
@@ -273,9 +265,8 @@ def apart_from_copies(links: Sequence[Link], stored: Iterable[Leaf]) -> tuple[li
         copies = [name for name in names if is_copy_level(name)]
         said = words("/".join(link.source.names)) if copies else ()  # RAFT's `mask` is a `mask_head`.
         is_copy = not is_stored and any(not {*words(name)} <= {*said} for name in copies)
-        is_taken = (is_stored and not is_copied(names)) and (
-            link.source.names[-2:] in free or has_original(link.source.names)
-        )
+        is_beside = link.source.names[-2:] in free or has_original(link.source.names)
+        is_taken = is_stored and not is_copied(names) and is_beside
         kind = "lent" if is_copy or link.target.source in doubled else "taken" if is_taken else ""
         kinds["held" if may_hold_otherwise(names, link.source.names[:-1]) else kind].append(link)
     return kinds.pop("", []), [*map(_tie, levels), *(_tie([some]) for some in kinds.values())]
@@ -292,17 +283,9 @@ def _doubled(links: Iterable[Link]) -> set[Path]:
     for link in links:
         if link.joint is None and link.layers is None and len(link.target.names) > 2:
             found[link.source.part, link.target.names[-2:]].append(link)
-    several = [
-        each
-        for each in found.values()
-        if len(each) > 1 and each[0].source.names[-2:] == each[0].target.names[-2:]
-    ]
-    return {
-        link.target.source
-        for each in several
-        for link in each
-        if any(name not in PLAIN_LEVELS for name in link.target.names[:-2])
-    }
+    alike = (x for x in found.values() if len(x) > 1 and x[0].source.names[-2:] == x[0].target.names[-2:])
+    every = itertools.chain.from_iterable(alike)
+    return {x.target.source for x in every if not PLAIN_LEVELS.issuperset(x.target.names[:-2])}
 
 
 # Links that speak against each other, and questions that are one.
@@ -338,6 +321,41 @@ def _layer(names: Names) -> Names:
     """Returns what leads into the outermost layer that a part is in; nothing where it is in none."""
     inside = in_list(names)[1]
     return names[: len(names) - len(inside)] if len(inside) > 1 else ()
+
+
+def with_networks_told(found: Findings) -> Findings:
+    """Returns what is known, with what is asked of a network as other parts of it tell which one it is.
+
+    A part is of the network that it lies in; what is no layer, also of the one that it is called after, as
+    `decoder_pos_embedding` beside `decoder`.
+    """
+    told = [_told_by_networks(tie, found.links) for tie in found.ties]
+    ties = [tie for tie, links in zip(found.ties, told, strict=True) if not links]
+    return dataclasses.replace(found, links=[*found.links, *itertools.chain(*told)], ties=ties)
+
+
+def _told_by_networks(tie: Tie, links: Iterable[Link]) -> Sequence[Link]:
+    """Returns the only reading that agrees with all that is known of the networks; nothing of several."""
+    ends = [{(part_of(x.target), part_of(x.source)) for x in each} for each in tie.readings]
+    sides = [*zip(*(pair for each in ends for pair in each), strict=True)]
+    depths = [len(shared_levels(side, own=2)) + 1 for side in sides]
+    networks = [{names[:at] for names in side} for side, at in zip(sides, depths, strict=True)]
+    if any(len(some) < 2 or any(counts_of(names[-1]) for names in some) for some in networks):
+        return ()
+    told = (x for x in links if x.grounds != "order")
+    both = ((_network_of(x.target, networks[0]), _network_of(x.source, networks[1])) for x in told)
+    known, count = {pair for pair in both if all(pair)} or {((), ())}, len(networks[0])
+    made = [{(one[: depths[0]], other[: depths[1]]) for one, other in each} for each in ends]
+    fitting = [x for x, each in zip(tie.readings, made, strict=True) if known <= each and len(each) == count]
+    return fitting[0] if len(fitting) == 1 < len(ends) else ()
+
+
+def _network_of(leaf: Leaf, networks: Collection[Names]) -> Names:
+    depth = len(next(iter(networks)))
+    if (own := leaf.names[:depth]) in networks:
+        return own
+    called = [x for x in networks if "/".join(own).startswith("/".join(x) + "_")]
+    return called[0] if len(called) == 1 and leaf.names[-1] not in ("kernel", "bias") else ()
 
 
 class Precedents:

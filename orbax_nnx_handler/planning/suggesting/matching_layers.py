@@ -28,6 +28,7 @@ from orbax_nnx_handler.planning.suggesting.series import (
     Series,
     alone,
     are_alike,
+    equal_series,
     have_equal_layers,
     in_sequence,
     is_reversed,
@@ -112,13 +113,11 @@ class _Matching:
         self._match([pair for pair in paired_series(*self._series(1)) if is_reversed(*pair)])
         self._match_stacks()
         self._match(self._paired())  # Where stacks took all others, one list is left on either side.
-        ours, theirs = self._left()
+        for several in equal_series(*self._left()):
+            self._match_or_ask(several)
         # Of lists of other lengths no number tells which layer is which.
-        other = [
-            one
-            for one in theirs
-            if any(have_equal_layers(one, our) and len(one.members) != len(our.members) for our in ours)
-        ]
+        pairs = itertools.product(*self._left())
+        other = [x for y, x in pairs if have_equal_layers(x, y) and len(x.members) != len(y.members)]
         unlike = {id(leaf) for one in other for leaf in one.leaves}
         stored = [leaf for leaf in self._free(1) if id(leaf) not in unlike]
         self._found.add(_match_rest(self._free(0), stored, self._context))

@@ -26,7 +26,6 @@ from orbax_nnx_handler.planning.rules.split_and_fuse import by_network, copies_a
 from orbax_nnx_handler.planning.rules.stacking import nested_stacks
 from orbax_nnx_handler.planning.rules.values import steps_in
 from orbax_nnx_handler.planning.suggesting.link_groups import (
-    agrees,
     kinds_of_links,
     of_few_layers,
     possible_roots,
@@ -49,6 +48,7 @@ from orbax_nnx_handler.planning.suggesting.suggestion import (
     Proposal,
     Suggestion,
     Tried,
+    agrees,
     asking,
     behind,
     changed,

@@ -25,7 +25,12 @@ from orbax_nnx_handler.planning.mapping.cells_and_wrappers import derive
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.rules.values import steps_in
 from orbax_nnx_handler.planning.suggesting.doubts import GENERAL, wanted_twice
-from orbax_nnx_handler.planning.suggesting.link_groups import Precedents, apart_from_copies, with_moved_axes
+from orbax_nnx_handler.planning.suggesting.link_groups import (
+    Precedents,
+    apart_from_copies,
+    with_moved_axes,
+    with_networks_told,
+)
 from orbax_nnx_handler.planning.suggesting.matching_layers import Context, match_context
 from orbax_nnx_handler.planning.suggesting.questions import (
     as_questions,
@@ -64,7 +69,7 @@ def search(wanted: Sequence[Leaf], stored: Sequence[Leaf], order: Mapping[Tokens
     found.links.extend(match_leftovers(wanted, stored, found.links))
     found, count = with_either_end(found), len(found.ties)
     ordered = {path for tie in found.ties[count:] for path in _wanted_by(tie)}
-    found = with_one_before(found, wanted, stored)
+    found = with_networks_told(with_one_before(found, wanted, stored))
     used = {part_of(leaf) for link in found.every for leaf in link.stored}
     made = {part_of(leaf) for link in found.links for leaf in link.wanted}
     left = {part_of(leaf) for leaf in stored} - used, {part_of(leaf) for leaf in wanted} - made
@@ -159,11 +164,9 @@ def _tied(wanted: Sequence[Leaf], stored: Sequence[Leaf], found: Findings) -> Fi
     heads = [part for part in layers if "head" in part.said] or layers
     if len(heads) != 1:
         return Findings()
-    tables = [
-        part
-        for part in module_parts(leaf for leaf in stored if leaf.source in used)
-        if part.said & {"embed", "token"} and not part.said & {"pos", "type", "patch", "cls", "vision"}
-    ]
+    known = module_parts(leaf for leaf in stored if leaf.source in used)
+    tables = [part for part in known if part.said & {"embed", "token"}]
+    tables = [part for part in tables if not part.said & {"pos", "type", "patch", "cls", "vision"}]
     head, free = heads[0].leaves["main"], [leaf for leaf in stored if leaf.source not in settled]
     made = ((leaf, _as_head(leaf, head)) for part in tables for leaf in part.leaves.values())
     options = [(leaf, possible) for leaf, possible in made if possible]
@@ -195,17 +198,16 @@ def paths_of(links: Iterable[Link]) -> Mapping[Path, set[Path]]:
     return found
 
 
-def match_leftovers(wanted: Sequence[Leaf], stored: Sequence[Leaf], links: Iterable[Link]) -> list[Link]:
+def match_leftovers(wanted: Sequence[Leaf], stored: Sequence[Leaf], links: Sequence[Link]) -> list[Link]:
     """Returns links between parts of which nothing is linked, and that fit each other alone.
 
     A pair shares a word of its own, no shape and name allows another one on either side, and the
     numbers above do not differ. Wanted parts of one name that only one stored part fits, which
     nothing else wants, are all made from it. What lies in a stack of layers is no part by itself.
     """
-    every = list(links)
-    made = {leaf.part for link in every for leaf in link.wanted}
-    used = {leaf.part for link in every for leaf in link.stored}
-    groups = {link.layers for link in every if link.layers is not None}
+    made = {leaf.part for link in links for leaf in link.wanted}
+    used = {leaf.part for link in links for leaf in link.stored}
+    groups = {link.layers for link in links if link.layers is not None}
     tops = [x.wanted for x in groups if x.stacks], [x.stored for x in groups if not x.stacks]
     free = [
         module_parts(x for x in leaves if x.part not in own and not any(leads(top, x.names) for top in above))
@@ -214,7 +216,7 @@ def match_leftovers(wanted: Sequence[Leaf], stored: Sequence[Leaf], links: Itera
     if not (few := sizes_of_few(Counter(part.main_size for part in parts) for parts in free)):
         return []
     ours, theirs = (named_parts(parts, sizes=few) for parts in free)
-    tokens = {link.target.shape[0] for link in every if _is_of_tokens(link)}
+    tokens = {link.target.shape[0] for link in links if _is_of_tokens(link)}
     fits: dict[int, dict[int, Fit]] = defaultdict(dict)
     sizes: dict[int, list[int]] = defaultdict(list)
     for to, other in enumerate(theirs):
@@ -248,8 +250,8 @@ def match_leftovers(wanted: Sequence[Leaf], stored: Sequence[Leaf], links: Itera
 def _are_one(takers: Sequence[NamedPart], other: NamedPart, theirs: Sequence[ModulePart]) -> bool:
     """Tells whether parts are one that a program holds several times; else a stack may hold the rest."""
     # The one embedding of an encoder and of its decoder; `adapter_pool/probe` is not also `pool/probe`.
-    sides = frozenset(("enc", "dec"))
-    called = {(x.names[-1:], concepts(x.names[-2:-1]) - sides, _shapes(x)) for x in (y.part for y in takers)}
+    parts = (x.part for x in takers)
+    called = {(x.names[-1:], concepts(x.names[-2:-1]) - {"enc", "dec"}, _shapes(x)) for x in parts}
     is_alone = len(takers) == 1 or sum(x.names[-1:] == other.part.names[-1:] for x in theirs) == 1
     return len(called) == 1 and is_alone
 
@@ -393,11 +395,9 @@ class Settled:
             done = steps_in(entry.recipe)
             leaf = dataclasses.replace(link.source, names=entry.segments, shape=entry.shape, done=done)
             turns = _turns(link.ways[0][0]) - done.count("transpose")
-            for way in ways(leaf.shape, link.target.shape):
-                if _turns(way) == turns:
-                    yield dataclasses.replace(
-                        link, stored=(leaf,), ways=((way,),), joint=None, layers=None, levels=()
-                    )
+            alone = dataclasses.replace(link, stored=(leaf,), joint=None, layers=None, levels=())
+            possible = (way for way in ways(leaf.shape, link.target.shape) if _turns(way) == turns)
+            yield from (dataclasses.replace(alone, ways=((way,),)) for way in possible)
 
 
 def _of_siblings(tie: Tie) -> bool:

@@ -6,7 +6,7 @@ import itertools
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from orbax_nnx_handler.planning.core.folding import PLACE, numbered
@@ -150,6 +150,18 @@ def paired_series(ours: Sequence[Series], theirs: Sequence[Series]) -> Pairs:
     return [(ours[at], theirs[to]) for at, to in pairs_beside(scores, *sides)]
 
 
+def equal_series(ours: Sequence[Series], theirs: Sequence[Series]) -> Iterator[list[Pairs]]:
+    """Yields the ways in which a few lists of equal layers, which nothing tells apart, are each other's."""
+    groups = defaultdict[tuple[int, ...], tuple[list[Series], list[Series]]](lambda: ([], []))
+    for each, side in [*((x, 0) for x in ours), *((x, 1) for x in theirs)]:
+        groups[tuple(each.sizes)][side].append(each)
+    for left, right in groups.values():
+        if 1 < len(left) == len(right) <= _FEW and all(
+            itertools.starmap(_may_be_one, itertools.product(left, right))
+        ):
+            yield [list(zip(left, order, strict=True)) for order in itertools.permutations(right)]
+
+
 def by_front(groups: Iterable[Series]) -> Mapping[tuple[str, str], list[Series]]:
     """Returns the groups that differ in what is counted before their layers alone, in that order."""
     found: dict[tuple[str, str], list[Series]] = defaultdict(list)
@@ -200,7 +212,7 @@ def lists_within(series: Series, others: Sequence[Series]) -> tuple[list[Pairs],
     return [list(zip(parts, choice, strict=True)) for choice in made], sum(map(len, like)) > len(parts)
 
 
-_MOST_WAYS, _UNCOUNTED = 24, str.maketrans("", "", "0123456789")
+_FEW, _MOST_WAYS, _UNCOUNTED = 4, 24, str.maketrans("", "", "0123456789")
 _KINDS = frozenset(("self", "cross", "attn", "mlp", "conv"))
 
 

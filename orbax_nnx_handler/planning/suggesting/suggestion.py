@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
 from typing import Literal
 
@@ -282,6 +282,16 @@ def steps_by_leaf(links: Iterable[Link]) -> Mapping[Path, tuple[str, ...]]:
                 steps = (*link.after, *way.steps) if link.is_split else (*way.steps, *link.after)
                 found[leaf.source] = (*link.source.done, *(step.kind for step in steps))
     return found
+
+
+def agrees(
+    link: Link, settled: Mapping[Path, set[Path]], claimed: Set[Path], free: Set[tuple[Path, Names]]
+) -> bool:
+    """Tells whether a link takes no leaf that another one has by its name, but for parts that are free."""
+    for leaf in link.wanted:
+        if leaf.source in settled:
+            return {one.source for one in link.stored} <= settled[leaf.source]
+    return link.copied or all(leaf.source not in claimed or leaf.part in free for leaf in link.stored)
 
 
 def behind(rules: Sequence[Rule], found: Suggestion, fact: str = "") -> Suggestion:

@@ -189,6 +189,55 @@ def test_a_leaf_that_its_name_finds_is_asked_about_with_its_module():
     check(restored(tree, wanted, question.alternatives[0]), right)
 
 
+BLOCK = {"LayerNorm_0/scale": (8,), "query/kernel": (8, 8), "Dense_0/kernel": (8, 24)}
+
+
+def lists_beside(tables, names=(("alpha", "one"), ("omega", "two"))):
+    """Returns what is stored and wanted of two lists, with tables that lie in them on one side."""
+    called = {path: path.replace("_0", "").lower() for path in BLOCK}
+    expected = {
+        f"{two}/blocks/{at}/{called[path]}": (f"{one}/encoderblock_{at}/{path}", shape)
+        for (one, two), at, (path, shape) in itertools.product(names, range(2), BLOCK.items())
+    }
+    return expected | tables
+
+
+def test_lists_of_which_nothing_tells_which_is_which_are_one_question_and_not_one_for_each_part():
+    expected = lists_beside({"one/pos_embed": ("pos", (17, 8)), "two/mask_token": ("mask_token", (1, 1, 8))})
+    stored = filled(dict(expected.values()))
+    shapes = {path: shape for path, (_, shape) in expected.items()}
+
+    found, _ = proposed(stored, shapes)
+
+    (question,) = found.questions
+    assert (len(question.choices), len(question.wanted)) == (2, 12)
+    answers = [restored(stored, shapes, found.answered([at])) for at in range(2)]
+    assert any(
+        all(np.array_equal(made[path], stored[name]) for path, (name, _) in expected.items())
+        for made in answers
+    )
+
+
+@pytest.mark.parametrize(
+    ("tables", "is_told"),
+    [
+        ({"two/pos_embed": ("omega_pos_embedding", (19, 8))}, True),
+        ({"two/bridge/kernel": ("omega_bridge/kernel", (8, 19))}, False),  # May lead to the other network.
+        ({"two/pos_embed": ("omega_pos", (19, 8)), "one/cls": ("omega_cls", (1, 1, 8))}, False),
+    ],
+)
+def test_what_is_called_after_a_network_tells_which_one_it_is(tables, is_told):
+    expected = lists_beside(tables)
+    stored = filled(dict(expected.values()))
+
+    found, values = proposed(stored, {path: shape for path, (_, shape) in expected.items()})
+
+    assert bool(found.questions) != is_told
+    for path, value in values.items():
+        np.testing.assert_array_equal(value, stored[expected[path][0]], err_msg=path)
+    assert (len(values) == len(expected)) == is_told
+
+
 def test_what_is_left_of_two_networks_of_the_same_sizes_may_be_elsewhere():
     # A decoder's logits are as large as the table that another decoder keeps for itself.
     table, logits = (11, WIDTH), (WIDTH, 11)

@@ -206,13 +206,10 @@ def _told_by_layers(found: Findings, sides: Sequence[Sequence[ModulePart]]) -> I
             paths = {goal and (goal[0] == into, goal[2]) for goal in goals}
             is_told, path = (paths.pop() if len(paths) == 1 else None) or (False, ())
             one = ours.get((into, at, path)) if is_told else None
-            if one is not None and part.names not in used and _holds(one, part):
+            held = {(kind, leaf.shape) for kind, leaf in part.leaves.items()}
+            made_of = {(kind, leaf.shape) for kind, leaf in one.leaves.items()} if one else ()
+            if one is not None and part.names not in used and held.issubset(made_of):
                 yield one, part
-
-
-def _holds(one: ModulePart, other: ModulePart) -> bool:
-    wanted = {(kind, leaf.shape) for kind, leaf in one.leaves.items()}
-    return wanted.issuperset((kind, leaf.shape) for kind, leaf in other.leaves.items())
 
 
 def _seat(names: Names) -> tuple[Names, int, Names] | None:
@@ -380,7 +377,12 @@ def _end(one: NamedPart, at: int, other: NamedPart) -> int:
     first, *inner = one.part.levels[at:]
     said, against = frozenset(meanings(first.base)), concepts(x.base for x in other.part.levels[at:])
     if not one.part.is_norm or inner:
-        side = bool(said & {"head", "last"}) - bool(said & {"embed", "first", "stem"} and one.part.is_norm)
+        # `action_net` leads out of the list `policy_net`, none of whose layers is as wide as what it returns.
+        lengths = {length for leaf in other.part.leaves.values() for length in leaf.shape}
+        width = (length for kind, leaf in one.part.leaves.items() if kind == "bias" for length in leaf.shape)
+        is_of = bool(said) and said == frozenset(meanings(other.part.levels[-1].base))
+        is_out = bool(said & {"head", "last"}) or (is_of and any(length not in lengths for length in width))
+        side = is_out - bool(said & {"embed", "first", "stem"} and one.part.is_norm)
         return 0 if (_in_list(one.part.levels[at:]) and "head" not in said) or "head" in against else side
     if len(said) == 2 and "norm" in said and said & {"enc", "dec"}:
         return int(not against & (frozenset(("enc", "dec")) - said))

@@ -340,7 +340,7 @@ def _told_by_networks(tie: Tie, links: Iterable[Link]) -> Sequence[Link]:
     sides = [*zip(*(pair for each in ends for pair in each), strict=True)]
     depths = [len(shared_levels(side, own=2)) + 1 for side in sides]
     networks = [{names[:at] for names in side} for side, at in zip(sides, depths, strict=True)]
-    if any(len(some) < 2 or any(counts_of(names[-1]) for names in some) for some in networks):
+    if not sides or any(len(x) < 2 or any(counts_of("".join(y[-1:])) for y in x) for x in networks):
         return ()
     told = (x for x in links if x.grounds != "order")
     both = ((_network_of(x.target, networks[0]), _network_of(x.source, networks[1])) for x in told)

@@ -414,3 +414,26 @@ def test_a_layer_that_holds_one_norm_of_two_tells_not_which_it_is():
         ("layers", 1, "input_norm"),
         ("layers", 1, "post_attention_norm"),
     }
+
+
+@pytest.mark.parametrize(("actions", "is_told"), [(4, True), (16, False)])
+def test_a_layer_that_is_called_as_a_list_leads_out_of_it_where_none_of_its_layers_is_as_wide(
+    actions, is_told
+):
+    stored, truth = {}, {}
+    aims = [
+        "mlp/policy_net/0",
+        "mlp/policy_net/2",
+        "action_net",
+        "mlp/value_net/0",
+        "mlp/value_net/2",
+        "value_net",
+    ]
+    widths = [(8, 16), (16, 16), (16, actions), (8, 16), (16, 16), (16, 1)]
+    for at, (aim, width) in enumerate(zip(aims, widths, strict=True)):
+        for leaf, shape in (("kernel", width), ("bias", width[1:])):
+            path = f"params/Dense_{at}/{leaf}"
+            stored[path] = drawn(path, shape)
+            truth[f"{aim}/{leaf}"] = path
+
+    assert (settled_in(stored, truth) == truth.keys()) == is_told

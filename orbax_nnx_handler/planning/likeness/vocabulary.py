@@ -170,11 +170,7 @@ STRONG = frozenset(["q", "k", "v", "o", "up", "gate", "down"])
 """The parts of attention and of a gated network."""
 
 _KNOWN, _LONGEST = frozenset(word for x in _SPELLINGS for word in x.split()), max(map(len, _PHRASES))
-_MEANING = {
-    spelling: tuple(concepts.split())
-    for concepts, spellings in _SPELLINGS.items()
-    for spelling in spellings.split()
-}
+_MEANING = {x: tuple(said.split()) for said, spellings in _SPELLINGS.items() for x in spellings.split()}
 _WORD = re.compile(
     r"[A-Z](?=to[A-Z])|to(?=[A-Z])|\d+x\d+|\d+[a-rt-z](?![A-Za-z])|\d+|conv(?=[a-rt-z](?![a-z]))|[A-Z]+(?![a-z])"
     r"|(?!(?<=\d)s(?![A-Za-z]))[A-Z]?[a-z]+"

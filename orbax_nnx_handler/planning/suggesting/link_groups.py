@@ -94,8 +94,7 @@ def _tie(readings: Sequence[Sequence[Link]]) -> Tie:
 def _orders(link: Link) -> list[tuple[int, ...]]:
     """Returns the orders of axes that a link may stand for: of several, no convention tells which.
 
-    The axes of space stay together in their order where a kernel's shape allows that: in PyTorch's (`O, I,
-    D, H, W`), and in MLX's (`O, D, H, W, I`).
+    The axes of space stay together in order where a kernel's shape allows it: `O, I, D, H, W` of PyTorch.
     """
     ways = [way for each in link.ways for way in each if not way.turned]
     steps = [step for way in ways for step in way.steps]
@@ -425,7 +424,7 @@ class Precedents:
         for word, against in () if theirs[-1].is_automatic else _one_word_apart(wanted[-1], stored[-1]):
             yield modules, word, against
 
-    def _among(self, module: Names, part: Names) -> Set[int]:
+    def _among(self, module: Names, part: Names) -> frozenset[int]:
         """Returns the numbers of a class that Linen has counted with a part: of others, they tell nothing."""
         first = next((level for level in levels(part[len(module) :])[:1] if level.is_automatic), None)
         return frozenset(self._counted[1].get((module, first.base), ()) if first else ())

@@ -138,9 +138,7 @@ class Choice:
             settle=lambda answer: settle(self.readings[answer]),
         )
 
-    def _orders(
-        self, parts: tuple[Sequence[Path], Sequence[Path]], wanted: Iterable[Leaf], stored: Iterable[Leaf]
-    ) -> int:
+    def _orders(self, parts: Sequence[Sequence[Path]], wanted: Iterable[Leaf], stored: Iterable[Leaf]) -> int:
         """Returns the number of orders of the parts, or of a block's, where every one is possible; else 0."""
         count = math.factorial(min(len(parts[0]), 20))
         if self.about != "which" or len(parts[0]) != len(parts[1]) or len(self.readings) < 2:

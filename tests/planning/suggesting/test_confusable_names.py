@@ -45,7 +45,6 @@ CLEAR = [
     "actor_net=actor critic_net=critic",
     "incoming_edges=edges_in outgoing_edges=edges_out",
     "starting_node=node_start ending_node=node_end",
-    "encoder_q=base_encoder encoder_k=momentum_encoder",
     "attention_scaling=layer_scale_1 mlp_scaling=layer_scale_2",
 ]
 """Pairs `stored=wanted` that words of the field tell apart."""
@@ -123,6 +122,12 @@ def test_words_of_the_field_decide_where_they_are_clear(module):
     for text in CLEAR:
         truth = dict(reversed(pair.split("=")) for pair in text.split())
         assert found_pairs(text, module, "") == truth, text
+
+
+def test_the_encoders_of_queries_and_of_keys_are_the_online_network_and_its_average():
+    truth = {"base_encoder": "encoder_q", "momentum_encoder": "encoder_k"}
+
+    assert found_pairs("encoder_q=base_encoder encoder_k=momentum_encoder", DENSE, "") == truth
 
 
 BLOCKS = {

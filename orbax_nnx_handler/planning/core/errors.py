@@ -42,6 +42,7 @@ class Hint:
 Kind = Literal[
     "AnotherModel",
     "AxesMerged",
+    "NamesExchanged",
     "AxesPermuted",
     "CollectionMissing",
     "CopyRenamed",

@@ -1,5 +1,6 @@
 """A verdict as the diagnosis looks at it: what is wrong and not yet explained, and what is stored unused."""
 
+import contextlib
 import dataclasses
 import math
 from collections import Counter, defaultdict
@@ -21,6 +22,7 @@ from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.planning.rules.entries import model_entries
 from orbax_nnx_handler.planning.suggesting.search import (
+    Searched,
     paths_of,
     search,
     stored_leaves,
@@ -135,8 +137,6 @@ class Evidence:
         below another owner than all that is used is another network's.
         """
         left = {path: item for path, item in self.stored_weights.items() if path in self.verdict.unexpected}
-        if not left:
-            return {}
         used = {source for item in self.restored.values() for source in reads(item.recipe)}
         placed = [self.stored_weights[path] for path in used if path in self.stored_weights]
         names, owners = {self.stored_below(item) for item in placed}, {item.owner for item in placed}
@@ -185,11 +185,11 @@ class Evidence:
             found = [
                 at
                 for at in there
-                if any(
+                if _unnumbered(at) != _unnumbered(owner)
+                and any(
                     one and one.items() <= wanted and (kept[at] | one).items() >= wanted for one in held[at]
                 )
             ]
-            found = [at for at in found if _unnumbered(at) != _unnumbered(owner)]
             if found and not any(owner[: len(above)] == above for above in alike):
                 alike[owner] = {at: there[at] for at in found}
         return alike
@@ -243,11 +243,8 @@ class Evidence:
     @property
     def unknown_steps(self) -> Sequence[Path]:
         """Stored numbers in such fields whose names have the word `step`."""
-        return [
-            path
-            for path in self._unknown_fields
-            if not self.shape(path) and "step" in words_of(str(path[-1]))
-        ]
+        called = (path for path in self._unknown_fields if "step" in words_of(str(path[-1])))
+        return [path for path in called if not self.shape(path)]
 
     @cached_property
     def _unread(self) -> Sequence[tuple[Path, Placement]]:
@@ -309,24 +306,29 @@ class Evidence:
         has_lost = any(path in self.open_leaves for path in self.weights)
         return self._search(self.weights.values(), self.stored_weights.values()) if has_lost else ()
 
+    @property
+    def is_asked(self) -> bool:
+        """Whether `suggest` asks what is made of which stored leaves."""
+        found = self._searched(self.weights.values(), self.stored_weights.values())
+        return found is not None and bool(found.found.ties)
+
     def _search(self, wanted: Iterable[Wanted], placed: Collection[Placement]) -> Sequence[Link]:
+        found = self._searched(wanted, placed)
+        return () if found is None else (*found.links, *found.turns)
+
+    def _searched(self, wanted: Iterable[Wanted], placed: Collection[Placement]) -> Searched | None:
         ours = wanted_leaves(wanted)
-        if not ours or not self.is_searched or self._is_unreadable:
-            return ()
+        is_readable = not any(isinstance(fault, UnreadableLeafError) for fault in self.verdict.faults)
+        if not ours or not self.is_searched or not is_readable:
+            return None
         # Of which of several networks a leaf is, its path within them does not tell.
         held = Counter((item.collection, item.tokens) for item in placed)
         known = [item for item in placed if held[item.collection, item.tokens] == 1]
         entries = without_repeats(ours, model_entries(known))
         theirs = stored_leaves(entries, any("dense_i" in leaf.names[-2:-1] for leaf in ours))
-        try:
-            found = search(ours, theirs, {})
-        except RecursionError:
-            return ()
-        return (*found.links, *found.turns)
-
-    @property
-    def _is_unreadable(self) -> bool:
-        return any(isinstance(fault, UnreadableLeafError) for fault in self.verdict.faults)
+        with contextlib.suppress(RecursionError):
+            return search(ours, theirs, {})
+        return None
 
     @cached_property
     def is_searched(self) -> bool:
@@ -383,27 +385,25 @@ class Evidence:
 
     def stored_below(self, placement: Placement) -> Tokens:
         """Returns the canonical path of a stored leaf below the stored root."""
-        path = placement.leaf.path
-        if path not in self._stored_below:
-            tokens = strip(canonical(placement.path), self.sides.roots.stored)
-            self._stored_below[path] = without_box(tokens)
-        return self._stored_below[path]
+        return self._stored_below[placement.leaf.path]
 
     @cached_property
-    def _stored_below(self) -> dict[Path, Tokens]:
-        return {}
+    def _stored_below(self) -> Mapping[Path, Tokens]:
+        root, placed = self.sides.roots.stored, self.sides.placements
+        return {path: without_box(strip(canonical(item.path), root)) for path, item in placed.items()}
 
     @cached_property
     def moments(self) -> Mapping[Path, tuple[Tokens, Tokens]]:
         """Slot and parameter of each wanted optimizer leaf that belongs to a parameter."""
-        parameters = set(self.below.values())
+        # Beside an average the model's own weights lie a level deeper than its optimizer calls them.
+        parameters = {tokens[at:] for tokens in self.below.values() for at in range(1 + (len(tokens) > 2))}
         wanted = self.sides.wanted
         apart = {path: split(i.tokens, parameters) for path, i in wanted.items() if i.role == "optimizer"}
         return {path: (slot, parameter) for path, (slot, parameter) in apart.items() if parameter is not None}
 
     def with_moments(self, weights: Collection[Path]) -> tuple[Path, ...]:
         """Returns weights and those of their moments that are wrong as well."""
-        parameters = {self.below[path] for path in weights if path in self.below}
+        parameters = {self.below[path][at:] for path in weights if path in self.below for at in (0, 1)}
         wrong = self.missing.keys() | self.mismatched.keys()
         followers = [
             p for p, (_, parameter) in self.moments.items() if parameter in parameters and p in wrong

@@ -56,6 +56,7 @@ from orbax_nnx_handler.planning.diagnosis.passed_rules import (
     find_given_layout,
     find_rules_of_layers,
     find_sizes_of_rules,
+    find_stuck_moments,
     find_unneeded,
     find_unused_parts,
 )
@@ -64,7 +65,6 @@ from orbax_nnx_handler.planning.diagnosis.rearranged import (
     find_merged,
     find_open_factoring,
     find_permuted,
-    find_stuck_moments,
 )
 from orbax_nnx_handler.planning.diagnosis.sizes import (
     find_dimensions,

@@ -20,7 +20,8 @@ from orbax_nnx_handler.planning.core.paths import (
 )
 from orbax_nnx_handler.planning.core.recipes import Fill, Index, Read, Recipe, Stack, children
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, spell
-from orbax_nnx_handler.planning.diagnosis.ways import layer_pattern, leaving_out, other_axis, selecting
+from orbax_nnx_handler.planning.diagnosis.passed_rules import other_axis
+from orbax_nnx_handler.planning.diagnosis.ways import layer_pattern, leaving_out, selecting
 from orbax_nnx_handler.planning.mapping.layer_paths import Form, Group, flat_paths, layer_paths
 from orbax_nnx_handler.planning.rules import UnstackLayers
 
@@ -91,8 +92,7 @@ def _compare(evidence: Evidence, group: Group, wanted: "_Positions", stored: "_P
     name = name_of_group(group)
     if is_whole(set(have)) and is_whole(set(want)):
         unit = _unit((*group.parent, group.name))
-        filters = selecting(evidence, lost)
-        yield _another_number(name, len(have), len(want), (*lost, *more), unit, filters)
+        yield _another_number(name, len(have), len(want), (*lost, *more), unit, selecting(evidence, lost))
     elif absent:
         yield _hole(name, tuple(sorted(absent)), len(have & want), lost)
 

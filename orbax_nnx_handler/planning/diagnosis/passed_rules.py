@@ -1,4 +1,7 @@
-"""What was passed and stands in the way: rules that drop or make what the target does not want, a layout."""
+"""What was passed and stands in the way: rules that drop or make what the target does not want, a layout.
+
+And moments that cannot follow what a rule does to their parameters.
+"""
 
 import dataclasses
 from collections import defaultdict
@@ -12,10 +15,11 @@ from orbax_nnx_handler.planning.core.lines import counted, listed
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, render
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, reads
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence
-from orbax_nnx_handler.planning.diagnosis.ways import AXES, selecting, suggest_hint
+from orbax_nnx_handler.planning.diagnosis.ways import AXES, selecting, suggest_hint, weights_alone
 from orbax_nnx_handler.planning.likeness.shapes import ways
 from orbax_nnx_handler.planning.mapping.matches import Discarded
-from orbax_nnx_handler.planning.rules import Drop, Fuse, Repeat, Reshape, Rule, Split
+from orbax_nnx_handler.planning.mapping.moments import StuckMoment
+from orbax_nnx_handler.planning.rules import Drop, Fuse, Repeat, Reshape, Rule, ScanAxis, Split
 from orbax_nnx_handler.planning.rules.stacking import stacking_otherwise
 from orbax_nnx_handler.planning.verdict.outcomes import Mismatched
 
@@ -92,6 +96,38 @@ def _without(evidence: Evidence, drops: Sequence[Drop]) -> Mapping[Path, Recipe]
         return found
     each = (evidence.restored_under([rule for rule in given if rule != one]) for one in drops[:_TRIED])
     return {path: recipe for under in each for path, recipe in (under or {}).items()}
+
+
+def find_stuck_moments(evidence: Evidence) -> Iterable[Cause]:
+    """Yields, for each rule, the missing moments that cannot follow."""
+    groups: dict[str, list[StuckMoment]] = defaultdict(list)
+    for item in evidence.sides.stuck:
+        if item.path in evidence.missing:
+            groups[item.reason].append(item)
+    for reason, moments in groups.items():
+        missing = [item.path for item in moments]
+        stored = dict.fromkeys(
+            path for item in moments for path in item.stored if path in evidence.unexpected
+        )
+        count, by = len(missing), reason or "another arrangement of the layers"
+        owners = "its parameter" if count == 1 else "their parameters"
+        rule = "leave the rule out and change the value in the program; or, " if reason else ""
+        yield Cause(
+            kind="MomentsStay",
+            text=f"{counted(count, 'optimizer moment')} cannot follow what {by} does to {owners}: "
+            f"{_why(moments)}.",
+            paths=(*missing, *stored),
+            way=Hint(rule + weights_alone(evidence)),
+            filters=selecting(evidence, missing),
+            may_be_initialised=True,
+            facts={"reason": reason},
+        )
+
+
+def _why(moments: Iterable[StuckMoment]) -> str:
+    """Returns the reasons, at most two: a rule on many layers would list a pair of shapes for each kind."""
+    reasons = list(dict.fromkeys(item.why for item in moments))
+    return "; ".join([*reasons[:2], *(["and so on"] if len(reasons) > 2 else [])])
 
 
 def find_unneeded(evidence: Evidence) -> Iterable[Cause]:
@@ -171,7 +207,7 @@ def follow_weights(evidence: Evidence, lost: Sequence[Path], stored: Iterable[To
 
     The rules that are missing for the weights are for their moments too.
     """
-    missing = {evidence.below[path] for path in evidence.missing_weights}
+    missing = {evidence.below[path][at:] for path in evidence.missing_weights for at in (0, 1)}
     free = {evidence.stored_below(item) for item in evidence.free_weights.values()}
     ours = {evidence.moments[path][1] if path in evidence.moments else None for path in lost}
     return ours <= missing and free.issuperset(stored)
@@ -217,3 +253,24 @@ def _beside(paths: Iterable[Path], others: Iterable[Path]) -> list[Path]:
     """Returns those of some leaves that lie in a module beside that of one of the others."""
     known = {(path[:-2], path[-1]) for path in paths if len(path) > 1}
     return [path for path in others if len(path) > 1 and (path[:-2], path[-1]) in known]
+
+
+def other_axis(evidence: Evidence, group: Tokens, lost: Collection[Path]) -> Hint | None:
+    """Returns the way out where a rule says a stacked axis from which a group's layers do not come out.
+
+    Returns:
+        None where no rule does, or its absence and other axes do not help either.
+    """
+    given = evidence.verdict.renames
+    said = [each for each in given if isinstance(each, ScanAxis) and each.tokens[-len(group) :] == group]
+    for rule in said[:1]:
+        others = [ScanAxis(rule.group, axis) for axis in range(AXES) if axis != rule.axis]
+        rest = [one for one in given if one != rule]
+        every = {None: rest, **{other: [other, *rest] for other in others}}
+        found = {other: evidence.restored_under(rules) or {} for other, rules in every.items()}
+        helping = [other for other in found if found[other].keys() >= set(lost)]
+        if None in helping:
+            return Hint(f"take {rule} out: the shapes tell the axis.")
+        if helping:
+            return Hint(f"pass {' or '.join(map(str, helping))} instead of {rule}.")
+    return None

@@ -1,8 +1,7 @@
 """The same numbers in other arrays: axes in another order, axes merged, several weights fused into one.
 
 Each cause comes with the rules that put it right. Fused are queries, keys and values, or the gates of a cell.
-Moments cannot follow some rules on their parameters, and a T5X checkpoint leaves the axes of some of
-Adafactor's factored moments open.
+A T5X checkpoint leaves the axes of some of Adafactor's factored moments open.
 """
 
 import dataclasses
@@ -20,12 +19,9 @@ from orbax_nnx_handler.planning.core.recipes import Read
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, spell
 from orbax_nnx_handler.planning.diagnosis.ways import (
     in_any_order,
-    selecting,
     shortest_patterns,
     tried,
-    weights_alone,
 )
-from orbax_nnx_handler.planning.mapping.moments import StuckMoment
 from orbax_nnx_handler.planning.rules import Fuse, Reshape, Rule, Split, Transpose
 
 _RULES = 8
@@ -49,7 +45,7 @@ _Shapes = Mapping[Path, tuple[Shape, Shape]]
 
 
 def find_permuted(evidence: Evidence) -> Iterable[Cause]:
-    """Yields weights whose stored shape is the wanted one with its axes in another order."""
+    """Yields weights whose stored shape is the wanted one in another order of axes, or another weight's."""
     shapes = _shapes(evidence)
     found, conditions = _by_group(evidence, shapes)
     grouped = set(_paths(found))
@@ -59,6 +55,7 @@ def find_permuted(evidence: Evidence) -> Iterable[Cause]:
     }
     alone = {order: some for order, some in alone.items() if some}
     if not found and not alone:
+        yield from _exchanged(evidence)
         return
     others: _Explained = _with_moved(evidence, alone, grouped) if alone else {}
     by_others = [path for path in _paths(others) if path not in {*_paths(alone)}]
@@ -174,6 +171,21 @@ def _moves(order: Permutation) -> set[tuple[int, int]]:
     """Returns the moves of one axis to another place that an order is."""
     places = itertools.permutations(range(len(order)), 2)
     return {move for move in places if order_after(len(order), move) == order}
+
+
+def _exchanged(evidence: Evidence) -> Iterable[Cause]:
+    """Yields weights below two names that have each other's shapes, where no order of axes explains them."""
+    paths = evidence.mismatched_weights
+    if len(paths) == len(_plain(evidence)) and (names := _swapped(evidence, paths)):
+        one, two = names
+        rules = [(one, two), (two, one)]
+        yield Cause(
+            kind="NamesExchanged",
+            text=f"the stored {one!r} has the shapes of the wanted {two!r}, and the other way round.",
+            paths=evidence.with_moments(paths),
+            way=Hint(f"if they carry each other's names, pass renames={rules!r}.", {"renames": rules}),
+            facts={"names": names},
+        )
 
 
 def find_merged(evidence: Evidence) -> Iterable[Cause]:
@@ -391,38 +403,6 @@ def _fused_rules(join: _Join, side: str) -> tuple[Rule, ...]:
         return (split, *(Reshape(name, part) for name in parts if stacked))
     one = (*part[:axis], 1, *part[axis:])
     return (*(Reshape(name, one) for name in parts if stacked), Fuse(parts, whole, axis=axis))
-
-
-def find_stuck_moments(evidence: Evidence) -> Iterable[Cause]:
-    """Yields, for each rule, the missing moments that cannot follow."""
-    groups: dict[str, list[StuckMoment]] = defaultdict(list)
-    for item in evidence.sides.stuck:
-        if item.path in evidence.missing:
-            groups[item.reason].append(item)
-    for reason, moments in groups.items():
-        missing = [item.path for item in moments]
-        stored = dict.fromkeys(
-            path for item in moments for path in item.stored if path in evidence.unexpected
-        )
-        count, by = len(missing), reason or "another arrangement of the layers"
-        owners = "its parameter" if count == 1 else "their parameters"
-        rule = "leave the rule out and change the value in the program; or, " if reason else ""
-        yield Cause(
-            kind="MomentsStay",
-            text=f"{counted(count, 'optimizer moment')} cannot follow what {by} does to {owners}: "
-            f"{_why(moments)}.",
-            paths=(*missing, *stored),
-            way=Hint(rule + weights_alone(evidence)),
-            filters=selecting(evidence, missing),
-            may_be_initialised=True,
-            facts={"reason": reason},
-        )
-
-
-def _why(moments: Iterable[StuckMoment]) -> str:
-    """Returns the reasons, at most two: a rule on many layers would list a pair of shapes for each kind."""
-    reasons = list(dict.fromkeys(item.why for item in moments))
-    return "; ".join([*reasons[:2], *(["and so on"] if len(reasons) > 2 else [])])
 
 
 def find_open_factoring(evidence: Evidence) -> Iterable[Cause]:

@@ -24,7 +24,7 @@ from orbax_nnx_handler.planning.layouts.layout import words_of
 from orbax_nnx_handler.planning.likeness.shapes import ways
 from orbax_nnx_handler.planning.mapping.layer_paths import layer_paths
 from orbax_nnx_handler.planning.options import Policy
-from orbax_nnx_handler.planning.rules import Drop, Rename, ScanAxis, UnstackLayers, as_rules
+from orbax_nnx_handler.planning.rules import Drop, Rename, UnstackLayers, as_rules
 from orbax_nnx_handler.planning.rules.rule import Pattern, Rule
 
 LOOK = Hint(
@@ -48,13 +48,18 @@ RULE = Hint(
     "stored leaves that nothing wants have shapes that could become these, and no name tells which: write "
     "the rules, or leave behind what nobody needs with Drop(pattern, reason)."
 )
+ASKED = Hint(
+    "stored leaves that nothing wants could be these, and no name tells which: "
+    "`orbax-nnx suggest CHECKPOINT MODULE:FACTORY` asks, and takes the answer.",
+    command="suggest",
+)
 
 
 def search_hint(evidence: Evidence) -> Hint:
     """Returns the way out where stored leaves that nothing wants could be missing ones."""
     found = evidence.links or evidence.links_anew or evidence.has_networks or evidence.sides.loose
     if evidence.is_searched and not found:
-        return RULE
+        return ASKED if evidence.is_asked else RULE
     return suggest_hint(evidence)
 
 
@@ -67,7 +72,7 @@ def suggest_hint(evidence: Evidence) -> Hint:
 
 def is_search(hint: Hint) -> bool:
     """Tells whether a way out is to look for rules."""
-    return hint in (SUGGEST, SUGGEST_MORE, SUGGEST_ANEW, RULE)
+    return hint in (SUGGEST, SUGGEST_MORE, SUGGEST_ANEW, ASKED, RULE)
 
 
 def completed(hint: Hint, evidence: Evidence) -> Hint:
@@ -166,27 +171,6 @@ def _helps(cause: Cause, evidence: Evidence, rules: Sequence[Rule]) -> bool:
 
 def _is_rearranged(before: Recipe, after: Recipe) -> bool:
     return before != after and reads(before) == reads(after)
-
-
-def other_axis(evidence: Evidence, group: Tokens, lost: Collection[Path]) -> Hint | None:
-    """Returns the way out where a rule says a stacked axis from which a group's layers do not come out.
-
-    Returns:
-        None where no rule does, or its absence and other axes do not help either.
-    """
-    given = evidence.verdict.renames
-    said = [each for each in given if isinstance(each, ScanAxis) and each.tokens[-len(group) :] == group]
-    for rule in said[:1]:
-        others = [ScanAxis(rule.group, axis) for axis in range(AXES) if axis != rule.axis]
-        rest = [one for one in given if one != rule]
-        every = {None: rest, **{other: [other, *rest] for other in others}}
-        found = {other: evidence.restored_under(rules) or {} for other, rules in every.items()}
-        helping = [other for other in found if found[other].keys() >= set(lost)]
-        if None in helping:
-            return Hint(f"take {rule} out: the shapes tell the axis.")
-        if helping:
-            return Hint(f"pass {' or '.join(map(str, helping))} instead of {rule}.")
-    return None
 
 
 _MOST = 4

@@ -1,7 +1,29 @@
-"""Proposes rules where the names or the arrangement of checkpoint and target differ."""
+"""Proposes rules where the names or the arrangement of checkpoint and target differ.
 
+For a model, and where that leaves something open, for one with its copies, for several networks, or for one
+of the modules that hold the same.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
+
+from orbax_nnx_handler.planning.core.errors import RestoreError
+from orbax_nnx_handler.planning.core.paths import Path, levels, segments
+from orbax_nnx_handler.planning.layouts.layout import Stored, is_copy_beside
 from orbax_nnx_handler.planning.likeness.joined_parts import Remade
-from orbax_nnx_handler.planning.suggesting.proposing import propose
+from orbax_nnx_handler.planning.likeness.vocabulary import Names, concepts, telling, words
+from orbax_nnx_handler.planning.mapping.networks import layers_in_turns
+from orbax_nnx_handler.planning.options import RestoreOptions
+from orbax_nnx_handler.planning.rules import Drop, Rename, Rule
+from orbax_nnx_handler.planning.rules.entries import Entry
+from orbax_nnx_handler.planning.rules.split_and_fuse import by_network, copies_as_roots, keys_as_names
+from orbax_nnx_handler.planning.rules.stacking import nested_stacks
+from orbax_nnx_handler.planning.suggesting.proposing import QUESTIONS, Proposing
 from orbax_nnx_handler.planning.suggesting.questions import CHOICES, Question
 from orbax_nnx_handler.planning.suggesting.suggestion import (
     BY_NUMBER,
@@ -10,8 +32,17 @@ from orbax_nnx_handler.planning.suggesting.suggestion import (
     Confidence,
     Proposal,
     Suggestion,
+    asking,
+    behind,
+    changed,
+    changes_nothing,
+    mixes,
+    one_of,
+    open_ends,
+    which_of,
 )
-from orbax_nnx_handler.planning.target.roles import Order, creation_order, order_of
+from orbax_nnx_handler.planning.target.roles import Order, creation_order, of_role, order_of
+from orbax_nnx_handler.planning.target.target import Target
 
 __all__ = [
     "BY_NUMBER",
@@ -28,3 +59,154 @@ __all__ = [
     "order_of",
     "propose",
 ]
+
+
+def propose(
+    target: Target, stored: Stored, options: RestoreOptions, order: Order | None = None
+) -> Suggestion:
+    """Proposes rules for the weights that have no stored leaf of their name and shape.
+
+    Args:
+        target: What the caller wants.
+        stored: What the checkpoint holds.
+        options: As for a plan; its rules are applied first and not proposed again.
+        order: The order in which the target's modules are created, where it is known.
+
+    Raises:
+        RestoreError: No layout fits, the rules do not, or the trees are nested too deep.
+    """
+    found = _OfNetworks(target, stored, options, order or {}).best()
+    return dataclasses.replace(found, is_given=bool(options.renames))
+
+
+class _OfNetworks(Proposing):
+    """What is proposed for a model alone, for one with its copies, and for several networks."""
+
+    @cached_property
+    def _called(self) -> Mapping[Path, Names]:
+        """What the settled rules call the stored leaves."""
+        return {path: x.whole for x in self._chosen.mapping.applied.entries for path in x.sources}
+
+    def best(self) -> Suggestion:
+        """Returns the proposal, or that for a model of which several networks are parts by their keys."""
+        found = self.suggestion()
+        entries = self._chosen.mapping.applied.entries if found.unmatched_wanted else ()
+        copies, roots = copies_as_roots(entries, [segments(item.leaf.path) for item in self._model])
+        for made in (partial(self._with_copies, copies), self._behind) if roots else ():
+            with contextlib.suppress(RestoreError):
+                found = min(found, made(*roots), key=open_ends)
+        keys, turns = keys_as_names(entries, roots), layers_in_turns(entries)
+        wanted = ((segments(x.leaf.path), x.leaf.shape) for x in self._model)
+        for rules, fact in ((turns, "Gemma 2"), *(((rule,), "") for rule in nested_stacks(entries, wanted))):
+            with contextlib.suppress(RestoreError):
+                found = min(found, self._behind(*rules, fact=fact) if rules else found, key=open_ends)
+        if not keys:
+            return which_of(self._alike(entries if len(found.questions) > 1 else ()), found) or found
+        alone: dict[str, Suggestion] = {}
+        for key in [key for key in keys if key not in roots][:QUESTIONS]:
+            with contextlib.suppress(RestoreError):
+                alone[key.replacement] = self._among([key], Rename(key.replacement, ""))
+        if (one := one_of(alone, found)) is not None and one.confidence != "open":
+            return one
+        names = " ".join({segments(item.leaf.path)[0] for item in self._model})
+        # A copy is used only where the target names it.
+        plain = [key for key in keys if not is_copy_beside(key.replacement, names)]
+        with contextlib.suppress(RestoreError):
+            other = self._behind(*keys) if len(plain) == len(keys) else self._among(plain, *plain)
+            others = [each for each in (*self._by_network(keys, other), other) if not each.problem]
+            others = [each for each in others if not mixes(each, keys, self._called)]
+            found = min([*others, found if found.proposals else asking(other, found)], key=open_ends)
+        return found if one is None or found.confidence != "open" else one
+
+    def _alike(self, entries: Iterable[Entry]) -> Mapping[str, Suggestion]:
+        """Returns what is proposed for each of the modules that hold the same, without the others."""
+        found: dict[str, Suggestion] = {}
+        for name, others in _alike_modules(entries).items():
+            options = dataclasses.replace(self.options, renames=(*self.options.renames, *others))
+            with contextlib.suppress(RestoreError):
+                found[name] = self._of_all(dataclasses.replace(self, options=options).suggestion())
+        return found
+
+    def _among(self, networks: Sequence[Rename], *rules: Rename) -> Suggestion:
+        """Returns what is proposed where some networks are all that is stored, tried beside the others."""
+        its = self._below([tuple(key.replacement.split("/")) for key in networks])
+        found = dataclasses.replace(self, stored={path: self.stored[path] for path in its})._behind(*rules)
+        return self._of_all(found)
+
+    def _below(self, prefixes: Collection[Names]) -> Mapping[Path, None]:
+        named = self._called.items()
+        return {path: None for path, names in named if any(names[: len(x)] == x for x in prefixes)}
+
+    def _with_copies(self, copies: Collection[Names], *roots: Rename) -> Suggestion:
+        """Returns what is proposed for the model alone, and so for copies of it under the same rules."""
+        named = {rule.replacement for rule in roots}
+        others = {p: x for p, x in self.target.leaves.items() if segments(p)[0] not in named}
+        below = self._below(copies)
+        stored = {path: self.stored[path] for path in self._called if path not in below}
+        target = dataclasses.replace(self.target, leaves=others)
+        alone = dataclasses.replace(self, target=target, stored=stored, is_beside=True)
+        return self._of_all(behind(roots, alone.best()))
+
+    def _of_all(self, found: Suggestion) -> Suggestion:
+        """Returns what was proposed for a part of the target or of what is stored, tried with all of it."""
+        tried = self._suggested(self._judged((), dict.fromkeys(found.renames, ()), 0, ()), found.questions)
+        return dataclasses.replace(tried, proposals=found.proposals, settle=found.settle)
+
+    def _behind(self, *rules: Rule, fact: str = "") -> Suggestion:
+        """Returns what is proposed behind some rules, together with them."""
+        options = dataclasses.replace(self.options, renames=(*self.options.renames, *rules))
+        return behind(rules, dataclasses.replace(self, options=options).suggestion(), fact)
+
+    def _by_network(self, keys: Sequence[Rename], found: Suggestion) -> Iterator[Suggestion]:
+        """Yields rules that leave each network its own params, so that its optimizer follows."""
+
+        def nth(rules: Sequence[Rule], at: int) -> tuple[Rule, ...]:
+            joined = next(itertools.islice(by_network(keys, rules), at, None), rules)
+            return tuple(rule for rule in joined if rule in rules or not changes_nothing(rule))
+
+        is_trained = bool(of_role(self._wanted, "optimizer"))
+        for at, _ in enumerate(by_network(keys, found.renames) if is_trained else ()):
+            rules = nth(found.renames, at)
+            asked = changed(found, partial(nth, at=at))
+            tried = self._suggested(self._judged((), dict.fromkeys(rules, ()), 0, ()), asked.questions)
+            proposals = tuple(Proposal(rule=rule, grounds="names") for rule in rules)
+            yield dataclasses.replace(tried, proposals=proposals, settle=asked.settle)
+
+
+def _alike_modules(entries: Iterable[Entry]) -> Mapping[str, Sequence[Drop]]:
+    """Returns modules, or lists of them, that hold the same, each with rules that leave the others behind.
+
+    What says the word that tells one of them goes with it: `decoder_norm` with `decoderblock_0`. Numbers
+    tell them where they are all that is stored.
+    """
+    model = {entry.whole: entry.shape for entry in entries if entry.section == "model"}
+    depth = next((at for at, names in enumerate(zip(*model, strict=False)) if len({*names}) > 1), 0)
+    tops = {names[depth]: levels(names[depth : depth + 1])[0] for names in model if len(names) > depth + 1}
+    bases = {top: level.base for top, level in tops.items()}
+    for called in (bases, {top: top for top in tops}) if len(tops) > 1 else ():
+        held: dict[str, dict[object, int]] = defaultdict(dict)
+        for names, shape in model.items():
+            if (top := names[depth]) in tops:
+                number = tops[top].number if called is bases else None
+                held[called[top]][number, names[depth + 1 :], shape] = math.prod(shape)
+        alike: dict[frozenset[object], list[str]] = defaultdict(list)
+        for name, below in held.items():
+            alike[frozenset(below)].append(name)
+        several = [names for names in alike.values() if len(names) > 1]
+        largest = max(several, key=lambda names: sum(held[names[0]].values()), default=list[str]())
+        if largest and (called is bases or len(largest) == len(tops)):
+            return _each_alone(largest, called, "/".join(next(iter(model))[:depth]))
+    return {}
+
+
+def _each_alone(names: Sequence[str], called: Mapping[str, str], above: str) -> Mapping[str, Sequence[Drop]]:
+    said = dict(zip(names, telling([concepts([name]) for name in names]), strict=True))
+    found: dict[str, list[Drop]] = {name: [] for name in names}
+    for top, base in called.items():
+        begin = words(top)[:1]
+        near = [x for x in names if concepts([top]) & said[x] or x.lower().startswith(begin)]
+        owners = [base] if base in names else near
+        for name in names if owners else ():
+            if name not in owners:
+                found[name].append(Drop("/".join(filter(None, (above, top))), "a network beside it"))
+    return found

@@ -4,7 +4,7 @@ import functools
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import NamedTuple
 
 from orbax_nnx_handler.planning.core.folding import around, plain_names
@@ -218,3 +218,16 @@ def _in_short(names: Names) -> set[str]:
     """Returns what words may be in short: `sa` of `SelfAttention`, `lnf` of `ln_f`."""
     several = [x[at:to] for x in map(words, names) for to in range(len(x) + 1) for at in range(to - 1)]
     return {"".join(word[:width] for word in some) for some in several for width in (1, None)}
+
+
+# What a proposal would take from another leaf.
+
+
+def agrees(
+    link: Link, settled: Mapping[Path, set[Path]], claimed: Set[Path], free: Set[tuple[Path, Names]]
+) -> bool:
+    """Tells whether a link takes no leaf that another one has by its name, but for parts that are free."""
+    for leaf in link.wanted:
+        if leaf.source in settled:
+            return {one.source for one in link.stored} <= settled[leaf.source]
+    return link.copied or all(leaf.source not in claimed or leaf.part in free for leaf in link.stored)

@@ -1,16 +1,15 @@
 """From what the search found to rules that the planner accepts: each proposal is tried before it is made."""
 
-import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property, partial
 
 from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.paths import Path, segments
 from orbax_nnx_handler.planning.core.recipes import Read, Shapes, reads
-from orbax_nnx_handler.planning.layouts.layout import Stored, is_copy_beside
+from orbax_nnx_handler.planning.layouts.layout import Stored
 from orbax_nnx_handler.planning.likeness import in_list
 from orbax_nnx_handler.planning.likeness.arrangements import flattened, turned_lists
 from orbax_nnx_handler.planning.likeness.joined_parts import Remade
@@ -18,13 +17,13 @@ from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie, turns
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf
 from orbax_nnx_handler.planning.likeness.shapes import Way
 from orbax_nnx_handler.planning.likeness.vocabulary import Names
-from orbax_nnx_handler.planning.mapping.networks import layers_in_turns, networks_as_parts
+from orbax_nnx_handler.planning.mapping.networks import networks_as_parts
 from orbax_nnx_handler.planning.options import RestoreOptions
-from orbax_nnx_handler.planning.rules import Rename, Rule
+from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.planning.rules.entries import Entries, Entry, loose_parts
-from orbax_nnx_handler.planning.rules.split_and_fuse import by_network, copies_as_roots, keys_as_names
-from orbax_nnx_handler.planning.rules.stacking import nested_stacks
+from orbax_nnx_handler.planning.rules.split_and_fuse import keys_as_names
 from orbax_nnx_handler.planning.rules.values import steps_in
+from orbax_nnx_handler.planning.suggesting.doubts import agrees
 from orbax_nnx_handler.planning.suggesting.link_groups import (
     kinds_of_links,
     of_few_layers,
@@ -45,17 +44,9 @@ from orbax_nnx_handler.planning.suggesting.search import (
 )
 from orbax_nnx_handler.planning.suggesting.suggestion import (
     Answers,
-    Proposal,
     Suggestion,
     Tried,
-    agrees,
-    asking,
-    behind,
-    changed,
     changes_nothing,
-    mixes,
-    one_of,
-    open_ends,
     problem_of,
     proposals_of,
     resized_in,
@@ -67,34 +58,26 @@ from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.planning.verdict.judge import Chosen, choose, judge
 from orbax_nnx_handler.planning.verdict.outcomes import Restored, Verdict
 
-_QUESTIONS, _TRIES = 24, 6
-
-
-def propose(
-    target: Target, stored: Stored, options: RestoreOptions, order: Order | None = None
-) -> Suggestion:
-    """Proposes rules for the weights that have no stored leaf of their name and shape.
-
-    Args:
-        target: What the caller wants.
-        stored: What the checkpoint holds.
-        options: As for a plan; its rules are applied first and not proposed again.
-        order: The order in which the target's modules are created, where it is known.
-
-    Raises:
-        RestoreError: No layout fits, the rules do not, or the trees are nested too deep.
-    """
-    found = _Proposing(target, stored, options, order or {}).best()
-    return dataclasses.replace(found, is_given=bool(options.renames))
+QUESTIONS, _TRIES = 24, 6
 
 
 @dataclasses.dataclass(frozen=True)
-class _Proposing:
+class Proposing:
+    """What is proposed for a target and what is stored, under rules that are settled.
+
+    Attributes:
+        target: What the caller wants.
+        stored: What the checkpoint holds.
+        options: As for a plan.
+        order: The order in which the target's modules are created, where it is known.
+        is_beside: Whether it is a model beside copies that follow the same rules.
+    """
+
     target: Target
     stored: Stored
     options: RestoreOptions
     order: Order
-    is_beside: bool = False  # A copy, which follows the same rules.
+    is_beside: bool = False
 
     @cached_property
     def _wanted(self) -> list[Wanted]:
@@ -131,87 +114,6 @@ class _Proposing:
     @cached_property
     def _applied(self) -> Sequence[Entry]:
         return networks_as_parts(self._chosen.mapping.applied.entries)
-
-    @cached_property
-    def _called(self) -> Mapping[Path, Names]:
-        """What the settled rules call the stored leaves."""
-        return {path: x.whole for x in self._chosen.mapping.applied.entries for path in x.sources}
-
-    def best(self) -> Suggestion:
-        """Returns the proposal, or that for a model of which several networks are parts by their keys."""
-        found = self.suggestion()
-        entries = self._chosen.mapping.applied.entries if found.unmatched_wanted else ()
-        copies, roots = copies_as_roots(entries, [segments(item.leaf.path) for item in self._model])
-        for made in (partial(self._with_copies, copies), self._behind) if roots else ():
-            with contextlib.suppress(RestoreError):
-                found = min(found, made(*roots), key=open_ends)
-        keys, turns = keys_as_names(entries, roots), layers_in_turns(entries)
-        wanted = ((segments(x.leaf.path), x.leaf.shape) for x in self._model)
-        for rules, fact in ((turns, "Gemma 2"), *(((rule,), "") for rule in nested_stacks(entries, wanted))):
-            with contextlib.suppress(RestoreError):
-                found = min(found, self._behind(*rules, fact=fact) if rules else found, key=open_ends)
-        if not keys:
-            return found
-        alone: dict[str, Suggestion] = {}
-        for key in [key for key in keys if key not in roots][:_QUESTIONS]:
-            with contextlib.suppress(RestoreError):
-                alone[key.replacement] = self._among([key], Rename(key.replacement, ""))
-        if (one := one_of(alone, found)) is not None and one.confidence != "open":
-            return one
-        names = " ".join({segments(item.leaf.path)[0] for item in self._model})
-        # A copy is used only where the target names it.
-        plain = [key for key in keys if not is_copy_beside(key.replacement, names)]
-        with contextlib.suppress(RestoreError):
-            other = self._behind(*keys) if len(plain) == len(keys) else self._among(plain, *plain)
-            others = [*self._by_network(keys, other), other]
-            others = [x for x in others if not (x.problem or mixes(x, keys, self._called))]
-            found = min([*others, found if found.proposals else asking(other, found)], key=open_ends)
-        return found if one is None or found.confidence != "open" else one
-
-    def _among(self, networks: Sequence[Rename], *rules: Rename) -> Suggestion:
-        """Returns what is proposed where some networks are all that is stored, tried beside the others."""
-        its = self._below([tuple(key.replacement.split("/")) for key in networks])
-        found = dataclasses.replace(self, stored={path: self.stored[path] for path in its})._behind(*rules)
-        return self._of_all(found)
-
-    def _below(self, prefixes: Collection[Names]) -> Mapping[Path, None]:
-        named = self._called.items()
-        return {path: None for path, names in named if any(names[: len(x)] == x for x in prefixes)}
-
-    def _with_copies(self, copies: Collection[Names], *roots: Rename) -> Suggestion:
-        """Returns what is proposed for the model alone, and so for copies of it under the same rules."""
-        named = {rule.replacement for rule in roots}
-        others = {p: x for p, x in self.target.leaves.items() if segments(p)[0] not in named}
-        below = self._below(copies)
-        stored = {path: self.stored[path] for path in self._called if path not in below}
-        target = dataclasses.replace(self.target, leaves=others)
-        alone = dataclasses.replace(self, target=target, stored=stored, is_beside=True)
-        return self._of_all(behind(roots, alone.best()))
-
-    def _of_all(self, found: Suggestion) -> Suggestion:
-        """Returns what was proposed for a part of the target or of what is stored, tried with all of it."""
-        tried = self._suggested(self._judged((), dict.fromkeys(found.renames, ()), 0, ()), found.questions)
-        return dataclasses.replace(tried, proposals=found.proposals, settle=found.settle)
-
-    def _behind(self, *rules: Rule, fact: str = "") -> Suggestion:
-        """Returns what is proposed behind some rules, together with them."""
-        options = dataclasses.replace(self.options, renames=(*self.options.renames, *rules))
-        return behind(rules, dataclasses.replace(self, options=options).suggestion(), fact)
-
-    def _by_network(self, keys: Sequence[Rename], found: Suggestion) -> Iterator[Suggestion]:
-        """Yields rules that leave each network its own params, so that its optimizer follows."""
-
-        def nth(rules: Sequence[Rule], at: int) -> tuple[Rule, ...]:
-            joined = next(itertools.islice(by_network(keys, rules), at, None), rules)
-            return tuple(rule for rule in joined if rule in rules or not changes_nothing(rule))
-
-        is_trained = bool(of_role(self._wanted, "optimizer"))
-        for at, _ in enumerate(by_network(keys, found.renames) if is_trained else ()):
-            rules = nth(found.renames, at)
-            asked = changed(found, partial(nth, at=at))
-            tried = self._suggested(self._judged((), dict.fromkeys(rules, ()), 0, ()), asked.questions)
-            proposals = tuple(Proposal(rule=rule, grounds="names") for rule in rules)
-            yield dataclasses.replace(tried, proposals=proposals, settle=asked.settle)
 
     def suggestion(self) -> Suggestion:
         """Returns the proposal, tried."""
@@ -414,7 +316,7 @@ class _Proposing:
             if self._is_doubted(link, told) and link.target.names[-1] in called
         ]
         found += of_turns(turns)
-        return sorted(found, key=lambda item: len(item.readings) == 1)[:_QUESTIONS]
+        return sorted(found, key=lambda item: len(item.readings) == 1)[:QUESTIONS]
 
     def _suggested(self, tried: Tried, questions: Sequence[Question]) -> Suggestion:
         verdict, weights = tried.verdict or self._base, [x.leaf.path for x in of_role(self._wanted, *WEIGHTS)]
@@ -431,7 +333,7 @@ class _Proposing:
             unmatched_wanted=tuple(path for path in weights if path in left),
             unmatched_stored=tuple(path for path in verdict.unexpected if placed[path].section == "model"),
             is_rivalled=tried.is_rivalled,
-            problem=tried.problem or problem_of(verdict, weights),
+            problem=tried.problem or problem_of(verdict, weights, questions),
             resized=resized_in(verdict, questions),
             flattened=tuple(p for p in weights if p in made and images & {*reads(made[p].recipe)}),
         )

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Literal
 
@@ -284,16 +284,6 @@ def steps_by_leaf(links: Iterable[Link]) -> Mapping[Path, tuple[str, ...]]:
     return found
 
 
-def agrees(
-    link: Link, settled: Mapping[Path, set[Path]], claimed: Set[Path], free: Set[tuple[Path, Names]]
-) -> bool:
-    """Tells whether a link takes no leaf that another one has by its name, but for parts that are free."""
-    for leaf in link.wanted:
-        if leaf.source in settled:
-            return {one.source for one in link.stored} <= settled[leaf.source]
-    return link.copied or all(leaf.source not in claimed or leaf.part in free for leaf in link.stored)
-
-
 def behind(rules: Sequence[Rule], found: Suggestion, fact: str = "") -> Suggestion:
     """Returns the same proposal behind rules that it was searched under, and that it needs."""
     grounds: PairGrounds = "fact" if fact else "names"
@@ -341,21 +331,38 @@ def one_of(networks: Mapping[str, Suggestion], found: Suggestion) -> Suggestion 
     if len(whole) < 2:
         asked = [one for one in networks.values() if not whole and _asks_all(one)]
         return next(iter(whole.values()), asked[0] if len(asked) == 1 else None)
-    each = tuple(whole.values())
+    return _which_of(whole, dataclasses.replace(found, proposals=()))
+
+
+def which_of(networks: Mapping[str, Suggestion], found: Suggestion) -> Suggestion | None:
+    """Returns the question which of some networks the target is, by what is proposed for each alone.
+
+    Returns:
+        None where no two of them settle all that is asked else.
+    """
+    asked = {path for question in found.questions for path in question.wanted}
+    told = {key: one for key, one in networks.items() if not (one.questions or one.problem)}
+    whole = {key: one for key, one in told.items() if asked.isdisjoint(one.unmatched_wanted)}
+    return _which_of(whole, found) if len(whole) > 1 else None
+
+
+def _which_of(networks: Mapping[str, Suggestion], found: Suggestion) -> Suggestion:
+    each = tuple(networks.values())
+    open_in_all = set[Path].intersection(*({*one.unmatched_wanted} for one in each))
     question = Question(
-        wanted=found.unmatched_wanted,
+        wanted=tuple(path for path in found.unmatched_wanted if path not in open_in_all),
         stored=found.unmatched_stored,
-        parts=(tuple((name,) for name in whole), (("the target",),)),
+        parts=(tuple((name,) for name in networks), (("the target",),)),
         about="which",
-        choices=tuple(whole),
+        choices=tuple(networks),
         settle=lambda answer: each[answer].renames,
     )
 
     def settled(answers: Answers, changes: Sequence[Remade]) -> tuple[Rule, ...]:
         (answer,) = answers
-        return () if answer is None else each[answer].answered((), changes)
+        return found.renames if answer is None else each[answer].answered((), changes)
 
-    return dataclasses.replace(found, proposals=(), questions=(question,), settle=settled)
+    return dataclasses.replace(found, questions=(question,), settle=settled)
 
 
 def _asks_all(found: Suggestion) -> bool:
@@ -382,11 +389,13 @@ def changes_nothing(rule: Rule) -> bool:
     return isinstance(rule, Rename) and rule.pattern == rule.replacement
 
 
-def problem_of(verdict: Verdict, weights: Iterable[Path]) -> str:
-    """Returns what a plan says against its rules, or why no rule helps; empty for nothing."""
+def problem_of(verdict: Verdict, weights: Iterable[Path], questions: Iterable[Question] = ()) -> str:
+    """Returns what a plan says against its rules, or of shapes that no question is about; empty for none."""
+    asked = {path for each in questions if each.about == "which" for path in each.wanted}
     if verdict.faults:
         return "\n".join(map(str, verdict.faults))
-    shapes = [x for path in weights if (x := verdict.mismatched.get(path)) and x.kind == "shape"]
+    wrong = {path: x for path, x in verdict.mismatched.items() if x.kind == "shape" and path not in asked}
+    shapes = [wrong[path] for path in weights if path in wrong]
     if not shapes:
         return ""
     head, rows = f"{counted(len(shapes), 'leaf is', 'leaves are')} stored", aligned(mismatched_rows(shapes))

@@ -174,7 +174,7 @@ def complaints(given: Pair, rules: Sequence[Any]) -> Iterator[str]:
 
 def _followed(given: Pair, hint: Hint, here: Standing) -> Iterator[tuple[Any, Any, Standing]]:
     arguments = dict(hint.arguments)
-    if "orbax-nnx suggest CHECKPOINT MODULE:FACTORY`" in hint.words:
+    if hint.command and "proposes" in hint.words:
         arguments = {"renames": proposed(given)}
     if arguments:
         yield list(arguments.get("renames", here.rules)), arguments.get("policy", here.policy), here

@@ -1,9 +1,13 @@
 """Hints are followed one after the other, rules of `suggest` included: in a few steps, to a fit."""
 
+import jax
+import numpy as np
+import optax
 import pytest
+from flax import nnx, traverse_util
 
 from orbax_nnx_handler import plan_restore, suggest
-from tests.planning.suggesting.proposals import abstract, filled, variables_of
+from tests.planning.suggesting.proposals import Model, abstract, filled, variables_of
 
 STEPS = 3
 
@@ -104,3 +108,48 @@ def test_a_part_of_another_size_under_another_name_is_shown_beside_the_new_one()
     assert "or has it in another size (params/head/kernel (4, 1000) for fc/kernel (4, 10))." in error
     assert "hint: if it is the same part, build the target with the stored sizes." in error
     assert 'hint: or pass policy={nnx.PathContains("fc"): "init", ...: "error"} to initialise' in error
+
+
+def test_a_hint_leads_to_the_question_that_suggest_asks_and_its_answer_on_to_a_fit():
+    network = dense("mlp/a", 3, 3) | dense("mlp/b", 3, 4)
+    stored = {f"{of}_{path}": shape for of in ("coarse", "fine") for path, shape in network.items()}
+    variables = variables_of(filled(stored))
+    target = abstract(dense("net/x", 3, 3) | dense("net/y", 3, 4) | dense("head", 3, 5))
+
+    (hint, *_) = plan_restore(variables, target).error().hints
+
+    assert hint.command == "suggest"
+    assert hint.words.endswith("no name tells which: suggest(variables, target) asks, and takes the answer.")
+    found = suggest(variables, target)
+    assert [question.choices for question in found.questions] == [("coarse_mlp", "fine_mlp")]
+    rules = found.answered([1])
+    (cause,) = plan_restore(variables, target, renames=rules).causes
+    assert cause.kind == "NewPart"
+    policy = {**dict.fromkeys(cause.filters, "init"), ...: "error"}
+    made = plan_restore(variables, target, renames=rules, policy=policy, init=lambda: None)
+    assert made.fits
+    assert made.missing.keys() == {("head", "bias"), ("head", "kernel")}
+
+
+def test_the_moments_of_a_new_head_are_initialised_with_it_also_beside_an_average():
+    """Where an average lies beside the model, an optimizer calls weights by what is below the model alone."""
+    params = traverse_util.unflatten_dict(filled(CNN | dense("head", 16, 1000)), sep="/")
+    tx = optax.adam(1e-3)
+    opt_state = jax.tree.map(np.asarray, tx.init(params))
+    tree = {"params": params, "ema_params": params, "opt_state": opt_state, "step": np.int32(1)}
+    shapes = traverse_util.unflatten_dict(OUR_CNN | dense("fc", 16, 10), sep="/")
+
+    def make():
+        model = Model(shapes)
+        return {
+            "model": model,
+            "ema": Model(shapes),
+            "optimizer": nnx.Optimizer(model, tx, wrt=nnx.Param),
+        }
+
+    plan = followed(tree, nnx.eval_shape(make))
+
+    assert plan.fits
+    new = {(*above, "fc", name) for above in [("model",), ("ema",)] for name in ("kernel", "bias")}
+    new |= {("optimizer", "opt_state", 0, of, "fc", x) for of in ("mu", "nu") for x in ("kernel", "bias")}
+    assert plan.missing.keys() == new

@@ -73,6 +73,19 @@ def test_the_rules_of_the_hint_make_it_fit(have, want, kind):
     assert plan(have, want, **cause.hint.arguments).fits
 
 
+def test_two_names_that_carry_each_others_shapes_are_told_with_the_renames_that_exchange_them():
+    have = {"fpn/lateral3/kernel": (1, 1, 8, 12), "fpn/lateral5/kernel": (1, 1, 32, 12)}
+    want = dict(zip(have, reversed(have.values()), strict=True))
+
+    (cause,) = diagnose(plan(stored(have | other()), want | other()))
+
+    assert cause.kind == "NamesExchanged"
+    assert cause.text == (
+        "the stored 'lateral3' has the shapes of the wanted 'lateral5', and the other way round."
+    )
+    assert plan(stored(have | other()), want | other(), **cause.hint.arguments).fits
+
+
 @pytest.mark.parametrize(
     ("have", "want"),
     [

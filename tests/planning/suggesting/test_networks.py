@@ -6,7 +6,7 @@ import pytest
 from flax import nnx, traverse_util
 
 from orbax_nnx_handler import Copy, from_linen, plan_restore, suggest
-from tests.planning.suggesting.proposals import Model, abstract, check, filled, proposed
+from tests.planning.suggesting.proposals import Model, abstract, check, filled, proposed, restored
 from tests.sampled import sampled
 
 SHAPES = {"Dense_0": (4, 8), "Dense_1": (8, 8), "Dense_2": (8, None)}
@@ -532,3 +532,62 @@ def test_a_stacked_copy_beside_the_weights_is_left_beside(copy):
         state["h"][1]["mlp"]["kernel"].get_value(), weights["layers"]["fc"]["kernel"][1]
     )
     np.testing.assert_array_equal(state["out"]["kernel"].get_value(), weights["head"]["kernel"])
+
+
+def mlp(name, hidden="Dense_{}", heads=("Dense_3", "Dense_4")):
+    """Returns the shapes of a network with three hidden layers and two heads."""
+    sizes = {hidden.format(at): (8 if at else 5, 8) for at in range(3)} | dict(
+        zip(heads, ((8, 1), (8, 3)), strict=True)
+    )
+    return {f"{name}/{layer}/kernel": size for layer, size in sizes.items()}
+
+
+OURS_OF_FIELD = mlp("field", "fc{}", ("sigma", "rgb"))
+
+
+@pytest.mark.parametrize("names", [("coarse_mlp", "fine_mlp"), ("MLP_0", "MLP_1"), ("a", "b")], ids="/".join)
+@pytest.mark.parametrize("wanted", [OURS_OF_FIELD, mlp("field"), mlp("field", "layers/{}", ("sigma", "rgb"))])
+def test_of_modules_that_hold_the_same_one_is_the_target_as_a_whole(names, wanted):
+    """No target is made of pieces of both: which of them is asked, and not which part of which."""
+    stored = filled(mlp(names[0]) | mlp(names[1]))
+
+    found, values = proposed(stored, wanted)
+
+    assert values == {}
+    (question,) = found.questions
+    assert question.choices == names
+    assert str(question) == f"which of {', '.join(names)} is the target? The shapes allow each."
+    for name, rules in zip(names, question.alternatives, strict=True):
+        own = [value for path, value in stored.items() if path.startswith(name)]
+        check(restored(stored, wanted, rules), dict(zip(wanted, own, strict=True)))
+
+
+def test_what_is_called_after_one_of_two_lists_goes_with_it():
+    """`decoder_norm` is never the norm behind the layers of `encoderblock_0` and `encoderblock_1`."""
+    block = {"fc/kernel": (4, 8), "proj/kernel": (8, 4), "norm/scale": (4,)}
+    shapes = {
+        f"{of}block_{at}/{x}": s for of in ("encoder", "decoder") for at in (0, 1) for x, s in block.items()
+    }
+    shapes |= {"embedding/kernel": (12, 4), "encoder_norm/scale": (4,), "decoder_norm/scale": (4,)}
+    stored = filled(shapes | {"decoder_pred/kernel": (4, 12)})
+    wanted = {f"blocks/{at}/{path}": shape for at in (0, 1) for path, shape in block.items()}
+    wanted |= {"patch_embed/kernel": (12, 4), "norm/scale": (4,), "head/kernel": (4, 3)}
+
+    found, values = proposed(stored, wanted)
+
+    check(values, {"patch_embed/kernel": stored["embedding/kernel"]})
+    (question,) = found.questions
+    assert question.choices == ("decoderblock", "encoderblock")
+    assert found.coverage == "covers 1 of 9 leaves; 8 open, 7 of them asked about"
+    for of, rules in zip(("decoder", "encoder"), question.alternatives, strict=True):
+        expected = {f"blocks/{at}/{x}": stored[f"{of}block_{at}/{x}"] for at in (0, 1) for x in block}
+        expected |= values | {"norm/scale": stored[f"{of}_norm/scale"], "head/kernel": np.zeros((4, 3))}
+        check(restored(stored, wanted, rules), expected)
+
+
+def test_layers_of_one_list_are_no_networks_of_which_one_is_meant():
+    stored = filled({f"layer_{at}/{x}/kernel": (4, 4) for at in range(3) for x in ("up", "down")})
+
+    found, _ = proposed(stored, {f"layers/{at}/{x}/w": (4, 4) for at in range(3) for x in ("p", "q")})
+
+    assert not any(question.parts[1] == (("the target",),) for question in found.questions)

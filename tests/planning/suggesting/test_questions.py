@@ -256,3 +256,19 @@ def test_norms_are_no_rows_of_a_matrix():
     asked = {path for question in found.questions for path in question.wanted if path[0] == "gate"}
     made = {path for question in found.questions if asked & {*question.wanted} for path in question.stored}
     assert not any("rms_norm" in str(path) for path in made)
+
+
+def test_a_leaf_that_a_question_pairs_with_another_one_is_not_said_to_be_of_the_wrong_shape():
+    """Of w2 and w3, two projections of a gated network that programs call the other way round."""
+    block = {"w1": {"kernel": (8, 16)}, "w2": {"kernel": (8, 16)}, "w3": {"kernel": (16, 8)}}
+    exchanged = block | {"w2": block["w3"], "w3": block["w2"]}
+    sizes = {"lateral3": {"kernel": (4, 3)}, "lateral4": {"kernel": (5, 3)}, "lateral5": {"kernel": (7, 3)}}
+
+    found = proposal({"ffn": exchanged}, {"ffn": block})
+    of_sizes = proposal(dict(zip(sizes, reversed(sizes.values()), strict=True)), sizes)
+
+    for each in (found, of_sizes):
+        assert each.questions
+        assert each.problem == ""
+        assert "pass a Transpose" not in str(each)
+        assert "build the target" not in str(each)

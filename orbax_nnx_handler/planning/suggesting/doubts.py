@@ -12,7 +12,7 @@ from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path, canonical, segments
 from orbax_nnx_handler.planning.core.recipes import Read
 from orbax_nnx_handler.planning.likeness import in_list, purposes
-from orbax_nnx_handler.planning.likeness.assignment import MOST_PAIRS, fit_of, may_be
+from orbax_nnx_handler.planning.likeness.assignment import fit_of, may_be
 from orbax_nnx_handler.planning.likeness.links import Findings, Link
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, module_parts, part_of
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart, named_parts
@@ -92,23 +92,24 @@ def wanted_twice(found: Findings, wanted: Sequence[Leaf], stored: Sequence[Leaf]
     plain = [link for link in found.links if link.joint is None and link.layers is None]
     pairs = {link.target.source: (part_of(link.target), part_of(link.source)) for link in plain}
     roles = {(x, y): (ours[x], theirs[y]) for x, y in pairs.values() if x in ours and y in theirs}
-    few = len(roles) * len(lacking) <= MOST_PAIRS
     near = defaultdict[object, list[NamedPart]](list)
-    for part in lacking:  # Of very many only those of the same layer.
-        near[part.main_size, () if few else _numbers(ours[part.names])].append(ours[part.names])
+    for part in lacking:
+        near[part.main_size, _numbers(ours[part.names], end=-1)].append(ours[part.names])
     doubted, modules = set[tuple[Names, Names]](), set[Names]()
     for pair, (one, other) in roles.items():
-        for role in near[one.part.main_size, () if few else _numbers(one)]:
+        is_counted = any(level.is_automatic for level in other.part.levels[-2:-1])
+        layers = {_numbers(one, end=-1), ()}  # What lies in another layer is another one's.
+        for role in (x for each in sorted(layers) for x in near[one.part.main_size, each]):
             if _may_have(role, one, other):
                 doubted.add(pair)
-                if pair[0][-1] == role.part.names[-1] and other.part.levels[-2:-1][0].is_automatic:
+                if is_counted and pair[0][-1] == role.part.names[-1]:
                     modules |= {pair[0][:-1], role.part.names[:-1]}
     odd = (x for x in plain if (pair := pairs[x.target.source]) in doubted or pair[0][:-1] in modules)
     return {link.target.source: link for link in odd}
 
 
-def _numbers(role: NamedPart) -> tuple[int, ...]:
-    return tuple(level.number for level in role.part.levels if level.number is not None)
+def _numbers(role: NamedPart, end: int | None = None) -> tuple[int, ...]:
+    return tuple(level.number for level in role.part.levels[:end] if level.number is not None)
 
 
 def _may_have(role: NamedPart, one: NamedPart, other: NamedPart) -> bool:

@@ -45,13 +45,13 @@ class ResidualTwin(nnx.Module):
 class ResidualsTwin(nnx.Module):
     def __init__(self, rngs):
         self.layers = nnx.List([ResidualTwin(rngs) for _ in range(3)])
-        self.fin, self.out = nnx.LayerNorm(6, rngs=rngs), nnx.Linear(6, 3, rngs=rngs)
+        self.final_norm, self.out = nnx.LayerNorm(6, rngs=rngs), nnx.Linear(6, 3, rngs=rngs)
         self.aux = nnx.Linear(6, 4, rngs=rngs)  # For training alone.
 
     def __call__(self, x):
         for layer in self.layers:
             x = layer(x)
-        return self.out(self.fin(x))
+        return self.out(self.final_norm(x))
 
 
 RESIDUALS = Twin(
@@ -81,7 +81,7 @@ def beside(path: pathlib.Path, **modules: str) -> pathlib.Path:
             [(f"block_{at + 1}", f"layers/{at}") for at in range(3)],
         ),
         ({"out": "head"}, "out", "out", [("head", "out")]),
-        ({"fin": "last_ln"}, "fin", "fin", [("last_ln", "fin")]),
+        ({"final_norm": "last_ln"}, "final_norm", "final_norm", [("last_ln", "final_norm")]),
     ],
     ids=["a layer", "a head of the wanted name", "a norm of the wanted name"],
 )

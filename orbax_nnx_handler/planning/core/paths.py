@@ -366,8 +366,8 @@ def levels(names: Tokens) -> tuple[Level, ...]:
 
 @functools.lru_cache(maxsize=16384)
 def _level(name: str) -> Level:
-    if is_index(name):
-        return Level("", int(name), "/")
+    if is_index(name) or not _DIGITS.search(name):
+        return Level("", int(name), "/") if is_index(name) else Level(name)
     if within := _WITHIN.fullmatch(name):
         return Level(f"{within[1]}_{within[3]}", int(within[2]), "_")
     if before := _BEFORE.fullmatch(name):

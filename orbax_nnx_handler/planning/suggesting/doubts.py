@@ -84,10 +84,11 @@ def wanted_twice(found: Findings, wanted: Sequence[Leaf], stored: Sequence[Leaf]
     """
     known = {part_of(leaf) for link in found.every for leaf in link.wanted}
     is_whole = all(part_of(leaf) in known for leaf in wanted)
-    lacking = [part for part in module_parts(() if is_whole else wanted) if part.names not in known]
+    parts = module_parts(() if is_whole else wanted)
+    lacking = [part for part in parts if part.names not in known]
     if not (sizes := {part.main_size for part in lacking}):
         return {}
-    sides = [named_parts(module_parts(side), sizes=sizes) for side in (wanted, stored)]
+    sides = [named_parts(side, sizes=sizes) for side in (parts, module_parts(stored))]
     ours, theirs = ({role.part.names: role for role in side} for side in sides)
     plain = [link for link in found.links if link.joint is None and link.layers is None]
     pairs = {link.target.source: (part_of(link.target), part_of(link.source)) for link in plain}
@@ -160,15 +161,16 @@ def strangers(links: Iterable[Link]) -> Iterator[Link]:
         for one, other in itertools.product(link.wanted, link.stored):
             parts[part_of(one), part_of(other)].append(link)
     called = {pair: _names(some[0]) for pair, some in parts.items()}
-    told = {pair for pair, some in parts.items() if _said(*called[pair]).is_shared or _are_told(pair, some)}
-    kinds = {tuple(map(plain_names, pair)): _said(*called[pair]).only for pair in told}
+    said = {pair: _said(*names) for pair, names in called.items()}
+    told = {pair for pair, some in parts.items() if said[pair].is_shared or _are_told(pair, some)}
+    kinds = {tuple(map(plain_names, pair)): said[pair].only for pair in told}
     lacking = [frozenset[str]().union(*(only[side] for only in kinds.values())) for side in (0, 1)]
     known = [{pair[side] for pair in told} for side in (0, 1)]
     modules = {both for pair in told for both in itertools.product(*map(around, pair))}
     for pair, some in parts.items():
         if pair in told:
             continue
-        left = [only - others for only, others in zip(_said(*called[pair]).only, lacking, strict=True)]
+        left = [only - others for only, others in zip(said[pair].only, lacking, strict=True)]
         left = [set[str]() if pair[side] in known[side] else left[side] for side in (0, 1)]
         if (pair[0][:-1], pair[1][:-1]) in modules:
             left = [left[side] & concepts(called[pair][side][len(pair[side]) - 1 :]) for side in (0, 1)]

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, S
 
 from orbax_nnx_handler.planning.core.folding import PLACE, around, same_numbers
 from orbax_nnx_handler.planning.core.leaves import with_fields
-from orbax_nnx_handler.planning.core.paths import is_index, levels
+from orbax_nnx_handler.planning.core.paths import Path, is_index, levels
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, part_of
 from orbax_nnx_handler.planning.likeness.shapes import Step, Steps
@@ -263,16 +263,20 @@ Couples = Mapping[Names, ModulePart]
 
 
 def companions(parts: Sequence[ModulePart]) -> Couples:
-    """Returns the norm of each layer that names say belongs to it."""
+    """Returns the norm of each layer: the one that names say, or a module's only one of its convolution."""
     found: dict[Names, ModulePart] = {}
-    called: dict[Names, tuple[list[ModulePart], list[ModulePart]]] = defaultdict(lambda: ([], []))
+    alone, called = (
+        defaultdict[Names, tuple[list[ModulePart], list[ModulePart]]](lambda: ([], [])) for _ in range(2)
+    )
     lists: dict[Names, list[ModulePart]] = defaultdict(list)
     for part in parts:
         if "main" in part.leaves and (part.is_layer or part.is_vector):
             called[tuple(x for name in part.names if (x := _place(name)))][part.is_vector].append(part)
+            if "mean" in part.leaves or len(part.leaves["main"].shape) > 2:
+                alone[part.module][part.is_vector].append(part)
         if part.names and is_index(part.names[-1]):
             lists[part.names[:-1]].append(part)
-    for layers, norms in called.values():
+    for layers, norms in (*alone.values(), *called.values()):
         if len(layers) == len(norms) == 1:
             found[layers[0].names] = norms[0]
     taken = {norm.names for norm in found.values()}
@@ -359,37 +363,9 @@ def by_first_letters(
 
 
 Own = tuple[Leaf, Mapping[int, int], int]
-"""A leaf, where a segment of its path is under its other name, and how many more it has behind that."""
-
-
-def as_they_lie(found: Findings, own: Mapping[int, Own]) -> Findings:
-    """Returns what is known of leaves under other names as that of their own, given by identity."""
-
-    def seat(leaf: Leaf, at: int) -> int:
-        _, moved, more = own.get(id(leaf), (leaf, dict[int, int](), 0))
-        return moved.get(at, at + more if at > max(moved, default=at) else at)
-
-    def back(links: Sequence[Link]) -> list[Link]:
-        return [
-            dataclasses.replace(
-                link,
-                wanted=tuple(own[id(x)][0] if id(x) in own else x for x in link.wanted),
-                stored=tuple(own[id(x)][0] if id(x) in own else x for x in link.stored),
-                levels=tuple((seat(link.source, at), seat(link.target, to)) for at, to in link.levels),
-            )
-            for link in links
-        ]
-
-    plain = found.mapped(back)
-    ties = [
-        dataclasses.replace(
-            tie,
-            wanted=tuple(dict.fromkeys(part_of(x.target) for each in tie.readings for x in each)),
-            stored=tuple(dict.fromkeys(part_of(x.source) for each in tie.readings for x in each)),
-        )
-        for tie in plain.ties
-    ]
-    return Findings(links=plain.links, ties=ties)
+"""A leaf, where segments of its other path lie in its own, below 0 for nowhere, and how many more follow."""
+Owners = dict[tuple[Path, Names], Own]
+"""Leaves by what tells them under other names."""
 
 
 def sizes_of(leaves: Iterable[Leaf]) -> int:

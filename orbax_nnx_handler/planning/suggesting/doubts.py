@@ -11,7 +11,7 @@ from orbax_nnx_handler.planning.core.folding import around, plain_names
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path, canonical, segments
 from orbax_nnx_handler.planning.core.recipes import Read
-from orbax_nnx_handler.planning.likeness import in_list, purposes
+from orbax_nnx_handler.planning.likeness import in_list, norms_told, purposes
 from orbax_nnx_handler.planning.likeness.assignment import fit_of, may_be
 from orbax_nnx_handler.planning.likeness.links import Findings, Link
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, module_parts, part_of
@@ -163,6 +163,7 @@ def strangers(links: Iterable[Link]) -> Iterator[Link]:
     called = {pair: _names(some[0]) for pair, some in parts.items()}
     said = {pair: _said(*names) for pair, names in called.items()}
     told = {pair for pair, some in parts.items() if said[pair].is_shared or _are_told(pair, some)}
+    told |= _norms_of(told, parts) if len(told) < len(parts) else set()
     kinds = {tuple(map(plain_names, pair)): said[pair].only for pair in told}
     lacking = [frozenset[str]().union(*(only[side] for only in kinds.values())) for side in (0, 1)]
     known = [{pair[side] for pair in told} for side in (0, 1)]
@@ -177,6 +178,18 @@ def strangers(links: Iterable[Link]) -> Iterator[Link]:
         is_lone = not any(in_list(x)[0] for x in pair) and all(is_vector(link.source.shape) for link in some)
         if all(left) or (is_lone and any(left)):
             yield from (x for x in some if x.joint is None and x.layers is None and not x.copied)
+
+
+def _norms_of(
+    told: Set[tuple[Names, Names]], parts: Mapping[tuple[Names, Names], Sequence[Link]]
+) -> set[tuple[Names, Names]]:
+    """Returns the norms of layers that are told."""
+    links = [*itertools.chain(*parts.values())]
+    leaves = ((x for link in links for x in link.wanted), (x for link in links for x in link.stored))
+    sides = [module_parts(dict.fromkeys(side)) for side in leaves]
+    ours, theirs = ({part.names: at for at, part in enumerate(side)} for side in sides)
+    pairs = [(ours[one], theirs[other]) for one, other in told if one in ours and other in theirs]
+    return {(sides[0][at].names, sides[1][to].names) for at, to in norms_told(pairs, sides).items()}
 
 
 def _are_told(pair: tuple[Names, Names], links: Sequence[Link]) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from orbax_nnx_handler.planning.core.folding import same_numbers
 from orbax_nnx_handler.planning.core.leaves import with_fields
 from orbax_nnx_handler.planning.core.paths import Tokens, levels
-from orbax_nnx_handler.planning.likeness import as_they_lie, modules_beside, sizes_of, told_by_names
+from orbax_nnx_handler.planning.likeness import modules_beside, sizes_of, told_by_names
 from orbax_nnx_handler.planning.likeness.links import Findings, LayerPair, Layers, Link, Tie, in_all_layers
 from orbax_nnx_handler.planning.likeness.module_parts import (
     Leaf,
@@ -53,6 +53,7 @@ from orbax_nnx_handler.planning.suggesting.stacks import (
     with_inner,
     without_rest,
 )
+from orbax_nnx_handler.planning.suggesting.whole_modules import as_they_lie
 from orbax_nnx_handler.planning.target.roles import creation_place
 
 

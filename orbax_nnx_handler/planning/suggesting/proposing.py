@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property, partial
 
@@ -10,13 +11,13 @@ from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.paths import Path, segments
 from orbax_nnx_handler.planning.core.recipes import Read, Shapes, reads
 from orbax_nnx_handler.planning.layouts.layout import Stored
-from orbax_nnx_handler.planning.likeness import in_list
+from orbax_nnx_handler.planning.likeness import Owners, in_list
 from orbax_nnx_handler.planning.likeness.arrangements import flattened, turned_lists
 from orbax_nnx_handler.planning.likeness.joined_parts import Remade
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie, turns_told
-from orbax_nnx_handler.planning.likeness.module_parts import Leaf
+from orbax_nnx_handler.planning.likeness.module_parts import Leaf, part_of
 from orbax_nnx_handler.planning.likeness.shapes import Way
-from orbax_nnx_handler.planning.likeness.vocabulary import Names
+from orbax_nnx_handler.planning.likeness.vocabulary import Names, counts_of
 from orbax_nnx_handler.planning.mapping.networks import networks_as_parts
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.rules import Rule
@@ -52,7 +53,7 @@ from orbax_nnx_handler.planning.suggesting.suggestion import (
     resized_in,
     steps_by_leaf,
 )
-from orbax_nnx_handler.planning.suggesting.whole_modules import as_one, left_open, torn_by_name
+from orbax_nnx_handler.planning.suggesting.whole_modules import as_one, as_they_lie, left_open, torn_by_name
 from orbax_nnx_handler.planning.target.roles import WEIGHTS, Order, Wanted, of_role, roles_of
 from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.planning.verdict.judge import Chosen, choose, judge
@@ -180,7 +181,7 @@ class Proposing:
         theirs = stored_leaves(kept, arranged) if arranged or kept is not self._entries else self._theirs
         sizes = [sum(math.prod(x.shape) for x in some) for some in (ours, theirs, model)]
         try:
-            found = search(ours, theirs, self.order)
+            found = _searched(ours, theirs, self.order)
         except RecursionError as error:
             raise RestoreError("target or checkpoint is nested deeper than Python can follow.") from error
         # A target with room for what repeats `params` too has a network of its own for it, no copy.
@@ -337,3 +338,40 @@ class Proposing:
             resized=resized_in(verdict, questions),
             flattened=tuple(p for p in weights if p in made and images & {*reads(made[p].recipe)}),
         )
+
+
+# Parts that are called after their block.
+
+_IN_BLOCK = re.compile(
+    r"((?:.*[a-z_])?(?:layer|block|stage|group|unit)s?_?\d+)_(?=.*[a-z])(\d+)?_?(\w+)", re.IGNORECASE
+)
+
+
+def _searched(wanted: Sequence[Leaf], stored: Sequence[Leaf], order: Order) -> Searched:
+    """Searches what each wanted leaf is made from; where it tells more, parts called after a block lie in it.
+
+    Keras' `conv2_block1_1_conv` is `1.conv` in `conv2_block1`. Not where one is called so on both sides.
+    """
+    plain, own = search(wanted, stored, order), Owners()
+    sides = [[_in_block(leaf, own) for leaf in leaves] for leaves in (wanted, stored)]
+    shared = {leaf.names[:-1] for leaf in wanted} & {leaf.names[:-1] for leaf in stored}
+    is_name = any(leaf.names[:-1] in shared for leaf, *_ in own.values())
+    if not own or is_name or len(paths_of(plain.links)) == len(wanted):
+        return plain
+    read = search(sides[0], sides[1], order)
+    found = as_they_lie(read.found, own)
+    links, turns = (tuple(as_they_lie(Findings(links=[*x]), own).links) for x in (read.links, read.turns))
+    tried = Searched(links=links, turns=turns, found=found, ordered=read.ordered)
+    return max(plain, tried, key=lambda searched: len(paths_of(searched.links)))
+
+
+def _in_block(leaf: Leaf, own: Owners) -> Leaf:
+    part = part_of(leaf)
+    found = _IN_BLOCK.fullmatch(part[-1]) if part else None
+    if found is None:
+        return leaf
+    at, (block, number, name) = len(part) - 1, found.groups()
+    called = f"{number}.{name}" if number else name
+    made = dataclasses.replace(leaf, names=(*part[:-1], block, called, *leaf.names[len(part) :]))
+    own[made.part] = leaf, {at: -1 if counts_of(called) else at, at + 1: -1}, -1
+    return made

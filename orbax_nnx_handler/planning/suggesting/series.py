@@ -12,7 +12,7 @@ from typing import Any
 from orbax_nnx_handler.planning.core.folding import PLACE, numbered
 from orbax_nnx_handler.planning.core.leaves import Shape, derived, with_fields
 from orbax_nnx_handler.planning.core.paths import is_count, levels, natural_key, shared_levels
-from orbax_nnx_handler.planning.likeness import Own, list_name, share_word, sizes_of
+from orbax_nnx_handler.planning.likeness import Owners, list_name, share_word, sizes_of
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, module_parts, of_sizes
 from orbax_nnx_handler.planning.likeness.vocabulary import (
     MARGIN,
@@ -252,8 +252,8 @@ def _may_be_within(pairs: Pairs) -> bool:
     )
 
 
-_Layers = tuple[Series, Mapping[int, Own]]
-"""Layers whose leaves have other names than their own, and by identity of these which they are."""
+_Layers = tuple[Series, Owners]
+"""Layers whose leaves have other names than their own, and by these which they are."""
 
 
 def side_by_side(series: Series, others: Sequence[Series], above: int) -> _Layers | None:
@@ -271,12 +271,12 @@ def side_by_side(series: Series, others: Sequence[Series], above: int) -> _Layer
     if sizes != series.sizes or not all(fronts) or _may_count_blocks(series, lists, fronts):
         return None
     shared = len(shared_levels(fronts, own=1))
-    members, own = defaultdict[int, list[Leaf]](list), dict[int, Own]()
+    members, own = defaultdict[int, list[Leaf]](list), Owners()
     for one, front in zip(lists, fronts, strict=True):
         for at, leaf in ((at, leaf) for at, leaves in one.members.items() for leaf in leaves):
             names = (*leaf.names[:above], str(at), *front[shared:], *leaf.names[one.depth :])
             members[at].append(made := with_fields(leaf, names=names))
-            own[id(made)] = leaf, {above: one.seat}, len(leaf.names) - len(names)
+            own[made.part] = leaf, {above: one.seat}, len(leaf.names) - len(names)
     template = (*lists[0].template[:above], PLACE)
     return Series(template, (*lists[0].base[:above], ""), members), own
 

@@ -1,7 +1,7 @@
 """What is told of whole modules: renames of many, whether one's matrices are transposed, which one is meant.
 
 `('kernel', 'weight')`, and `('{x}_dense', 'net/{x}_linear')` for `up_dense`, `down_dense` and all
-others: one rule where each module would have one.
+others: one rule where each module would have one. Last, leaves that are looked at under other names.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from orbax_nnx_handler.planning.core.folding import PLACE, numbered
 from orbax_nnx_handler.planning.core.leaves import with_fields
 from orbax_nnx_handler.planning.core.paths import Path, is_index, levels, shared_levels
-from orbax_nnx_handler.planning.likeness import sizes_of
+from orbax_nnx_handler.planning.likeness import Owners, sizes_of
 from orbax_nnx_handler.planning.likeness.assignment import best_pairs
 from orbax_nnx_handler.planning.likeness.links import (
     Findings,
@@ -393,3 +393,42 @@ def torn_by_name(settled: Mapping[Path, set[Path]], links: Iterable[Link], ties:
         if not paths <= settled.keys() and (False, True) not in differ and any(each for each, _ in differ):
             torn |= paths
     return torn
+
+
+# Leaves under other names.
+
+
+def as_they_lie(found: Findings, own: Owners) -> Findings:
+    """Returns what is known of leaves under other names as that of their own, given by those."""
+
+    def seat(leaf: Leaf, at: int) -> int:
+        _, moved, more = own.get(leaf.part, (leaf, dict[int, int](), 0))
+        return moved.get(at, at + more if at > max(moved, default=at) else at)
+
+    def lying(leaf: Leaf) -> Leaf:
+        first, *_ = own.get(leaf.part, (leaf,))
+        is_same = (first.shape, first.collection) == (leaf.shape, leaf.collection)
+        return first if is_same else with_fields(leaf, names=first.names)
+
+    def back(links: Sequence[Link]) -> list[Link]:
+        levels = ([(seat(x.source, at), seat(x.target, to)) for at, to in x.levels] for x in links)
+        return [
+            with_fields(
+                link,
+                wanted=tuple(map(lying, link.wanted)),
+                stored=tuple(map(lying, link.stored)),
+                levels=tuple(pair for pair in pairs if min(pair) >= 0),
+            )
+            for link, pairs in zip(links, levels, strict=True)
+        ]
+
+    plain = found.mapped(back)
+    ties = [
+        dataclasses.replace(
+            tie,
+            wanted=tuple(dict.fromkeys(part_of(x.target) for each in tie.readings for x in each)),
+            stored=tuple(dict.fromkeys(part_of(x.source) for each in tie.readings for x in each)),
+        )
+        for tie in plain.ties
+    ]
+    return Findings(links=plain.links, ties=ties)

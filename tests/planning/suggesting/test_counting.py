@@ -647,3 +647,22 @@ def test_the_same_class_is_counted_as_it_was():
     found, _ = proposed(stored, {f"net/{path}": value.shape for path, value in stored.items()})
 
     assert found.confidence == "certain"
+
+
+@pytest.mark.parametrize(
+    ("block", "number"), [("conv{s}_block{b}_", "{n}_conv"), ("stage{s}_block{b}_", "conv{n}")]
+)
+def test_a_part_called_after_its_block_lies_in_it(block, number):
+    stored, aims = {}, {}
+    for at, (s, b, width) in enumerate([(2, 1, 4), (2, 2, 4), (3, 1, 6), (3, 2, 6), (3, 3, 6)]):
+        for n, shape in enumerate(
+            [(1, 1, 2 * width, width), (3, 3, width, width), (1, 1, width, 2 * width)], 1
+        ):
+            source = f"ResidualBlock_{at}/conv{n}/kernel"
+            stored[source], aims[source] = shape, f"{block}{number}/kernel".format(s=s, b=b, n=n)
+    arrays = filled(stored)
+
+    found, values = proposed(arrays, {aims[path]: shape for path, shape in stored.items()})
+
+    assert not found.questions
+    check(values, {aims[path]: x for path, x in arrays.items()})

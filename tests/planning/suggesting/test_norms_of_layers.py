@@ -9,6 +9,7 @@ from flax import nnx
 
 from orbax_nnx_handler import from_linen, plan_restore, suggest
 from orbax_nnx_handler.planning.core.recipes import reads
+from tests.planning.suggesting import proposals
 
 WIDTHS = (8, 16, 32)
 NAMES = {
@@ -437,3 +438,19 @@ def test_a_layer_that_is_called_as_a_list_leads_out_of_it_where_none_of_its_laye
             truth[f"{aim}/{leaf}"] = path
 
     assert (settled_in(stored, truth) == truth.keys()) == is_told
+
+
+@pytest.mark.parametrize("others", [[], ["second_bn"]])
+def test_the_only_norm_of_a_module_is_that_of_its_only_convolution(others):
+    kinds = ("scale", "bias", "mean", "var")
+    names = {"stem_conv/kernel": "conv1_conv/kernel", "output_projection/kernel": "predictions/kernel"}
+    shapes = {"stem_conv/kernel": (7, 7, 3, 4), "output_projection/kernel": (4, 9)}
+    names |= {f"init_bn/{kind}": f"conv1_bn/{kind}" for kind in kinds}
+    shapes |= {f"{norm}/{kind}": (4,) for norm in ("init_bn", *others) for kind in kinds}
+    stored = proposals.filled(shapes)
+
+    found, values = proposals.proposed(stored, {aim: shapes[path] for path, aim in names.items()})
+
+    expected = {aim: stored[path] for path, aim in names.items() if not others or "bn" not in path}
+    assert len(found.questions) == len(others)
+    proposals.check(values, expected)

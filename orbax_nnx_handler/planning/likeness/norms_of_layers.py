@@ -14,7 +14,6 @@ Last, lists that a program counts from one part further on, all of a module as o
 """
 
 import itertools
-import operator
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -37,8 +36,6 @@ from orbax_nnx_handler.planning.target.roles import Order, all_behind, creation_
 
 _Pair = tuple[ModulePart, ModulePart]
 """A wanted part and the stored one that it is made from."""
-
-_SIDES = operator.attrgetter("wanted"), operator.attrgetter("stored")
 
 
 def with_counted_parts(
@@ -75,6 +72,13 @@ def _homes(found: Findings) -> Mapping[Names, Names]:
         for link in found.links
         if link.layers is None and link.joint is None and not link.copied
     }
+
+
+def _left(found: Findings, sides: Sequence[Sequence[ModulePart]]) -> list[Mapping[Names, ModulePart]]:
+    """Returns the wanted parts of which nothing is known, and the stored ones of which nothing is made."""
+    made = {part_of(leaf) for link in found.links for leaf in link.wanted}
+    used = {part_of(leaf) for link in found.links for leaf in link.stored}
+    return [{x.names: x for x in y if x.names not in own} for y, own in zip(sides, (made, used), strict=True)]
 
 
 _Counted = Mapping[str, Mapping[int, ModulePart]]
@@ -168,54 +172,54 @@ def _told_by_sisters(
             known[key].append({own: names[above:] for own, names in gone.items()})
         elif module and gone:
             open_.append((module, key, parts, gone))
-    made, used = ({part_of(x) for link in found.links for x in side(link)} for side in _SIDES)
-    ours, theirs = (leaves_below(parts if open_ else ()) for parts in sides)
+    free = _left(found, sides if open_ else ((), ()))
+    ours, theirs = (leaves_below(parts.values()) for parts in free)
     for module, key, parts, gone in open_:
         told = known[key][0] if known[key] and all(x == known[key][0] for x in known[key]) else None
         one, rest = min(gone), {own: part for own, part in parts.items() if own not in gone}
         top = gone[one][: -len(told[one]) or None] if told else shared_levels([*gone.values()], own=1)
-        left = {x.names[len(top) :]: x for x in ours.get(top, ()) if x.names not in made}
+        left = {x.names[len(top) :]: x for x in ours.get(top, ())}
         places = dict[Names, ModulePart]()
         if told and all(names == (*top, *told[own]) for own, names in gone.items()):
             places = {told[own]: part for own, part in rest.items()}
-        elif not told and top and len(gone) > 1 and sum(x.names not in used for x in theirs[module]) == 1:
+        elif not told and top and len(gone) > 1 == len(theirs.get(module, ())):
             places = dict(zip(left, rest.values(), strict=False))
         pairs = [(left[at], part) for at, part in places.items() if left.keys() == places.keys()]
-        if all(_fit(pair) and pair[1].names not in used for pair in pairs):
+        if all(_fit(pair) and pair[1].names in free[1] for pair in pairs):
             yield from pairs
 
 
 def _told_by_layers(found: Findings, sides: Sequence[Sequence[ModulePart]]) -> Iterator[_Pair]:
     """Yields parts of layers of which leaves are missing, where the whole layers of the list agree."""
-    homes, used = _homes(found), {part_of(leaf) for link in found.links for leaf in link.stored}
-    left = (part for part in sides[1] if part.names not in used)
-    torn = dict.fromkeys(x[:2] for part in left if (x := _seat(part.names)))
-    layers = defaultdict[Names, dict[int, dict[Names, ModulePart]]](lambda: defaultdict(dict))
+    homes, (free, left) = _homes(found), _left(found, sides)
+    torn = dict.fromkeys(x[:2] for names in left if (x := _seat(names)))
+    layers = defaultdict[tuple[Names, int], dict[Names, ModulePart]](dict)
     for part in sides[1] if torn else ():
         if seat := _seat(part.names):
-            layers[seat[0]][seat[1]][seat[2]] = part
-    made = {part_of(leaf) for link in found.links for leaf in link.wanted}
-    ours = {_seat(part.names): part for part in sides[0] if torn and part.names not in made}
-    for above, number in torn:
-        parts = layers[above][number]
-        whole = [x for at, x in layers[above].items() if x.keys() == parts.keys() and (above, at) not in torn]
+            layers[seat[:2]][seat[2]] = part
+    # Of whole layers that hold the same: the list that each part has gone to, and its path in a layer there.
+    ends = defaultdict[object, list[tuple[Names, Names] | None]](list)
+    for at, parts in layers.items():
+        held = frozenset(parts)
+        for inner, part in parts.items() if at not in torn else ():
+            goal = _seat(homes.get(part.names, ()))
+            ends[at[0], held, inner].append(goal and (goal[0], goal[2]))
+    told = {key: some[0] for key, some in ends.items() if len({*some}) == 1 < len(some)}
+    ours = {_seat(names): part for names, part in free.items() if torn}
+    for at in torn:
+        parts, held = layers[at], frozenset(layers[at])
         spots = {x[:2] for part in parts.values() if (x := _seat(homes.get(part.names, ())))}
-        for inner, part in parts.items() if len(whole) > 1 == len(spots) else ():
-            ((into, at),) = spots
-            goals = {_seat(homes.get(layer[inner].names, ())) for layer in whole}
-            paths = {goal and (goal[0] == into, goal[2]) for goal in goals}
-            is_told, path = (paths.pop() if len(paths) == 1 else None) or (False, ())
-            one = ours.get((into, at, path)) if is_told else None
-            held = {(kind, leaf.shape) for kind, leaf in part.leaves.items()}
-            made_of = {(kind, leaf.shape) for kind, leaf in one.leaves.items()} if one else ()
-            if one is not None and part.names not in used and held.issubset(made_of):
+        for inner, part in parts.items() if len(spots) == 1 else ():
+            ((into, number),), end = spots, told.get((at[0], held, inner))
+            one = ours.get((into, number, end[1])) if end and end[0] == into else None
+            shapes = [{(kind, leaf.shape) for kind, leaf in x.leaves.items()} for x in (part, one) if x]
+            if one is not None and part.names in left and shapes[0] <= shapes[1]:
                 yield one, part
 
 
 def _seat(names: Names) -> tuple[Names, int, Names] | None:
     """Returns the list that a part lies in, the number of its layer and its path in that."""
-    list_, number, inner = next(iter(lists_around(names)), ((), None, ()))
-    return (list_, number, inner) if inner and number is not None else None
+    return next((seat for seat in lists_around(names)[:1] if seat[2]), None)
 
 
 # What the order of a target tells.
@@ -225,18 +229,14 @@ def _told_by_order(
     counts: Mapping[Names, _Counted], found: Findings, sides: Sequence[Sequence[ModulePart]], created: Order
 ) -> Iterator[_Pair]:
     """Yields the parts of which names, and what is known of the others, leave one order."""
-    homes, used = _homes(found), {part_of(leaf) for link in found.links for leaf in link.stored}
-    made = {part_of(leaf) for link in found.links for leaf in link.wanted}
-    ours, theirs = (
-        _by_shapes(part for part in parts if part.names not in taken)
-        for parts, taken in zip(sides, (made, used), strict=True)
-    )
+    homes, free = _homes(found), _left(found, sides)
+    ours, theirs = (_by_shapes(parts.values()) for parts in free)
     roles: dict[Names, NamedPart] = {}
     for classes in counts.values():
         groups = [
             (some, held, left)
             for some in classes.values()
-            for shapes, held in _by_shapes(x for _, x in sorted(some.items()) if x.names not in used).items()
+            for shapes, held in _by_shapes(x for _, x in sorted(some.items()) if x.names in free[1]).items()
             if len(theirs[shapes]) == len(held) == len(left := ours.get(shapes, [])) > 1
         ]
         if not groups:
@@ -393,14 +393,14 @@ def _end(one: NamedPart, at: int, other: NamedPart) -> int:
 # What is counted from another number.
 
 
-def with_one_before(found: Findings, wanted: Sequence[Leaf], stored: Sequence[Leaf]) -> Findings:
+def with_one_before(found: Findings, wanted: Sequence[ModulePart], stored: Sequence[ModulePart]) -> Findings:
     """Returns what is known of lists of which one part has another name on the wanted side.
 
     Where shapes tell that `conv1` is `stem`, `conv2` is `conv1`, and `bn1` to `bn3` count so too. Where they
     do not, `conv3` may be `stem` as well, but for what is called an end.
     """
     groups = defaultdict[object, list[Sequence[list[_Pair]]]](list)
-    for key, orders in _with_one_more(found, module_parts(wanted), module_parts(stored)):
+    for key, orders in _with_one_more(found, wanted, stored):
         groups[key].append(orders)
     for several in groups.values():
         first, last = ([pair for orders in several for pair in orders[at]] for at in (0, 1))

@@ -424,7 +424,7 @@ def leads_back(rule: Rename, before: Sequence[Entry], after: Entries) -> bool:
         if any(names != whole and any(right.spans(names)) for names, whole in joined):
             return False
     return all(
-        before[at].whole == (_replaced(right, left, after[at].whole) if at in found else after[at].whole)
+        before[at].whole == _replaced(spans.get(names := after[at].whole, ()), left, names)
         for at in found | after.changed.keys()
     )
 
@@ -442,9 +442,9 @@ def _joined_of(entry: Entry) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _replaced(pattern: Pattern, replacement: Pattern, names: tuple[str, ...]) -> tuple[str, ...]:
+def _replaced(spans: Iterable[Span], replacement: Pattern, names: tuple[str, ...]) -> tuple[str, ...]:
     found, at = list[str](), 0
-    for span in pattern.spans(names):
+    for span in spans:
         found += (*names[at : span.start], *replacement.fill(span.bindings))
         at = span.stop
     return (*found, *names[at:])

@@ -14,7 +14,7 @@ from orbax_nnx_handler.planning.core.recipes import Read
 from orbax_nnx_handler.planning.likeness import in_list, norms_told, purposes
 from orbax_nnx_handler.planning.likeness.assignment import fit_of, may_be
 from orbax_nnx_handler.planning.likeness.links import Findings, Link
-from orbax_nnx_handler.planning.likeness.module_parts import Leaf, module_parts, part_of
+from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, part_of
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart, named_parts
 from orbax_nnx_handler.planning.likeness.shapes import is_vector
 from orbax_nnx_handler.planning.likeness.vocabulary import (
@@ -72,7 +72,9 @@ GENERAL = frozenset(("norm", "attn", "mlp", "enc", "dec", "conv", "head", "embed
 """Words that many parts of a model share."""
 
 
-def wanted_twice(found: Findings, wanted: Sequence[Leaf], stored: Sequence[Leaf]) -> Mapping[Path, Link]:
+def wanted_twice(
+    found: Findings, wanted: Sequence[Leaf], parts: Sequence[ModulePart], stored: Sequence[ModulePart]
+) -> Mapping[Path, Link]:
     """Returns links whose source a part that stays open might have as well: its own may be what is absent.
 
     Where that is a part of a module that Linen numbered, all parts of both modules are doubted.
@@ -80,15 +82,15 @@ def wanted_twice(found: Findings, wanted: Sequence[Leaf], stored: Sequence[Leaf]
     Args:
         found: What is known.
         wanted: All wanted leaves.
+        parts: Their parts.
         stored: All stored ones.
     """
     known = {part_of(leaf) for link in found.every for leaf in link.wanted}
     is_whole = all(part_of(leaf) in known for leaf in wanted)
-    parts = module_parts(() if is_whole else wanted)
-    lacking = [part for part in parts if part.names not in known]
+    lacking = [part for part in parts if not is_whole and part.names not in known]
     if not (sizes := {part.main_size for part in lacking}):
         return {}
-    sides = [named_parts(side, sizes=sizes) for side in (parts, module_parts(stored))]
+    sides = [named_parts(side, sizes=sizes) for side in (parts, stored)]
     ours, theirs = ({role.part.names: role for role in side} for side in sides)
     plain = [link for link in found.links if link.joint is None and link.layers is None]
     pairs = {link.target.source: (part_of(link.target), part_of(link.source)) for link in plain}

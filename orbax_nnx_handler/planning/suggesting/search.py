@@ -69,11 +69,12 @@ def search(wanted: Sequence[Leaf], stored: Sequence[Leaf], order: Mapping[Tokens
     found.links.extend(match_leftovers(wanted, stored, found.links))
     found, count = with_either_end(found), len(found.ties)
     ordered = {path for tie in found.ties[count:] for path in _wanted_by(tie)}
-    found = with_networks_told(with_one_before(found, wanted, stored))
+    sides = module_parts(wanted), module_parts(stored)
+    found = with_networks_told(with_one_before(found, *sides))
     used = {part_of(leaf) for link in found.every for leaf in link.stored}
     made = {part_of(leaf) for link in found.links for leaf in link.wanted}
     left = {part_of(leaf) for leaf in stored} - used, {part_of(leaf) for leaf in wanted} - made
-    odd = {**coincidences(found.links, *left), **wanted_twice(found, wanted, stored)}
+    odd = {**coincidences(found.links, *left), **wanted_twice(found, wanted, *sides)}
     found = with_modules_asked(as_questions(found, odd), wanted, stored)
     plain, copies = apart_from_copies((found := with_moved_axes(found)).links, stored)
     found.ties.extend(copies)

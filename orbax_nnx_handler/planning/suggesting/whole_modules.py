@@ -42,17 +42,17 @@ counted_levels = functools.lru_cache(maxsize=65536)(numbered)  # Asked of each l
 
 def of_leaves(moves: Sequence[Move]) -> Iterator[Renamed]:
     """Yields what many modules call a leaf, with what the wanted ones call it: `kernel`, `weight`."""
-    return _shared(moves, lambda move: (move.names[-1:], move.aim[-1:]))
+    return _shared(moves, lambda move, _: (move.names[-1:], move.aim[-1:]))
 
 
 def of_modules(moves: Sequence[Move]) -> Iterator[Renamed]:
     """Yields renames of many modules, with places for what tells these apart: `{x}_dense`, `{x}_linear`."""
     others = [move for move in moves if not alike(move.names, move.aim)]
-    return _shared(others, lambda move: _with_places(*differing(move)))
+    return _shared(others, lambda _, both: _with_places(*both))
 
 
-def _shared(moves: Sequence[Move], renamed: Callable[[Move], Renamed]) -> Iterator[Renamed]:
-    groups = {(differing(move), renamed(move)) for move in moves}
+def _shared(moves: Sequence[Move], renamed: Callable[[Move, Renamed], Renamed]) -> Iterator[Renamed]:
+    groups = {(both := differing(move), renamed(move, both)) for move in moves}
     for (stored, wanted), count in Counter(each for _, each in groups).items():
         if stored != wanted and count > _MANY:
             yield stored, wanted
@@ -264,11 +264,15 @@ def _with_siblings(found: Findings) -> Findings:
         for pair in itertools.product(_networks(part_of(link.target)), _networks(part_of(link.source))):
             led[pair].append(link)
     held = [Counter(x for link in found.links for x in _networks(part_of(end(link)))) for end in _ENDS]
-    whole = {x for x, links in led.items() if len(links) == held[0][x[0]] == held[1][x[1]]}
+    whole = [x for x, links in led.items() if len(links) == held[0][x[0]] == held[1][x[1]]]
     sources, homes, ties, gone = dict(whole), {other: one for one, other in whole}, [*found.ties], set[int]()
-    for one, other in (pair for pair in whole if pair[0][-1] == pair[1][-1]):
-        for source in (x for x in homes if x[:-1] == other[:-1]):
-            into = *one[:-1], source[-1]
+    beside = defaultdict[Names, list[Names]](list)
+    for source in homes:
+        beside[source[:-1]].append(source)
+    kept = dict.fromkeys((one[:-1], other[:-1]) for one, other in whole if one[-1] == other[-1])
+    for above, other in kept:
+        for source in beside[other]:
+            into = *above, source[-1]
             if into not in sources or (into, source) in led:
                 continue
             now = [*led[into, sources[into]], *led[homes[source], source]]

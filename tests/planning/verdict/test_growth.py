@@ -14,10 +14,15 @@ from benchmarks import planning, suggesting
 from benchmarks.broken import VERDICTS, WAYS, target_of
 from benchmarks.models import Model, placement, write
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
+from orbax_nnx_handler.planning.likeness.links import Findings, Link
+from orbax_nnx_handler.planning.likeness.module_parts import Leaf
 from orbax_nnx_handler.planning.likeness.named_parts import named_parts
+from orbax_nnx_handler.planning.likeness.norms_of_layers import with_counted_parts
+from orbax_nnx_handler.planning.likeness.shapes import Way
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.restore_plan import make_plan
 from orbax_nnx_handler.planning.suggesting import matching_parts, propose
+from orbax_nnx_handler.planning.suggesting.whole_modules import with_modules_asked
 from orbax_nnx_handler.planning.target.target import flatten_target
 from tests.sampled import every
 
@@ -92,8 +97,7 @@ def test_the_work_of_pairing_gates_grows_no_faster_than_the_leaves() -> None:
 
 def test_the_work_of_telling_modules_by_their_shapes_grows_no_faster_than_the_leaves() -> None:
     def suggestion(modules: int) -> Callable[[], object]:
-        names = ["".join(word) for word in itertools.islice(itertools.product("klmnprst", repeat=4), modules)]
-        parts = [(name, part, at) for at, name in enumerate(names) for part in (0, 1)]
+        parts = [(name, part, at) for at, name in enumerate(words(modules)) for part in (0, 1)]
         stored = {("params", name, "ab"[part], "kernel"): (part + 2, at + 3) for name, part, at in parts}
         wanted = {("net", f"{name}_x", "cd"[part], "kernel"): (part + 2, at + 3) for name, part, at in parts}
         target = nnx.from_flat_state(
@@ -103,6 +107,23 @@ def test_the_work_of_telling_modules_by_their_shapes_grows_no_faster_than_the_le
         return lambda: propose(flatten_target(target), leaves, RestoreOptions.of())
 
     assert bent(*lines_run(suggestion, 50)) < 0.005
+
+
+def test_the_work_of_asking_what_whole_layers_tell_of_torn_ones_grows_no_faster_than_these() -> None:
+    def told(layers: int) -> Callable[[], object]:
+        stored = [leaf(f"layers_{at}", f"Dense_{part}", "kernel") for at in range(layers) for part in (0, 1)]
+        return lambda: with_counted_parts(Findings(), [leaf("unit", "up", "kernel")], stored, {})
+
+    assert bent(*lines_run(told, 50)) < 0.005
+
+
+def test_the_work_of_asking_which_networks_lie_beside_others_grows_no_faster_than_these() -> None:
+    def asked(networks: int) -> Callable[[], object]:
+        pairs = [(leaf("net", x, "up", "kernel"), leaf(x, "up", "kernel")) for x in words(networks)]
+        links = [Link(wanted=(x,), stored=(y,), grounds="shapes", ways=((Way(()),),)) for x, y in pairs]
+        return lambda: with_modules_asked(Findings(links=links), *zip(*pairs, strict=True))
+
+    assert bent(*lines_run(asked, 50)) < 0.005
 
 
 @pytest.mark.parametrize("case", suggesting.NOTHING_TELLS)
@@ -122,6 +143,16 @@ def test_where_no_part_can_be_compared_with_another_no_name_is_looked_at(
 
     assert len(found.unmatched_wanted) == len(target.leaves)
     assert max(looked, default=0) < 20
+
+
+def words(count: int) -> list[str]:
+    """Returns names that mean nothing."""
+    return ["".join(word) for word in itertools.islice(itertools.product("klmnprst", repeat=4), count)]
+
+
+def leaf(*names: str) -> Leaf:
+    """Returns a leaf of a model, all of one shape."""
+    return Leaf(names=names, collection="params", shape=(2, 3), number="floating", source=names)
 
 
 def problem(way: str, layers: int) -> tuple[Any, dict[Any, StoredLeaf], RestoreOptions]:

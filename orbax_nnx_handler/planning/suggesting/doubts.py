@@ -14,7 +14,7 @@ from orbax_nnx_handler.planning.core.recipes import Read
 from orbax_nnx_handler.planning.likeness import in_list, norms_told, purposes
 from orbax_nnx_handler.planning.likeness.assignment import fit_of, may_be
 from orbax_nnx_handler.planning.likeness.links import Findings, Link
-from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, part_of
+from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, module_parts, part_of
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart, named_parts
 from orbax_nnx_handler.planning.likeness.shapes import is_vector
 from orbax_nnx_handler.planning.likeness.vocabulary import (

@@ -1,7 +1,4 @@
-"""How several parts lie in one array, by which recipe.
-
-Last: the same link with another recipe, which outputs have proved.
-"""
+"""How several parts lie in one array, by which recipe; heads of an attention, too."""
 
 import dataclasses
 import itertools
@@ -10,25 +7,19 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-from orbax_nnx_handler.planning.core import recipes
 from orbax_nnx_handler.planning.core.leaves import permuted
-from orbax_nnx_handler.planning.core.paths import Path, canonical, is_number, shared_levels
-from orbax_nnx_handler.planning.core.recipes import Recipe, Shapes
+from orbax_nnx_handler.planning.core.paths import shared_levels
 from orbax_nnx_handler.planning.likeness.assignment import ways_of_heads
 from orbax_nnx_handler.planning.likeness.links import Link, Tie
-from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, part_of
+from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, part_of, prefixes
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart
 from orbax_nnx_handler.planning.likeness.shapes import (
     Joint,
     Step,
     Way,
     arrangements,
-    chain_of,
-    cuts_of,
     joints,
-    lifted,
     several_times,
-    shaping,
     transposed,
     without_axis,
 )
@@ -50,8 +41,8 @@ def joined_parts(
     wanted: Sequence[NamedPart], stored: Sequence[NamedPart]
 ) -> tuple[list[Link], list[Tie], list[NamedPart], list[NamedPart]]:
     """Returns the links of parts that one side keeps in one array, what they leave open, and what is left."""
-    links, ties = list[Link](), list[Tie]()
-    left, right = list(wanted), list(stored)
+    ties, left, right = list[Tie](), list(wanted), list(stored)
+    links = [*_heads_apart(left, right, split=False), *_heads_apart(right, left, split=True)]
     for split in (False, True):
         wholes, singles = (right, left) if split else (left, right)
         before = -1
@@ -148,6 +139,47 @@ def _by_head(links: Sequence[Link], roles: Sequence[str], *, split: bool) -> tup
             arrangements(wholes, axes, roles, singles, split=split), _READINGS
         )
     )
+
+
+def _heads_apart(wholes: list[NamedPart], singles: list[NamedPart], *, split: bool) -> Iterator[Link]:
+    """Yields links of queries, keys or values that the other side has in a list, those of a head in each.
+
+    `heads/{0..7}/q` are the outputs of `q_lin`, one head after the other. What is linked is taken away.
+    """
+    lists = defaultdict[tuple[Names, Names], dict[int, NamedPart]](dict)
+    for role in singles:
+        for at, level in prefixes(role.part)[:-1]:
+            is_of_heads = bool(concepts((*at, level.base)) & {"attn", "head"}) and not role.part.is_norm
+            if level.number is not None and is_of_heads and len(role.said & {*"qkv"}) == 1:
+                lists[at, role.part.names[len(at) + level.width :]][level.number] = role
+    for held in lists.values():
+        heads = [held[at] for at in sorted(held)]
+        size, said = heads[0].part.main_size * len(heads), heads[0].said
+        near = [x for x in wholes if x.part.main_size == size and not (x.fused or x.part.is_norm)]
+        near = [x for x in near if x.said & {*"qkv"} == said & {*"qkv"} and not exclude(x.said, said)]
+        links = _links_of_heads(near[0], heads, split) if len(near) == 1 < len(heads) else []
+        if links:
+            wholes.remove(near[0])
+            for role in heads:
+                singles.remove(role)
+            yield from links
+
+
+def _links_of_heads(whole: NamedPart, heads: Sequence[NamedPart], split: bool) -> list[Link]:
+    """Returns the links of heads that are a layer's outputs; none where it is no kernel, inputs first."""
+    links = list[Link]()
+    for kind, leaf in whole.part.leaves.items():
+        parts = tuple(head.part.leaves[kind] for head in heads if kind in head.part.leaves)
+        options = list(joints([part.shape for part in parts], leaf.shape, split=split))
+        found = [x for x in options if x.axis == (kind == "main")]
+        found = [x for x in found if x.is_new] or found
+        if len(parts) < len(heads) or len(found) != 1 or (kind == "main" and leaf.names[-1] != "kernel"):
+            return []
+        ends = (parts, (leaf,)) if split else ((leaf,), parts)
+        links.append(
+            Link(wanted=ends[0], stored=ends[1], grounds="names", ways=found[0].parts, joint=found[0])
+        )
+    return links
 
 
 def _rest(role: NamedPart, used: Collection[int]) -> list[NamedPart]:
@@ -312,7 +344,12 @@ def joining_rule(
     assert link.joint is not None
     axis, sizes, is_new = link.joint.axis, link.joint.sizes, link.joint.is_new
     if link.is_split:
-        intos = [(*stored[0][:-2], *aim[-2:]) for aim in wanted]
+        # Heads of a list are called alike behind their numbers.
+        width = next(
+            at for at in range(2, len(wanted[0]) + 2) if len({aim[-at:] for aim in wanted}) == len(wanted)
+        )
+        width += any(aim[-width:][0].isdecimal() for aim in wanted)
+        intos = [(*stored[0][:-2], *aim[-width:]) for aim in wanted]
         pieces, whole = cut_alike(intos, stored[0], kept)
         return Split("/".join(whole), tuple(map("/".join, pieces)), axis, sizes, drop_axis=is_new), intos
     shared = shared_levels(stored, own=1)
@@ -346,104 +383,3 @@ def kept_by_head(link: Link) -> tuple[Link, Link] | None:
         plain = dataclasses.replace(link, told="head by head")
         return plain, dataclasses.replace(link, ways=((Way(steps),),), told="side by side")
     return None
-
-
-# Another recipe than the one that was found.
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Remade:
-    """A wanted leaf that is made otherwise than was thought; the layer is told where it is scanned."""
-
-    leaf: Path
-    layer: int | None
-    recipe: Recipe
-
-
-def remade_links(links: Sequence[Link], changes: Sequence[Remade], shapes: Shapes) -> list[Link]:
-    """Returns links under which some leaves are made otherwise, and those alike in other layers too.
-
-    A change that moves weights from one module to another changes its own leaf alone, and one that no
-    link can say changes none.
-    """
-    found, settled = list(links), set[int]()
-    for change in changes:
-        for at, link in enumerate(found):
-            # Among the links as they were: two that change places are still known.
-            if (other := _remade(link, change, links, shapes)) is None:
-                continue
-            settled.add(at)
-            order = [link.stored.index(leaf) for leaf in other.stored if leaf in link.stored]
-            for to, like in enumerate(found):
-                if to not in settled and len(order) == len(link.stored) and _looks(like) == _looks(link):
-                    stored = tuple(like.stored[number] for number in order)
-                    found[to] = dataclasses.replace(
-                        like, stored=stored, ways=other.ways, joint=other.joint, after=other.after
-                    )
-            found[at] = other
-            break
-    return found
-
-
-def _looks(link: Link) -> tuple[object, ...]:
-    """Returns what the links of one leaf in all layers share."""
-    sides = ([_template(leaf) for leaf in side] for side in (link.wanted, link.stored))
-    return link.ways, link.joint, link.after, *sides
-
-
-def _template(leaf: Leaf) -> tuple[str, ...]:
-    return tuple(token for token in canonical(leaf.names) if not is_number(token))
-
-
-def _remade(link: Link, change: Remade, every: Sequence[Link], shapes: Shapes) -> Link | None:
-    part = next((at for at, leaf in enumerate(link.wanted) if leaf.source == change.leaf), None)
-    layers = link.layers
-    if part is None or link.source.made or not shapes.keys() >= {*recipes.reads(change.recipe)}:
-        return None
-    if layers is not None and layers.stacks and change.layer not in (None, link.layer):
-        return None
-    whole, after = chain_of(change.recipe)
-    if isinstance(whole, recipes.Concat | recipes.Stack):
-        return _rejoined(link, whole, after, shapes)
-    if link.joint is not None and not link.is_split:
-        return None
-    steps = shaping(after, shapes)
-    cuts, source = cuts_of(whole)
-    if source is None:
-        return None
-    if link.is_split:
-        assert link.joint is not None
-        if source != link.source.source or len(cuts) != 1 or link.joint.part_at(cuts[0]) != part:
-            return None
-        return dataclasses.replace(link, ways=(*link.ways[:part], (Way(steps),), *link.ways[part + 1 :]))
-    if cuts and layers is None:
-        found = lifted(cuts, steps, shapes[source], link.wanted[part].shape)
-        if found is None:
-            return None
-        steps = found
-    stored = next(
-        (x for one in every if one.layers == layers for x in one.stored if x.source == source), None
-    )
-    return None if stored is None else dataclasses.replace(link, stored=(stored,), ways=((Way(steps),),))
-
-
-def _rejoined(
-    link: Link, whole: recipes.Concat | recipes.Stack, after: Sequence[Recipe], shapes: Shapes
-) -> Link | None:
-    """Returns a fuse of the same parts in another order, each or the whole shaped otherwise."""
-    sources = [leaf.source for leaf in link.stored]
-    parts = [chain_of(part) for part in whole.sources]
-    reads = [cuts_of(part)[1] for part, _ in parts]
-    if link.joint is None or link.is_split or len({*sources}) < len(sources) or {*reads} != {*sources}:
-        return None
-    order = [sources.index(path) for path in reads if path is not None]
-    sizes = link.joint.sizes
-    ways = tuple((Way(shaping(steps, shapes)),) for _, steps in parts)
-    joint = Joint(
-        whole.axis,
-        isinstance(whole, recipes.Stack),
-        tuple(sizes[at] for at in order) if sizes is not None else None,
-        ways,
-    )
-    stored = tuple(link.stored[at] for at in order)
-    return dataclasses.replace(link, stored=stored, ways=ways, joint=joint, after=shaping(after, shapes))

@@ -15,7 +15,6 @@ from functools import cached_property, partial
 from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.paths import Path, levels, segments
 from orbax_nnx_handler.planning.layouts.layout import Stored, is_copy_beside
-from orbax_nnx_handler.planning.likeness.joined_parts import Remade
 from orbax_nnx_handler.planning.likeness.vocabulary import Names, concepts, telling, words
 from orbax_nnx_handler.planning.mapping.networks import layers_in_turns
 from orbax_nnx_handler.planning.options import RestoreOptions
@@ -23,6 +22,7 @@ from orbax_nnx_handler.planning.rules import Drop, Rename, Rule
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.rules.split_and_fuse import by_network, copies_as_roots, keys_as_names
 from orbax_nnx_handler.planning.rules.stacking import nested_stacks
+from orbax_nnx_handler.planning.suggesting.doubts import Remade
 from orbax_nnx_handler.planning.suggesting.proposing import QUESTIONS, Proposing
 from orbax_nnx_handler.planning.suggesting.questions import CHOICES, Question
 from orbax_nnx_handler.planning.suggesting.suggestion import (

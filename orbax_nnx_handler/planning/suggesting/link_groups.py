@@ -14,11 +14,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from orbax_nnx_handler.planning.core.folding import around, plain_names
 from orbax_nnx_handler.planning.core.leaves import Move, MovedGroup, Pair, moved_groups, order_after, permuted
 from orbax_nnx_handler.planning.core.paths import Path, is_number, levels, shared_levels
-from orbax_nnx_handler.planning.core.recipes import Read, Shapes
 from orbax_nnx_handler.planning.layouts.layout import is_copy_level
 from orbax_nnx_handler.planning.likeness import count_of, in_list, lists_in, told_by_names
 from orbax_nnx_handler.planning.likeness.arrangements import by_level
-from orbax_nnx_handler.planning.likeness.joined_parts import Remade, kept_by_head, remade_links
+from orbax_nnx_handler.planning.likeness.joined_parts import kept_by_head
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, is_alone, kinds_of_modules, part_of
 from orbax_nnx_handler.planning.likeness.shapes import Way, transposed
@@ -30,7 +29,7 @@ from orbax_nnx_handler.planning.likeness.vocabulary import (
     words,
 )
 from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS, Roots
-from orbax_nnx_handler.planning.rules.entries import Entry, from_entries
+from orbax_nnx_handler.planning.rules.entries import Entry
 
 
 def with_moved_axes(found: Findings) -> Findings:
@@ -203,21 +202,6 @@ def by_module(links: Iterable[Link]) -> Mapping[object, list[Link]]:
         ends = [(names[:-2], names[-1:]) for names in sides]
         found[*ends, len(link.target.shape), len(link.source.shape)].append(link)
     return found
-
-
-def remade_behind(
-    links: Sequence[Link], changes: Sequence[Remade], entries: Iterable[Entry], shapes: Shapes
-) -> list[Link]:
-    """Returns links under which leaves are made otherwise, what rules made before as if it were stored."""
-    made = {("", *x.segments): x for x in entries if changes and not isinstance(x.recipe, Read)}
-    names = {entry.recipe: path for path, entry in made.items()}
-
-    def behind(leaf: Leaf) -> Leaf:
-        return dataclasses.replace(leaf, source=path) if (path := ("", *leaf.names)) in made else leaf
-
-    every = [dataclasses.replace(x, stored=tuple(map(behind, x.stored))) for x in links] if made else links
-    others = [dataclasses.replace(x, recipe=from_entries(x.recipe, names)) for x in changes]
-    return remade_links(every, others, {**shapes, **{path: x.shape for path, x in made.items()}})
 
 
 def possible_roots(links: Sequence[Link], roots: Roots, *, is_alone: bool) -> Iterator[tuple[int, Names]]:

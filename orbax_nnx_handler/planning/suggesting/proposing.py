@@ -13,7 +13,6 @@ from orbax_nnx_handler.planning.core.recipes import Read, Shapes, reads
 from orbax_nnx_handler.planning.layouts.layout import Stored
 from orbax_nnx_handler.planning.likeness import Owners, in_list
 from orbax_nnx_handler.planning.likeness.arrangements import flattened, turned_lists
-from orbax_nnx_handler.planning.likeness.joined_parts import Remade
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie, turns_told
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, part_of
 from orbax_nnx_handler.planning.likeness.shapes import Way
@@ -24,12 +23,11 @@ from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.planning.rules.entries import Entries, Entry, loose_parts
 from orbax_nnx_handler.planning.rules.split_and_fuse import keys_as_names
 from orbax_nnx_handler.planning.rules.values import steps_in
-from orbax_nnx_handler.planning.suggesting.doubts import agrees
+from orbax_nnx_handler.planning.suggesting.doubts import Remade, agrees, remade_behind
 from orbax_nnx_handler.planning.suggesting.link_groups import (
     kinds_of_links,
     of_few_layers,
     possible_roots,
-    remade_behind,
     without_strays,
 )
 from orbax_nnx_handler.planning.suggesting.questions import Choice, Question, held_by, is_turned, of_turns

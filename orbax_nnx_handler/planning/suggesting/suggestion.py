@@ -12,11 +12,10 @@ from orbax_nnx_handler.planning.core.folding import Row, fold
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf, WantedLeaf
 from orbax_nnx_handler.planning.core.lines import WIDTH, aligned, as_html, counted, framed
 from orbax_nnx_handler.planning.core.paths import Path, levels, printable, segments, spelled
-from orbax_nnx_handler.planning.likeness.joined_parts import Remade
 from orbax_nnx_handler.planning.likeness.links import Link, PairGrounds
 from orbax_nnx_handler.planning.likeness.vocabulary import Names, concepts, likeness, meanings, words
 from orbax_nnx_handler.planning.rules import Rename, Rule
-from orbax_nnx_handler.planning.suggesting.doubts import is_rivalled
+from orbax_nnx_handler.planning.suggesting.doubts import Remade, is_rivalled
 from orbax_nnx_handler.planning.suggesting.questions import Question, parts_in_words
 from orbax_nnx_handler.planning.verdict.outcomes import Verdict, mismatched_rows
 

@@ -418,3 +418,26 @@ def test_queries_keys_and_values_in_an_array_that_no_name_tells_are_asked_about(
     check(values, {aim: right[aim] for aim in single})
     answered = restored(stored, shapes, found.answered([0] * len(found.questions)))
     check({aim: answered[aim] for aim in right}, right)
+
+
+@pytest.mark.parametrize("is_apart", [False, True], ids=["of a layer", "of heads in a list"])
+@pytest.mark.parametrize("heads", ["heads/{}", "mha_heads_{}", "attns/{}"])
+def test_heads_of_a_list_are_the_outputs_of_queries_keys_and_values(heads, is_apart):
+    whole, single = {}, {}
+    for layer, letter in itertools.product(range(2), "qkv"):
+        name = f"layers/{layer}/attention/{letter}_lin"
+        kernel = filled({f"{name}/kernel": (WIDTH, WIDTH), f"{name}/bias": (WIDTH,)})
+        whole |= {path: x + 1000 * len(whole) for path, x in kernel.items()}
+        for kind, head in itertools.product(("kernel", "bias"), range(2)):
+            part = f"layers/{layer}/attention/{heads.format(head)}/{letter}/{kind}"
+            single[part] = np.split(whole[f"{name}/{kind}"], 2, axis=-1)[head]
+    beside = {"out/kernel": (WIDTH, WIDTH), "norm/scale": (WIDTH,)}
+    for layer, (part, shape) in itertools.product(range(2), beside.items()):
+        path = f"layers/{layer}/attention/{part}"
+        whole[path] = single[path] = 1000 * len(whole) + np.ones(shape, "f")
+    stored, expected = (single, whole) if is_apart else (whole, single)
+
+    found, values = proposed(stored, {path: x.shape for path, x in expected.items()})
+
+    assert not found.questions
+    check(values, expected)

@@ -87,8 +87,9 @@ def ways(stored: Shape, wanted: Shape) -> tuple[Way, ...]:
     if straight is None and _flattens_an_image(stored, wanted):
         return ()
     if straight is None and turned is None:
-        moved = dict(_moved(stored, wanted))
-        straight, turned = moved.get(False), moved.get(True)
+        straight, turned = map(dict(_moved(stored, wanted)).get, (False, True))
+        long = [[at for at in x[0].axes if stored[at] > 1] for x in (straight, turned) if x]
+        straight = None if len(long) > 1 and [] != long[0] == long[1] else straight  # Both do the same.
     found = [Way(straight)] if straight is not None else []
     return (*found, *([Way(turned, turned=True)] if turned is not None else []))
 

@@ -16,9 +16,11 @@ from orbax_nnx_handler.planning.core.folding import around, plain_names
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path, canonical, is_number, segments
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, Shapes
+from orbax_nnx_handler.planning.layouts.layout import is_copy_level
 from orbax_nnx_handler.planning.likeness import in_list, norms_told, purposes
+from orbax_nnx_handler.planning.likeness.arrangements import by_level
 from orbax_nnx_handler.planning.likeness.assignment import fit_of, may_be
-from orbax_nnx_handler.planning.likeness.links import Findings, Link
+from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, module_parts, part_of
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart, named_parts
 from orbax_nnx_handler.planning.likeness.shapes import (
@@ -38,10 +40,13 @@ from orbax_nnx_handler.planning.likeness.vocabulary import (
     Names,
     concepts,
     exclude,
+    may_hold_otherwise,
     meanings,
     words,
 )
+from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS
 from orbax_nnx_handler.planning.rules.entries import Entry, from_entries
+from orbax_nnx_handler.planning.suggesting.link_groups import tie_of
 from orbax_nnx_handler.planning.verdict.outcomes import Verdict
 
 
@@ -148,6 +153,61 @@ def _telling(role: NamedPart) -> frozenset[str]:
     """Returns the words of a part's path that say more than what many parts are."""
     said = (word for name in role.part.names for word in words(name) if word.isalpha())
     return frozenset(word for word in said if not meanings(word) or {*meanings(word)} - GENERAL)
+
+
+# What may be a copy.
+
+
+def apart_from_copies(links: Sequence[Link], stored: Iterable[Leaf]) -> tuple[list[Link], list[Tie]]:
+    """Returns the links, and as questions those of what may be a copy, or may hold its parts otherwise.
+
+    A copy is what is called one, `unet_ema`, and a module of one name that is wanted twice and stored once.
+    Further questions are which levels on the way up of a U-Net are which.
+    """
+
+    def is_copied(names: Iterable[object]) -> bool:
+        return any(map(_is_copied, map(str, names)))
+
+    links, levels = by_level(links)
+    doubled, used = _doubled(links), {leaf.part for link in links for leaf in link.stored}
+    free = {x.names[-2:] for x in stored if x.part not in used and not is_copied(x.names)}
+    every = {link.source.names for link in links}
+    plain = every - copied if (copied := {names for names in every if is_copied(names)}) else copied
+    originals = {tuple(map(words, names[:at])) for names in plain for at in range(len(names))}
+
+    def has_original(names: Names) -> bool:
+        """Tells whether what a module is called a copy of is used too: `actor` of `actor_target`."""
+        at = next((at for at, name in enumerate(names) if is_copied([name])), 0)
+        left = tuple(word for word in words(names[at]) if not is_copied([word]))
+        return (*map(words, names[:at]), left) in originals
+
+    kinds: dict[str, list[Link]] = defaultdict(list)
+    for link in links:
+        names, is_stored = link.target.names[:-1], any(is_copied(leaf.source) for leaf in link.stored)
+        copies = [name for name in names if is_copy_level(name)]
+        said = words("/".join(link.source.names)) if copies else ()  # RAFT's `mask` is a `mask_head`.
+        is_copy = not is_stored and any(not {*words(name)} <= {*said} for name in copies)
+        is_beside = link.source.names[-2:] in free or has_original(link.source.names)
+        is_taken = is_stored and not is_copied(names) and is_beside
+        kind = "lent" if is_copy or link.target.source in doubled else "taken" if is_taken else ""
+        kinds["held" if may_hold_otherwise(names, link.source.names[:-1]) else kind].append(link)
+    return kinds.pop("", []), [*map(tie_of, levels), *(tie_of([some]) for some in kinds.values())]
+
+
+@functools.lru_cache(maxsize=65536)
+def _is_copied(name: str) -> bool:
+    return is_copy_level(name) or "tgt" in meanings(name)
+
+
+def _doubled(links: Iterable[Link]) -> set[Path]:
+    """Returns the wanted leaves that have module, name and source of another one; not the model's."""
+    found: dict[tuple[tuple[Path, Names], Names], list[Link]] = defaultdict(list)
+    for link in links:
+        if link.joint is None and link.layers is None and len(link.target.names) > 2:
+            found[link.source.part, link.target.names[-2:]].append(link)
+    alike = (x for x in found.values() if len(x) > 1 and x[0].source.names[-2:] == x[0].target.names[-2:])
+    every = itertools.chain.from_iterable(alike)
+    return {x.target.source for x in every if not PLAIN_LEVELS.issuperset(x.target.names[:-2])}
 
 
 # What the names of parts have to share.

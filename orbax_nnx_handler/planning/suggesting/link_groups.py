@@ -13,23 +13,24 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.folding import around, plain_names
 from orbax_nnx_handler.planning.core.leaves import Move, MovedGroup, Pair, moved_groups, order_after, permuted
-from orbax_nnx_handler.planning.core.paths import Path, is_number, levels, shared_levels
-from orbax_nnx_handler.planning.layouts.layout import is_copy_level
+from orbax_nnx_handler.planning.core.paths import is_number, levels, shared_levels
 from orbax_nnx_handler.planning.likeness import count_of, in_list, lists_in, told_by_names
-from orbax_nnx_handler.planning.likeness.arrangements import by_level
 from orbax_nnx_handler.planning.likeness.joined_parts import kept_by_head
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, is_alone, kinds_of_modules, part_of
 from orbax_nnx_handler.planning.likeness.shapes import Way, transposed
 from orbax_nnx_handler.planning.likeness.vocabulary import (
     Names,
+    concepts,
     counts_of,
-    may_hold_otherwise,
     meanings,
     words,
 )
 from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS, Roots
 from orbax_nnx_handler.planning.rules.entries import Entry
+
+Order = tuple[int, ...]
+"""The axis that each axis comes from."""
 
 
 def with_moved_axes(found: Findings) -> Findings:
@@ -54,21 +55,29 @@ def with_moved_axes(found: Findings) -> Findings:
         ]
         made |= zip(places, readings[0] if len(readings) == 1 else [None] * len(places), strict=True)
         if len(readings) > 1:
-            ties.append(_tie(readings))
+            ties.append(tie_of(readings))
     shares: dict[tuple[Names, Names], list[tuple[Link, Link]]] = defaultdict(list)
+    layouts = defaultdict[int, set[Order]](set)
+    for orders in (_layouts(found.links[at]) for at in plain):
+        layouts[len(orders[0]) if orders else 0].update(orders if len(orders) == 1 else ())
     for at, link in enumerate(found.links):
         if (is_left := made[at] is link and _is_plain(link)) and (both := kept_by_head(link)) is not None:
             shares[plain_names(part_of(link.target)), plain_names(part_of(link.source))].append(both)
             made[at] = None
-        orders = _orders(link) if is_left else []
+        orders = _orders(link, layouts) if is_left else []
         if len(orders) > 1:
             made[at] = None
-            ties.append(_tie([[_ordered(link, order, f"transpose {order}")] for order in orders]))
-        elif orders and orders[0] != link.ways[0][0].steps[0].axes:
-            made[at] = _ordered(link, orders[0])
-    ties += [_tie(list(zip(*each, strict=True))) for each in shares.values()]
+            ties.append(tie_of([[_ordered(link, order, f"transpose {order}")] for order in orders]))
+        elif orders and [_order_of(link, way) for way in link.ways[0]] != orders:
+            grounds = "siblings" if link.grounds == "shapes" else link.grounds
+            made[at] = dataclasses.replace(_ordered(link, orders[0]), grounds=grounds)
+    ties += [tie_of(list(zip(*each, strict=True))) for each in shares.values()]
     links = [link for link in made.values() if link is not None]
     return Findings(links=links, ties=[*found.ties, *ties], groups=found.groups)
+
+
+def _order_of(link: Link, way: Way) -> Order:
+    return way.steps[0].axes if way.steps else tuple(range(len(link.source.shape)))
 
 
 def _told(group: MovedGroup, move: Move) -> str:
@@ -78,40 +87,63 @@ def _told(group: MovedGroup, move: Move) -> str:
 
 def _ordered(link: Link, order: tuple[int, ...], told: str = "") -> Link:
     """Returns a link that puts the axes into an order, with what is told where another may be meant."""
-    way = Way((transposed(link.source.shape, order),))
+    is_kept = order == tuple(range(len(order)))
+    way = Way(() if is_kept else (transposed(link.source.shape, order),))
     (named,) = told_by_names([link])
     return dataclasses.replace(named, ways=((way,),), told=told)
 
 
-def _tie(readings: Sequence[Sequence[Link]]) -> Tie:
+def tie_of(readings: Sequence[Sequence[Link]]) -> Tie:
     """Returns the choice between some readings of the same leaves."""
     ends = [(link.target, link.source) for link in readings[0]]
     wanted, stored = ([leaf.names for leaf in leaves] for leaves in zip(*ends, strict=True))
     return Tie(wanted=tuple(wanted), stored=tuple(stored), readings=tuple(map(tuple, readings)))
 
 
-def _orders(link: Link) -> list[tuple[int, ...]]:
+def _orders(link: Link, told: Mapping[int, set[Order]]) -> list[Order]:
     """Returns the orders of axes that a link may stand for: of several, no convention tells which.
 
-    The axes of space stay together in order where a kernel's shape allows it: `O, I, D, H, W` of PyTorch.
+    The axes of space stay together in order where a kernel's shape allows it: `O, I, D, H, W` of PyTorch. So
+    do they in the order that shapes alone tell of the model's other convolutions.
     """
-    ways = [way for each in link.ways for way in each if not way.turned]
-    steps = [step for way in ways for step in way.steps]
-    if [len(each) for each in link.ways] != [len(ways)] or len(steps) != 1:
+    ways, layouts = link.ways[0], _layouts(link)
+    if len(known := {*layouts} & told.get(len(link.source.shape), set())) == 1:
+        return [*known]
+    is_turned = ways[0].turned
+    if len(ways) != 1 or len(steps := ways[0].steps) != 1 or (is_turned and not layouts):
         return []
     step = steps[0]
     if step.kind != "transpose":
         return []
-    long = [length > 1 for length in step.before]
-    different: dict[tuple[int, ...], tuple[int, ...]] = {}
-    for order in (step.axes, *itertools.permutations(range(len(long)))):
+    every = layouts if is_turned else itertools.permutations(range(len(step.before)))
+    different: dict[Order, Order] = {}
+    for order in (step.axes, *every):
         if permuted(step.before, order) == step.shape:
-            different.setdefault(tuple(at for at in order if long[at]), order)
-    # Space, inputs, outputs; what keeps its name has its layers elsewhere.
-    is_kernel = len(long) > 3 and link.source.names[-1] == "kernel" != link.target.names[-1]
-    space = tuple(at for at in range(len(long) - 2) if long[at] and is_kernel)
+            different.setdefault(tuple(at for at in order if step.before[at] > 1), order)
+    # What keeps its name has its layers elsewhere.
+    is_kernel = len(step.before) > 3 and link.source.names[-1] == "kernel" != link.target.names[-1]
+    space = tuple(at for at in range(len(step.before) - 2) if step.before[at] > 1 and is_kernel)
     kept = [order for key, order in different.items() if space and _in_a_row(space, key)]
     return kept or list(different.values())
+
+
+def _layouts(link: Link) -> list[Order]:
+    """Returns the orders of space, inputs and outputs that a convolution's kernel may have: space in a row.
+
+    Where outputs come before inputs in one of them, so they do in all.
+    """
+    names, shape, wanted = (link.target.names, link.source.shape, link.target.shape)
+    is_square = len(shape) > 3 and len({*shape[:-2]}) == 1
+    if not (is_square or (len(shape) > 2 and "conv" in concepts((*names, *link.source.names)))):
+        return []
+    if link.source.names[-1] != "kernel" or names[-1] == "kernel" or len(shape) != len(wanted):
+        return []
+    *space, into, out = range(len(shape))
+    ends = ((), (into,), (out,), (into, out), (out, into))
+    orders = [(*x, *space, *y) for x, y in itertools.product(ends, ends) if {*x, *y} == {into, out}]
+    fitting = [x for x in orders if len(x) == len(shape) and permuted(shape, x) == wanted]
+    led = [order for order in fitting if order.index(out) < order.index(into)]
+    return led if any(way.turned for way in link.ways[0]) and led else fitting
 
 
 def _in_a_row(some: tuple[int, ...], axes: tuple[int, ...]) -> bool:
@@ -217,58 +249,6 @@ def possible_roots(links: Sequence[Link], roots: Roots, *, is_alone: bool) -> It
             yield depth, ()
             if kept and begins and len(kept) == len(roots.stored):
                 yield depth, kept
-
-
-def apart_from_copies(links: Sequence[Link], stored: Iterable[Leaf]) -> tuple[list[Link], list[Tie]]:
-    """Returns the links, and as questions those of what may be a copy, or may hold its parts otherwise.
-
-    A copy is what is called one, `unet_ema`, and a module of one name that is wanted twice and stored once.
-    Further questions are which levels on the way up of a U-Net are which.
-    """
-
-    def is_copied(names: Iterable[object]) -> bool:
-        return any(map(_is_copied, map(str, names)))
-
-    links, levels = by_level(links)
-    doubled, used = _doubled(links), {leaf.part for link in links for leaf in link.stored}
-    free = {x.names[-2:] for x in stored if x.part not in used and not is_copied(x.names)}
-    every = {link.source.names for link in links}
-    plain = every - copied if (copied := {names for names in every if is_copied(names)}) else copied
-    originals = {tuple(map(words, names[:at])) for names in plain for at in range(len(names))}
-
-    def has_original(names: Names) -> bool:
-        """Tells whether what a module is called a copy of is used too: `actor` of `actor_target`."""
-        at = next((at for at, name in enumerate(names) if is_copied([name])), 0)
-        left = tuple(word for word in words(names[at]) if not is_copied([word]))
-        return (*map(words, names[:at]), left) in originals
-
-    kinds: dict[str, list[Link]] = defaultdict(list)
-    for link in links:
-        names, is_stored = link.target.names[:-1], any(is_copied(leaf.source) for leaf in link.stored)
-        copies = [name for name in names if is_copy_level(name)]
-        said = words("/".join(link.source.names)) if copies else ()  # RAFT's `mask` is a `mask_head`.
-        is_copy = not is_stored and any(not {*words(name)} <= {*said} for name in copies)
-        is_beside = link.source.names[-2:] in free or has_original(link.source.names)
-        is_taken = is_stored and not is_copied(names) and is_beside
-        kind = "lent" if is_copy or link.target.source in doubled else "taken" if is_taken else ""
-        kinds["held" if may_hold_otherwise(names, link.source.names[:-1]) else kind].append(link)
-    return kinds.pop("", []), [*map(_tie, levels), *(_tie([some]) for some in kinds.values())]
-
-
-@functools.lru_cache(maxsize=65536)
-def _is_copied(name: str) -> bool:
-    return is_copy_level(name) or "tgt" in meanings(name)
-
-
-def _doubled(links: Iterable[Link]) -> set[Path]:
-    """Returns the wanted leaves that have module, name and source of another one; not the model's."""
-    found: dict[tuple[tuple[Path, Names], Names], list[Link]] = defaultdict(list)
-    for link in links:
-        if link.joint is None and link.layers is None and len(link.target.names) > 2:
-            found[link.source.part, link.target.names[-2:]].append(link)
-    alike = (x for x in found.values() if len(x) > 1 and x[0].source.names[-2:] == x[0].target.names[-2:])
-    every = itertools.chain.from_iterable(alike)
-    return {x.target.source for x in every if not PLAIN_LEVELS.issuperset(x.target.names[:-2])}
 
 
 # Links that speak against each other, and questions that are one.

@@ -24,10 +24,9 @@ from orbax_nnx_handler.planning.likeness.vocabulary import Names, concepts
 from orbax_nnx_handler.planning.mapping.cells_and_wrappers import derive
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.rules.values import steps_in
-from orbax_nnx_handler.planning.suggesting.doubts import GENERAL, wanted_twice
+from orbax_nnx_handler.planning.suggesting.doubts import GENERAL, apart_from_copies, wanted_twice
 from orbax_nnx_handler.planning.suggesting.link_groups import (
     Precedents,
-    apart_from_copies,
     with_moved_axes,
     with_networks_told,
 )

@@ -25,7 +25,7 @@ _WORDS: Mapping[str, str] = {
     "shapes": "by shapes",
     "names": "by names",
     "order": "by the order in which both programs number or compute them",
-    "siblings": "a square matrix, arranged as its siblings are",
+    "siblings": "arranged as its siblings are",
     "patch": "with rows, columns and channels of a patch in one order on both sides",
     "outputs": "proved by outputs",
     "tried": "by outputs of single modules, not proved",

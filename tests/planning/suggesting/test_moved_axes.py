@@ -196,3 +196,58 @@ def test_whether_a_matrix_is_turned_is_not_asked_where_it_has_one_row_or_one_col
 
     check(values, {"learning/rate_weight": stored["rate/kernel"].reshape(4, 1, 32)})
     assert [question.choices for question in found.questions] == [("as it is", "transposed")]
+
+
+def _convolutions(order, **shapes):
+    stored = {name: {"kernel": _numbers(1000 * at, *x)} for at, (name, x) in enumerate(shapes.items())}
+    wanted = {name: {"weight": x["kernel"].transpose(order)} for name, x in stored.items()}
+    return {"params": stored}, wanted
+
+
+STEMS = {
+    "of three colours": (3, 3, 3, 8),
+    "of a square": (4, 4, 4, 4),
+    "of fewer channels than its sides": (7, 7, 2, 2),
+}
+
+
+@pytest.mark.parametrize("order", [(3, 2, 0, 1), (3, 0, 1, 2)], ids=["PyTorch's", "MLX's"])
+@pytest.mark.parametrize("stem", STEMS.values(), ids=STEMS)
+def test_convolutions_of_one_model_have_their_axes_in_one_order(stem, order):
+    variables, wanted = _convolutions(order, conv_in=stem, conv_1=(3, 3, 8, 16), conv_2=(1, 1, 4, 2))
+
+    found = suggest(variables, _target(wanted))
+
+    assert not found.questions
+    _check(variables, wanted, found.renames)
+
+
+@pytest.mark.parametrize("order", [(2, 1, 0), (2, 0, 1)], ids=["PyTorch's", "MLX's"])
+def test_so_have_convolutions_over_time(order):
+    variables, wanted = _convolutions(order, conv_in=(3, 3, 8), conv_1=(3, 8, 8), conv_2=(5, 8, 16))
+
+    found = suggest(variables, _target(wanted))
+
+    assert not found.questions
+    _check(variables, wanted, found.renames)
+
+
+def test_of_one_convolution_alone_two_orders_are_asked_about():
+    variables, wanted = _convolutions((3, 0, 1, 2), conv_in=(3, 3, 3, 8))
+
+    found = suggest(variables, _target(wanted))
+
+    assert not found.covered
+    _check(variables, wanted, found.answered([1]))
+
+
+def test_a_convolution_over_one_place_may_be_a_matrix():
+    kernel = _numbers(0, 1, 1, 4, 8)
+    variables, wanted = (
+        {"params": {"conv_shortcut": {"kernel": kernel}}},
+        {"conv_shortcut": {"weight": kernel[0, 0].T}},
+    )
+
+    found = suggest(variables, _target(wanted))
+
+    _check(variables, wanted, found.renames)

@@ -57,9 +57,10 @@ def with_moved_axes(found: Findings) -> Findings:
         if len(readings) > 1:
             ties.append(tie_of(readings))
     shares: dict[tuple[Names, Names], list[tuple[Link, Link]]] = defaultdict(list)
-    layouts = defaultdict[int, set[Order]](set)
-    for orders in (_layouts(found.links[at]) for at in plain):
-        layouts[len(orders[0]) if orders else 0].update(orders if len(orders) == 1 else ())
+    layouts = defaultdict[_Window, set[Order]](set)
+    for window, orders in (_layouts(found.links[at]) for at in plain):
+        for key in (window, window[:2]) if len(orders) == 1 else ():
+            layouts[key].update(orders)
     for at, link in enumerate(found.links):
         if (is_left := made[at] is link and _is_plain(link)) and (both := kept_by_head(link)) is not None:
             shares[plain_names(part_of(link.target)), plain_names(part_of(link.source))].append(both)
@@ -100,50 +101,55 @@ def tie_of(readings: Sequence[Sequence[Link]]) -> Tie:
     return Tie(wanted=tuple(wanted), stored=tuple(stored), readings=tuple(map(tuple, readings)))
 
 
-def _orders(link: Link, told: Mapping[int, set[Order]]) -> list[Order]:
+def _orders(link: Link, told: "Mapping[_Window, set[Order]]") -> list[Order]:
     """Returns the orders of axes that a link may stand for: of several, no convention tells which.
 
     The axes of space stay together in order where a kernel's shape allows it: `O, I, D, H, W` of PyTorch. So
-    do they in the order that shapes alone tell of the model's other convolutions.
+    do they in the order that shapes alone tell of the model's other convolutions, first those of its window.
     """
-    ways, layouts = link.ways[0], _layouts(link)
-    if len(known := {*layouts} & told.get(len(link.source.shape), set())) == 1:
-        return [*known]
-    is_turned = ways[0].turned
-    if len(ways) != 1 or len(steps := ways[0].steps) != 1 or (is_turned and not layouts):
+    ways, (window, layouts) = link.ways[0], _layouts(link)
+    known = {*layouts} & (told.get(window) or told.get(window[:2], set()))
+    if len(known) == 1 or len(ways) != 1 or len(steps := ways[0].steps) != 1:
+        return [*known] if len(known) == 1 else []
+    if (step := steps[0]).kind != "transpose":
         return []
-    step = steps[0]
-    if step.kind != "transpose":
-        return []
-    every = layouts if is_turned else itertools.permutations(range(len(step.before)))
     different: dict[Order, Order] = {}
-    for order in (step.axes, *every):
+    every = layouts or itertools.permutations(range(len(step.before)))
+    for order in (*(x for x in (step.axes,) if x in layouts or not layouts), *every):
         if permuted(step.before, order) == step.shape:
             different.setdefault(tuple(at for at in order if step.before[at] > 1), order)
     # What keeps its name has its layers elsewhere.
-    is_kernel = len(step.before) > 3 and link.source.names[-1] == "kernel" != link.target.names[-1]
+    name = link.source.names[-1]
+    is_kernel = len(step.before) > 3 and name.endswith("kernel") and name != link.target.names[-1]
     space = tuple(at for at in range(len(step.before) - 2) if step.before[at] > 1 and is_kernel)
     kept = [order for key, order in different.items() if space and _in_a_row(space, key)]
     return kept or list(different.values())
 
 
-def _layouts(link: Link) -> list[Order]:
+_Window = tuple[object, ...]
+"""How many axes kernels have, whether they are of transposed convolutions, and over how many places."""
+
+
+def _layouts(link: Link) -> tuple[_Window, list[Order]]:
     """Returns the orders of space, inputs and outputs that a convolution's kernel may have: space in a row.
 
-    Where outputs come before inputs in one of them, so they do in all.
+    Outputs come first in all libraries that do not keep Linen's order; of a transposed one in some.
     """
-    names, shape, wanted = (link.target.names, link.source.shape, link.target.shape)
-    is_square = len(shape) > 3 and len({*shape[:-2]}) == 1
-    if not (is_square or (len(shape) > 2 and "conv" in concepts((*names, *link.source.names)))):
-        return []
-    if link.source.names[-1] != "kernel" or names[-1] == "kernel" or len(shape) != len(wanted):
-        return []
+    names, shape = (*link.target.names, *link.source.names), link.source.shape
+    *lengths, _, _ = shape if len(shape) > 2 else (0, 0)
+    said = concepts(names)
+    if not (len(lengths) > 1 and len({*lengths}) == 1) and said.isdisjoint(("conv", "deconv")):
+        return (), []
+    if link.source.names[-1] != "kernel" or link.target.names[-1] == "kernel" or not lengths:
+        return (), []
     *space, into, out = range(len(shape))
     ends = ((), (into,), (out,), (into, out), (out, into))
     orders = [(*x, *space, *y) for x, y in itertools.product(ends, ends) if {*x, *y} == {into, out}]
-    fitting = [x for x in orders if len(x) == len(shape) and permuted(shape, x) == wanted]
-    led = [order for order in fitting if order.index(out) < order.index(into)]
-    return led if any(way.turned for way in link.ways[0]) and led else fitting
+    every = (x for x in orders if len(x) == len(shape) == len(link.target.shape))
+    fitting = [x for x in every if permuted(shape, x) == link.target.shape]
+    led = [order for order in fitting if order[-1] == out or order.index(out) < order.index(into)]
+    is_up = "deconv" in said or ("up" in said and not any(length % 2 for length in lengths))
+    return (len(shape), is_up, *lengths), fitting if is_up or not led else led
 
 
 def _in_a_row(some: tuple[int, ...], axes: tuple[int, ...]) -> bool:

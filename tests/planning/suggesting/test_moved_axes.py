@@ -251,3 +251,31 @@ def test_a_convolution_over_one_place_may_be_a_matrix():
     found = suggest(variables, _target(wanted))
 
     _check(variables, wanted, found.renames)
+
+
+def test_a_transposed_convolution_of_as_many_outputs_as_inputs_has_the_order_of_the_others_or_is_asked():
+    shapes = {"up_1": (2, 2, 8, 8), "up_2": (2, 2, 8, 4), "conv_1": (3, 3, 4, 4), "conv_2": (3, 3, 4, 8)}
+    variables, wanted = _convolutions((3, 2, 0, 1), **shapes)
+    for name in ("up_1", "up_2"):
+        wanted[name] = {"weight": variables["params"][name]["kernel"].transpose(2, 3, 0, 1)}
+
+    _check(variables, wanted, suggest(variables, _target(wanted)).renames)
+    del variables["params"]["up_2"], wanted["up_2"]
+
+    assert suggest(variables, _target(wanted)).questions
+
+
+def _of_one_size(before, after):
+    return {"params": {"table": _numbers(0, *before)}}, {"table": np.zeros(after, np.float32)}
+
+
+@pytest.mark.parametrize(
+    "shapes", [((7, 7, 16), (16, 7, 7)), ((4, 9, 9), (9, 9, 4)), ((16, 4, 4), (4, 4, 16))]
+)
+def test_which_of_two_axes_of_one_size_comes_first_is_asked(shapes):
+    variables, wanted = _of_one_size(*shapes)
+
+    found = suggest(variables, _target(wanted))
+
+    assert found.confidence == "open"
+    assert found.questions

@@ -2,18 +2,18 @@
 
 import contextlib
 import dataclasses
+import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
 
 from orbax_nnx_handler.planning.core.errors import RestoreError, UnreadableLeafError
 from orbax_nnx_handler.planning.core.leaves import MOMENTS, Shape, StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, without_box
 from orbax_nnx_handler.planning.core.recipes import Recipe, reads
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement, words_of
-from orbax_nnx_handler.planning.likeness.links import Link
+from orbax_nnx_handler.planning.likeness.links import Findings
 from orbax_nnx_handler.planning.likeness.module_parts import arrangeable
 from orbax_nnx_handler.planning.mapping.choice import faults_of
 from orbax_nnx_handler.planning.mapping.optimizer_states import split
@@ -70,11 +70,7 @@ class Evidence:
     @cached_property
     def missing(self) -> Mapping[Path, Missing]:
         """Missing leaves that make the restore fail."""
-        return {
-            path: item
-            for path, item in self.verdict.missing.items()
-            if path not in self.explained and item.policy == "error"
-        }
+        return {path: item for path, item in self.open_leaves.items() if path not in self.explained}
 
     @cached_property
     def open_leaves(self) -> Mapping[Path, Missing]:
@@ -278,7 +274,7 @@ class Evidence:
     ) -> Mapping[Path, frozenset[Path]]:
         """Returns the stored leaves among some that wanted ones are probably made of."""
         wanted = [self.weights[path] for path in lost]
-        return _sources(self._search(wanted, held)) if _few_pairs(wanted, held) else {}
+        return _sources(self._searched(wanted, held)) if _few_pairs(wanted, held) else {}
 
     def speaks_against(self, wanted: Iterable[Path], stored: Collection[Path]) -> bool:
         """Tells whether the search pairs wanted leaves with others than these stored ones."""
@@ -292,35 +288,44 @@ class Evidence:
     @cached_property
     def links_anew(self) -> Mapping[Path, frozenset[Path]]:
         """What `links` would be without the rules that were passed."""
-        found = _sources(self._anew)
-        return {path: found[path] for path in self.open_leaves if path in found}
+        return self._found_anew(copied=False)
 
     @cached_property
     def _copied(self) -> Mapping[Path, frozenset[Path]]:
         """Missing weights that one stored leaf probably is beside the wanted one that it is already."""
-        found = _sources(link for link in self._anew if link.copied)
+        return self._found_anew(copied=True)
+
+    def _found_anew(self, *, copied: bool) -> Mapping[Path, frozenset[Path]]:
+        found = _sources(self._whole if self.open_leaves else _NOTHING, copied=copied)
         return {path: sources for path, sources in found.items() if path in self.open_leaves}
 
     @cached_property
-    def _anew(self) -> Sequence[Link]:
-        has_lost = any(path in self.open_leaves for path in self.weights)
-        return self._search(self.weights.values(), self.stored_weights.values()) if has_lost else ()
+    def _whole(self) -> Searched:
+        return self._searched(self.weights.values(), self.stored_weights.values())
 
     @property
     def is_asked(self) -> bool:
         """Whether `suggest` asks what is made of which stored leaves."""
-        found = self._searched(self.weights.values(), self.stored_weights.values())
-        return found is not None and bool(found.found.ties)
+        return bool(self._whole.found.ties)
 
-    def _search(self, wanted: Iterable[Wanted], placed: Collection[Placement]) -> Sequence[Link]:
-        found = self._searched(wanted, placed)
-        return () if found is None else (*found.links, *found.turns)
+    def is_found(self, recipes: Mapping[Path, Recipe]) -> bool:
+        """Tells whether the search of the whole model finds what recipes read, where it finds anything.
 
-    def _searched(self, wanted: Iterable[Wanted], placed: Collection[Placement]) -> Searched | None:
+        It does not look at stored copies: what is made of one is no part of what it asks about.
+        """
+        asked = (tie.readings for tie in self._whole.found.ties)
+        every = [_sources(self._whole), *(paths_of(each) for each in itertools.chain(*asked))]
+        known = set[Path]().union(*(sources for each in every for sources in each.values()))
+        made = {path: set(reads(recipe)) for path, recipe in recipes.items()}
+        copies = {path for path, of in made.items() if of.isdisjoint(known)}
+        told = [each for at, each in enumerate(every) if at == 0 or copies.isdisjoint(each)]
+        return all(each.get(p, of) == of for each in told for p, of in made.items() if p not in copies)
+
+    def _searched(self, wanted: Iterable[Wanted], placed: Collection[Placement]) -> Searched:
         ours = wanted_leaves(wanted)
         is_readable = not any(isinstance(fault, UnreadableLeafError) for fault in self.verdict.faults)
         if not ours or not self.is_searched or not is_readable:
-            return None
+            return _NOTHING
         # Of which of several networks a leaf is, its path within them does not tell.
         held = Counter((item.collection, item.tokens) for item in placed)
         known = [item for item in placed if held[item.collection, item.tokens] == 1]
@@ -328,7 +333,7 @@ class Evidence:
         theirs = stored_leaves(entries, any("dense_i" in leaf.names[-2:-1] for leaf in ours))
         with contextlib.suppress(RecursionError):
             return search(ours, theirs, {})
-        return None
+        return _NOTHING
 
     @cached_property
     def is_searched(self) -> bool:
@@ -337,23 +342,12 @@ class Evidence:
         is_small = max(len(self.weights), len(self.stored_weights)) <= _SEARCHED
         return is_small and _few_pairs(lost, self.unused_weights.values())
 
-    @cached_property
-    def holders(self) -> Mapping[Any, set[Path]]:
-        """The wanted leaves that a restore may miss, by the keys in their paths."""
-        found: dict[Any, set[Path]] = defaultdict(set)
-        for path, item in self.sides.wanted.items():
-            if item.role not in ("random", "transient"):
-                for key in path:
-                    found[key].add(path)
-        return found
-
     def restored_under(self, rules: Sequence[Rule]) -> Mapping[Path, Recipe] | None:
         """Returns what would be restored under other rules, and how; None where they are refused."""
-        wanted = list(self.sides.wanted.values())
         stored = {path: item.leaf for path, item in self.sides.placements.items()}
         options = RestoreOptions.of(renames=tuple(rules), layout=self.verdict.read_as)
         try:
-            mapping, faults, _ = choose(wanted, stored, options)
+            mapping, faults, _ = choose(list(self.sides.wanted.values()), stored, options)
         except RestoreError:
             return None
         if faults or mapping.faults or any(faults_of(mapping)):
@@ -411,7 +405,8 @@ class Evidence:
         return (*weights, *followers)
 
 
-def _sources(links: Iterable[Link]) -> Mapping[Path, frozenset[Path]]:
+def _sources(found: Searched, *, copied: bool = False) -> Mapping[Path, frozenset[Path]]:
+    links = (link for link in (*found.links, *found.turns) if link.copied or not copied)
     return {path: frozenset(sources) for path, sources in paths_of(links).items()}
 
 
@@ -421,6 +416,7 @@ def _few_pairs(lost: Iterable[Wanted], held: Iterable[Placement]) -> bool:
     return sum(sizes[math.prod(item.leaf.shape)] for item in lost) <= _PAIRS
 
 
+_NOTHING = Searched(links=(), turns=(), found=Findings())
 _PAIRS = 10_000
 _SEARCHED = 2000
 """Leaves of one side that the search goes through for an error; a proposal has no such bound."""

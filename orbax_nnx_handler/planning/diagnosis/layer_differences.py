@@ -21,7 +21,7 @@ from orbax_nnx_handler.planning.core.paths import (
 from orbax_nnx_handler.planning.core.recipes import Fill, Index, Read, Recipe, Stack, children
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, spell
 from orbax_nnx_handler.planning.diagnosis.passed_rules import other_axis
-from orbax_nnx_handler.planning.diagnosis.ways import layer_pattern, leaving_out, selecting
+from orbax_nnx_handler.planning.diagnosis.ways import layer_pattern, leaving_out, numbers_apart, selecting
 from orbax_nnx_handler.planning.mapping.layer_paths import Form, Group, flat_paths, layer_paths
 from orbax_nnx_handler.planning.rules import UnstackLayers
 
@@ -142,7 +142,8 @@ def _flat_positions(
 ) -> Mapping[Group, _Positions]:
     known: dict[Tokens, Group] = {(*group.parent, group.name): group for group in groups or ()}
     found: dict[Group, dict[int, list[Path]]] = defaultdict(lambda: defaultdict(list))
-    for path, tokens in leaves.items():
+    for path, names in leaves.items():
+        tokens = numbers_apart(names) if groups is None else names
         for at, token in enumerate(tokens[:-1]):
             if at and is_number(token):
                 name = tokens[:at]
@@ -171,8 +172,7 @@ def _partial_stacks(evidence: Evidence) -> Iterable[Cause]:
         explained = evidence.with_moments(paths)
         stored = wanted - len(layers)
         if layers == tuple(range(stored, wanted)):
-            filters = selecting(evidence, explained)
-            yield _another_number(group, stored, wanted, explained, filters=filters)
+            yield _another_number(group, stored, wanted, explained, filters=selecting(evidence, explained))
         else:
             yield _hole(group, layers, stored, explained)
 

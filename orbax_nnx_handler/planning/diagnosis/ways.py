@@ -159,13 +159,20 @@ def in_any_order(cause: Cause, evidence: Evidence, names: Sequence[str], shapes:
 
 
 def _helps(cause: Cause, evidence: Evidence, rules: Sequence[Rule]) -> bool:
-    """Tells whether more is restored under some rules, and nothing beside the cause is arranged anew."""
+    """Tells whether more is restored under some rules, and nothing beside the cause is arranged anew.
+
+    Of what the search of the whole model finds, nothing may come from elsewhere: of `fc1`, `fc2`, `fc3` for
+    `fc0`, `fc1`, `fc2`, `fc3` alone is left, and as `fc0` it would leave all of them one layer off.
+    """
     before, found = evidence.restored, evidence.restored_under(rules)
     if found is None or not before.keys() <= found.keys():
         return False
     others = (path for path in before if path not in cause.paths)
     if any(_is_rearranged(before[path].recipe, found[path]) for path in others):
         return False  # A pattern that matches more than is meant.
+    had = {path: reads(item.recipe) for path, item in (*before.items(), *evidence.verdict.mismatched.items())}
+    if not evidence.is_found({path: made for path, made in found.items() if reads(made) != had.get(path)}):
+        return False
     return len(found) > len(before) or cause.kind in _NO_MORE
 
 
@@ -225,12 +232,14 @@ def _few(offers: Sequence[tuple[Any, set[Path]]], wanted: set[Path]) -> tuple[An
 
 def _offers(evidence: Evidence, wanted: Collection[Path]) -> Iterable[tuple[Any, set[Path]]]:
     kinds: dict[type, set[Path]] = defaultdict(set)
-    names = evidence.holders
+    names: dict[Any, set[Path]] = defaultdict(set)
     narrow = functools.cache(_kinds)
     for path, item in evidence.sides.wanted.items():
         if item.role not in ("random", "transient"):
             for kind in narrow(item.leaf.kind):
                 kinds[kind].add(path)
+            for key in path:
+                names[key].add(path)
     # A module's name says more than `kernel` does.
     lost = [path for path in evidence.verdict.missing if path in wanted]
     keys = [key for path in lost for key in reversed(path[:-1])] + [path[-1] for path in lost]
@@ -264,6 +273,7 @@ def _kinds(kind: type | None) -> list[type]:
 
 
 _NUMBER = re.compile(r"\d+$")
+_GLUED = re.compile(r"(.*[^\d#_])(\d{1,18})")
 
 
 def shortest_patterns(evidence: Evidence, paths: Iterable[Path]) -> list[str]:
@@ -329,17 +339,24 @@ def _general(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(_NUMBER.sub(lambda _: f"{{{next(letters)}}}", name) for name in names)
 
 
+def numbers_apart(tokens: Tokens) -> Tokens:
+    """Returns canonical tokens with the number at a name's end by itself: `fc1` is `fc`, `#1`."""
+    found = (_GLUED.fullmatch(token) for token in tokens)
+    pairs = zip(tokens, found, strict=True)
+    return tuple(part for token, two in pairs for part in ((two[1], f"#{int(two[2])}") if two else (token,)))
+
+
 def layer_pattern(evidence: Evidence, path: Path, group: Tokens) -> str:
     """Returns how the checkpoint writes a layer of this group and of no other, `layers_{}` if that does."""
-    names = segments(path)
-    tokens = [canonical(names[: at + 1]) for at in range(len(names))]
+    names, group = segments(path), numbers_apart(group)
+    tokens = [numbers_apart(canonical(names[: at + 1])) for at in range(len(names))]
     depth = next(
         at for at, each in enumerate(tokens) if is_number(each[-1]) and each[:-1][-len(group) :] == group
     )
     whole = [*names[:depth], _NUMBER.sub("{}", names[depth])]
     others = [segments(other) for other in evidence.stored_weights]
     others = [other for other in others if _numberless(other[: depth + 1]) != tuple(whole)]
-    shortest = len(canonical(names[depth : depth + 1])) % 2 + 1
+    shortest = len(numbers_apart(canonical(names[depth : depth + 1]))) % 2 + 1
     return next(
         "/".join(whole[-length:])
         for length in range(shortest, depth + 2)

@@ -12,6 +12,7 @@ from flax import nnx
 import orbax_nnx_handler
 from orbax_nnx_handler import RestorePlan, plan_restore
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
+from orbax_nnx_handler.planning.core.recipes import reads
 from orbax_nnx_handler.planning.diagnosis.explanation import diagnose
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.restore_plan import make_plan
@@ -261,6 +262,45 @@ def test_layers_that_are_numbered_from_one_are_shifted_and_the_renames_restore()
     assert cause.kind == "LayersShifted"
     assert plan(have, want, renames=pasted(cause.hint.words, "renames")).fits
     assert plan(have, want, **cause.hint.arguments).fits
+
+
+@pytest.mark.parametrize("name", ["fc", "conv", "block", "layer", "q"])
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("above", ["", "encoder/"])
+def test_a_hint_never_leaves_a_list_that_counts_from_another_number_read_one_layer_off(
+    name: str, first: int, above: str
+):
+    # All but one fit by equal names: the one that is left over is not the one that is missing.
+    rest = {"kernel": (4, 4), "bias": (4,)}
+    here, there = (
+        {f"{above}{name}{at}/{k}": v for at in range(n, n + 3) for k, v in rest.items()}
+        for n in (first, 1 - first)
+    )
+    have, want = stored(there | {"stem/kernel": (8, 4)}), here | {"stem/kernel": (8, 4)}
+
+    (cause,) = diagnose(plan(have, want))
+
+    assert cause.kind == "LayersShifted"
+    fitting = plan(have, want, **cause.hint.arguments)
+    assert fitting.fits
+    for path, item in fitting.restored.items():
+        old = re.sub(rf"{name}(\d)", lambda m: f"{name}{int(m[1]) + 1 - 2 * first}", "/".join(path))
+        assert reads(item.recipe) == (("params", *old.split("/")),)
+
+
+def test_where_the_search_asks_how_a_list_counts_no_rename_is_offered_and_the_numbers_are_told():
+    # A U-Net's way up may be counted from either end.
+    rest = {"kernel": (4, 4), "bias": (4,)}
+    have = stored({f"up{at}/{k}": v for at in (1, 2, 3) for k, v in rest.items()} | {"stem/kernel": (8, 4)})
+    want = {f"up{at}/{k}": v for at in (0, 1, 2) for k, v in rest.items()} | {"stem/kernel": (8, 4)}
+
+    (cause,) = diagnose(plan(have, want))
+
+    assert (
+        cause.text == "the 3 layers of 'up' are numbered 1 to 3 in the checkpoint and 0 to 2 in the target."
+    )
+    assert cause.hint.command == "suggest"
+    assert not cause.hint.arguments
 
 
 def test_layers_one_by_one_under_another_name_come_with_the_rename_that_restores():

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeGuard, cast
 
@@ -414,3 +415,23 @@ def _shown(entry: Entry) -> str:
     """Returns the path of a stored leaf; what rules have made of it, where they have."""
     stored, now = render(entry.whole if entry.leaves else entry.sources[0]), render(entry.whole)
     return stored if stored == now else f"{stored} (now {now})"
+
+
+def unboxed(entries: Sequence[Entry]) -> Sequence[Entry]:
+    """Returns entries without the level `value` of a box, as rules may name a leaf in one too.
+
+    A box holds nothing else: beside a `query` and a `key`, `value` is a leaf's own name.
+    """
+    boxes = {x.whole[:-1] for x in entries if len(x.segments) > 1 and x.segments[-1] == "value"}
+    if not boxes:
+        return entries  # Nearly every checkpoint.
+    held = Counter(x.whole[:at] for x in entries for at in range(1, len(x.whole)))
+    return [
+        dataclasses.replace(x, segments=x.segments[:-1], fixed=x.fixed[: len(x.whole) - 1])
+        if x.section == "model"
+        and x.whole[-1] == "value"
+        and x.whole[:-1] in boxes
+        and held[x.whole[:-1]] == 1
+        else x
+        for x in entries
+    ]

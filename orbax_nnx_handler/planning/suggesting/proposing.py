@@ -20,6 +20,7 @@ from orbax_nnx_handler.planning.likeness.vocabulary import Names, counts_of
 from orbax_nnx_handler.planning.mapping.networks import networks_as_parts
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.rules import Rule
+from orbax_nnx_handler.planning.rules.applying import unboxed
 from orbax_nnx_handler.planning.rules.entries import Entries, Entry, loose_parts
 from orbax_nnx_handler.planning.rules.split_and_fuse import keys_as_names
 from orbax_nnx_handler.planning.rules.values import steps_in
@@ -112,7 +113,7 @@ class Proposing:
 
     @cached_property
     def _applied(self) -> Sequence[Entry]:
-        return networks_as_parts(self._chosen.mapping.applied.entries)
+        return unboxed(networks_as_parts(self._chosen.mapping.applied.entries))
 
     def suggestion(self) -> Suggestion:
         """Returns the proposal, tried."""
@@ -163,7 +164,7 @@ class Proposing:
                 plain = self._chosen_by(keys)  # Else one name would stand for a leaf of each network.
         except RestoreError:
             return found  # Only the rules make it a tree of a known layout.
-        before = self._search(networks_as_parts(plain.mapping.applied.entries))
+        before = self._search(unboxed(networks_as_parts(plain.mapping.applied.entries)))
         sources = paths_of(before.links)
         made = ((sources.get(path, set()), reads(item.recipe)) for path, item in self._base.restored.items())
         differs = any(not said <= set(read) for said, read in made)
@@ -212,7 +213,7 @@ class Proposing:
         """Returns the rules under which the most leaves are what the search says, and none is another."""
         best, left = Tried(verdict=self._base), list(links)
         for _ in range(_TRIES):
-            lost: set[Path] = set()
+            lost, most = set[Path](), -2
             # A save knows `model` as the root of a model only beside an optimizer or a step.
             is_alone = not (self.is_beside or of_role(self._wanted, "optimizer", "step"))
             for root, below in possible_roots(left, self._chosen.mapping.roots, is_alone=is_alone):
@@ -221,7 +222,8 @@ class Proposing:
                     return tried if tried.right > best.right else best
                 if tried.is_clean and tried.right > best.right:
                     best = tried
-                lost = set(tried.wrong)
+                # Under another root more is wrong than needs be.
+                lost, most = (set(tried.wrong), tried.right) if tried.right > most else (lost, most)
             rest = [link for link in left if not any(leaf.source in lost for leaf in link.wanted)]
             if len(rest) in (len(left), 0):
                 break

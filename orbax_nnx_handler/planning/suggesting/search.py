@@ -22,6 +22,7 @@ from orbax_nnx_handler.planning.likeness.norms_of_layers import with_counted_par
 from orbax_nnx_handler.planning.likeness.shapes import Way, ways
 from orbax_nnx_handler.planning.likeness.vocabulary import Names, concepts
 from orbax_nnx_handler.planning.mapping.cells_and_wrappers import derive
+from orbax_nnx_handler.planning.rules.applying import unboxed
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.rules.values import steps_in
 from orbax_nnx_handler.planning.suggesting.doubts import GENERAL, apart_from_copies, wanted_twice
@@ -98,7 +99,7 @@ def wanted_leaves(items: Iterable[Wanted]) -> list[Leaf]:
 
 def stored_leaves(entries: Iterable[Entry], arranged: bool) -> list[Leaf]:
     """Returns the stored leaves of a model; `arranged`: the gates of cells fused, as NNX's have them."""
-    model = [entry for entry in entries if entry.section == "model"]
+    model = unboxed([entry for entry in entries if entry.section == "model"])
     return _arranged(model) if arranged else [_leaf(entry, entry.segments) for entry in model]
 
 
@@ -119,9 +120,8 @@ def without_repeats(wanted: Sequence[Leaf], entries: Sequence[Entry]) -> Sequenc
 
 
 def _leaf(entry: Entry, names: Names) -> Leaf:
-    boxed = len(names) > 1 and names[-1] == "value"
     return Leaf(
-        names=names[:-1] if boxed else names,
+        names=names,
         collection=entry.collection,
         shape=entry.shape,
         number=number_of(entry.cast or entry.dtype),

@@ -1,5 +1,7 @@
 """Which parameters make one part: a scale with its shift, a kernel with its bias, a norm and no token."""
 
+import pytest
+
 from tests.planning.suggesting.proposals import check, filled, proposed, restored
 
 NORMED = {"h_{}/ln_1": "blocks/{}/norm1", "h_{}/ln_2": "blocks/{}/norm2", "ln_f": "final_norm"}
@@ -79,3 +81,36 @@ def test_two_layers_that_are_called_a_gate_are_both_halves_of_an_array_and_asked
     check(values, lead_back)
     assert len(found.questions) == 1
     check(restored(stored, wanted, found.answered([0])), right | lead_back)
+
+
+BOXED = {
+    "a kernel in a box of its axes' names": (
+        {"fc/kernel/value": (4, 8), "fc/bias": (8,)},
+        {"dense/weight": ("fc/kernel/value", (1, 0)), "dense/bias": ("fc/bias", None)},
+    ),
+    "a scalar of a module": (
+        {"net/Dense_0/kernel": (4, 8), "net/Dense_0/bias": (8,), "log_scale/value": (3,)},
+        {
+            "net/layers/0/kernel": ("net/Dense_0/kernel", None),
+            "net/layers/0/bias": ("net/Dense_0/bias", None),
+            "log_scale/constant": ("log_scale/value", None),
+        },
+    ),
+    "a matrix called so beside others": (
+        {f"attn/{name}": (4, 8) for name in ("query", "key", "value")},
+        {f"attn/{name[0]}": (f"attn/{name}", None) for name in ("query", "key", "value")},
+    ),
+}
+
+
+@pytest.mark.parametrize(("shapes", "made"), BOXED.values(), ids=BOXED)
+def test_the_level_of_a_box_is_no_name_of_a_leaf(shapes, made):
+    stored = filled(shapes)
+    expected = {
+        path: stored[source].transpose(axes) if axes else stored[source]
+        for path, (source, axes) in made.items()
+    }
+
+    _, values = proposed(stored, {path: x.shape for path, x in expected.items()})
+
+    check(values, expected)

@@ -1,23 +1,23 @@
 """Both programs run on one input and compared: their outputs, and module by module.
 
-Here how far arrays lie apart, what of it is rounding, why outputs may leave something open, and what an error
-of the caller's code says.
+Here the caller's two programs and what an error of their code says, how far arrays lie apart, and what of it
+is rounding.
 """
 
 import dataclasses
 import inspect
 import itertools
 import traceback
-from collections.abc import Iterable, Sequence
-from numbers import Real
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
+from flax import nnx
 
 from orbax_nnx_handler.planning.core.errors import VerificationError
-from orbax_nnx_handler.planning.core.folding import fold_paths
 from orbax_nnx_handler.planning.core.lines import counted
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import reads
@@ -29,7 +29,7 @@ ROUNDING = 3e-6
 """What two ways of computing one module in float32 differ by, and no more, from equal inputs."""
 TOLERANCE = 1e-5
 """How far apart two whole programs in float32 may be that compute the same."""
-_MOST_ROUNDINGS = 5
+MOST_ROUNDINGS = 5
 """How much more a whole program may differ by rounding than one module in it."""
 _GROWTH = 16
 """How much a module may enlarge a difference that its inputs have already."""
@@ -38,7 +38,8 @@ MASK = 1e6
 """Values beyond it are a mask's, and say nothing about how large the others are."""
 _LARGE = 1e3
 """From here on, a number that comes several times is a mask's too."""
-_COARSE = {"bfloat16": 2e-2, "float16": 2e-3}
+_COARSE = {"bfloat16": 2e-2, "float16": 3e-3}
+"""What a module in fewer digits than float32's differs by, and no more, from one in float32."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,7 +115,7 @@ def compare(reference: Sequence[Array], others: Sequence[Array]) -> Distance:
         if one in met or at in taken:
             continue
         relative, absolute = max(relative, apart), max(absolute, largest)
-        coarse = max(coarse, *(_COARSE.get(str(array.dtype), 0.0) for array in (reference[one], others[at])))
+        coarse = max(coarse, rounding_of(fewer([reference[one], others[at]])))
         met.add(one)
         taken.add(at)
     left = sum(array.dtype.kind != "b" for one, array in enumerate(reference) if one not in met)
@@ -160,6 +161,33 @@ def comparable(one: Array, other: Array) -> bool:
     return one.size == other.size and (one.dtype.kind in "biu") == (other.dtype.kind in "biu")
 
 
+def is_float(array: Array) -> bool:
+    """Tells whether an array holds floats, of however many digits."""
+    return bool(jnp.issubdtype(array.dtype, jnp.floating))
+
+
+def fewer(arrays: Iterable[Array]) -> str:
+    """Returns the dtype of the fewest digits, if those are fewer than float32's."""
+    noted = ((array.dtype, cast("dict[str, str]", array.dtype.metadata or {})) for array in arrays)
+    names = {metadata.get(_DIGITS, str(dtype)) for dtype, metadata in noted}
+    return max(names & _COARSE.keys(), key=rounding_of, default="")
+
+
+def rounding_of(dtype: str) -> float:
+    """Returns what a module that computes in a dtype differs by from one in float32."""
+    return _COARSE.get(dtype, 0.0)
+
+
+_DIGITS = "digits"
+
+
+def in_digits(array: Array, dtype: str) -> Array:
+    """Returns floats that are to be compared by the digits of another dtype, which is noted in their own."""
+    if not is_float(array) or fewer([array]):
+        return array
+    return array.view(np.dtype(array.dtype, metadata={_DIGITS: dtype}))
+
+
 def exceeds(distance: Distance, limit: float) -> bool:
     """Tells whether a difference is more than a limit, where the arrays have the digits for it."""
     return distance.relative > max(limit, distance.coarse)
@@ -173,7 +201,7 @@ def changes_more_than_rounding(inputs: Distance, outputs: Distance, calls: int =
         outputs: How far the outputs do.
         calls: Of how many modules, one after the other, the outputs come: each rounds.
     """
-    rounding = ROUNDING * min(_MOST_ROUNDINGS, calls**0.5)
+    rounding = max(ROUNDING, outputs.coarse) * min(MOST_ROUNDINGS, calls**0.5)
     return exceeds(outputs, max(rounding, _GROWTH * inputs.relative))
 
 
@@ -193,13 +221,18 @@ def _flat(array: Array) -> Array:
 
 def agree(inputs: Distance) -> bool:
     """Tells whether inputs agree; not where none could be compared, as one that is padded already."""
-    return not exceeds(inputs, TOLERANCE) and bool(inputs.compared or not inputs.left)
+    return _are_near(inputs, TOLERANCE) and bool(inputs.compared or not inputs.left)
 
 
 def are_the_same(reference: Sequence[Array], others: Sequence[Array]) -> bool:
     """Tells whether inputs are the same, each of the reference's met by one of its size."""
     inputs = compare_inputs(reference, others)
-    return bool(inputs.compared) and not inputs.left and not exceeds(inputs, TOLERANCE)
+    return bool(inputs.compared) and not inputs.left and _are_near(inputs, TOLERANCE)
+
+
+def _are_near(found: Distance, limit: float) -> bool:
+    """Tells whether arrays are the same but for what the modules before them have rounded."""
+    return not exceeds(found, max(limit, MOST_ROUNDINGS * found.coarse))
 
 
 def without_counterpart(reference: Sequence[Array], others: Sequence[Array]) -> list[str]:
@@ -233,7 +266,7 @@ def begin_alike(reference: Sequence[Array], others: Sequence[Array]) -> bool:
     pairs = zip(reference, others, strict=False)
     floats = [(a, b) for a, b in pairs if a.size == b.size and a.dtype.kind not in "biu"]
     starts = [(a.reshape(-1)[:_BEGINNING], b.reshape(-1)[:_BEGINNING]) for a, b in floats]
-    return all(not exceeds(compare([a], [b]), 100 * TOLERANCE) for a, b in starts)
+    return all(_are_near(compare([a], [b]), 100 * TOLERANCE) for a, b in starts)
 
 
 def lent(own: Sequence[Array], reference: Sequence[Array], *, whatever: bool = False) -> list[Array]:
@@ -245,17 +278,14 @@ def lent(own: Sequence[Array], reference: Sequence[Array], *, whatever: bool = F
         whatever: Whether Linen's of the same size are taken also where they differ, in their order.
     """
     if whatever:
-        left = [array for array in reference if array.dtype.kind == "f"]
-        return [_next_of_size(array, left) if array.dtype.kind == "f" else array for array in own]
+        left = [*filter(is_float, reference)]
+        return [_next_of_size(array, left) if is_float(array) else array for array in own]
     lent: list[Array] = []
     for array in own:
-        near = [
-            other
-            for other in reference
-            if other.size == array.size and other.dtype.kind == array.dtype.kind == "f"
-        ]
+        floats = filter(is_float, reference if is_float(array) else ())
+        near = [other for other in floats if other.size == array.size]
         nearest = min(near, key=lambda other: distance(other, array)[0], default=None)
-        close = nearest is not None and distance(nearest, array)[0] <= ROUNDING * 1000
+        close = nearest is not None and _are_near(compare([nearest], [array]), ROUNDING * 1000)
         lent.append(
             nearest.reshape(array.shape).astype(array.dtype) if nearest is not None and close else array
         )
@@ -265,47 +295,6 @@ def lent(own: Sequence[Array], reference: Sequence[Array], *, whatever: bool = F
 def _next_of_size(array: Array, left: list[Array]) -> Array:
     at = next((at for at, other in enumerate(left) if other.size == array.size), None)
     return array if at is None else left.pop(at).reshape(array.shape).astype(array.dtype)
-
-
-_EQUAL, _NEAR = 1e-4, 1e-2
-_NEARER = 30
-"""How much nearer than any other answer one has to be where the code differs a little too."""
-
-
-def tells(best: float, next_: float) -> bool:
-    """Tells whether the nearest answer is right, from how far apart outputs are under it and the next one."""
-    if best <= _EQUAL:
-        return next_ > _EQUAL and next_ > _NEARER * best
-    return best <= _NEAR and next_ > _NEARER * best
-
-
-def why_open(missing: Sequence[Path], where: str, *, is_equal: bool) -> str:
-    """Returns why outputs do not answer what is open, in words; `where` is the first module that differs."""
-    ran = "both programs were run"
-    if missing:
-        leaves = counted(len(missing), "leaf is", "leaves are")
-        return (
-            f"{ran}, but {leaves} still without a source, so that outputs tell little: write rules for "
-            f"{fold_paths(missing)} first, or settle the rest by a rule."
-        )
-    if is_equal:
-        return (
-            f"{ran}, and return the same under more than one answer to what is open: either these inputs do "
-            "not show the difference, and others of several tokens and examples may, or the programs "
-            "treat both alike. Settle it by a rule."
-        )
-    first = f", first in {where}" if where else ""
-    return (
-        f"{ran}: under the first answer to what is open they do not return the same{first}, and no module by "
-        "itself tells another one. Correct what differs first, try the answers with "
-        "verify(renames=found.answered(...)), or settle it by a rule."
-    )
-
-
-def check_tolerance(tolerance: Any) -> None:
-    """Raises a ValueError for what is no tolerance."""
-    if tolerance is not None and not (isinstance(tolerance, Real) and float(tolerance) >= 0):
-        raise ValueError(f"tolerance is a number from 0 on, such as 1e-4, not {tolerance!r}")
 
 
 _OF_ONE_LAYER = frozenset(("kernel", "bias", "scale", "mean", "var", "embedding"))
@@ -399,12 +388,55 @@ _NUMBERS = "biufcV"
 """Kinds of NumPy's dtypes; JAX's own floats are V."""
 
 
-def floats_in(tree: Any) -> list[Any]:
-    """Returns the arrays of floats in what a program returns, both parts of complex numbers."""
-    found = list[Any]()
-    for leaf in jax.tree.leaves(tree, is_leaf=is_dataclass):
-        if is_dataclass(leaf):
-            found += floats_in([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
-        elif jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
-            found += [jnp.real(leaf), jnp.imag(leaf)] if jnp.iscomplexobj(leaf) else [leaf]
-    return found
+def as_jax(value: Any) -> Any:
+    """Returns a NumPy array of numbers as JAX's: `nnx.scan` carries no other where nothing is compiled."""
+    is_array = isinstance(value, np.ndarray) and value.dtype.kind in "biufc"
+    return jnp.asarray(cast(Any, value)) if is_array else cast(Any, value)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Programs:
+    """The caller's two functions and what they are called with.
+
+    Attributes:
+        linen: Called with the variables and the inputs.
+        nnx: Called with the restored target and the inputs.
+        inputs: The inputs.
+    """
+
+    linen: Callable[..., Any]
+    nnx: Callable[..., Any]
+    inputs: Sequence[Any]
+
+    def __post_init__(self) -> None:
+        functions = (("linen_apply", self.linen, LINEN), ("nnx_apply", self.nnx, NNX))
+        for name, function, example in functions:
+            if not callable(function) or isinstance(function, nn.Module | nnx.Module):
+                raise VerificationError(
+                    f"{name} is a {type(function).__name__}, not a function.", hints=[f"pass {example}."]
+                )
+        if not isinstance(self.inputs, list | tuple):
+            raise VerificationError(
+                f"inputs is of type {type(self.inputs).__name__}: both programs are called with a tuple.",
+                hints=["pass a tuple, of one where there is one input: (x,)."],
+            )
+        object.__setattr__(self, "inputs", jax.tree.map(as_jax, self.inputs))
+
+
+LINEN, NNX = "linen_model.apply", "lambda model, x: model(x)"
+
+
+def programs_of(given: Any) -> Programs:
+    """Returns both programs out of what a caller passes as one argument.
+
+    Raises:
+        VerificationError: It is no `(linen_apply, nnx_apply, inputs)`.
+    """
+    parts = cast("Sequence[Any]", given if isinstance(given, tuple | list) else ())
+    if len(parts) != 3:
+        what = f"a {type(cast(Any, given)).__name__}" + (f" of {len(parts)}" if parts else "")
+        raise VerificationError(
+            f"verify is {what}: it takes (linen_apply, nnx_apply, inputs).",
+            hints=[f"pass verify=({LINEN}, {NNX}, (x,))."],
+        )
+    return Programs(linen=parts[0], nnx=parts[1], inputs=parts[2])

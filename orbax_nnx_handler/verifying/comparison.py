@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import jax.numpy as jnp
@@ -26,12 +27,12 @@ from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
 from orbax_nnx_handler.storage.stores.kvstore import files_at
 from orbax_nnx_handler.storage.stores.locations import as_path
-from orbax_nnx_handler.verifying import TOLERANCE, check_tolerance, exceeds
+from orbax_nnx_handler.verifying import MOST_ROUNDINGS, TOLERANCE, Programs, exceeds, fewer, rounding_of
 from orbax_nnx_handler.verifying.first_difference import Search
 from orbax_nnx_handler.verifying.pairing import by_path, called_otherwise, of_one_size
 from orbax_nnx_handler.verifying.recording import run_linen
-from orbax_nnx_handler.verifying.runs import Compared, Programs, Runs, run_both
-from orbax_nnx_handler.verifying.untold import FAR, untold
+from orbax_nnx_handler.verifying.runs import Compared, Digits, Runs, run_both
+from orbax_nnx_handler.verifying.untold import FAR, depend_on, untold
 from orbax_nnx_handler.verifying.verification import FirstDifference, Misfilled, Verification
 from orbax_nnx_handler.verifying.weights import on_one_device, unused_leaves, whole_modules
 
@@ -56,9 +57,10 @@ def verify(
 ) -> Verification:
     """Runs the Linen program and the NNX program on one input and compares them, module by module.
 
-    Both run in float32 with exact matrix products, on one device, operation by operation
-    (`jax.disable_jit`), so that each layer of a scan is a call of its own. Modules are paired by the
-    weights that the plan gives them.
+    Both get float32 weights and run with exact matrix products, on one device, operation by operation
+    (`jax.disable_jit`), so that each layer of a scan is a call of its own. A module that is made with another
+    dtype computes in that; pass modules with `dtype=jnp.float32`. Modules are paired by the weights that the
+    plan gives them.
 
     ```python
     target = nnx.eval_shape(make_model)
@@ -79,7 +81,8 @@ def verify(
         renames: See `plan_restore`.
         tolerance: What the largest difference of two output elements may be, divided by the larger of
             the element and the mean magnitude of its array; by default 1e-5 (2e-5 beyond 32 calls of
-            modules, 3e-5 beyond 128), or what the outputs' digits allow (bfloat16: 2e-2).
+            modules, 3e-5 beyond 128), or what the digits allow in which a program computes (bfloat16:
+            2e-2 at each module, so up to 1e-1 at the end).
         policy: See `plan_restore`.
         layout: See `plan_restore`.
         init: See `plan_restore`.
@@ -124,6 +127,12 @@ def verify(
     return found
 
 
+def check_tolerance(tolerance: Any) -> None:
+    """Raises a ValueError for what is no tolerance."""
+    if tolerance is not None and not (isinstance(tolerance, Real) and float(tolerance) >= 0):
+        raise ValueError(f"tolerance is a number from 0 on, such as 1e-4, not {tolerance!r}")
+
+
 def misfilled(runs: Runs, plan: RestorePlan) -> Misfilled | None:
     """Returns what is filled, or might be, from what Linen does not use, while what it calls fills nothing.
 
@@ -153,7 +162,7 @@ def misfilled(runs: Runs, plan: RestorePlan) -> Misfilled | None:
     read_by = {leaf: found for leaf, recipe in recipes.items() if (found := {*reads(recipe)} & {*unused})}
     # What neither program calls, such as a head for training, may well be each other's.
     idle = [leaf for leaf in read_by if leaf[:-1] not in runs.runner.calls]
-    idle = [] if not idle or runs.depend_on(dict.fromkeys(idle, 1)) else idle
+    idle = [] if not idle or depend_on(runs, dict.fromkeys(idle, 1)) else idle
     kept = {*itertools.chain(*(read_by.pop(leaf) for leaf in idle))}
     sources = {*itertools.chain(*read_by.values())} - kept
     if not sources and not (open_ and {*unused} - kept):
@@ -212,6 +221,44 @@ def proposed_without(
     return dataclasses.replace(made, proposals=(*first, *found.proposals), unmatched_stored=(*left, *unused))
 
 
+_EQUAL, _NEAR = 1e-4, 1e-2
+_NEARER = 30
+"""How much nearer than any other answer one has to be where the code differs a little too."""
+
+
+def tells(best: float, next_: float, coarse: float = 0.0) -> bool:
+    """Tells whether the nearest answer is right, from how far apart outputs are under it and the next one.
+
+    `coarse` is what right ones may be apart, where they were computed in fewer digits than float32's.
+    """
+    if best <= _EQUAL:
+        return next_ > _EQUAL and next_ > _NEARER * best
+    return best <= max(_NEAR, 2 * coarse) and next_ > _NEARER * max(best, coarse)
+
+
+def why_open(missing: Sequence[Path], where: str, *, is_equal: bool) -> str:
+    """Returns why outputs do not answer what is open, in words; `where` is the first module that differs."""
+    ran = "both programs were run"
+    if missing:
+        leaves = counted(len(missing), "leaf is", "leaves are")
+        return (
+            f"{ran}, but {leaves} still without a source, so that outputs tell little: write rules for "
+            f"{fold_paths(missing)} first, or settle the rest by a rule."
+        )
+    if is_equal:
+        return (
+            f"{ran}, and return the same under more than one answer to what is open: either these inputs do "
+            "not show the difference, and others of several tokens and examples may, or the programs "
+            "treat both alike. Settle it by a rule."
+        )
+    first = f", first in {where}" if where else ""
+    return (
+        f"{ran}: under the first answer to what is open they do not return the same{first}, and no module by "
+        "itself tells another one. Correct what differs first, try the answers with "
+        "verify(renames=found.answered(...)), or settle it by a rule."
+    )
+
+
 def compared(runs: Runs, plan: RestorePlan, tolerance: float | None = None) -> Verification:
     """Returns what one run of each program under a plan tells."""
     search = Search(
@@ -224,7 +271,8 @@ def compared(runs: Runs, plan: RestorePlan, tolerance: float | None = None) -> V
     )
     # One output of few digits says nothing about those beside it.
     usual = TOLERANCE * max(1, math.ceil(math.sqrt(len(runs.compared) / _CALLS)))
-    allowed = [max(usual, one.coarse) if tolerance is None else tolerance for one in runs.outputs]
+    coarse = runs.digits.coarse * min(MOST_ROUNDINGS, math.sqrt(len(runs.compared)))
+    allowed = [max(usual, one.coarse, coarse) if tolerance is None else tolerance for one in runs.outputs]
     worst = max(zip(runs.outputs, allowed, strict=True), key=lambda output: output[0].excess(output[1]))
     is_near = worst[0].relative <= worst[1]
     first = search.first() or search.set_up_otherwise(whatever=not is_near)
@@ -248,10 +296,29 @@ _CALLS = 32
 def _rounding(runs: Runs) -> float:
     """Returns how far apart inputs are in this run that differ by rounding: twice what modules return."""
     right = [one.found.outputs.relative for one in runs.compared if one.agrees]
-    return min(FAR, 2 * max(right, default=0.0))
+    return min(max(FAR, MOST_ROUNDINGS * runs.digits.coarse), 2 * max(right, default=0.0))
+
+
+def _in_fewer_digits(digits: Digits) -> Iterator[str]:
+    """Yields what it means that a program computes in fewer digits than float32's."""
+    found = {"linen_apply": digits.linen, "nnx_apply": digits.nnx}
+    low = {name: (call, fewer(call.outputs)) for name, call in found.items() if call is not None}
+    first = [
+        f"{name} computes in {dtype}, first {'in ' + fold_paths([call.path]) if call.path else 'at its end'}"
+        for name, (call, dtype) in low.items()
+    ]
+    if first:
+        others = [f"{name} in float32" for name in found if name not in low]
+        apart = max(rounding_of(dtype) for _, dtype in low.values())
+        yield (
+            f"{', and '.join([*first, *others])}: differences of up to {apart:g} at each module may be its "
+            "rounding, and small mistakes do not show. To prove more, let "
+            f"{' and '.join(low)} run modules made with dtype=jnp.float32."
+        )
 
 
 def _remarks(is_near: bool, first: FirstDifference | None, runs: Runs, plan: RestorePlan) -> Iterator[str]:
+    yield from _in_fewer_digits(runs.digits)
     if not runs.compared:
         yield "no module of the one program holds exactly the weights of a module of the other."
     if is_near and first is not None:

@@ -9,7 +9,6 @@ from typing import Any, cast
 import flax.errors
 import jax
 import numpy as np
-from flax import linen as nn
 from flax import nnx
 
 from orbax_nnx_handler.planning.core.errors import VerificationError
@@ -21,8 +20,11 @@ from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.storage.checkpoint.checkpoint import Checkpoint
 from orbax_nnx_handler.storage.restoring import carry_out
 from orbax_nnx_handler.verifying import (
+    NNX,
+    ROUNDING,
     TOLERANCE,
     Distance,
+    Programs,
     agree,
     are_the_same,
     begin_alike,
@@ -31,9 +33,12 @@ from orbax_nnx_handler.verifying import (
     distance,
     error_in_words,
     exceeds,
+    fewer,
     hint_for,
+    in_digits,
     inputs_in_words,
     opened_up,
+    rounding_of,
     same_numbers,
     without_counterpart,
 )
@@ -58,7 +63,6 @@ from orbax_nnx_handler.verifying.verification import (
 )
 from orbax_nnx_handler.verifying.weights import (
     LinenWeights,
-    as_jax,
     find_nnx,
     flat_state,
     is_other,
@@ -211,54 +215,6 @@ def _differs(inputs: Distance, outputs: Distance, calls: int) -> bool:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Programs:
-    """The caller's two functions and what they are called with.
-
-    Attributes:
-        linen: Called with the variables and the inputs.
-        nnx: Called with the restored target and the inputs.
-        inputs: The inputs.
-    """
-
-    linen: Callable[..., Any]
-    nnx: Callable[..., Any]
-    inputs: Sequence[Any]
-
-    def __post_init__(self) -> None:
-        functions = (("linen_apply", self.linen, LINEN), ("nnx_apply", self.nnx, NNX))
-        for name, function, example in functions:
-            if not callable(function) or isinstance(function, nn.Module | nnx.Module):
-                raise VerificationError(
-                    f"{name} is a {type(function).__name__}, not a function.", hints=[f"pass {example}."]
-                )
-        if not isinstance(self.inputs, list | tuple):
-            raise VerificationError(
-                f"inputs is of type {type(self.inputs).__name__}: both programs are called with a tuple.",
-                hints=["pass a tuple, of one where there is one input: (x,)."],
-            )
-        object.__setattr__(self, "inputs", jax.tree.map(as_jax, self.inputs))
-
-
-LINEN, NNX = "linen_model.apply", "lambda model, x: model(x)"
-
-
-def programs_of(given: Any) -> Programs:
-    """Returns both programs out of what a caller passes as one argument.
-
-    Raises:
-        VerificationError: It is no `(linen_apply, nnx_apply, inputs)`.
-    """
-    parts = cast("Sequence[Any]", given if isinstance(given, tuple | list) else ())
-    if len(parts) != 3:
-        what = f"a {type(cast(Any, given)).__name__}" + (f" of {len(parts)}" if parts else "")
-        raise VerificationError(
-            f"verify is {what}: it takes (linen_apply, nnx_apply, inputs).",
-            hints=[f"pass verify=({LINEN}, {NNX}, (x,))."],
-        )
-    return Programs(linen=parts[0], nnx=parts[1], inputs=parts[2])
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class LinenRun:
     """What the Linen program did with the variables that it was called with; these are gone."""
 
@@ -282,6 +238,7 @@ class Runs:
         pairs: The modules that hold the same stored elements.
         hidden: Leaves that no call of a module shows.
         linen: What the Linen program did.
+        digits: Where one of them computes in fewer digits than float32's.
     """
 
     outputs: Sequence[Distance]
@@ -293,17 +250,12 @@ class Runs:
     pairs: Sequence[ModulePair]
     hidden: Sequence[Path]
     linen: LinenRun
+    digits: "Digits"
 
     @property
     def inputs(self) -> Sequence[Any]:
         """What both were called with."""
         return self.programs.inputs
-
-    @property
-    def states(self) -> Sequence[Path]:
-        """The leaves of floats that no optimizer trains, as batch statistics."""
-        flat = flat_state(self.runner.model)
-        return [path for path, leaf in flat if is_weight(leaf) and not isinstance(leaf, nnx.Param)]
 
     @property
     def shown(self) -> set[Path]:
@@ -314,15 +266,6 @@ class Runs:
         return {one.path for one in alike} - {
             one.path for one in alike if not is_called_alone(one.linen, linen)
         }
-
-    def depend_on(self, weights: Mapping[Path, Any], beside: Mapping[Path, Any] | None = None) -> bool:
-        """Tells whether the NNX program returns something else with numbers added to weights, by path.
-
-        `beside` are other weights that numbers are added to in either case.
-        """
-        programs, model = self.programs, self.runner.model
-        found = _returned_with(programs, model, beside) if beside else self.returned
-        return _depends(programs, model, found, {**weights, **(beside or {})})
 
 
 def run_both(
@@ -350,7 +293,7 @@ def run_both(
     found, nnx_calls, is_used = _run_nnx(programs, model, list(parts.leaves))
     seconds = linen.seconds + time.monotonic() - start
     outputs = outputs_apart(linen.returned, found)
-    if not (is_used or _depends(programs, model, found)):
+    if not (is_used or depends(programs, model, found)):
         raise VerificationError(
             "nnx_apply returns the same whatever the weights of the model are that it is called with.",
             hints=["run the model that nnx_apply gets: lambda model, x: model(x)."],
@@ -359,12 +302,17 @@ def run_both(
     calls, wanted = by_path(nnx_calls), {leaf: each.shape for leaf, each in parts.leaves.items()}
     shapes = (wanted, {path: leaf.shape for path, leaf in checkpoint.leaves.items()})
     pairs = pair_modules(recipes, shapes, linen.weights.location, calls, by_path(linen.calls))
+    compared = compare_modules(pairs, linen.calls, nnx_calls)
+    digits = Digits.of(linen.calls, nnx_calls, compared)
+    if digits.dtype:
+        linen = dataclasses.replace(linen, calls=[*map(digits.given, linen.calls)])
+        compared = compare_modules(pairs, linen.calls, nnx_calls)
     hidden = [leaf for leaf in recipes if not any(path and leaf[: len(path)] == path for path in calls)]
     axes = scanned_axes(calls, wanted)
     runner = ModuleRunner(model=model, checkpoint=checkpoint, recipes=recipes, axes=axes, calls=calls)
     return Runs(
         outputs=outputs,
-        compared=compare_modules(pairs, linen.calls, nnx_calls),
+        compared=compared,
         runner=runner,
         seconds=seconds,
         programs=programs,
@@ -372,7 +320,56 @@ def run_both(
         pairs=pairs,
         hidden=hidden,
         linen=linen,
+        digits=digits,
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Digits:
+    """In how many digits two programs compute.
+
+    Attributes:
+        linen: The first call of the Linen program that returns fewer digits than float32's.
+        nnx: The NNX program's.
+        dtype: The dtype by whose digits all is compared, where the two do not round alike.
+    """
+
+    linen: Call | None
+    nnx: Call | None
+    dtype: str = ""
+
+    @classmethod
+    def of(cls, linen: Sequence[Call], nnx: Sequence[Call], compared: Sequence[Compared]) -> "Digits":
+        """Returns in how many digits two programs compute, by what their modules return."""
+        first = [next((call for call in calls if fewer(call.outputs)), None) for calls in (linen, nnx)]
+        names = [fewer(call.outputs if call else ()) for call in first]
+        pairs = [names, *([fewer(one.linen.outputs), fewer(one.nnx.outputs)] for one in compared)]
+        found = [(one.found.inputs.relative, one.found.outputs) for one in compared]
+        is_apart = any(one != other for one, other in pairs)
+        is_apart = is_apart or any(before <= ROUNDING < one.relative <= one.coarse for before, one in found)
+        return cls(linen=first[0], nnx=first[1], dtype=max(names, key=rounding_of) if is_apart else "")
+
+    @property
+    def are_fewer(self) -> bool:
+        """Whether one of them computes in fewer digits than float32's."""
+        return self.linen is not None or self.nnx is not None
+
+    @property
+    def coarse(self) -> float:
+        """What modules of the two may be apart by rounding; 0 where they round alike."""
+        return rounding_of(self.dtype)
+
+    def given(self, call: Call) -> Call:
+        """Returns a call of the Linen program with arrays that are compared by these digits.
+
+        What it does before its own first call in fewer digits stays as it is.
+        """
+        if self.linen is not None and call.order < self.linen.order:
+            return call
+        inputs, outputs = (
+            [in_digits(array, self.dtype) for array in each] for each in (call.inputs, call.outputs)
+        )
+        return dataclasses.replace(call, inputs=inputs, outputs=outputs)
 
 
 def _recipes_of_model(plan: RestorePlan, location: Mapping[Path, Path]) -> dict[Path, Recipe]:
@@ -405,14 +402,16 @@ def _run_linen(checkpoint: Checkpoint, plan: RestorePlan, programs: Programs) ->
     return LinenRun(weights=weights, returned=returned, calls=calls, seconds=time.monotonic() - start)
 
 
-def _depends(programs: Programs, model: Any, found: Any, weights: Mapping[Path, Any] | None = None) -> bool:
+def depends(programs: Programs, model: Any, found: Any, weights: Mapping[Path, Any] | None = None) -> bool:
     """Tells whether the NNX program returns something else with other weights, all or some of them."""
-    other = _returned_with(programs, model, weights)
+    other = returned_with(programs, model, weights)
     pairs = zip(jax.tree.leaves(opened_up(found)), jax.tree.leaves(opened_up(other)), strict=True)
     return any(exceeds(compare([np.asarray(one)], [np.asarray(two)]), _NO_EFFECT) for one, two in pairs)
 
 
-def _returned_with(programs: Programs, model: Any, weights: Mapping[Path, Any] | None) -> Any:
+def returned_with(programs: Programs, model: Any, weights: Mapping[Path, Any] | None) -> Any:
+    """Returns what the NNX program returns with numbers added to weights, to all of them a one."""
+
     def changed(path: Path, leaf: Any) -> Any:
         return leaf.replace(leaf.get_value() + (1 if weights is None else weights.get(path, 0)))
 

@@ -26,10 +26,10 @@ from orbax_nnx_handler.planning.rules.split_and_fuse import rules_making
 from orbax_nnx_handler.planning.suggesting import Proposal, Question, Remade, Suggestion
 from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
-from orbax_nnx_handler.verifying import agree, compare_inputs, lent, tells, why_open
-from orbax_nnx_handler.verifying.comparison import compared, misfilled, proposed_without
+from orbax_nnx_handler.verifying import Programs, agree, compare_inputs, lent
+from orbax_nnx_handler.verifying.comparison import compared, misfilled, proposed_without, tells, why_open
 from orbax_nnx_handler.verifying.pairing import by_path, compare_outputs, layers_of
-from orbax_nnx_handler.verifying.runs import Compared, LinenRun, Programs, Runs, run_both
+from orbax_nnx_handler.verifying.runs import Compared, LinenRun, Runs, run_both
 from orbax_nnx_handler.verifying.single_module import ModuleRunner
 from orbax_nnx_handler.verifying.verification import FirstDifference, Misfilled, Verification
 from orbax_nnx_handler.verifying.weights import on_one_device
@@ -277,7 +277,7 @@ class Settling:
             return None
         best, *others = sorted(apart, key=apart.__getitem__)
         next_ = min((apart[other] for other in others), default=math.inf)
-        return best if tells(apart[best], next_) else None
+        return best if tells(apart[best], next_, one.found.outputs.coarse) else None
 
     def _answer_by(
         self, first: FirstDifference, answers: list[int | None], ways: Mapping[int, _Ways], runs: Runs
@@ -324,8 +324,11 @@ class Settling:
         where = verification.first.path if verification and verification.first else ""
         is_equal = verification is not None and verification.equal
         proof = why_open(self.missing, where, is_equal=is_equal) if left else ""
+        is_fewer = verification is not None and self.runs is not None and self.runs.digits.are_fewer
+        fewer = verification.remarks[:1] if verification and is_fewer and (left or not is_equal) else ()
         if left or plan.error() is not None:
             verification = None
+        proof = proof or _words(verification, plan, self.options.renames, self.wrong)
         wanted, stored = self.suggestion.unmatched_wanted, self.suggestion.unmatched_stored
         return dataclasses.replace(
             self.suggestion,
@@ -334,7 +337,7 @@ class Settling:
             unmatched_wanted=tuple(path for path in wanted if path not in plan.restored),
             unmatched_stored=tuple(path for path in stored if path in plan.unexpected),
             problem="\n".join(str(fault) for fault in plan.faults),
-            proof=proof or _words(verification, plan, self.options.renames, self.wrong),
+            proof=" ".join(filter(None, [proof, *fewer])),
             is_proved=verification is not None and verification.equal and not verification.remarks,
             is_refuted=verification is not None and not verification.equal,
             settle=None,
@@ -343,7 +346,8 @@ class Settling:
     def _proposals(self, rules: Iterable[Rule], plan: RestorePlan, *, is_equal: bool) -> Iterator[Proposal]:
         """Yields the rules with what each rests on: outputs prove one if they show all that it makes."""
         known = {proposal.rule: proposal for proposal in self.suggestion.proposals}
-        runs = None if is_equal else self.runs
+        is_fewer = self.runs is not None and self.runs.digits.are_fewer
+        is_equal, runs = is_equal and not is_fewer, None if is_equal or is_fewer else self.runs
         recipes, shown = (runs.runner.recipes, runs.shown) if runs else (dict[Path, Recipe](), set[Path]())
         right = {leaf for leaf, item in plan.restored.items() if recipes.get(leaf) == item.recipe}
         right = {leaf for leaf in right if any(leaf[:depth] in shown for depth in range(len(leaf)))}

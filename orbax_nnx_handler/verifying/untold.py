@@ -1,11 +1,13 @@
 """What equal outputs do not tell: weights that they do not depend on, and inputs that show little."""
 
+import dataclasses
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -13,8 +15,8 @@ from orbax_nnx_handler.planning.core.folding import fold_paths
 from orbax_nnx_handler.planning.core.paths import Path, segments
 from orbax_nnx_handler.planning.likeness.vocabulary import concepts
 from orbax_nnx_handler.planning.restore_plan import RestorePlan
-from orbax_nnx_handler.verifying import MASK, Array, exceeds, floats_in
-from orbax_nnx_handler.verifying.runs import Compared, Runs
+from orbax_nnx_handler.verifying import MASK, MOST_ROUNDINGS, Array, exceeds, is_dataclass
+from orbax_nnx_handler.verifying.runs import Compared, Runs, depends, returned_with
 from orbax_nnx_handler.verifying.verification import FirstDifference
 from orbax_nnx_handler.verifying.weights import flat_state, is_weight
 
@@ -68,7 +70,8 @@ def untold(runs: Runs, plan: RestorePlan, first: FirstDifference | None) -> Iter
 def _is_apart_throughout(one: Compared) -> bool:
     """Tells whether a module returns something else nearly everywhere, on whatever inputs."""
     pairs = [*zip(one.linen.outputs, one.nnx.outputs, strict=False)]
-    if not exceeds(one.found.outputs, FAR) or any(a.shape != b.shape for a, b in pairs):
+    usual = max(FAR, MOST_ROUNDINGS * one.found.outputs.coarse)
+    if not exceeds(one.found.outputs, usual) or any(a.shape != b.shape for a, b in pairs):
         return False
     return all(np.isclose(a, b, rtol=FAR, atol=0).mean() < _CHANCE for a, b in pairs if a.size)
 
@@ -89,7 +92,7 @@ def _without_effect(runs: Runs, plan: RestorePlan) -> Iterator[str]:
     statistics = [path for path in wholes if _is_statistic(path, plan) and path[:-1] not in used]
     others = [path for path in wholes if path not in statistics]
     hidden = _changes(runs, [*others, *parts], 1)
-    is_hidden = bool(zeros and hidden) and runs.depend_on(hidden, _changes(runs, zeros, 1))
+    is_hidden = bool(zeros and hidden) and depend_on(runs, hidden, _changes(runs, zeros, 1))
     more = f" {_BEHIND.format(fold_paths(zeros))}" if is_hidden else f" {_MORE}"
     if others:
         more = "" if {*others} <= {*runs.hidden} else more
@@ -129,9 +132,9 @@ def _idle(
     """
     if slopes is None:
         quiet = [
-            group for group in _unseen(runs, plan) if not runs.depend_on(_changes(runs, group, _A_LITTLE))
+            group for group in _unseen(runs, plan) if not depend_on(runs, _changes(runs, group, _A_LITTLE))
         ]
-        steps = [group for group in quiet if runs.depend_on(_changes(runs, group, 1))]
+        steps = [group for group in quiet if depend_on(runs, _changes(runs, group, 1))]
         idle = [group for group in quiet if group not in steps]
         return [*itertools.chain(*idle)], [], [*itertools.chain(*steps)]
     least = _ROUNDED * max((float(np.abs(slope).max(initial=0)) for slope in slopes.values()), default=0.0)
@@ -140,20 +143,20 @@ def _idle(
     found = {path: idle_slices(path, zero, axes.get(path)) for path, zero in without.items()}
     masks = {path: mask for path, mask in found.items() if mask is not None}
     if not thorough:
-        unseen = {*runs.hidden, *runs.states}
+        unseen = {*runs.hidden, *_states(runs)}
         masks = {path: mask for path, mask in masks.items() if path in unseen and mask.all()}
     masks = {path: mask * _A_LITTLE for path, mask in masks.items()}
     # What has no derivative may have an effect all the same: a count, a rounded value.
     groups: dict[Path, dict[Path, Any]] = defaultdict(dict)
     for path, mask in masks.items():
         groups[tuple(key for key in path if not isinstance(key, int))][path] = mask
-    several = [masks] if masks and not runs.depend_on(masks) else [*groups.values()][:_MOST_GROUPS]
-    sure = [group for group in several if group is masks or not runs.depend_on(group)]
+    several = [masks] if masks and not depend_on(runs, masks) else [*groups.values()][:_MOST_GROUPS]
+    sure = [group for group in several if group is masks or not depend_on(runs, group)]
     found = [path for path in masks if any(path in group for group in sure)]
     wholes = [path for path in found if masks[path].all()]
     steps = [path for path in wholes if path in {*runs.hidden}]
-    is_any = bool(steps) and runs.depend_on(_changes(runs, steps, 1))
-    steps = [path for path in steps if is_any and runs.depend_on(_changes(runs, [path], 1))]
+    is_any = bool(steps) and depend_on(runs, _changes(runs, steps, 1))
+    steps = [path for path in steps if is_any and depend_on(runs, _changes(runs, [path], 1))]
     parts = [path for path in found if not masks[path].all()]
     return [path for path in wholes if path not in steps], parts, steps
 
@@ -191,11 +194,27 @@ def _unseen(runs: Runs, plan: RestorePlan) -> list[list[Path]]:
     groups: dict[Path, list[Path]] = defaultdict(list)
     for path in runs.hidden:
         groups[path[:-1]].append(path)
-    states = [path for path in runs.states if _is_models(path, plan) and path not in runs.hidden]
+    states = [path for path in _states(runs) if _is_models(path, plan) and path not in runs.hidden]
     found = [*groups.values()] if len(groups) <= _MOST_RUNS else [[*runs.hidden]]
     if len(runs.hidden) <= _MOST_RUNS:
         found = [[path] for path in runs.hidden]
     return [*found, *([states] if states else [])]
+
+
+def depend_on(runs: Runs, weights: Mapping[Path, Any], beside: Mapping[Path, Any] | None = None) -> bool:
+    """Tells whether the NNX program returns something else with numbers added to weights, by path.
+
+    `beside` are other weights that numbers are added to in either case.
+    """
+    programs, model = runs.programs, runs.runner.model
+    found = returned_with(programs, model, beside) if beside else runs.returned
+    return depends(programs, model, found, {**weights, **(beside or {})})
+
+
+def _states(runs: Runs) -> list[Path]:
+    """Returns the leaves of floats that no optimizer trains, as batch statistics."""
+    flat = flat_state(runs.runner.model)
+    return [path for path, leaf in flat if is_weight(leaf) and not isinstance(leaf, nnx.Param)]
 
 
 def _slopes(runs: Runs) -> Mapping[Path, Array] | None:
@@ -224,6 +243,17 @@ def _slopes(runs: Runs) -> Mapping[Path, Array] | None:
 
 def _is_weight_at(_: Any, leaf: Any) -> bool:
     return is_weight(leaf)
+
+
+def floats_in(tree: Any) -> list[Any]:
+    """Returns the arrays of floats in what a program returns, both parts of complex numbers."""
+    found = list[Any]()
+    for leaf in jax.tree.leaves(tree, is_leaf=is_dataclass):
+        if is_dataclass(leaf):
+            found += floats_in([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
+        elif jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+            found += [jnp.real(leaf), jnp.imag(leaf)] if jnp.iscomplexobj(leaf) else [leaf]
+    return found
 
 
 _FEW, _ENOUGH = 8, 4096

@@ -233,7 +233,8 @@ class FirstDifference:
         return made
 
     def _place(self) -> str:
-        agrees = f"{unit_name(self.after)} still returns the same" if self.after is not None else ""
+        same = "the same, but for rounding" if self.module.outputs.coarse else "the same"
+        agrees = f"{unit_name(self.after)} still returns {same}" if self.after is not None else ""
         called = CALLED_IN_ANOTHER_ORDER if self.is_reordered_before else "is called with something else"
         differs = f"{unit_name(self.before)} {called}" if self.before is not None else ""
         return f"{', and '.join(part for part in (agrees, differs) if part)}."
@@ -333,7 +334,8 @@ class Verification:
         notes = [Sentence("note", remark) for remark in self.remarks]
         is_between = self.first is not None and not (self.first.place or self.first.proved)
         # Where no module is to blame, what a reader should know comes first: one that is called more often.
-        found = [*notes, *told] if is_between or self.unused else [*told, *notes]
+        is_first = is_between or self.unused or any(one.outputs.coarse for one in self.modules)
+        found = [*notes, *told] if is_first else [*told, *notes]
         return [self._verdict(), f"checkpoint: {self.directory}", *found]
 
     def __str__(self) -> str:
@@ -355,7 +357,7 @@ class Verification:
 
     def _verdict(self) -> Sentence:
         equal = "equal, as far as these outputs tell" if self.remarks else "equal"
-        verdict, absolute = equal if self.equal else "not equal", _number(self.absolute)
+        verdict, absolute = equal if self.equal else "not equal", f"{self.absolute:.3g}"
         apart = f"relative difference {_apart(self.relative)}, tolerance {self.tolerance:g}"
         return Sentence("Verification", f"{verdict}: {apart} (absolute difference {absolute})")
 
@@ -442,7 +444,3 @@ def _row(module: ModuleComparison) -> Folded:
 
 def _apart(relative: float) -> str:
     return "0" if relative == 0 else f"{relative:.1e}"
-
-
-def _number(value: float) -> str:
-    return f"{value:.3g}"

@@ -62,12 +62,6 @@ def one_device() -> Sharding:
     return SingleDeviceSharding(next(iter(jnp.zeros(()).devices())))
 
 
-def as_jax(value: Any) -> Any:
-    """Returns a NumPy array of numbers as JAX's: `nnx.scan` carries no other where nothing is compiled."""
-    is_array = isinstance(value, np.ndarray) and value.dtype.kind in "biufc"
-    return jnp.asarray(cast(Any, value)) if is_array else cast(Any, value)
-
-
 def on_one_device(target: Any) -> dict[Path, OneDevice]:
     """Returns the restore args of every leaf of a target."""
     leaves, where = flatten_target(target).leaves, one_device()

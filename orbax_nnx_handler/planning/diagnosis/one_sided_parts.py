@@ -27,6 +27,8 @@ from orbax_nnx_handler.planning.core.recipes import reads
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence
 from orbax_nnx_handler.planning.diagnosis.ways import rules_for_fields, selecting, weights_alone
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement, field_of, is_copy_name
+from orbax_nnx_handler.planning.likeness.shapes import ways
+from orbax_nnx_handler.planning.likeness.vocabulary import concepts
 from orbax_nnx_handler.planning.mapping.roots import strip
 from orbax_nnx_handler.planning.rules import Copy, Rename, Transpose, as_rules
 
@@ -232,35 +234,48 @@ def _has_siblings(evidence: Evidence, path: Path) -> bool:
 
 
 def find_tied(evidence: Evidence) -> Iterable[Cause]:
-    """Yields an output layer that is missing and has the shape of a stored embedding, turned."""
-    if len(evidence.missing_weights) != 1 or evidence.free_weights:
+    """Yields a missing matrix that has the shape of the one stored table of its size, as it is or turned.
+
+    The words of an output layer tell that both are one, or else any square kernel would do. Without them,
+    and where no axis has the other's size, the table comes first, and a new part is the other way.
+    """
+    missing = evidence.missing_weights
+    if len(missing) != 1 or len(evidence.shape(missing[0])) != 2:
         return
-    (path,) = evidence.missing_weights
-    leaf = evidence.missing[path].wanted
-    # The words of an output layer, or else any square kernel would do.
-    is_output = any(w in str(key).lower() for key in path for w in ("head", "logits", "output", "unembed"))
-    embeddings = [
-        item.leaf
-        for item in evidence.stored_weights.values()
-        if item.leaf.shape == leaf.shape[::-1] and "embed" in render(item.leaf.path).lower()
-    ]
-    if is_output and len(leaf.shape) == 2 and len(embeddings) == 1:
-        explained = evidence.with_moments([path])
-        output, embedding = render(path), render(embeddings[0].path)
-        rules = [Copy(embedding, spelled(path)), Transpose(spelled(path), (1, 0))]
-        yield Cause(
-            kind="TiedEmbedding",
-            text=f"nothing is stored for {output}, and its shape {leaf.shape} is that of {embedding} "
-            "turned: the checkpoint's model may use its embedding as output layer (tied).",
-            paths=explained,
-            way=Hint(
-                f"if so, pass renames={as_python(rules)}, or build the target tied (nnx.Embed.attend).",
-                {"renames": rules},
-            ),
-            facts={"output": output, "embedding": embedding},
-        )
+    leaf, turned = evidence.missing[missing[0]].wanted, evidence.shape(missing[0])[::-1]
+    alike = [path for path in evidence.stored_weights if evidence.shape(path) in (leaf.shape, turned)]
+    tables = [path for path in alike if "embed" in render(path).lower()]
+    is_output = any(w in render(leaf.path).lower() for w in ("head", "logits", "output", "unembed"))
+    is_table = any(_BESIDE_TOKENS & concepts(segments(path)) for path in (leaf.path, *tables))
+    others = (path for path in evidence.free_weights if path not in tables)
+    is_free = any(ways(evidence.shape(path), leaf.shape) for path in others)
+    if len(tables) != 1 or is_table or is_free or not (is_output or leaf.shape != turned):
+        return
+    output, embedding = render(leaf.path), render(tables[0])
+    is_turned = evidence.shape(tables[0]) != leaf.shape or (
+        leaf.shape == turned and leaf.path[-1] == "kernel"
+    )
+    turn = [Transpose(spelled(leaf.path), (1, 0))] if is_turned else []
+    rules = [Copy(embedding, spelled(leaf.path)), *turn]
+    explained = evidence.with_moments(missing)
+    yield Cause(
+        kind="TiedEmbedding",
+        text=f"nothing is stored for {output}, and its shape {leaf.shape} is that of {embedding}"
+        f"{' turned' if is_turned else ''}: the checkpoint's model may use "
+        f"{'its embedding as output layer' if is_output else 'that for both'} (tied).",
+        paths=explained,
+        way=Hint(
+            f"if so, pass renames={as_python(rules)}, or build the target tied (nnx.Embed.attend).",
+            {"renames": rules},
+        ),
+        filters=() if is_output else selecting(evidence, explained),
+        may_be_initialised=not is_output,
+        facts={"output": output, "embedding": embedding},
+    )
 
 
+_BESIDE_TOKENS = frozenset(("pos", "type", "patch", "cls"))
+"""What tables beside that of the tokens are of, in the words of `likeness.vocabulary`."""
 _SHORT = 3
 
 

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import orbax_nnx_handler
-from orbax_nnx_handler import RestorePlan, plan_restore
+from orbax_nnx_handler import Copy, RestorePlan, plan_restore
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.recipes import reads
 from orbax_nnx_handler.planning.diagnosis.explanation import diagnose
@@ -367,6 +367,28 @@ def test_an_output_layer_that_is_the_embedding_turned_may_be_tied():
     (cause,) = diagnose(plan(have, want))
 
     assert cause.kind == "TiedEmbedding"
+
+
+@pytest.mark.parametrize(
+    "wanted", ["head/weight", "lm_head/embedding", "unembed/embedding", "decoder/weight"]
+)
+def test_a_head_of_the_shape_of_a_stored_table_is_a_copy_of_it_before_it_is_a_new_one(wanted: str):
+    table = {"embed/embedding": (11, 4)}
+    report = plan(stored(table | other()), {wanted: (11, 4)} | table | other())
+
+    first, *rest = report.error().hints
+
+    assert first.arguments["renames"] == [Copy("params/embed/embedding", wanted)]
+    assert plan(stored(table | other()), {wanted: (11, 4)} | table | other(), **first.arguments).fits
+    assert all(hint.words.startswith("or ") for hint in rest if hint.arguments)
+
+
+def test_a_table_of_positions_as_long_as_the_vocabulary_is_no_copy_of_it():
+    have = stored({"embed/embedding": (11, 4)} | other())
+
+    found = diagnose(plan(have, {"embed/embedding": (11, 4), "pos_embed/embedding": (11, 4)} | other()))
+
+    assert "TiedEmbedding" not in kinds(found)
 
 
 def test_an_output_layer_of_another_shape_is_a_new_part():

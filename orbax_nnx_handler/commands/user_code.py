@@ -187,6 +187,8 @@ def _existing(place: str) -> pathlib.Path:
 
 
 def _load_module(place: str) -> ModuleType:
+    if pathlib.Path(place).is_dir() and not all(map(str.isidentifier, place.split("."))):
+        raise UsageError(f"{place} is a directory, and no Python file or module.")
     # As `python -m` would: what lies in the current directory can be imported.
     if "" not in sys.path:
         sys.path.insert(0, "")

@@ -57,6 +57,7 @@ def test_rules_come_before_renames(cli, auto_named, tmp_path) -> None:
         ("{file}:ABSENT", "has no ABSENT; it has: RULES, TURNED."),
         ("{file}:1x", "is no FILE.py:NAME"),
         ("absent.py:RULES", "there is no file absent.py"),
+        (".", ". is a directory, and no Python file or module."),
     ],
 )
 def test_what_is_no_list_of_rules_is_a_mistake_in_the_command(cli, auto_named, rules, text, message) -> None:

@@ -47,7 +47,7 @@ from orbax_nnx_handler.storage.checkpoint.directories import (
     read_config,
 )
 from orbax_nnx_handler.storage.checkpoint.trees import STRING_TYPE, UNKNOWN_TYPE, packed_tree
-from orbax_nnx_handler.storage.checkpoint.wrong_paths import damaged
+from orbax_nnx_handler.storage.checkpoint.wrong_paths import damaged, is_pointer, not_downloaded
 from orbax_nnx_handler.storage.stores import kvstore
 from orbax_nnx_handler.storage.stores.files import ANYWHERE, Files, ReadFile
 from orbax_nnx_handler.storage.stores.ocdbt import Extent
@@ -312,6 +312,8 @@ def _size(shard: epath.Path, files: Files) -> int:
 
 
 def _header_length(shard: epath.Path, beginning: bytes, size: int, files: Files) -> int:
+    if is_pointer(beginning):
+        raise not_downloaded(shard)
     if len(beginning) < _LENGTH.size:
         raise _no_safetensors(shard, files, f"it has {len(beginning)} bytes")
     (length,) = _LENGTH.unpack(beginning[: _LENGTH.size])

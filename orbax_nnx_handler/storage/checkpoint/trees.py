@@ -45,7 +45,13 @@ from orbax_nnx_handler.storage.checkpoint import (
     text_of,
 )
 from orbax_nnx_handler.storage.checkpoint.checkpoint import METADATA_KEY
-from orbax_nnx_handler.storage.checkpoint.wrong_paths import ANY_KIND, COPY_AGAIN, damaged
+from orbax_nnx_handler.storage.checkpoint.wrong_paths import (
+    ANY_KIND,
+    COPY_AGAIN,
+    damaged,
+    is_pointer,
+    not_downloaded,
+)
 from orbax_nnx_handler.storage.stores.files import ANYWHERE, Files
 from orbax_nnx_handler.storage.stores.kvstore import Store
 
@@ -251,7 +257,8 @@ def _unpack(file: epath.Path, files: Files, below: str) -> object:
         tree = cast(object, msgpack.unpackb(content, strict_map_key=False, **hooks))
     # msgpack raises many types for a file that is something else.
     except Exception as error:
-        raise _no_packed_tree(file, error) from error
+        is_there = not is_pointer(content)
+        raise (_no_packed_tree(file, error) if is_there else not_downloaded(file)) from error
     kind = type(tree).__name__
     if not isinstance(tree, dict | list) or (isinstance(tree, dict) and _CHUNKED in tree):
         raise NotACheckpointError(f"{file} holds one {kind}, not the tree of a checkpoint")

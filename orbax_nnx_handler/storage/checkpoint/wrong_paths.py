@@ -50,6 +50,22 @@ _NONE_FINISHED = Hint("no finished step lies beside it: the job has to save agai
 ANY_KIND = Hint("pass a CheckpointManager's root, one of its steps, or an item in a step.")
 COPY_AGAIN = Hint("copy it again from where it was written: a file is damaged, or was not copied whole.")
 
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""What a file begins with that Git LFS keeps in place of a large one (its `docs/spec.md`)."""
+_PYTORCHS = (".bin", ".pt", ".pth")
+_TENSORFLOWS = (".h5",)
+
+
+def is_pointer(content: bytes) -> bool:
+    """Tells whether a file only says which large one Git LFS would download in its place."""
+    return content.startswith(_LFS_POINTER)
+
+
+def not_downloaded(file: epath.Path) -> NotACheckpointError:
+    """Returns the error that a file is such a pointer."""
+    hint = Hint("run `git lfs pull` in the clone: it downloads the file itself.")
+    return _refusal(f"{file} is a pointer of Git LFS: the weights were not downloaded.", hint)
+
 
 def no_checkpoint(path: epath.Path, files: Files) -> NotACheckpointError:
     """Returns the error that says what a path is instead of a checkpoint, with a hint."""
@@ -313,7 +329,19 @@ def _steps_beside(path: epath.Path, root: epath.Path, files: Files) -> dict[int,
 
 
 def _near(path: epath.Path, files: Files) -> Hint:
-    return _weights(path, files) or _below(path, files) or _around(path, files)
+    return _weights(path, files) or _below(path, files) or _foreign(path, files) or _around(path, files)
+
+
+def _foreign(path: epath.Path, files: Files) -> Hint | None:
+    """Returns what to do with another framework's weights: a checkpoint beside them is another model's."""
+    names = [name for name in files.entries(path) if name.endswith((*_PYTORCHS, *_TENSORFLOWS))]
+    if not names:
+        return None
+    whose = "PyTorch's" if names[0].endswith(_PYTORCHS) else "TensorFlow's"
+    return Hint(
+        f"{names[0]} holds {whose} weights, which are not read: save them as safetensors, or as Flax weights "
+        "(flax_model.msgpack)."
+    )
 
 
 def _weights(path: epath.Path, files: Files) -> Hint | None:

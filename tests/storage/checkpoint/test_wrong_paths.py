@@ -3,6 +3,7 @@
 import pathlib
 import shutil
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -241,6 +242,33 @@ def test_a_directory_whose_name_ends_in_a_number_by_chance_is_no_step(tmp_path):
     assert said(tmp_path / "etc", tmp_path / "etc") == (
         "RUN is no Orbax checkpoint; it holds: hosts, polkit-1.\n"
         "hint: pass a CheckpointManager's root, one of its steps, or an item in a step."
+    )
+
+
+@pytest.mark.parametrize(("name", "whose"), [("pytorch_model.bin", "PyTorch"), ("tf_model.h5", "TensorFlow")])
+def test_weights_of_another_framework_lead_to_no_model_that_lies_beside_them(tmp_path, name, whose):
+    save(tmp_path / "gpt_2" / "default", {"params": {"scale": np.zeros(3, np.float32)}})
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / name).write_bytes(b"PK")
+    hint = (
+        f"hint: {name} holds {whose}'s weights, which are not read: save them as safetensors, or as Flax "
+        "weights (flax_model.msgpack)."
+    )
+
+    assert said(tmp_path / "bert", tmp_path) == f"RUN/bert is no Orbax checkpoint; it holds: {name}.\n{hint}"
+
+
+@pytest.mark.parametrize("name", ["flax_model.msgpack", "model.safetensors"])
+def test_a_pointer_of_git_lfs_is_called_so(tmp_path, name):
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 437936153\n"
+    (tmp_path / name).write_text(pointer)
+
+    with pytest.raises(NotACheckpointError) as caught:
+        plan_restore(tmp_path, {"scale": jax.ShapeDtypeStruct((3,), np.float32)})
+
+    assert str(caught.value).replace(str(tmp_path), "RUN") == (
+        f"RUN/{name} is a pointer of Git LFS: the weights were not downloaded.\n"
+        "hint: run `git lfs pull` in the clone: it downloads the file itself."
     )
 
 

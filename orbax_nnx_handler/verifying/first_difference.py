@@ -327,9 +327,14 @@ class Search:
         )
         others = [orders(doubtful, self.runner.shapes), exchanges(self.runner, comparable, layer)]
         both = self._rotated(one, layer, itertools.chain(*others))
+        known = {frozenset[tuple[Path, Recipe]]()}  # What changes nothing, or was tried, is not tried again.
         for way in itertools.chain(*(itertools.islice(each, _MOST_TRIED) for each in (ways, both))):
             if time.monotonic() > until:
                 break
+            made = frozenset(way.recipes.items() - doubtful.items())
+            if made in known:
+                continue
+            known.add(made)
             self.tried += 1
             if self._agrees(one, way.recipes):
                 return _Proof(module=one, words=way.words, recipes=way.recipes)

@@ -76,14 +76,15 @@ def alternatives(
     undone = {leaf: way for leaf, recipe in doubtful.items() for _, way in _undone(recipe)}
     if len(undone) > 1:
         yield Alternative(words=f"{_names(undone)} are neither scaled nor shifted", recipes=undone)
-    for leaf, recipe in doubtful.items():
-        yield from _axes(leaf, recipe, shapes)
+    yield from itertools.islice(joined := orders(doubtful, shapes), 5)  # Three parts have as many others.
+    # The likeliest way of each leaf comes before all ways of one of them: a square matrix is transposed.
+    parts = (ways for leaf, recipe in doubtful.items() for ways in _parts_of(leaf, recipe, shapes))
+    rounds = itertools.zip_longest(*(_axes(*each, shapes) for each in doubtful.items()), *parts)
+    yield from filter(None, next(rounds, ()))
+    yield from joined
+    yield from filter(None, itertools.chain.from_iterable(rounds))
     yield from _alike(doubtful, shapes)
-    yield from orders(doubtful, shapes)
-    for leaf, recipe in doubtful.items():
-        yield from _parts_of(leaf, recipe, shapes)
-    for module, theirs in others.items():
-        yield _from_other(module, theirs)
+    yield from itertools.starmap(_from_other, others.items())
     yield from (_exchange(pairs, doubtful) for pairs in exchanged if pairs not in likely)
 
 
@@ -102,9 +103,8 @@ def _alike(doubtful: Mapping[Path, Recipe], shapes: Shapes) -> Iterator[Alternat
             yield Alternative(words=f"{fold_paths(group)}: {ways[0].words}, and so in all", recipes=made)
     for count in range(3, _MOST_PARTS + 1):
         alike = [group for group in several if len(group) == count]
-        for some, order in itertools.product(
-            [alike, *([x] for x in alike)], itertools.permutations(range(count))
-        ):
+        together = [alike, *([x] for x in alike)] if alike else []
+        for some, order in itertools.product(together, _otherwise(count)):
             made = {group[to]: doubtful[group[at]] for group in some for to, at in enumerate(order)}
             sources = ", ".join(map(render_reads, made.values()))
             yield Alternative(words=f"{fold_paths(made)} are in another order: {sources}", recipes=made)
@@ -167,20 +167,22 @@ def _axes(leaf: Path, recipe: Recipe, shapes: Shapes) -> Iterator[Alternative]:
             yield Alternative(words=said, recipes={leaf: plain})
 
 
-def _parts_of(leaf: Path, recipe: Recipe, shapes: Shapes) -> Iterator[Alternative]:
-    """Yields a fused leaf with one of its parts turned or divided in another way, or all of them alike."""
-    joint = _joint(recipe)
-    if joint is None:
+def _parts_of(leaf: Path, recipe: Recipe, shapes: Shapes) -> Iterator[Iterator[Alternative]]:
+    """Yields the other ways to turn or divide each part of a fused leaf, last those of all parts alike."""
+    if (joint := _joint(recipe)) is None:
         return
-    ways = [[(words, simplify(way, shapes)) for words, way in _ways(part, shapes)] for part in joint.sources]
-    for at, found in enumerate(ways):
-        for words, way in found:
-            parts = (*joint.sources[:at], way, *joint.sources[at + 1 :])
-            made = _again(recipe, joint, dataclasses.replace(joint, sources=parts))
-            yield Alternative(words=f"{render_reads(way)} in {leaf[-1]} is {words}", recipes={leaf: made})
-    for alike in zip(*ways, strict=True) if len(set(map(len, ways))) == 1 else ():
-        made = _again(recipe, joint, dataclasses.replace(joint, sources=tuple(way for _, way in alike)))
-        yield Alternative(words=f"every part of {leaf[-1]} is {alike[0][0]}", recipes={leaf: made})
+    parts = joint.sources
+    ways = [[(words, simplify(way, shapes)) for words, way in _ways(part, shapes)] for part in parts]
+
+    def made(words: str, *sources: Recipe) -> Alternative:
+        return Alternative(words=words, recipes={leaf: _with_parts(recipe, joint, sources)})
+
+    def of(at: int, words: str, way: Recipe) -> Alternative:
+        return made(f"{render_reads(way)} in {leaf[-1]} is {words}", *parts[:at], way, *parts[at + 1 :])
+
+    yield from (itertools.starmap(functools.partial(of, at), each) for at, each in enumerate(ways))
+    alike = zip(*ways, strict=True) if len(set(map(len, ways))) == 1 else ()
+    yield (made(f"every part of {leaf[-1]} is {each[0][0]}", *(way for _, way in each)) for each in alike)
 
 
 def _ways(recipe: Recipe, shapes: Shapes) -> Iterator[tuple[str, Recipe]]:
@@ -196,9 +198,14 @@ def _undone(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
             yield f"not {word}", _again(recipe, step, step.source)
 
 
+def _otherwise(count: int) -> Iterator[tuple[int, ...]]:
+    """Returns the orders of so many, without the one that they are in."""
+    return itertools.islice(itertools.permutations(range(count)), 1, None)
+
+
 def _turned(recipe: Recipe, shape: Shape) -> Iterator[tuple[str, Recipe]]:
     if 2 <= len(shape) <= _MOST_AXES:
-        for order in itertools.permutations(range(len(shape))):
+        for order in _otherwise(len(shape)):
             if tuple(shape[axis] for axis in order) == shape:
                 yield "transposed", Transpose(recipe, order)
 
@@ -247,17 +254,15 @@ def orders(doubtful: Mapping[Path, Recipe], shapes: Shapes) -> Iterator[Alternat
         if count > _MOST_PARTS:
             continue
         together = {leaf: joint for leaf, joint in fused.items() if len(joint.sources) == count}
-        groups = [[leaf] for leaf in together]
-        groups = [list(together), *groups] if len(together) > 1 else groups
-        for order in itertools.permutations(range(count)):
-            for group in groups if order != tuple(range(count)) else ():
-                recipes = {
-                    leaf: _again(doubtful[leaf], together[leaf], _in_order(together[leaf], order))
-                    for leaf in group
-                }
-                sources = ", ".join(render_reads(part) for part in _parts(together[group[0]], order))
-                words = f"{_names(group)} joined in another order: {sources}"
-                yield Alternative(words=words, recipes=recipes)
+        groups = [[*together], *([leaf] for leaf in together if len(together) > 1)]
+        for group, order in itertools.product(groups, _otherwise(count)):
+            recipes = {
+                leaf: _with_parts(doubtful[leaf], together[leaf], _parts(together[leaf], order))
+                for leaf in group
+            }
+            sources = ", ".join(render_reads(part) for part in _parts(together[group[0]], order))
+            words = f"{_names(group)} joined in another order: {sources}"
+            yield Alternative(words=words, recipes=recipes)
         yield from _interleaved(together, doubtful, shapes)
 
 
@@ -288,8 +293,8 @@ def _parts(joint: Concat | Stack, order: Sequence[int]) -> list[Recipe]:
     return [joint.sources[at] for at in order]
 
 
-def _in_order(joint: Concat | Stack, order: Sequence[int]) -> Recipe:
-    return dataclasses.replace(joint, sources=tuple(_parts(joint, order)))
+def _with_parts(recipe: Recipe, joint: Concat | Stack, parts: Iterable[Recipe]) -> Recipe:
+    return _again(recipe, joint, dataclasses.replace(joint, sources=tuple(parts)))
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -202,6 +202,14 @@ def test_the_right_module_is_named_and_what_is_otherwise(name: str, saved: Save)
         assert proved in result.first.proved, result
 
 
+@pytest.mark.parametrize("name", [name for name, (*_, proved) in MISTAKES.items() if proved])
+def test_a_mistake_in_the_rules_is_found_among_the_first_ways_that_are_tried(name: str, saved: Save):
+    result = found(name, saved(MISTAKES[name][0]))
+
+    assert result.first is not None
+    assert result.first.tried <= 12  # Each runs a module: a few times both programs would be many.
+
+
 def test_settings_that_differ_are_named(saved: Save):
     result = found("another epsilon", saved(GPT))
 
@@ -451,6 +459,16 @@ def test_a_mistake_of_one_rule_is_tried_in_all_leaves_that_it_makes():
     )
     for made in mistakes:
         assert right in [way.recipes for way in alternatives(made, {}, {("w",): (3, 4, 4)})]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_what_changes_nothing_is_no_other_way(count: int):
+    made = {("experts", at, "kernel"): Index(Read(("w",)), 0, at) for at in range(count)}
+
+    ways = [*alternatives(made, {}, {("w",): (3, 4, 4)})]
+
+    assert ways
+    assert all(way.recipes.items() - made.items() for way in ways)
 
 
 class LinenLooking(nn.Module):

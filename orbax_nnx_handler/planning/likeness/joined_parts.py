@@ -1,4 +1,4 @@
-"""How several parts lie in one array, by which recipe; heads of an attention, too."""
+"""How several parts lie in one array, by which recipe; last, what else a table makes."""
 
 import dataclasses
 import itertools
@@ -9,9 +9,10 @@ from typing import Any
 
 from orbax_nnx_handler.planning.core.leaves import permuted
 from orbax_nnx_handler.planning.core.paths import shared_levels
+from orbax_nnx_handler.planning.likeness import in_list
 from orbax_nnx_handler.planning.likeness.assignment import ways_of_heads
-from orbax_nnx_handler.planning.likeness.links import Link, Tie
-from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, part_of, prefixes
+from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie
+from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, module_parts, part_of, prefixes
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart
 from orbax_nnx_handler.planning.likeness.shapes import (
     Joint,
@@ -21,15 +22,18 @@ from orbax_nnx_handler.planning.likeness.shapes import (
     joints,
     several_times,
     transposed,
+    ways,
     without_axis,
 )
 from orbax_nnx_handler.planning.likeness.vocabulary import (
     MARGIN,
+    PYTORCHS,
     Concepts,
     Names,
     concepts,
     exclude,
     likeness,
+    words,
 )
 from orbax_nnx_handler.planning.rules import Fuse, Rule, Split
 from orbax_nnx_handler.planning.rules.split_and_fuse import cut_alike
@@ -383,3 +387,57 @@ def kept_by_head(link: Link) -> tuple[Link, Link] | None:
         plain = dataclasses.replace(link, told="head by head")
         return plain, dataclasses.replace(link, ways=((Way(steps),),), told="side by side")
     return None
+
+
+# What else a table of tokens makes.
+
+_OUTPUTS = frozenset(("output", "out", "projection", "proj", "generator"))
+"""Words of the layer that leads to tokens, beside those of heads."""
+
+
+def is_table(part: ModulePart) -> bool:
+    """Tells whether a part is a table of tokens."""
+    said = part.said
+    return bool(said & {"embed", "token"}) and not said & {"pos", "type", "patch", "cls", "vision"}
+
+
+def tied(wanted: Sequence[Leaf], stored: Sequence[Leaf], found: Findings) -> Findings:
+    """Returns what makes an output layer of which only the embedding is stored: they are tied.
+
+    What is not called a head or, beside all lists, an output is only asked about.
+    """
+    covered = {leaf.source for link in found.every for leaf in link.wanted}
+    used = {leaf.source for link in found.every for leaf in link.stored}
+    settled = {leaf.source for link in found.links for leaf in link.stored}
+    left = module_parts(leaf for leaf in wanted if leaf.source not in covered)
+    layers = [x for x in left if {"main"} <= x.leaves.keys() <= {"main", "bias"} and not x.is_vector]
+    called = [part for part in layers if "head" in part.said] or [*filter(_is_output, layers)]
+    heads = called or layers
+    if len(heads) != 1:
+        return Findings()
+    tables = filter(is_table, module_parts(leaf for leaf in stored if leaf.source in used))
+    head, free = heads[0].leaves["main"], [leaf for leaf in stored if leaf.source not in settled]
+    made = ((leaf, _as_head(leaf, head)) for part in tables for leaf in part.leaves.values())
+    options = [(leaf, possible) for leaf, possible in made if possible]
+    if any(ways(leaf.shape, head.shape) for leaf in free) or len(options) != 1 or len(options[0][1]) != 1:
+        return Findings()
+    leaf, way = options[0]
+    links = [Link(wanted=(head,), stored=(leaf,), grounds="names", ways=(way,), copied=True)]
+    bias = heads[0].leaves.get("bias")
+    fitting = [(one, how) for one in free if bias is not None and (how := ways(one.shape, bias.shape))]
+    if bias is not None and len(fitting) == 1:
+        links.append(Link(wanted=(bias,), stored=fitting[0][:1], grounds="names", ways=fitting[0][1:]))
+    if called and len(links) == len(heads[0].leaves):  # Else it is a new one.
+        return Findings(links=links)
+    return Findings(ties=[Tie(wanted=(heads[0].names,), stored=(part_of(leaf),), readings=(tuple(links),))])
+
+
+def _is_output(part: ModulePart) -> bool:
+    return not (in_list(part.names)[0] or _OUTPUTS.isdisjoint(words("".join(part.names[-1:]))))
+
+
+def _as_head(table: Leaf, head: Leaf) -> tuple[Way, ...]:
+    """Returns how an embedding becomes the matrix of an output layer; a convolution's kernel is none."""
+    found = ways(table.shape, head.shape) if len(table.shape) == len(head.shape) else ()
+    may_be_kept = table.names[-1] != "embedding" or head.names[-1] in PYTORCHS
+    return tuple(way for way in found if way.turned or may_be_kept)

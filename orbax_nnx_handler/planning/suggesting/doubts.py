@@ -312,19 +312,6 @@ def _in_short(names: Names) -> set[str]:
     return {"".join(word[:width] for word in some) for some in several for width in (1, None)}
 
 
-# What a proposal would take from another leaf.
-
-
-def agrees(
-    link: Link, settled: Mapping[Path, set[Path]], claimed: Set[Path], free: Set[tuple[Path, Names]]
-) -> bool:
-    """Tells whether a link takes no leaf that another one has by its name, but for parts that are free."""
-    for leaf in link.wanted:
-        if leaf.source in settled:
-            return {one.source for one in link.stored} <= settled[leaf.source]
-    return link.copied or all(leaf.source not in claimed or leaf.part in free for leaf in link.stored)
-
-
 # Another recipe than the one that was found.
 
 

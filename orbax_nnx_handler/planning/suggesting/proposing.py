@@ -24,7 +24,7 @@ from orbax_nnx_handler.planning.rules.applying import unboxed
 from orbax_nnx_handler.planning.rules.entries import Entries, Entry, loose_parts
 from orbax_nnx_handler.planning.rules.split_and_fuse import keys_as_names
 from orbax_nnx_handler.planning.rules.values import steps_in
-from orbax_nnx_handler.planning.suggesting.doubts import Remade, agrees, remade_behind
+from orbax_nnx_handler.planning.suggesting.doubts import Remade, remade_behind
 from orbax_nnx_handler.planning.suggesting.link_groups import (
     kinds_of_links,
     of_few_layers,
@@ -36,6 +36,7 @@ from orbax_nnx_handler.planning.suggesting.rule_writing import Writer
 from orbax_nnx_handler.planning.suggesting.search import (
     Searched,
     Settled,
+    agrees,
     paths_of,
     search,
     stored_leaves,

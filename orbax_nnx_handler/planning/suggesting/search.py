@@ -14,6 +14,7 @@ from orbax_nnx_handler.planning.core.recipes import Read, reads, shape_of
 from orbax_nnx_handler.planning.layouts.layout import repeats_beside
 from orbax_nnx_handler.planning.likeness.arrangements import as_fused
 from orbax_nnx_handler.planning.likeness.assignment import Fit, fit_of, may_be, sizes_of_few
+from orbax_nnx_handler.planning.likeness.joined_parts import is_table, tied
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie, leads, settle_turns
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, module_parts, part_of
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart, named_parts
@@ -25,7 +26,11 @@ from orbax_nnx_handler.planning.mapping.cells_and_wrappers import derive
 from orbax_nnx_handler.planning.rules.applying import unboxed
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.rules.values import steps_in
-from orbax_nnx_handler.planning.suggesting.doubts import GENERAL, apart_from_copies, wanted_twice
+from orbax_nnx_handler.planning.suggesting.doubts import (
+    GENERAL,
+    apart_from_copies,
+    wanted_twice,
+)
 from orbax_nnx_handler.planning.suggesting.link_groups import (
     Precedents,
     with_moved_axes,
@@ -65,7 +70,8 @@ def search(wanted: Sequence[Leaf], stored: Sequence[Leaf], order: Mapping[Tokens
         wanted, stored = ([dataclasses.replace(x, collection=None) for x in y] for y in (wanted, stored))
     cells = as_fused(wanted, stored)
     found = cells.apart(match_model(Context(wanted=cells.wanted, stored=cells.stored, order=order)))
-    found.add(_tied(wanted, stored, found))
+    found = _with_shared_tables(found)
+    found.add(tied(wanted, stored, found))
     found.links.extend(match_leftovers(wanted, stored, found.links))
     found, count = with_either_end(found), len(found.ties)
     ordered = {path for tie in found.ties[count:] for path in _wanted_by(tie)}
@@ -151,42 +157,19 @@ def _arranged(entries: Sequence[Entry]) -> list[Leaf]:
     return made
 
 
-def _tied(wanted: Sequence[Leaf], stored: Sequence[Leaf], found: Findings) -> Findings:
-    """Returns what makes an output layer of which only the embedding is stored: they are tied.
-
-    What is not called a head is only asked about.
-    """
-    covered = {leaf.source for link in found.every for leaf in link.wanted}
-    used = {leaf.source for link in found.every for leaf in link.stored}
-    settled = {leaf.source for link in found.links for leaf in link.stored}
-    left = module_parts(leaf for leaf in wanted if leaf.source not in covered)
-    layers = [x for x in left if {"main"} <= x.leaves.keys() <= {"main", "bias"} and not x.is_vector]
-    heads = [part for part in layers if "head" in part.said] or layers
-    if len(heads) != 1:
-        return Findings()
-    known = module_parts(leaf for leaf in stored if leaf.source in used)
-    tables = [part for part in known if part.said & {"embed", "token"}]
-    tables = [part for part in tables if not part.said & {"pos", "type", "patch", "cls", "vision"}]
-    head, free = heads[0].leaves["main"], [leaf for leaf in stored if leaf.source not in settled]
-    made = ((leaf, _as_head(leaf, head)) for part in tables for leaf in part.leaves.values())
-    options = [(leaf, possible) for leaf, possible in made if possible]
-    if any(ways(leaf.shape, head.shape) for leaf in free) or len(options) != 1 or len(options[0][1]) != 1:
-        return Findings()
-    leaf, way = options[0]
-    links = [Link(wanted=(head,), stored=(leaf,), grounds="names", ways=(way,), copied=True)]
-    bias = heads[0].leaves.get("bias")
-    fitting = [(one, how) for one in free if bias is not None and (how := ways(one.shape, bias.shape))]
-    if bias is not None and len(fitting) == 1:
-        links.append(Link(wanted=(bias,), stored=fitting[0][:1], grounds="names", ways=fitting[0][1:]))
-    if "head" in heads[0].said and len(links) == len(heads[0].leaves):  # Else it is a new one.
-        return Findings(links=links)
-    return Findings(ties=[Tie(wanted=(heads[0].names,), stored=(part_of(leaf),), readings=(tuple(links),))])
-
-
-def _as_head(table: Leaf, head: Leaf) -> tuple[Way, ...]:
-    """Returns how an embedding becomes the matrix of an output layer; a convolution's kernel is none."""
-    found = ways(table.shape, head.shape) if len(table.shape) == len(head.shape) else ()
-    return tuple(w for w in found if w.turned or table.names[-1] != "embedding")
+def _with_shared_tables(found: Findings) -> Findings:
+    """Returns what is known, the only table that fits those of an encoder and of a decoder made into both."""
+    ties, links = list[Tie](), list[Link]()
+    for tie in found.ties:
+        several = [*itertools.chain(*tie.readings)]
+        tables = [part for part in module_parts(link.source for link in several[:1]) if is_table(part)]
+        called = {(part[-1:], concepts(part[:-1]) - {"enc", "dec"}) for part in tie.wanted}
+        is_one = len(tie.stored) == len(called) == 1 < len(several) == len(tie.readings)
+        if is_one and any(part.said.isdisjoint(("enc", "dec")) for part in tables):
+            links += (dataclasses.replace(link, copied=at > 0) for at, link in enumerate(several))
+        else:
+            ties.append(tie)
+    return dataclasses.replace(found, links=[*found.links, *links], ties=ties)
 
 
 def paths_of(links: Iterable[Link]) -> Mapping[Path, set[Path]]:
@@ -196,6 +179,16 @@ def paths_of(links: Iterable[Link]) -> Mapping[Path, set[Path]]:
         for leaf in link.wanted:
             found[leaf.source] |= {stored.source for stored in link.stored}
     return found
+
+
+def agrees(
+    link: Link, settled: Mapping[Path, set[Path]], claimed: Set[Path], free: Set[tuple[Path, Names]]
+) -> bool:
+    """Tells whether a link takes no leaf that another one has by its name, but for parts that are free."""
+    for leaf in link.wanted:
+        if leaf.source in settled:
+            return {one.source for one in link.stored} <= settled[leaf.source]
+    return link.copied or all(leaf.source not in claimed or leaf.part in free for leaf in link.stored)
 
 
 def match_leftovers(wanted: Sequence[Leaf], stored: Sequence[Leaf], links: Sequence[Link]) -> list[Link]:

@@ -650,3 +650,28 @@ def test_a_gamma_beside_a_beta_is_of_a_norm_and_scales_a_layer_alone(block):
 
     assert not found.questions
     check(values, {path: stored[source] for path, source in expected.items()})
+
+
+@pytest.mark.parametrize("output", ["generator", "decoder/output_projection", "decoder/projection"])
+@pytest.mark.parametrize("leaf", ["weight", "kernel"])
+def test_the_only_table_is_that_of_encoder_decoder_and_the_output_by_any_of_its_names(output, leaf):
+    tables = {f"{side}/embed_tokens/embedding": (9, 8) for side in ("encoder", "decoder")}
+    body = {"encoder/layer/kernel": (8, 7), "decoder/layer/kernel": (7, 8)}
+    head = {f"{output}/{leaf}": (9, 8) if leaf == "weight" else (8, 9)}
+    stored = filled({"shared_embedding/embedding": (9, 8), **body})
+
+    found, values = proposed(stored, {**body, **tables, **head})
+
+    table = stored["shared_embedding/embedding"]
+    assert not found.questions
+    made = {path: table.T if path.endswith("kernel") else table for path in (*tables, *head)}
+    check(values, {**{path: stored[path] for path in body}, **made})
+
+
+def test_the_table_of_an_encoder_is_none_of_a_decoder():
+    stored = filled({"encoder/embedding": (9, 8)})
+    wanted = {f"{side}/embed_tokens/embedding": (9, 8) for side in ("encoder", "decoder")}
+
+    _, values = proposed(stored, wanted)
+
+    assert "decoder/embed_tokens/embedding" not in values

@@ -48,6 +48,7 @@ Kind = Literal[
     "CopyRenamed",
     "DimensionDiffers",
     "DroppedByRule",
+    "FlatKeys",
     "Fused",
     "HeadsDivided",
     "LeadingAxis",

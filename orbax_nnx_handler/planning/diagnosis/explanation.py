@@ -61,6 +61,7 @@ from orbax_nnx_handler.planning.diagnosis.passed_rules import (
     find_unused_parts,
 )
 from orbax_nnx_handler.planning.diagnosis.rearranged import (
+    find_flat_keys,
     find_fused,
     find_merged,
     find_open_factoring,
@@ -101,6 +102,7 @@ _FINDERS: tuple[_Finder, ...] = (
     find_given_layout,
     find_no_weights,
     find_quantised,
+    find_flat_keys,
     find_wrappers,
     find_rules_of_layers,
     find_nested_stacks,
@@ -369,9 +371,7 @@ def _fill(evidence: Evidence, paths: Collection[Path], word: str) -> Iterable[Hi
 
 
 def _open(verdict: Verdict, explained: Collection[Path]) -> list[Path]:
-    return [
-        path for path, item in verdict.missing.items() if item.policy == "error" and path not in explained
-    ]
+    return [at for at, item in verdict.missing.items() if item.policy == "error" and at not in explained]
 
 
 def _has_no_source(verdict: Verdict) -> bool:

@@ -22,7 +22,7 @@ from orbax_nnx_handler.planning.diagnosis.ways import (
     shortest_patterns,
     tried,
 )
-from orbax_nnx_handler.planning.rules import Fuse, Reshape, Rule, Split, Transpose
+from orbax_nnx_handler.planning.rules import Fuse, Rename, Reshape, Rule, Split, Transpose
 
 _RULES = 8
 """Rules that a hint writes out; more of them are a matter for `suggest` or a loop."""
@@ -312,6 +312,23 @@ class _Join:
     axis: int
     shape: Shape
     shapes: tuple[Shape, ...]
+
+
+def find_flat_keys(evidence: Evidence) -> Iterable[Cause]:
+    """Yields that paths were stored as single keys with dots, as `flatten_dict(sep=".")` writes them."""
+    flat = [path for path in evidence.free_weights if path and "." in str(path[-1])]
+    rules = [Rename(r"\.", "/", regex=True)]
+    found = evidence.restored_under([*evidence.verdict.renames, *rules]) if flat else None
+    met = [path for path in evidence.missing if path in found] if found else []
+    if met:
+        yield Cause(
+            kind="FlatKeys",
+            text=f"{counted(len(flat), 'stored key')} of levels joined by dots, as {str(flat[0][-1])!r}: the "
+            "tree was flattened before it was saved.",
+            paths=(*met, *flat),
+            way=_pass(rules),
+            facts={"count": len(flat)},
+        )
 
 
 def find_fused(evidence: Evidence) -> Iterable[Cause]:

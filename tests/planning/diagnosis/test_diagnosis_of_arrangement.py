@@ -391,6 +391,19 @@ def test_a_table_of_positions_as_long_as_the_vocabulary_is_no_copy_of_it():
     assert "TiedEmbedding" not in kinds(found)
 
 
+def test_keys_that_join_levels_by_dots_come_with_the_rule_that_takes_them_apart():
+    want = model(2, "", "layers/{}")
+    have = {
+        f"params/{path.removeprefix('params/').replace('/', '.')}": shape for path, shape in model(2).items()
+    }
+
+    (cause,) = diagnose(plan(have, want))
+
+    assert cause.kind == "FlatKeys"
+    assert plan(have, want, renames=pasted(cause.hint.words, "renames")).fits
+    assert plan(have, want, **cause.hint.arguments).fits
+
+
 def test_an_output_layer_of_another_shape_is_a_new_part():
     have = stored({"embed/embedding": (11, 4)} | other())
 

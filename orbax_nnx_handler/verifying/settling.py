@@ -339,6 +339,8 @@ class Settling:
             problem="\n".join(str(fault) for fault in plan.faults),
             proof=" ".join(filter(None, [proof, *fewer])),
             is_proved=verification is not None and verification.equal and not verification.remarks,
+            is_untold=verification is not None
+            and bool(rules and verification.equal and verification.remarks),
             is_refuted=verification is not None and not verification.equal,
             settle=None,
         )

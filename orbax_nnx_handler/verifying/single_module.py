@@ -260,8 +260,8 @@ def orders(doubtful: Mapping[Path, Recipe], shapes: Shapes) -> Iterator[Alternat
                 leaf: _with_parts(doubtful[leaf], together[leaf], _parts(together[leaf], order))
                 for leaf in group
             }
-            sources = ", ".join(render_reads(part) for part in _parts(together[group[0]], order))
-            words = f"{_names(group)} joined in another order: {sources}"
+            said = (f"{render_reads(one)} {describe(one)}" for one in _parts(together[group[0]], order))
+            words = f"{_names(group)} joined in another order: {', '.join(map(str.strip, said))}"
             yield Alternative(words=words, recipes=recipes)
         yield from _interleaved(together, doubtful, shapes)
 

@@ -15,9 +15,18 @@ from orbax_nnx_handler.planning.core.folding import fold_paths
 from orbax_nnx_handler.planning.core.paths import Path, segments
 from orbax_nnx_handler.planning.likeness.vocabulary import concepts
 from orbax_nnx_handler.planning.restore_plan import RestorePlan
-from orbax_nnx_handler.verifying import MASK, MOST_ROUNDINGS, Array, exceeds, is_dataclass
+from orbax_nnx_handler.verifying import (
+    MASK,
+    MOST_ROUNDINGS,
+    TOLERANCE,
+    Array,
+    are_the_same,
+    compare,
+    exceeds,
+    is_dataclass,
+)
 from orbax_nnx_handler.verifying.runs import Compared, Runs, depends, returned_with
-from orbax_nnx_handler.verifying.verification import FirstDifference
+from orbax_nnx_handler.verifying.verification import FirstDifference, outputs_apart
 from orbax_nnx_handler.verifying.weights import flat_state, is_weight
 
 _FEATURES = 3
@@ -65,6 +74,76 @@ def untold(runs: Runs, plan: RestorePlan, first: FirstDifference | None) -> Iter
             "weights of almost zero behind them, or outputs that are the same whatever goes in."
         )
     yield from _without_effect(runs, plan)
+    yield from () if first is not None else _alike(runs)
+
+
+def _alike(runs: Runs) -> Iterator[str]:
+    """Yields which modules may have each other's weights, and both programs return the same."""
+    values = dict(flat_state(runs.runner.model))
+    for pairs in [*_exchangeable(runs).values()][:_MOST_GROUPS]:
+        leaves = [
+            (leaf, (*other, *leaf[len(one) :]))
+            for pair in pairs
+            for one, other in (pair, pair[::-1])
+            for leaf in runs.runner.recipes
+            if leaf[: len(one)] == one
+        ]
+        apart = {leaf: values[other].get_value() - values[leaf].get_value() for leaf, other in leaves}
+        if not any(map(np.any, apart.values())) or not _is_same_with(runs, pairs[0], leaves):
+            continue
+        found = outputs_apart(runs.returned, returned_with(runs.programs, runs.runner.model, apart))
+        if not any(output.relative > TOLERANCE for output in found):
+            one, other = (fold_paths([pair[at] for pair in pairs]) for at in (0, 1))
+            yield (
+                f"{one} and {other} may have each other's weights, and the outputs are the same: they do not "
+                "tell which is which."
+            )
+
+
+def _exchangeable(runs: Runs) -> Mapping[object, Sequence[tuple[Path, Path]]]:
+    """Returns modules beside each other that may well be alike to what comes of them, all layers together.
+
+    They hold weights of the same shapes, and are called with the same, as the factors of a product and tables
+    that are added are, or hold vectors alone, as the norms of queries and keys.
+    """
+    calls, shapes = runs.runner.calls, dict[Path, dict[Path, tuple[int, ...]]]()
+    for leaf in runs.runner.recipes:
+        for depth in range(1, len(leaf)):
+            if leaf[:depth] in calls:
+                seen = calls[leaf[:-1]][0].shapes.get(str(leaf[-1]), ()) if leaf[:-1] in calls else (0, 0)
+                shapes.setdefault(leaf[:depth], {})[leaf[depth:]] = seen
+    beside: dict[object, list[Path]] = defaultdict(list)
+    for path, held in shapes.items():
+        beside[path[:-1], len(calls[path]), frozenset(held.items())].append(path)
+    found: dict[object, list[tuple[Path, Path]]] = defaultdict(list)
+    for one, other in itertools.chain(*(itertools.combinations(group, 2) for group in beside.values())):
+        is_vector = {*map(len, shapes[one].values())} == {1} and one[-1] != other[-1]
+        is_vector = is_vector and isinstance(one[-1], str)
+        names = tuple(tuple(key for key in path if not isinstance(key, int)) for path in (one, other))
+        if {one, other} & {*itertools.chain(*found.get(names, ()))}:
+            continue
+        if is_vector or are_the_same(calls[one][0].inputs, calls[other][0].inputs):
+            found[names].append((one, other))
+    return found
+
+
+def _is_same_with(runs: Runs, pair: tuple[Path, Path], leaves: Iterable[tuple[Path, Path]]) -> bool:
+    """Tells whether the module around two returns the same where these have each other's weights."""
+    runner, above = runs.runner, pair[0][:-1]
+    holder = next(
+        (above[:depth] for depth in range(len(above), -1, -1) if above[:depth] in runner.calls), None
+    )
+    if holder is None:
+        return True
+    call = runner.calls[holder][0]
+    try:
+        layer = runner.layer_at(holder, call)
+        made = {leaf: runner.recipe(other, layer) for leaf, other in leaves if leaf[: len(holder)] == holder}
+        found = runner.run(holder, layer, call, call.inputs, made)
+    # The caller's module may fail in any way when it is called outside of its program.
+    except Exception:
+        return True
+    return compare(call.outputs, found).relative <= TOLERANCE
 
 
 def _is_apart_throughout(one: Compared) -> bool:

@@ -16,7 +16,7 @@ from flax import nnx
 from rich.console import Console
 
 from orbax_nnx_handler import Add, Fuse, Scale, StackLayers, Transpose, Verification, verify
-from orbax_nnx_handler.planning.core.recipes import Index, Read
+from orbax_nnx_handler.planning.core.recipes import Concat, Index, Read, Slice
 from orbax_nnx_handler.planning.core.recipes import Transpose as Turned
 from orbax_nnx_handler.verifying.single_module import alternatives
 from tests.verifying.twins import BILSTM, GPT, LLAMA, TRANSLATOR, VIT, Twin
@@ -514,3 +514,15 @@ def test_an_input_without_a_counterpart_is_named_where_the_difference_may_come_i
     assert "note: of the inputs NNX's float32[5,5] has no counterpart: the difference may come in" in str(
         found
     )
+
+
+def test_two_parts_of_one_array_are_told_apart_where_their_order_is_said():
+    source = Read(("params", "film", "kernel"))
+    joined = Concat((Slice(source, 1, 0, 8), Slice(source, 1, 8, 8)), 1)
+
+    ways = alternatives({("film", "kernel"): joined}, {}, {source.path: (4, 16)})
+
+    said = next(way.words for way in ways if "joined in another order" in way.words)
+    first, second = said.partition(": ")[2].split(", ")
+    assert first != second
+    assert ("[8:16]" in first, "[0:8]" in second) == (True, True)

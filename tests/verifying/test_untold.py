@@ -411,3 +411,92 @@ def test_weights_that_a_gate_of_zero_hides_are_named_with_it(tmp_path: pathlib.P
     assert f"{hidden}/kernel" in remark
     assert f"Weights of zero hide them, whatever the inputs are: {gate}." in remark
     assert str(found).startswith("Verification: equal, as far as these outputs tell: ")
+
+
+class TwoWays(nn.Module):
+    """Grouped queries with normed queries and keys, two tables for the same zeros, and two factors."""
+
+    @nn.compact
+    def __call__(self, x):
+        zeros = jnp.zeros(x.shape[:-1], int)
+        x = x + nn.Embed(2, 8, name="kind")(zeros) + nn.Embed(2, 8, name="side")(zeros)
+        q = nn.RMSNorm(name="q_norm")(nn.DenseGeneral((4, 2), name="query")(x))
+        k = nn.RMSNorm(name="k_norm")(nn.DenseGeneral((2, 2), name="key")(x))
+        v = nn.DenseGeneral((2, 2), name="value")(x)
+        y = nn.dot_product_attention(q, k.repeat(2, axis=2), v.repeat(2, axis=2))
+        x = x + nn.DenseGeneral(8, axis=(-2, -1), name="out")(y)
+        return nn.Dense(3, name="down")(nn.Dense(16, name="gate")(x) * nn.Dense(16, name="up")(x))
+
+
+class TwoWaysTwin(nnx.Module):
+    def __init__(self, rngs):
+        self.kind, self.side = nnx.Embed(2, 8, rngs=rngs), nnx.Embed(2, 8, rngs=rngs)
+        self.query = nnx.LinearGeneral(8, (4, 2), rngs=rngs)
+        self.key, self.value = (nnx.LinearGeneral(8, (2, 2), rngs=rngs) for _ in range(2))
+        self.q_norm, self.k_norm = nnx.RMSNorm(2, rngs=rngs), nnx.RMSNorm(2, rngs=rngs)
+        self.out = nnx.LinearGeneral((4, 2), 8, axis=(-2, -1), rngs=rngs)
+        self.gate, self.up = nnx.Linear(8, 16, rngs=rngs), nnx.Linear(8, 16, rngs=rngs)
+        self.down = nnx.Linear(16, 3, rngs=rngs)
+
+    def __call__(self, x):
+        zeros = jnp.zeros(x.shape[:-1], int)
+        x = x + self.kind(zeros) + self.side(zeros)
+        q, k, v = self.q_norm(self.query(x)), self.k_norm(self.key(x)), self.value(x)
+        y = nnx.dot_product_attention(q, k.repeat(2, axis=2), v.repeat(2, axis=2))
+        x = x + self.out(y)
+        return self.down(self.gate(x) * self.up(x))
+
+
+@pytest.mark.parametrize(
+    "renames",
+    [(), [("q_norm", "k_norm"), ("k_norm", "q_norm")], [("kind", "side"), ("side", "kind")]],
+    ids=["right", "norms exchanged", "tables exchanged"],
+)
+def test_modules_that_may_be_exchanged_without_a_difference_are_said(tmp_path: pathlib.Path, renames: Any):
+    x = jax.random.normal(jax.random.key(2), (2, 6, 8))
+    keys = iter(jax.random.split(jax.random.key(1), 99))
+    variables = jax.tree.map(
+        lambda leaf: leaf + 0.3 * jax.random.normal(next(keys), leaf.shape),
+        TwoWays().init(jax.random.key(0), x),
+    )
+    path = save(tmp_path / "c", variables)
+    target = nnx.eval_shape(lambda: TwoWaysTwin(nnx.Rngs(0)))
+
+    found = verify(path, target, TwoWays().apply, lambda model, x: model(x), (x,), renames=renames)
+
+    assert found.equal, found
+    said = [remark for remark in found.remarks if "may have each other's weights" in remark]
+    assert {remark.partition(" may")[0] for remark in said} == {
+        "k_norm and q_norm",
+        "kind and side",
+        "gate and up",
+    }
+
+
+class Policy(nn.Module):
+    """A policy whose spread no output depends on."""
+
+    @nn.compact
+    def __call__(self, x):
+        self.param("sigma_0", nn.initializers.normal(1.0), (4,))
+        return nn.Dense(4, name="mean")(nn.tanh(nn.Dense(8, name="fc1")(x)))
+
+
+class PolicyTwin(nnx.Module):
+    def __init__(self, rngs):
+        self.fc1, self.mean = nnx.Linear(5, 8, rngs=rngs), nnx.Linear(8, 4, rngs=rngs)
+        self.sigma = nnx.Param(jnp.zeros(4))
+
+    def __call__(self, x):
+        return self.mean(jnp.tanh(self.fc1(x)))
+
+
+def test_a_rule_of_which_the_outputs_tell_nothing_leaves_the_whole_likely(tmp_path: pathlib.Path):
+    x = jax.random.normal(jax.random.key(2), (9, 5))
+    path = save(tmp_path / "c", Policy().init(jax.random.key(0), x))
+    target = nnx.eval_shape(lambda: PolicyTwin(nnx.Rngs(0)))
+
+    found = suggest(path, target, verify=(Policy().apply, lambda model, x: model(x), (x,)))
+
+    assert "tell nothing of weights that they do not depend on: sigma" in str(found)
+    assert found.confidence == "likely", found

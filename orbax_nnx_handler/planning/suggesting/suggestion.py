@@ -138,6 +138,7 @@ class Suggestion:
         is_given: Whether the caller's own rules decide too, of which nothing here says that they are right.
         flattened: Wanted matrices that may be of an image made one axis, in an order that only outputs tell.
         resized: Of which wanted leaves another size is stored, in words.
+        is_untold: Whether both programs return the same, which does not tell of all that rules make.
         is_rivalled: Whether a stored module that nothing wants would fit as well as one that is taken.
     """
 
@@ -156,6 +157,7 @@ class Suggestion:
     is_given: bool = False
     flattened: tuple[Path, ...] = ()
     resized: tuple[str, ...] = ()
+    is_untold: bool = False
     is_rivalled: bool = False
 
     @property
@@ -178,14 +180,13 @@ class Suggestion:
         """How sure the whole is.
 
         `certain`: every wanted leaf is covered, and shapes and names that both sides share allow nothing
-        else, or both programs return the same. `likely`: every leaf is covered, and names, order, the
-        convention of a known program or the caller's own rules decide, features may be flattened in
-        another order, or another stored module would fit as well. `open`: something is not, or both
-        programs' values differ.
+        else, or both programs return the same. `likely`: every leaf is covered, and names, order, a known
+        program or the caller's rules decide, features may be flattened otherwise, another stored module
+        would fit as well, or equal outputs do not tell of all. `open`: a leaf is not, or values differ.
         """
         if self.unmatched_wanted or self.questions or self.problem or self.is_refuted:
             return "open"
-        is_doubted = self.is_given or self.is_rivalled or bool(self.flattened)
+        is_doubted = self.is_given or self.is_rivalled or self.is_untold or bool(self.flattened)
         is_told = not is_doubted and all(item.grounds == "shapes" for item in self.proposals)
         return "certain" if self.is_proved or is_told else "likely"
 

@@ -24,7 +24,6 @@ from orbax_nnx_handler.planning.core.paths import printable, spelled
 from orbax_nnx_handler.planning.rules import Rename, Rule
 from orbax_nnx_handler.planning.suggesting import (
     BY_NUMBER,
-    CHOICES,
     RUN_BOTH,
     Confidence,
     Question,
@@ -136,7 +135,7 @@ def _answers(suggestion: Suggestion) -> list[_Answer]:
     return [
         (f"question {number}, {at}: {choice}", question.alternatives[at])
         for number, question in enumerate(suggestion.questions, 1)
-        for at, choice in enumerate(question.choices[:CHOICES])
+        for at, choice in enumerate(question.choices)
     ]
 
 

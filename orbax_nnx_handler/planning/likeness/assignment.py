@@ -14,13 +14,7 @@ from orbax_nnx_handler.planning.core.leaves import Shape, permuted
 from orbax_nnx_handler.planning.core.paths import Level
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart
-from orbax_nnx_handler.planning.likeness.shapes import (
-    Step,
-    Way,
-    is_vector,
-    transposed,
-    ways,
-)
+from orbax_nnx_handler.planning.likeness.shapes import Step, Way, is_vector, transposed, ways
 from orbax_nnx_handler.planning.likeness.vocabulary import (
     FUSED,
     MARGIN,
@@ -44,8 +38,7 @@ from orbax_nnx_handler.planning.likeness.vocabulary import (
     words,
 )
 
-_INNER = frozenset(("sub", "inner", "mid", "hidden"))
-"""Words of norms that lie within an attention or a network."""
+_INNER = frozenset(("sub", "inner", "mid", "hidden"))  # Of norms within an attention or a network.
 _UP = frozenset(("up", "upsample"))  # What a transposed convolution does.
 _COMPLETE, _LACKING, _UNLIKE, _NUMBER, _LITERAL, _TRANSPOSED = 2.0, 1.0, 10.0, 2.0, 1.0, 3.0
 
@@ -204,9 +197,8 @@ def _of_gemma(stored: Shape, wanted: Shape, *, is_stored: bool, is_out: bool) ->
     if kernel not in (apart, (first * middle, last) if is_out else (first, middle * last)):
         return None
     moved = () if is_out else (transposed(stored if is_stored else apart, (1, 0, 2)),)
-    joined = (
-        () if kernel == apart else (Step("reshape", *((apart, kernel) if is_stored else (kernel, apart))),)
-    )
+    step = Step("reshape", *((apart, kernel) if is_stored else (kernel, apart)))
+    joined = (step,) if kernel != apart else ()
     return Way(moved + joined if is_stored else joined + moved, named=True)
 
 
@@ -226,14 +218,25 @@ def _are_of_a_kind(kind: str, wanted: Leaf, stored: Leaf, one: NamedPart, other:
 def _compare_numbers(one: NamedPart, other: NamedPart) -> tuple[int, bool]:
     """Returns how many numbered levels of two parts count the same, and whether one does not.
 
-    Numbers that begin alike are compared as they are; `ln_0, ln_1` and `norm1, norm2` by their rank.
+    Numbers that begin alike are compared as they are; `ln_0, ln_1` and `norm1, norm2` by their rank. A module
+    of several counted layers is no layer: that it is `q2` does not tell which of those is the layer `q2`.
     """
     both = (one, other), (other, one)
     is_one = any(_counts_through(x, y) or (x.is_either and x.part.is_norm) for x, y in both)
     is_one |= _count_otherwise(one, other)
     pairs = itertools.product(() if is_one else one.numbers, other.numbers)
-    same = [same_number(*left, *right) for left, right in pairs if same_name(left[0].base, right[0].base)]
+    alike = ((x, y) for x, y in pairs if same_name(x[0].base, y[0].base))
+    same = [same_number(*x, *y) for x, y in alike if not _is_around(one, x[0], other, y[0])]
     return same.count(True), False in same
+
+
+def _is_around(one: NamedPart, level: Level, other: NamedPart, its: Level) -> bool:
+    """Tells whether of two levels one is a part itself, the other a module of several like the other part."""
+    sides = (one, level, other, its), (other, its, one, level)
+    named = (each for each in sides if each[1].style != "/" and each[1] is each[0].part.levels[-1])
+    lasts = ((y.numbers[-1], y.part.levels[-1]) for _, _, y, at in named if at is not y.part.levels[-1])
+    # Numbers alone may count norms too.
+    return any(level is last and level.base and len(held) > 1 for (level, held), last in lasts)
 
 
 def _count_otherwise(one: NamedPart, other: NamedPart) -> bool:

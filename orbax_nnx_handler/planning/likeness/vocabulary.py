@@ -61,7 +61,8 @@ _SPELLINGS = {
     "bwd": "bwd bw backward backwards reverse reversed",
     "mean": "mean mu",
     "var": "var variance",
-    "std": "std stddev sigma logstd",
+    "std": "std stddev sigma",
+    "logstd": "logstd logsigma logstds logsigmas",
     "real": "real re",
     "imag": "imag im imaginary",
     "shortcut": "shortcut skip residual",
@@ -105,14 +106,15 @@ _TOGETHER = (
     "token type: type, cls token: cls, class token: cls, class embedding: cls, mask token: mask, c fc: up, "
     "fc 1 g: gate, fc 1 x: up, dense h to 4h: up, dense 4h to h: down, attn vec: attn o, c attn: attn q k v, "
     "in proj: in, down sample: downsample, up sample: upsample, layer scale: layerscale, "
-    "conv proj: conv shortcut, norm proj: norm shortcut, src attn: cross attn, log std: std, "
-    "log var: logvar, actor critic:, add q: enc text added q, add k: enc text added k, "
-    "add v: enc text added v, add out: enc text added out, w pack: q k v, score model:, score net:, "
-    "score network:, score unet:, sa norm: self attn norm, sa layer norm: self attn norm, r w: rel content, "
-    "r r: rel pos, g encoder: goal enc, conv pw: conv pw, conv transpose: conv deconv, "
-    "query encoder: question enc, context encoder: passage enc, net g: generator, net d: discriminator, "
-    "full layer layer norm: last norm, negative slope: prelu, encoderdecoder: enc dec, "
-    "dwconv: depthwise conv, encoder q: enc online, encoder k: enc tgt"
+    "conv proj: conv shortcut, norm proj: norm shortcut, src attn: cross attn, log std: logstd, "
+    "log stds: logstd, log sigma: logstd, log var: logvar, log variance: logvar, actor critic:, "
+    "add q: enc text added q, add k: enc text added k, add v: enc text added v, add out: enc text added out, "
+    "w pack: q k v, score model:, score net:, score network:, score unet:, sa norm: self attn norm, "
+    "sa layer norm: self attn norm, r w: rel content, r r: rel pos, g encoder: goal enc, conv pw: conv pw, "
+    "conv transpose: conv deconv, query encoder: question enc, context encoder: passage enc, "
+    "net g: generator, net d: discriminator, full layer layer norm: last norm, negative slope: prelu, "
+    "encoderdecoder: enc dec, prenorm: pre norm, postnorm: post norm, dwconv: depthwise conv, "
+    "encoder q: enc online, encoder k: enc tgt"
 )
 _PHRASES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     tuple(words.split()): tuple(said.split())
@@ -127,9 +129,9 @@ DistilBERT; `r_w_bias`: Transformer-XL; `full_layer_layer_norm`: ALBERT; `conv_p
 _APART = (
     "q k v o, up down gate, in out, pre post, first last, enc dec, self cross, attn mlp, vision text audio, "
     "fwd bwd, left right, top bottom, upper lower, inner outer, local global, high low, coarse fine, "
-    "row col, odd even, real imag, min max, mean var std logvar, prev next, past future, teacher online, "
-    "online tgt, src tgt, generator discriminator, actor critic, user item, expand depthwise, "
-    "spatial temporal, depthwise pointwise, expand project, token pos type, embed head, "
+    "row col, odd even, real imag, min max, mean var std logvar logstd, prev next, past future, "
+    "teacher online, online tgt, src tgt, generator discriminator, actor critic, user item, "
+    "expand depthwise, spatial temporal, depthwise pointwise, expand project, token pos type, embed head, "
     "cls mask dist register prompt, positive negative, channel token, parent child, fast slow, wide deep, "
     "front back, long short, downsample upsample, public private, old new, clean noisy, x y z, a b, "
     "red green blue, major minor, north south east west, small large medium, tall short, hot cold, "

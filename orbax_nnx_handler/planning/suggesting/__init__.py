@@ -24,7 +24,7 @@ from orbax_nnx_handler.planning.rules.split_and_fuse import by_network, copies_a
 from orbax_nnx_handler.planning.rules.stacking import nested_stacks
 from orbax_nnx_handler.planning.suggesting.doubts import Remade
 from orbax_nnx_handler.planning.suggesting.proposing import QUESTIONS, Proposing
-from orbax_nnx_handler.planning.suggesting.questions import CHOICES, Question
+from orbax_nnx_handler.planning.suggesting.questions import Question
 from orbax_nnx_handler.planning.suggesting.suggestion import (
     BY_NUMBER,
     RUN_BOTH,
@@ -32,21 +32,15 @@ from orbax_nnx_handler.planning.suggesting.suggestion import (
     Confidence,
     Proposal,
     Suggestion,
-    asking,
     behind,
     changed,
     changes_nothing,
-    mixes,
-    one_of,
-    open_ends,
-    which_of,
 )
 from orbax_nnx_handler.planning.target.roles import Order, creation_order, of_role, order_of
 from orbax_nnx_handler.planning.target.target import Target
 
 __all__ = [
     "BY_NUMBER",
-    "CHOICES",
     "RUN_BOTH",
     "Answers",
     "Confidence",
@@ -94,19 +88,19 @@ class _OfNetworks(Proposing):
         copies, roots = copies_as_roots(entries, [segments(item.leaf.path) for item in self._model])
         for made in (partial(self._with_copies, copies), self._behind) if roots else ():
             with contextlib.suppress(RestoreError):
-                found = min(found, made(*roots), key=open_ends)
+                found = min(found, made(*roots), key=_open_ends)
         keys, turns = keys_as_names(entries, roots), layers_in_turns(entries)
         wanted = ((segments(x.leaf.path), x.leaf.shape) for x in self._model)
         for rules, fact in ((turns, "Gemma 2"), *(((rule,), "") for rule in nested_stacks(entries, wanted))):
             with contextlib.suppress(RestoreError):
-                found = min(found, self._behind(*rules, fact=fact) if rules else found, key=open_ends)
+                found = min(found, self._behind(*rules, fact=fact) if rules else found, key=_open_ends)
         if not keys:
-            return which_of(self._alike(entries if len(found.questions) > 1 else ()), found) or found
+            return _which_network(self._alike(entries if len(found.questions) > 1 else ()), found) or found
         alone: dict[str, Suggestion] = {}
         for key in [key for key in keys if key not in roots][:QUESTIONS]:
             with contextlib.suppress(RestoreError):
                 alone[key.replacement] = self._among([key], Rename(key.replacement, ""))
-        if (one := one_of(alone, found)) is not None and one.confidence != "open":
+        if (one := _one_of(alone, found)) is not None and one.confidence != "open":
             return one
         names = " ".join({segments(item.leaf.path)[0] for item in self._model})
         # A copy is used only where the target names it.
@@ -114,8 +108,8 @@ class _OfNetworks(Proposing):
         with contextlib.suppress(RestoreError):
             other = self._behind(*keys) if len(plain) == len(keys) else self._among(plain, *plain)
             others = [each for each in (*self._by_network(keys, other), other) if not each.problem]
-            others = [each for each in others if not mixes(each, keys, self._called)]
-            found = min([*others, found if found.proposals else asking(other, found)], key=open_ends)
+            others = [each for each in others if not _mixes(each, keys, self._called)]
+            found = min([*others, found if found.proposals else _asking(other, found)], key=_open_ends)
         return found if one is None or found.confidence != "open" else one
 
     def _alike(self, entries: Iterable[Entry]) -> Mapping[str, Suggestion]:
@@ -171,6 +165,83 @@ class _OfNetworks(Proposing):
             tried = self._suggested(self._judged((), dict.fromkeys(rules, ()), 0, ()), asked.questions)
             proposals = tuple(Proposal(rule=rule, grounds="names") for rule in rules)
             yield dataclasses.replace(tried, proposals=proposals, settle=asked.settle)
+
+
+def _open_ends(found: Suggestion) -> tuple[bool, int]:
+    """Returns how far a proposal is from a whole one: whether a plan speaks against it, what is open."""
+    return bool(found.problem), len(found.unmatched_wanted)
+
+
+def _asking(other: Suggestion, found: Suggestion) -> Suggestion:
+    """Returns a proposal with the questions of another one, which says more of the stored names."""
+    return dataclasses.replace(found, questions=other.questions, settle=other.settle)
+
+
+def _one_of(networks: Mapping[str, Suggestion], found: Suggestion) -> Suggestion | None:
+    """Returns the proposal for the only stored network that the target may be, or the question which it is.
+
+    Args:
+        networks: The proposals by the keys of their network.
+        found: What is proposed without any.
+
+    Returns:
+        None where each of them leaves something open.
+    """
+    whole = {key: one for key, one in networks.items() if one.confidence != "open"}
+    if len(whole) < 2:
+        asked = [one for one in networks.values() if not whole and _asks_all(one)]
+        return next(iter(whole.values()), asked[0] if len(asked) == 1 else None)
+    return _which_of(whole, dataclasses.replace(found, proposals=()))
+
+
+def _which_network(networks: Mapping[str, Suggestion], found: Suggestion) -> Suggestion | None:
+    """Returns the question which of some networks the target is, by what is proposed for each alone.
+
+    Returns:
+        None where no two of them settle all that is asked else.
+    """
+    asked = {path for question in found.questions for path in question.wanted}
+    told = {key: one for key, one in networks.items() if not (one.questions or one.problem)}
+    whole = {key: one for key, one in told.items() if asked.isdisjoint(one.unmatched_wanted)}
+    return _which_of(whole, found) if len(whole) > 1 else None
+
+
+def _which_of(networks: Mapping[str, Suggestion], found: Suggestion) -> Suggestion:
+    each = tuple(networks.values())
+    open_in_all = set[Path].intersection(*({*one.unmatched_wanted} for one in each))
+    question = Question(
+        wanted=tuple(path for path in found.unmatched_wanted if path not in open_in_all),
+        stored=found.unmatched_stored,
+        parts=(tuple((name,) for name in networks), (("the target",),)),
+        about="which",
+        choices=tuple(networks),
+        settle=lambda answer: each[answer].renames,
+    )
+
+    def settled(answers: Answers, changes: Sequence[Remade]) -> tuple[Rule, ...]:
+        (answer,) = answers
+        return found.renames if answer is None else each[answer].answered((), changes)
+
+    return dataclasses.replace(found, questions=(question,), settle=settled)
+
+
+def _asks_all(found: Suggestion) -> bool:
+    """Tells whether a proposal with its questions answered leaves nothing open."""
+    asked = {path for question in found.questions for path in question.wanted}
+    return not found.problem and asked.issuperset(found.unmatched_wanted)
+
+
+def _mixes(found: Suggestion, keys: Sequence[Rename], called: Mapping[Path, Path]) -> bool:
+    """Tells whether a proposal takes a part of several networks and leaves the rest: no model is both."""
+    unused, parts = {*found.unmatched_stored}, 0
+    for key in keys:
+        above = tuple(key.pattern.split("/"))
+        inside = {path for path, names in called.items() if names[: len(above)] == above}
+        # What is asked about within the network is left for the answer.
+        asked = {path for each in found.questions if inside.issuperset(each.stored) for path in each.stored}
+        its = [path in unused for path in inside - asked]
+        parts += any(its) and not all(its)
+    return parts > 1
 
 
 def _alike_modules(entries: Iterable[Entry]) -> Mapping[str, Sequence[Drop]]:

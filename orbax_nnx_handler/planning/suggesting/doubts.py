@@ -6,16 +6,14 @@ Last: the same link with another recipe, which outputs have proved.
 import dataclasses
 import functools
 import itertools
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import NamedTuple
 
 from orbax_nnx_handler.planning.core import recipes
 from orbax_nnx_handler.planning.core.folding import around, plain_names
-from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path, canonical, is_number, segments
-from orbax_nnx_handler.planning.core.recipes import Read, Recipe, Shapes
+from orbax_nnx_handler.planning.core.recipes import Recipe, Shapes
 from orbax_nnx_handler.planning.layouts.layout import is_copy_level
 from orbax_nnx_handler.planning.likeness import in_list, norms_told, purposes
 from orbax_nnx_handler.planning.likeness.arrangements import by_level
@@ -39,53 +37,13 @@ from orbax_nnx_handler.planning.likeness.vocabulary import (
     Concepts,
     Names,
     concepts,
-    exclude,
     may_hold_otherwise,
     meanings,
+    weight,
     words,
 )
 from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS
-from orbax_nnx_handler.planning.rules.entries import Entry, from_entries
 from orbax_nnx_handler.planning.suggesting.link_groups import tie_of
-from orbax_nnx_handler.planning.verdict.outcomes import Verdict
-
-
-def is_rivalled(verdict: Verdict) -> bool:
-    """Tells whether a module that nothing wants holds what one does that is wanted, and may be meant.
-
-    An average of the weights, an older copy of them, a layer more. Of what is wanted by its own name, one
-    that is counted with it, or called its opposite, is none.
-    """
-    # Without their numbers: of a list there are few names, however long it is.
-    taken = defaultdict[tuple[tuple[Path, Path], Shape], set[tuple[str, bool]]](set)
-    for path, item in verdict.restored.items() if verdict.unexpected else ():
-        source, called = item.recipe.path if isinstance(item.recipe, Read) else (), canonical(path)
-        for at, others in _levels(source):
-            is_own = {*canonical(names := segments(source)[at : at + 1])} <= {*called}
-            taken[others, item.wanted.shape].add((_unnumbered(*names), is_own))
-    rivals = defaultdict[Path, list[set[str]]](list)
-    for path, leaf in verdict.unexpected.items() if any(taken.values()) else ():
-        for at, others in _levels(path):
-            name = _unnumbered(segments(path)[at])
-            some = {x for x, is_own in taken[others, leaf.shape] if not is_own or _may_be(name, x)}
-            rivals[path[: at + 1]].append(some)
-    return any(names[0].intersection(*names[1:]) for names in rivals.values())
-
-
-def _may_be(name: str, own: str) -> bool:
-    return name != own and not exclude(concepts([name]), concepts([own]))
-
-
-def _levels(path: Path) -> list[tuple[int, tuple[Path, Path]]]:
-    """Returns the levels of modules in a path, each with what stands before and behind it."""
-    keys = segments(path)
-    return [(at, (keys[:at], keys[at + 1 :])) for at in range(1, len(keys) - 1)]
-
-
-@functools.lru_cache(maxsize=65536)
-def _unnumbered(name: str) -> str:
-    return re.sub(r"\d+", "", name)
-
 
 GENERAL = frozenset(("norm", "attn", "mlp", "enc", "dec", "conv", "head", "embed"))
 """Words that many parts of a model share."""
@@ -312,6 +270,65 @@ def _in_short(names: Names) -> set[str]:
     return {"".join(word[:width] for word in some) for some in several for width in (1, None)}
 
 
+# What names say of a value.
+
+_SPELLINGS = "log logs,exp,inverse inv,squared square sq,sqrt,rsqrt,neg negated,raw,softplus,keep,drop"
+_FUNCTIONS = {word: each.split()[0] for each in _SPELLINGS.split(",") for word in each.split()}
+"""Words that say which function of a value is held, or which share of it."""
+
+
+def unlike_names(links: Sequence[Link]) -> Iterator[Link]:
+    """Yields links of parts whose names are strangers, or say that they hold other functions of a value."""
+    yield from strangers(links)
+    for link in links:
+        if any(any(_functions(x.names, y.names)) for x in link.wanted for y in link.stored):
+            yield link
+
+
+def why_unlike(wanted: Path, stored: Path) -> str:
+    """Returns what the names of two leaves that shapes allow say against it, or that they say nothing."""
+    said = [" ".join(sorted(some)) for some in _functions(segments(wanted), segments(stored)) if some]
+    if not said:
+        return "and no name tells"
+    called = (
+        f"only one is called {said[0]}" if len(said) == 1 else f"one is called {', the other '.join(said)}"
+    )
+    return f"but {called}: the value may be another function"
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _functions(wanted: Names, stored: Names) -> tuple[Set[str], Set[str]]:
+    """Returns of which function of a value the name of each of two leaves is, where the other's is not.
+
+    `log_std` is no `std`, and what is kept is not what is dropped. Of a layer, which returns the value, it
+    is told where nothing but that word differs: `fc_logvar` and `fc_var`.
+    """
+    names = [_own_name(wanted), _own_name(stored)]
+    said = [_with_functions(*names), _with_functions(*names[::-1])]
+    one, other = ({_FUNCTIONS[word] for word in each & _FUNCTIONS.keys()} for each in said)
+    is_raw = any(part[-1] not in PARAMETER for part in (wanted, stored))
+    if not is_raw or all("expand" in concepts([name]) for name in names):
+        one, other = one - {"exp"}, other - {"exp"}  # MobileNet's `conv_exp` expands.
+    plain = [concepts(each - _FUNCTIONS.keys()) for each in said]
+    return (one - other, other - one) if is_raw or plain[0] == plain[1] else (set(), set())
+
+
+def _own_name(names: Names) -> str:
+    """Returns what a leaf is called, or the module whose parameter it is, without numbers."""
+    called = [name for name in names if not name.isdecimal()]
+    return "_".join(called[-1 - (names[-1] in PARAMETER) :])
+
+
+def _with_functions(name: str, other: str) -> set[str]:
+    """Returns the words of a name; of `logvar` two, where `var` is known or a word of the other one."""
+    found = set[str]()
+    for word in words(name):
+        rest = word.removeprefix("log")
+        is_log = len(rest) > 2 and (rest in words(other) or all(weight(x) > 1 for x in meanings(rest)))
+        found |= {"log", rest} if word != rest and is_log else {word}
+    return found
+
+
 # Another recipe than the one that was found.
 
 
@@ -322,21 +339,6 @@ class Remade:
     leaf: Path
     layer: int | None
     recipe: Recipe
-
-
-def remade_behind(
-    links: Sequence[Link], changes: Sequence[Remade], entries: Iterable[Entry], shapes: Shapes
-) -> list[Link]:
-    """Returns links under which leaves are made otherwise, what rules made before as if it were stored."""
-    made = {("", *x.segments): x for x in entries if changes and not isinstance(x.recipe, Read)}
-    names = {entry.recipe: path for path, entry in made.items()}
-
-    def behind(leaf: Leaf) -> Leaf:
-        return dataclasses.replace(leaf, source=path) if (path := ("", *leaf.names)) in made else leaf
-
-    every = [dataclasses.replace(x, stored=tuple(map(behind, x.stored))) for x in links] if made else links
-    others = [dataclasses.replace(x, recipe=from_entries(x.recipe, names)) for x in changes]
-    return remade_links(every, others, {**shapes, **{path: x.shape for path, x in made.items()}})
 
 
 def remade_links(links: Sequence[Link], changes: Sequence[Remade], shapes: Shapes) -> list[Link]:

@@ -18,9 +18,9 @@ from orbax_nnx_handler.planning.likeness import have_other_purposes, in_list, mi
 from orbax_nnx_handler.planning.likeness.arrangements import shifted
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie, readings_of
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, part_of
-from orbax_nnx_handler.planning.likeness.vocabulary import Concepts, Names, concepts, counts_of, words
+from orbax_nnx_handler.planning.likeness.vocabulary import Names, concepts, counts_of, words
 from orbax_nnx_handler.planning.rules import Rule
-from orbax_nnx_handler.planning.suggesting.doubts import strangers
+from orbax_nnx_handler.planning.suggesting.doubts import unlike_names, why_unlike
 from orbax_nnx_handler.planning.suggesting.link_groups import by_module
 
 About = Literal["which", "how", "transposed"]
@@ -77,7 +77,8 @@ class Question:
             into = f" for {wanted}" if wanted != stored else ""
             return f"{verb} {stored} transposed{into}? Shapes allow both."
         if len(self.choices) == 1:
-            return f"{verb} {stored} meant by {wanted}? Shapes allow it, and no name tells."
+            why = why_unlike(self.wanted[0], self.stored[0])
+            return f"{verb} {stored} meant by {wanted}? Shapes allow it, {why}."
         if self.about == "how":
             return f"how {verb} {stored} made into {wanted}? Shapes allow several ways."
         if len(self.parts[1]) == 1 and len(self.parts[0]) > 1:
@@ -92,8 +93,7 @@ def parts_in_words(paths: Sequence[Path]) -> str:
 
 
 def _folded(paths: Iterable[Path]) -> list[str]:
-    rows = [Row(path=path) for path in dict.fromkeys(paths)]
-    return [line.text for line in fold_names(fold(rows))]
+    return [line.text for line in fold_names(fold(Row(path=path) for path in dict.fromkeys(paths)))]
 
 
 Sizes = tuple[Mapping[Names, int], Mapping[Names, int]]
@@ -273,12 +273,12 @@ def as_questions(found: Findings, odd: Mapping[Path, Link]) -> Findings:
     """Returns what is known with some links as questions, those of one part as one."""
     kept = [link for link in found.links if link.target.source not in odd]
     asked: dict[tuple[Names, Names], list[Link]] = defaultdict(list)
-    for link in odd.values():
+    for link in (x for x in odd.values() if x.layers is None):  # One layer of a stack is no answer.
         asked[part_of(link.target), part_of(link.source)].append(link)
     known = {(tie.wanted, tie.stored) for tie in found.ties}
-    left = {key: some for key, some in asked.items() if (key[:1], key[1:]) not in known}
-    ties = [Tie(wanted=key[:1], stored=key[1:], readings=(tuple(some),)) for key, some in left.items()]
-    return dataclasses.replace(found, links=kept, ties=[*found.ties, *ties])
+    made = (Tie(wanted=key[:1], stored=key[1:], readings=(tuple(some),)) for key, some in asked.items())
+    ties = [*found.ties, *(tie for tie in made if (tie.wanted, tie.stored) not in known)]
+    return dataclasses.replace(found, links=kept, ties=ties)
 
 
 def contradicted(links: Iterable[Link]) -> Mapping[Path, Link]:
@@ -325,10 +325,9 @@ def coincidences(links: Sequence[Link], left: Set[Names], missing: Set[Names]) -
     """Returns links rather asked about: one of stored parts that are left may fit a missing one by chance."""
     plain = [link for link in links if link.joint is None and link.layers is None]
     odd = [link for link in plain if have_other_purposes(part_of(link.target), part_of(link.source))]
-    odd += (*misnumbered(plain, left, missing), *shifted(plain), *strangers(links), *_astray(plain))
+    odd += (*misnumbered(plain, left, missing), *shifted(plain), *unlike_names(links), *_astray(plain))
     odd += _half_used(links, plain, left, missing)
-    found = {link.target.source: link for link in odd}
-    return {**found, **_torn(links, left), **_from_elsewhere(links, left)}
+    return {**{x.target.source: x for x in odd}, **_torn(links, left), **_from_elsewhere(links, left)}
 
 
 def _half_used(
@@ -366,9 +365,7 @@ def _astray(links: Sequence[Link]) -> Iterator[Link]:
     tops = {pair: tuple(map(_called_above, pair, depths)) for pair in pairs}
     counts = Counter(each for each in tops.values() if all(each))
     several = [Counter(side) for side in zip(*counts, strict=True)]
-    lone = {
-        each for each, count in counts.items() if count == 1 and several[0][each[0]] > 1 < several[1][each[1]]
-    }
+    lone = {x for x, n in counts.items() if n == 1 and several[0][x[0]] > 1 < several[1][x[1]]}
     yield from (link for link in links if tops[part_of(link.target), part_of(link.source)] in lone)
 
 
@@ -388,8 +385,10 @@ def _from_elsewhere(links: Sequence[Link], left: Iterable[Names]) -> Mapping[Pat
     return {link.target.source: link for link in found if in_list(part_of(link.source))[0] in lone}
 
 
-def _torn(links: Iterable[Link], left: Iterable[Names]) -> Mapping[Path, Link]:
-    """Returns links that nothing but shapes tell, of parts of a head of which nothing else is wanted.
+def _torn(links: Iterable[Link], left: Set[Names]) -> Mapping[Path, Link]:
+    """Returns links that nothing but shapes tell, of parts of a head of which something else is not wanted.
+
+    Of a network whose layers are counted, the first ones may be all that is wanted, and not the last alone.
 
     Args:
         links: What is found.
@@ -400,16 +399,17 @@ def _torn(links: Iterable[Link], left: Iterable[Names]) -> Mapping[Path, Link]:
         # `vocab_transform` beside `vocab_layer_norm`, in a model that has no module for its head.
         return name[:-1] or words(*name)[:1] if name else name
 
-    def shared(link: Link) -> Concepts:
-        # Every head is called one.
-        one, other = (concepts(part_of(leaf)[-2:]) for leaf in (link.target, link.source))
-        return one & other - {"head"}
+    def is_apart(link: Link) -> bool:
+        one, part = part_of(link.target), part_of(link.source)
+        name = (last := "".join(part[-1:])).rstrip("0123456789")
+        before = ((*part[:-1], f"{name}{at}") for at in range(int(last[len(name) :] or 0)))
+        is_counted = any(level.number is not None for level in levels(part[:-1]))
+        is_counted |= last != name and left.isdisjoint(before)
+        return not is_counted and concepts(one[-2:]) & concepts(part[-2:]) <= {"head"}  # As every head.
 
     known = {head(name) for name in left if name}
-    plain = (x for x in links if known and x.joint is None and x.layers is None)
-    told = [x for x in plain if x.grounds == "shapes" and not shared(x)]
-    apart = (x for x in told if all(level.number is None for level in levels(part_of(x.source))))
-    return {link.target.source: link for link in apart if head(part_of(link.source)) in known}
+    plain = (x for x in links if known and x.joint is None and x.layers is None and x.grounds == "shapes")
+    return {x.target.source: x for x in plain if head(part_of(x.source)) in known and is_apart(x)}
 
 
 def tie_of(

@@ -1,6 +1,7 @@
 """What is proposed, as text that a user reads and pastes."""
 
 import dataclasses
+import functools
 import math
 import re
 from collections import defaultdict
@@ -9,13 +10,15 @@ from functools import cached_property
 from typing import Literal
 
 from orbax_nnx_handler.planning.core.folding import Row, fold
-from orbax_nnx_handler.planning.core.leaves import StoredLeaf, WantedLeaf
+from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf, WantedLeaf
 from orbax_nnx_handler.planning.core.lines import WIDTH, aligned, as_html, counted, framed
-from orbax_nnx_handler.planning.core.paths import Path, levels, printable, segments, spelled
+from orbax_nnx_handler.planning.core.paths import Path, canonical, levels, printable, segments, spelled
+from orbax_nnx_handler.planning.core.recipes import Read
+from orbax_nnx_handler.planning.likeness import lists_around
 from orbax_nnx_handler.planning.likeness.links import Link, PairGrounds
-from orbax_nnx_handler.planning.likeness.vocabulary import Names, concepts, likeness, meanings, words
+from orbax_nnx_handler.planning.likeness.vocabulary import Names, concepts, exclude, likeness, meanings, words
 from orbax_nnx_handler.planning.rules import Rename, Rule
-from orbax_nnx_handler.planning.suggesting.doubts import Remade, is_rivalled
+from orbax_nnx_handler.planning.suggesting.doubts import Remade
 from orbax_nnx_handler.planning.suggesting.questions import Question, parts_in_words
 from orbax_nnx_handler.planning.verdict.outcomes import Verdict, mismatched_rows
 
@@ -68,7 +71,7 @@ _RANKING: tuple[PairGrounds, ...] = ("shapes", "names", "patch", "siblings", "or
 
 def proposals_of(rules: Mapping[Rule, Sequence[Link]]) -> Iterator[Proposal]:
     """Yields each rule with the weakest ground of the links that it serves."""
-    counted = _told_by_creation(link for links in rules.values() for link in links)
+    counted = _told_by_order([link for links in rules.values() for link in links])
     for rule, links in rules.items():
         found: list[PairGrounds] = [link.grounds for link in links]
         if any(link.source.source in counted for link in links):
@@ -78,20 +81,26 @@ def proposals_of(rules: Mapping[Rule, Sequence[Link]]) -> Iterator[Proposal]:
         yield Proposal(rule=rule, grounds=grounds, fact=fact if grounds == "fact" else "")
 
 
-def _told_by_creation(links: Iterable[Link]) -> Collection[Path]:
-    """Returns the stored leaves that nothing but Linen's own numbers tells from another one of their shape.
+def _told_by_order(links: Sequence[Link]) -> Collection[Path]:
+    """Returns the stored leaves that nothing but an order tells from another one of their shape.
 
     Linen counts modules as they are made: of `Dense(n)(relu(Dense(n)(x)))` the layer that is called last
-    is `Dense_0`. A target that has the same name counts the same way.
+    is `Dense_0`. A target that has the same name counts the same way. And what is no index, as the sizes in
+    `branch_3` and `branch_5`, is that of the other side's layer by its rank alone.
     """
-    found = defaultdict[object, set[Path]](set)
+    found, shifts = defaultdict[object, set[Path]](set), defaultdict[object, dict[Path, int]](dict)
     for link in links:
         ours = {level.base for level in levels(link.target.names)}
         theirs = levels(link.source.names)
         if any(level.is_automatic and level.base not in ours for level in theirs):
             names = tuple(level.base if level.is_automatic else level for level in theirs)
             found[names, link.source.shape, link.source.number].add(link.source.source)
-    return {path for paths in found.values() if len(paths) > 1 for path in paths}
+        for (one, at, within), (other, to, inside) in zip(
+            lists_around(link.target.names)[:1], lists_around(link.source.names)[:1], strict=False
+        ):
+            shifts[one, within, other, inside, link.source.shape][link.source.source] = to - at
+    ranked = [{*several} for several in shifts.values() if len({*several.values()}) > 1]
+    return {path for paths in (*found.values(), *ranked) if len(paths) > 1 for path in paths}
 
 
 def _settling(questions: Sequence[Question], *, is_run: bool) -> Iterator[str]:
@@ -307,83 +316,6 @@ def changed(found: Suggestion, change: Callable[[tuple[Rule, ...]], tuple[Rule, 
     return dataclasses.replace(found, questions=tuple(map(asked, found.questions)), settle=settled)
 
 
-def open_ends(found: Suggestion) -> tuple[bool, int]:
-    """Returns how far a proposal is from a whole one: whether a plan speaks against it, what is open."""
-    return bool(found.problem), len(found.unmatched_wanted)
-
-
-def asking(other: Suggestion, found: Suggestion) -> Suggestion:
-    """Returns a proposal with the questions of another one, which says more of the stored names."""
-    return dataclasses.replace(found, questions=other.questions, settle=other.settle)
-
-
-def one_of(networks: Mapping[str, Suggestion], found: Suggestion) -> Suggestion | None:
-    """Returns the proposal for the only stored network that the target may be, or the question which it is.
-
-    Args:
-        networks: The proposals by the keys of their network.
-        found: What is proposed without any.
-
-    Returns:
-        None where each of them leaves something open.
-    """
-    whole = {key: one for key, one in networks.items() if one.confidence != "open"}
-    if len(whole) < 2:
-        asked = [one for one in networks.values() if not whole and _asks_all(one)]
-        return next(iter(whole.values()), asked[0] if len(asked) == 1 else None)
-    return _which_of(whole, dataclasses.replace(found, proposals=()))
-
-
-def which_of(networks: Mapping[str, Suggestion], found: Suggestion) -> Suggestion | None:
-    """Returns the question which of some networks the target is, by what is proposed for each alone.
-
-    Returns:
-        None where no two of them settle all that is asked else.
-    """
-    asked = {path for question in found.questions for path in question.wanted}
-    told = {key: one for key, one in networks.items() if not (one.questions or one.problem)}
-    whole = {key: one for key, one in told.items() if asked.isdisjoint(one.unmatched_wanted)}
-    return _which_of(whole, found) if len(whole) > 1 else None
-
-
-def _which_of(networks: Mapping[str, Suggestion], found: Suggestion) -> Suggestion:
-    each = tuple(networks.values())
-    open_in_all = set[Path].intersection(*({*one.unmatched_wanted} for one in each))
-    question = Question(
-        wanted=tuple(path for path in found.unmatched_wanted if path not in open_in_all),
-        stored=found.unmatched_stored,
-        parts=(tuple((name,) for name in networks), (("the target",),)),
-        about="which",
-        choices=tuple(networks),
-        settle=lambda answer: each[answer].renames,
-    )
-
-    def settled(answers: Answers, changes: Sequence[Remade]) -> tuple[Rule, ...]:
-        (answer,) = answers
-        return found.renames if answer is None else each[answer].answered((), changes)
-
-    return dataclasses.replace(found, questions=(question,), settle=settled)
-
-
-def _asks_all(found: Suggestion) -> bool:
-    """Tells whether a proposal with its questions answered leaves nothing open."""
-    asked = {path for question in found.questions for path in question.wanted}
-    return not found.problem and asked.issuperset(found.unmatched_wanted)
-
-
-def mixes(found: Suggestion, keys: Sequence[Rename], called: Mapping[Path, Path]) -> bool:
-    """Tells whether a proposal takes a part of several networks and leaves the rest: no model is both."""
-    unused, parts = {*found.unmatched_stored}, 0
-    for key in keys:
-        above = tuple(key.pattern.split("/"))
-        inside = {path for path, names in called.items() if names[: len(above)] == above}
-        # What is asked about within the network is left for the answer.
-        asked = {path for each in found.questions if inside.issuperset(each.stored) for path in each.stored}
-        its = [path in unused for path in inside - asked]
-        parts += any(its) and not all(its)
-    return parts > 1
-
-
 def changes_nothing(rule: Rule) -> bool:
     """Tells whether a rule says nothing but that a path is the right one."""
     return isinstance(rule, Rename) and rule.pattern == rule.replacement
@@ -435,6 +367,46 @@ def _resized(wanted: WantedLeaf, stored: Iterable[StoredLeaf]) -> str:
     if math.prod(leaf.shape) > math.prod(wanted.shape):
         return f"{one} may be a part of {other}: if you know which, a Split takes it out."
     return f"{one} is larger than what may be meant, {other}: no rule pads a weight."
+
+
+# What may be meant as well.
+
+
+def is_rivalled(verdict: Verdict) -> bool:
+    """Tells whether a module that nothing wants holds what one does that is wanted, and may be meant.
+
+    An average of the weights, an older copy of them, a layer more. Of what is wanted by its own name, one
+    that is counted with it, or called its opposite, is none.
+    """
+    # Without their numbers: of a list there are few names, however long it is.
+    taken = defaultdict[tuple[tuple[Path, Path], Shape], set[tuple[str, bool]]](set)
+    for path, item in verdict.restored.items() if verdict.unexpected else ():
+        source, called = item.recipe.path if isinstance(item.recipe, Read) else (), canonical(path)
+        for at, others in _levels(source):
+            is_own = {*canonical(names := segments(source)[at : at + 1])} <= {*called}
+            taken[others, item.wanted.shape].add((_unnumbered(*names), is_own))
+    rivals = defaultdict[Path, list[set[str]]](list)
+    for path, leaf in verdict.unexpected.items() if any(taken.values()) else ():
+        for at, others in _levels(path):
+            name = _unnumbered(segments(path)[at])
+            some = {x for x, is_own in taken[others, leaf.shape] if not is_own or _may_be(name, x)}
+            rivals[path[: at + 1]].append(some)
+    return any(names[0].intersection(*names[1:]) for names in rivals.values())
+
+
+def _may_be(name: str, own: str) -> bool:
+    return name != own and not exclude(concepts([name]), concepts([own]))
+
+
+def _levels(path: Path) -> list[tuple[int, tuple[Path, Path]]]:
+    """Returns the levels of modules in a path, each with what stands before and behind it."""
+    keys = segments(path)
+    return [(at, (keys[:at], keys[at + 1 :])) for at in range(1, len(keys) - 1)]
+
+
+@functools.lru_cache(maxsize=65536)
+def _unnumbered(name: str) -> str:
+    return re.sub(r"\d+", "", name)
 
 
 def _comment(text: str) -> str:

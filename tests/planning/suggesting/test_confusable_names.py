@@ -675,3 +675,58 @@ def test_the_table_of_an_encoder_is_none_of_a_decoder():
     _, values = proposed(stored, wanted)
 
     assert "decoder/embed_tokens/embedding" not in values
+
+
+OTHER_VALUES = [
+    "log_std=std",
+    "std=log_std",
+    "logstd=sigma",
+    "A_log=A",
+    "inv_std=std",
+    "temperature=inverse_temperature",
+    "keep_prob=drop_prob",
+    "raw_sigma=sigma",
+    "omega=omega_squared",
+    "sqrt_alpha=alpha",
+    "neg_slope=slope",
+]
+"""Names of which only one side says that a logarithm, an inverse, ... of a value is held."""
+
+SAME_VALUES = [
+    "log_std=logstd",
+    "log_stds=log_sigma",
+    "logvar=log_var",
+    "inv_freq=inverse_freq",
+    "logit=logits",
+]
+
+
+def of_one_value(text, shape=(4,)):
+    stored, wanted = text.split("=")
+    shared = {"trunk/fc1/kernel": (8, 16), "mean/kernel": (16, 4)}
+    return proposed(filled({**shared, stored: shape}), {**shared, wanted: shape})[0]
+
+
+@pytest.mark.parametrize("text", [*OTHER_VALUES, "blocks/0/A_log=blocks/0/A"])
+def test_a_function_of_a_value_is_not_the_value(text):
+    found = of_one_value(text)
+    assert found.confidence == "open"
+    assert not found.renames
+    assert all("the value may be another function" in str(question) for question in found.questions)
+
+
+@pytest.mark.parametrize("text", SAME_VALUES)
+def test_a_function_of_a_value_has_several_spellings(text):
+    assert not of_one_value(text).unmatched_wanted
+
+
+def test_a_layer_whose_output_is_called_a_logarithm_on_one_side_is_at_most_asked_about():
+    assert of_one_value("log_alpha/kernel=alpha/kernel", (16, 4)).unmatched_wanted
+    assert not of_one_value("conv_exp/kernel=conv/kernel", (1, 1, 16, 4)).unmatched_wanted
+
+
+def test_a_function_of_a_value_is_not_the_value_in_a_stack_of_layers():
+    stored = {**{f"layers_{at}/log_decay": (4,) for at in (0, 1)}, "out/kernel": (4, 6)}
+    wanted = {"layers/decay": (2, 4), "out/kernel": (4, 6)}
+    found, _ = proposed(filled(stored), wanted)
+    assert found.unmatched_wanted == (("layers", "decay"),)

@@ -666,3 +666,14 @@ def test_a_part_called_after_its_block_lies_in_it(block, number):
 
     assert not found.questions
     check(values, {aims[path]: x for path, x in arrays.items()})
+
+
+@pytest.mark.parametrize("widths", [(8, 8, 8), (8, 9, 10)])
+def test_numbers_that_are_no_index_tell_no_more_than_an_order(widths):
+    stored = {f"branch_{size}/kernel": (4, width) for size, width in zip((3, 5, 7), widths, strict=True)}
+    wanted = {f"branches/{at}/kernel": shape for at, shape in enumerate(stored.values())}
+
+    found, values = proposed(filled(stored), wanted)
+
+    assert values.keys() == wanted.keys()
+    assert found.confidence == ("likely" if len({*widths}) == 1 else "certain")

@@ -1,5 +1,7 @@
 """Modules whose names begin as those of the layers that they lie in or beside: `layer_norm` in `layer_0`."""
 
+import itertools
+
 import numpy as np
 import pytest
 from flax import nnx, traverse_util
@@ -141,3 +143,31 @@ def test_a_rule_that_changes_nothing_says_what_it_is_for():
 
     (kept,) = (rule for rule in found.renames if rule.pattern == rule.replacement)
     assert f"    {kept},  # stays as it is, in a save as well" in str(found).splitlines()
+
+
+@pytest.mark.parametrize("name", ["q", "fc", "layer"])
+@pytest.mark.parametrize("inner", ["Dense_{}", "linear_{}"])
+def test_a_network_that_is_called_like_a_layer_does_not_tell_which_of_its_layers_that_is(name, inner):
+    widths = [(10, 16), (16, 16), (16, 1)]
+    stored, expected = {}, {}
+    for net, (at, shape) in itertools.product((1, 2), enumerate(widths)):
+        path = f"critic/{name}{net}/{inner.format(at)}"
+        expected |= {f"critic/{name}{3 * net + at - 2}/kernel": f"{path}/kernel"}
+        expected |= {f"critic/{name}{3 * net + at - 2}/bias": f"{path}/bias"}
+        stored |= {f"{path}/kernel": shape, f"{path}/bias": shape[1:]}
+    values = filled(stored)
+
+    _, found = proposed(values, {aim: stored[path] for aim, path in expected.items()})
+
+    check(found, {aim: values[path] for aim, path in expected.items()})
+
+
+def test_the_last_layer_of_a_network_that_nothing_else_wants_is_asked_about():
+    stored = {f"backbone/Dense_{at}/kernel": (8, 8) for at in range(3)}
+    body = {f"backbone/fc{at + 1}/kernel": (8, 8) for at in range(3)}
+    head = {"projector/Dense_0/kernel": (8, 8), "projector/Dense_1/kernel": (8, 6)}
+
+    found, values = proposed(filled(stored | head), body | {"fc/kernel": (8, 6)})
+
+    assert values.keys() == body.keys()
+    assert len(found.questions) == 1

@@ -55,7 +55,8 @@ def test_a_question_about_one_of_a_modules_leaves_names_the_leaf():
     )
 
     assert said(found)[0] == (
-        "# question: is logit_scale meant by log_temperature? Shapes allow it, and no name tells."
+        "# question: is logit_scale meant by log_temperature? Shapes allow it, but only one is called log: "
+        "the value may be another function."
     )
 
 

@@ -310,7 +310,14 @@ def _functions(wanted: Names, stored: Names) -> tuple[Set[str], Set[str]]:
     if not is_raw or all("expand" in concepts([name]) for name in names):
         one, other = one - {"exp"}, other - {"exp"}  # MobileNet's `conv_exp` expands.
     plain = [concepts(each - _FUNCTIONS.keys()) for each in said]
-    return (one - other, other - one) if is_raw or plain[0] == plain[1] else (set(), set())
+    if not is_raw and plain[0] != plain[1]:
+        return set(), set()
+    # The module around the other one may say so too: `log_scale/constant`.
+    paths = [
+        _with_functions("_".join(x), name) for x, name in zip((wanted, stored), names[::-1], strict=True)
+    ]
+    around = [{_FUNCTIONS[word] for word in each & _FUNCTIONS.keys()} for each in paths]
+    return one - around[1], other - around[0]
 
 
 def _own_name(names: Names) -> str:

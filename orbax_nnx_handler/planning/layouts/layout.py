@@ -304,6 +304,30 @@ def repeats_beside(model: Mapping[Tokens, object], named: Iterable[str]) -> set[
     }
 
 
+def copies_beside(paths: Iterable[Tokens], named: Iterable[str]) -> set[str]:
+    """Returns the names of modules that by a word are copies, where one lies beside what it is a copy of.
+
+    Args:
+        paths: The paths of a model's leaves.
+        named: The names of a target; what it calls so is none.
+    """
+    said = set[str]().union(*map(_split, {*named}))
+    modules = {path[:at] for path in paths for at in range(1, len(path))}
+    followed = {
+        names: words for names in modules if (words := _followed(names[-1])) and not said & _FOLLOWING
+    }
+    beside = defaultdict[Tokens, set[frozenset[str]]](set)
+    for names in modules if followed else ():
+        beside[names[:-1]].add(frozenset(_split(names[-1])))
+    marks = {
+        word
+        for names, words in followed.items()
+        if frozenset(words) in beside[names[:-1]] or any("online" in each for each in beside[names[:-1]])
+        for word in {*_split(names[-1])} - words
+    }
+    return {names[-1] for names, words in followed.items() if {*_split(names[-1])} - words <= marks}
+
+
 def _followed(name: str) -> set[str]:
     """Returns what a module that by name is a copy is one of: `critic` of `target_critic`; else nothing."""
     words = _split(name)

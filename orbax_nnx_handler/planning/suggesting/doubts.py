@@ -6,7 +6,7 @@ Last: the same link with another recipe, which outputs have proved.
 import dataclasses
 import functools
 import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from orbax_nnx_handler.planning.core.recipes import Recipe, Shapes
 from orbax_nnx_handler.planning.layouts.layout import is_copy_level
 from orbax_nnx_handler.planning.likeness import in_list, norms_told, purposes
 from orbax_nnx_handler.planning.likeness.arrangements import by_level
-from orbax_nnx_handler.planning.likeness.assignment import fit_of, may_be
+from orbax_nnx_handler.planning.likeness.assignment import fit_of, may_be, sizes_of_few
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, module_parts, part_of
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart, named_parts
@@ -31,6 +31,7 @@ from orbax_nnx_handler.planning.likeness.shapes import (
     shaping,
 )
 from orbax_nnx_handler.planning.likeness.vocabulary import (
+    MARGIN,
     PARAMETER,
     PLACING,
     STRONG,
@@ -51,8 +52,8 @@ GENERAL = frozenset(("norm", "attn", "mlp", "enc", "dec", "conv", "head", "embed
 
 def wanted_twice(
     found: Findings, wanted: Sequence[Leaf], parts: Sequence[ModulePart], stored: Sequence[ModulePart]
-) -> Mapping[Path, Link]:
-    """Returns links whose source a part that stays open might have as well: its own may be what is absent.
+) -> Iterator[Link]:
+    """Yields links whose source a part that stays open might have as well: its own may be what is absent.
 
     Where that is a part of a module that Linen numbered, all parts of both modules are doubted.
 
@@ -66,26 +67,28 @@ def wanted_twice(
     is_whole = all(part_of(leaf) in known for leaf in wanted)
     lacking = [part for part in parts if not is_whole and part.names not in known]
     if not (sizes := {part.main_size for part in lacking}):
-        return {}
+        return
     sides = [named_parts(side, sizes=sizes) for side in (parts, stored)]
     ours, theirs = ({role.part.names: role for role in side} for side in sides)
-    plain = [link for link in found.links if link.joint is None and link.layers is None]
-    pairs = {link.target.source: (part_of(link.target), part_of(link.source)) for link in plain}
-    roles = {(x, y): (ours[x], theirs[y]) for x, y in pairs.values() if x in ours and y in theirs}
-    near = defaultdict[object, list[NamedPart]](list)
+    plain = [(link, part_of(link.target), part_of(link.source)) for link in found.links if link.joint is None]
+    roles = {(x, y): (ours[x], theirs[y]) for _, x, y in plain if x in ours and y in theirs}
+    near = defaultdict[int, list[tuple[tuple[int, ...], NamedPart]]](list)
     for part in lacking:
-        near[part.main_size, _numbers(ours[part.names], end=-1)].append(ours[part.names])
+        near[part.main_size].append((_numbers(ours[part.names], end=-1), ours[part.names]))
+    counts = Counter(part.main_size for part in lacking), Counter(x.part.main_size for x, _ in roles.values())
+    few = sizes_of_few(counts)
     doubted, modules = set[tuple[Names, Names]](), set[Names]()
     for pair, (one, other) in roles.items():
         is_counted = any(level.is_automatic for level in other.part.levels[-2:-1])
-        layers = {_numbers(one, end=-1), ()}  # What lies in another layer is another one's.
-        for role in (x for each in sorted(layers) for x in near[one.part.main_size, each]):
-            if _may_have(role, one, other):
+        # What is stored in no layer is none of another layer's; of many parts, those of one are compared.
+        layers, size = {_numbers(one, end=-1), ()}, one.part.main_size
+        is_any = size in few and bool(_numbers(other, end=-1))
+        for its, role in near[size]:
+            if (is_any or its in layers) and _may_have(role, one, other):
                 doubted.add(pair)
                 if is_counted and pair[0][-1] == role.part.names[-1]:
                     modules |= {pair[0][:-1], role.part.names[:-1]}
-    odd = (x for x in plain if (pair := pairs[x.target.source]) in doubted or pair[0][:-1] in modules)
-    return {link.target.source: link for link in odd}
+    yield from (link for link, *pair in plain if tuple(pair) in doubted or pair[0][:-1] in modules)
 
 
 def _numbers(role: NamedPart, end: int | None = None) -> tuple[int, ...]:
@@ -97,19 +100,22 @@ def _may_have(role: NamedPart, one: NamedPart, other: NamedPart) -> bool:
     now, then = fit_of(one, other), fit_of(role, other)
     if now is None or then is None:
         return False
-    is_counted = any(level.is_automatic for level in other.part.levels[-2:])
-    is_better = then.score > now.score or (is_counted and then.score == now.score)
     numbers = _numbers(other)
     is_its = _numbers(one)[: len(numbers)] == numbers != _numbers(role)[: len(numbers)]
-    if is_better and may_be(then, role, other) and not is_its:
+    if then.score + MARGIN >= now.score and may_be(then, role, other) and not is_its:
         return True
-    ours, own, theirs = map(_telling, (role, one, other))
+    untold = one.said & other.said - other.part.own
+    if role.part.module == one.part.module and "gate" in role.said and "up" in untold:
+        return True  # Numbers tell which layer leads up in a network without a gate.
+    ours, own, theirs = (_telling(each.part.names) for each in (role, one, other))
     return bool(theirs & ours - own) and not theirs & own - ours
 
 
-def _telling(role: NamedPart) -> frozenset[str]:
-    """Returns the words of a part's path that say more than what many parts are."""
-    said = (word for name in role.part.names for word in words(name) if word.isalpha())
+@functools.lru_cache(maxsize=65536)
+def _telling(names: Names) -> frozenset[str]:
+    """Returns the words of a path that say more than what many parts are; a letter may only count."""
+    said = (word for name in names for word in words(name) if word.isalpha())
+    said = (word for word in said if len(word) > 1 or word in STRONG)
     return frozenset(word for word in said if not meanings(word) or {*meanings(word)} - GENERAL)
 
 

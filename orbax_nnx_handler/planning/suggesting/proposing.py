@@ -4,13 +4,15 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 
 from orbax_nnx_handler.planning.core.errors import RestoreError
+from orbax_nnx_handler.planning.core.folding import around
 from orbax_nnx_handler.planning.core.paths import Path, segments
 from orbax_nnx_handler.planning.core.recipes import Read, Shapes, reads
-from orbax_nnx_handler.planning.layouts.layout import Stored
+from orbax_nnx_handler.planning.layouts.layout import Stored, copies_beside
 from orbax_nnx_handler.planning.likeness import Owners, in_list
 from orbax_nnx_handler.planning.likeness.arrangements import flattened, turned_lists
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie, turns_told
@@ -31,7 +33,14 @@ from orbax_nnx_handler.planning.suggesting.link_groups import (
     possible_roots,
     without_strays,
 )
-from orbax_nnx_handler.planning.suggesting.questions import Choice, Question, held_by, is_turned, of_turns
+from orbax_nnx_handler.planning.suggesting.questions import (
+    Choice,
+    Question,
+    as_questions,
+    held_by,
+    is_turned,
+    of_turns,
+)
 from orbax_nnx_handler.planning.suggesting.rule_writing import Writer
 from orbax_nnx_handler.planning.suggesting.search import (
     Searched,
@@ -186,9 +195,15 @@ class Proposing:
             raise RestoreError("target or checkpoint is nested deeper than Python can follow.") from error
         # A target with room for what repeats `params` too has a network of its own for it, no copy.
         has_room = sizes[2] > sizes[1] and 2 * sizes[0] > sizes[1] + sizes[2]
-        links = tuple(link for link in found.links if not (has_room and link.copied))
+        kept = [link for link in found.links if not (has_room and link.copied)]
+        # A copy is another value than what it is a copy of, also where that is not stored.
+        copies = copies_beside((x.segments for x in model), itertools.chain(*(leaf.names for leaf in ours)))
+        several = [x for x in kept if any(not copies.isdisjoint(y.names) for y in x.stored)]
+        odd = {link.target.source: link for link in (*several, *_misplaced(kept, theirs))}
+        known = as_questions(dataclasses.replace(found.found, links=kept), odd)
         ruled = {path for path, item in self._base.restored.items() if item.evidence.kind == "rule"}
-        return dataclasses.replace(found, links=links, ordered=found.ordered - ruled)
+        ordered, whole = found.ordered - ruled, dataclasses.replace(known, links=found.found.links)
+        return dataclasses.replace(found, links=tuple(known.links), found=whole, ordered=ordered)
 
     def _reconciled(self, links: Sequence[Link], ties: Sequence[Tie] = ()) -> list[Link]:
         """Returns the links without those that speak against what a plan without rules finds by name."""
@@ -394,3 +409,42 @@ def _in_block(leaf: Leaf, own: Owners) -> Leaf:
     made = dataclasses.replace(leaf, names=(*part[:-1], block, called, *leaf.names[len(part) :]))
     own[made.part] = leaf, {at: -1 if counts_of(called) else at, at + 1: -1}, -1
     return made
+
+
+# What would better be exchanged.
+
+
+def _misplaced(links: Iterable[Link], stored: Iterable[Leaf]) -> Iterator[Link]:
+    """Yields links of parts that two modules, of which each is made of two stored ones, have exchanged.
+
+    Where the convolutions of a block are those of `down_0`, its norm is rather the one of `down_0`, too, than
+    that of another block which has one of the same name and shape. Numbers that both count alike tell.
+    """
+    made, homes = defaultdict[tuple[Names, Names], list[Link]](list), defaultdict[Names, set[Names]](set)
+    for link in links:
+        if link.joint is None and link.layers is None:
+            made[part_of(link.target), part_of(link.source)].append(link)
+    shapes = {part_of(leaf): leaf.shape for leaf in stored if leaf.place[1] == "main"}
+    held, led = Counter[Names](), defaultdict[Names, Counter[Names]](Counter)
+    for one, other in made:
+        homes[other].add(one)
+        held.update(around(other))
+        for module in around(one):
+            led[module].update(around(other))
+    torn = {
+        module: few
+        for module, sources in led.items()
+        if (few := [each for each, count in sources.items() if count < held[each]])
+    }
+    for (one, other), module in ((pair, at) for pair in made for at in around(pair[0]) if at in torn):
+        for home, source in itertools.product(around(other), torn[module]):
+            beside = *source, *other[len(home) :]
+            is_like = source != home and len(source) == len(home) and beside in homes
+            is_like = is_like and shapes.get(beside) == shapes.get(other, ())
+            numbers = [counts_of("/".join(names))[-1:] for names in (module, home)]
+            if not is_like or numbers[0] == numbers[1] != ():
+                continue
+            outside = {each[: len(module)] for each in homes[beside]}
+            shared = (sum(led[at][x] for at in (module, *outside)) == held[x] for x in (home, source))
+            if module not in outside and all(shared):
+                yield from itertools.chain(made[one, other], *(made[each, beside] for each in homes[beside]))

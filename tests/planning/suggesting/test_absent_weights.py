@@ -24,6 +24,9 @@ def test_no_other_leaf_takes_the_place_of_those_that_are_gone(name):
         ("resmlp_short_first", "blocks/#/proj"),
         ("detr_facebook", "transformer/encoder/layers/#/self_attn/v_proj"),
         ("layers_from_one", "layers/#/attn/out"),
+        # Blocks of one shape, of which the convolutions told which is which.
+        ("unet_scenic", "up#/conv/conv#"),
+        ("efficientnet_torchvision", "features/#/#/block/#/fc#"),
     ],
 )
 def test_where_a_part_of_every_layer_is_gone_the_others_are_still_told_apart(name, part):
@@ -65,3 +68,25 @@ def test_lists_of_as_many_layers_are_each_other_from_their_first_one_on(lacking)
     )
 
     check(values, {f"layers/{int(path[7]) - 1}{path[8:]}": value for path, value in stored.items()})
+
+
+def test_of_a_gated_network_numbers_do_not_tell_the_gate_where_one_of_its_layers_is_gone():
+    stored = filled({"mlp/w1/kernel": (4, 8), "mlp/w2/kernel": (8, 4)})
+
+    _, values = proposed(
+        stored, {"mlp/gate/kernel": (4, 8), "mlp/up/kernel": (4, 8), "mlp/down/kernel": (8, 4)}
+    )
+
+    check(values, {"mlp/down/kernel": stored["mlp/w2/kernel"]})
+
+
+def test_a_network_is_not_made_of_its_target_network_where_it_is_gone():
+    names = ("actor", "actor_target", "qf_target")
+    stored = filled({f"{name}/Dense_0/kernel": (4, 5 + ("qf" in name)) for name in names})
+
+    found, values = proposed(stored, {"actor/fc/kernel": (4, 5), "qf/fc/kernel": (4, 6)})
+
+    assert [str(question).partition("?")[0] for question in found.questions] == [
+        "is qf_target/Dense_0 meant by qf/fc"
+    ]
+    check(values, {"actor/fc/kernel": stored["actor/Dense_0/kernel"]})

@@ -89,7 +89,9 @@ def _told(group: MovedGroup, move: Move) -> str:
 def _ordered(link: Link, order: tuple[int, ...], told: str = "") -> Link:
     """Returns a link that puts the axes into an order, with what is told where another may be meant."""
     is_kept = order == tuple(range(len(order)))
-    way = Way(() if is_kept else (transposed(link.source.shape, order),))
+    # That of a convolution's outputs and inputs tells of matrices too.
+    turned = bool(_layouts(link)[1]) and order.index(len(order) - 1) < order.index(len(order) - 2)
+    way = Way(() if is_kept else (transposed(link.source.shape, order),), turned=turned)
     (named,) = told_by_names([link])
     return dataclasses.replace(named, ways=((way,),), told=told)
 
@@ -108,14 +110,14 @@ def _orders(link: Link, told: "Mapping[_Window, set[Order]]") -> list[Order]:
     do they in the order that shapes alone tell of the model's other convolutions, first those of its window.
     """
     ways, (window, layouts) = link.ways[0], _layouts(link)
-    known = {*layouts} & (told.get(window) or told.get(window[:2], set()))
-    if len(known) == 1 or len(ways) != 1 or len(steps := ways[0].steps) != 1:
-        return [*known] if len(known) == 1 else []
-    if (step := steps[0]).kind != "transpose":
+    if layouts:
+        known = {*layouts} & (told.get(window) or told.get(window[:2], set()))
+        first = _order_of(link, ways[0])
+        return [*known] if len(known) == 1 else sorted(layouts, key=lambda order: order != first)
+    if len(ways) != 1 or len(steps := ways[0].steps) != 1 or (step := steps[0]).kind != "transpose":
         return []
     different: dict[Order, Order] = {}
-    every = layouts or itertools.permutations(range(len(step.before)))
-    for order in (*(x for x in (step.axes,) if x in layouts or not layouts), *every):
+    for order in (step.axes, *itertools.permutations(range(len(step.before)))):
         if permuted(step.before, order) == step.shape:
             different.setdefault(tuple(at for at in order if step.before[at] > 1), order)
     # What keeps its name has its layers elsewhere.

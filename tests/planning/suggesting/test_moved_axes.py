@@ -279,3 +279,14 @@ def test_which_of_two_axes_of_one_size_comes_first_is_asked(shapes):
 
     assert found.confidence == "open"
     assert found.questions
+
+
+def test_a_matrix_is_turned_as_convolutions_over_one_place_are():
+    variables, wanted = _convolutions((2, 1, 0), conv_in=(3, 4, 8), conv_1=(1, 8, 8))
+    logits = _numbers(5000, 8, 8)
+    variables["params"]["logits"], wanted["logits"] = (
+        {"kernel": logits},
+        {"weight": logits.T[:, :, None, None]},
+    )
+
+    _check(variables, wanted, suggest(variables, _target(wanted)).renames)

@@ -256,12 +256,11 @@ def orders(doubtful: Mapping[Path, Recipe], shapes: Shapes) -> Iterator[Alternat
         together = {leaf: joint for leaf, joint in fused.items() if len(joint.sources) == count}
         groups = [[*together], *([leaf] for leaf in together if len(together) > 1)]
         for group, order in itertools.product(groups, _otherwise(count)):
-            recipes = {
-                leaf: _with_parts(doubtful[leaf], together[leaf], _parts(together[leaf], order))
-                for leaf in group
-            }
-            said = (f"{render_reads(one)} {describe(one)}" for one in _parts(together[group[0]], order))
-            words = f"{_names(group)} joined in another order: {', '.join(map(str.strip, said))}"
+            some, parts = {leaf: together[leaf] for leaf in group}, _parts(together[group[0]], order)
+            recipes = {leaf: _with_parts(doubtful[leaf], x, _parts(x, order)) for leaf, x in some.items()}
+            told = len({*map(render_reads, parts)}) == count  # Else they are parts of one array.
+            said = (f"{render_reads(x)} {'' if told else describe(x)}".strip() for x in parts)
+            words = f"{_names(group)} joined in another order: {', '.join(said)}"
             yield Alternative(words=words, recipes=recipes)
         yield from _interleaved(together, doubtful, shapes)
 

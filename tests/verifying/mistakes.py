@@ -275,7 +275,9 @@ KINDS: dict[str, Callable[[Bench, list[Any]], Ways]] = {
 def told(bench: Bench, found: Verification, mistake: Mistake, changed: set[Path]) -> Told:
     """Returns how good what `verify` says is."""
     if found.first is None:
-        return "equal" if found.equal else "nothing"
+        # Of fewer digits a remark tells, with the module that has them.
+        is_said = bool(mistake.module) and any(mistake.module in remark for remark in found.remarks)
+        return "named" if is_said else "equal" if found.equal else "nothing"
     module = segments_of(found.first.path)
     if mistake.module:
         expected = segments_of(mistake.module)

@@ -439,12 +439,12 @@ def ascend(ours: Sequence[Sequence[Level]], theirs: Sequence[Sequence[Level]]) -
     return (first[0] < first[1]) == (second[0] < second[1])
 
 
-def is_count(numbers: Sequence[int]) -> bool:
+@functools.lru_cache(maxsize=4096)
+def is_count(numbers: tuple[int, ...]) -> bool:
     """Tells whether numbers go up by one from 0 or 1, or those of tens and of ones in each do: 10 to 32."""
     stages: dict[int, list[int]] = defaultdict(list)
     for number in numbers:
         stages[number // 10].append(number % 10)
-    in_stages = len(stages) > 1 and 0 not in stages
-    each = (list(stages), *stages.values()) if in_stages else ()
+    each = (list(stages), *stages.values()) if len(stages) > 1 and 0 not in stages else ()
     runs = [[*one] == [*range(one[0], one[0] + len(one))] and one[0] in (0, 1) for one in (numbers, *each)]
-    return runs[0] or (in_stages and all(runs[1:]))
+    return runs[0] or (bool(each) and all(runs[1:]))

@@ -440,7 +440,7 @@ def is_reversed(one: Series, other: Series) -> bool:
 
 def is_complete(series: Series) -> bool:
     """Tells whether a group counts its layers without a gap, or in every stage: `block10` to `block32`."""
-    return series.is_kind or is_count(series.numbers)
+    return series.is_kind or is_count(tuple(series.numbers))
 
 
 def are_alike(series: Series) -> bool:

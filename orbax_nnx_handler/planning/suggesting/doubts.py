@@ -287,8 +287,14 @@ def unlike_names(links: Sequence[Link]) -> Iterator[Link]:
     """Yields links of parts whose names are strangers, or say that they hold other functions of a value."""
     yield from strangers(links)
     for link in links:
-        if any(any(_functions(x.names, y.names)) for x in link.wanted for y in link.stored):
+        pairs = ((x.names, y.names) for x in link.wanted for y in link.stored)
+        if any(any(_functions(*both)) for both in pairs if any(map(_holds_function, (*both[0], *both[1])))):
             yield link
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _holds_function(name: str) -> bool:
+    return any(word in name.lower() for word in _FUNCTIONS)  # Nearly no name does.
 
 
 def why_unlike(wanted: Path, stored: Path) -> str:

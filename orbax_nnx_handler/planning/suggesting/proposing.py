@@ -402,8 +402,8 @@ def _searched(wanted: Sequence[Leaf], stored: Sequence[Leaf], order: Order) -> S
 def _in_block(leaf: Leaf, own: Owners) -> Leaf:
     part = part_of(leaf)
     found = _IN_BLOCK.fullmatch(part[-1]) if part else None
-    if found is None or part != leaf.names[: len(part)]:
-        return leaf  # One name says which parameter it is as well.
+    if found is None or len(part) == len(leaf.names):
+        return leaf  # A name that says its parameter too, or of an array, is no module's.
     at, (block, number, name) = len(part) - 1, found.groups()
     called = f"{number}.{name}" if number else name
     made = dataclasses.replace(leaf, names=(*part[:-1], block, called, *leaf.names[len(part) :]))

@@ -24,7 +24,7 @@ from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import reads
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.restore_plan import RestorePlan, make_plan
-from orbax_nnx_handler.planning.target.target import flatten_target
+from orbax_nnx_handler.planning.target import flatten_target
 from orbax_nnx_handler.planning.verdict import judge
 from orbax_nnx_handler.planning.verdict.laws import certify
 from orbax_nnx_handler.storage import paused_collection

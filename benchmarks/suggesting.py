@@ -24,7 +24,7 @@ from orbax_nnx_handler.planning.core.recipes import reads
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.restore_plan import make_plan
 from orbax_nnx_handler.planning.suggesting import propose
-from orbax_nnx_handler.planning.target.target import Target, flatten_target
+from orbax_nnx_handler.planning.target import Target, flatten_target
 from orbax_nnx_handler.storage import paused_collection
 
 FLOAT = np.dtype("float32")

@@ -24,7 +24,7 @@ from orbax_nnx_handler.planning.options import (
 from orbax_nnx_handler.planning.restore_plan import RestorePlan, RestoreReport
 from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.planning.suggesting import Suggestion, order_of, propose
-from orbax_nnx_handler.planning.target.target import (
+from orbax_nnx_handler.planning.target import (
     Target,
     flatten_like,
 )

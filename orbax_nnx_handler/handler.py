@@ -23,7 +23,7 @@ from orbax_nnx_handler.planning.options import (
 )
 from orbax_nnx_handler.planning.restore_plan import RestoreReport
 from orbax_nnx_handler.planning.rules import Rule
-from orbax_nnx_handler.planning.target.target import is_unbuilt
+from orbax_nnx_handler.planning.target import is_unbuilt
 from orbax_nnx_handler.storage.reading.single_replica import single_replica_of
 from orbax_nnx_handler.storage.saving.arrange import Flavour, Transformation, is_nnx
 from orbax_nnx_handler.storage.saving.save import RulesOrRestore, as_save_item, linen_save

@@ -19,7 +19,7 @@ from orbax_nnx_handler.planning.mapping.matches import Discarded, SavedAs
 from orbax_nnx_handler.planning.options import DtypeChoice, Policies, Policy, RestoreOptions, UnexpectedPolicy
 from orbax_nnx_handler.planning.restore_plan import RestorePlan, make_plan
 from orbax_nnx_handler.planning.rules import Rule
-from orbax_nnx_handler.planning.target.target import (
+from orbax_nnx_handler.planning.target import (
     Target,
     flatten_like,
     flatten_target,

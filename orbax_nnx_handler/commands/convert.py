@@ -41,6 +41,7 @@ from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.planning.verdict.leaf_verdicts import check_readable
 from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
+from orbax_nnx_handler.storage.converting import Conversion, check_free, write_converted
 from orbax_nnx_handler.storage.converting.blocks import Written, check_paths_distinct
 from orbax_nnx_handler.storage.converting.planned_leaves import (
     WITHOUT_COLLECTIONS,
@@ -58,7 +59,6 @@ from orbax_nnx_handler.storage.converting.planned_leaves import (
     with_dtype,
 )
 from orbax_nnx_handler.storage.converting.regroup import Regrouping, in_order, regroup
-from orbax_nnx_handler.storage.converting.write import Conversion, check_free, write_converted
 from orbax_nnx_handler.storage.restoring import check_values
 from orbax_nnx_handler.storage.stores.locations import absolute
 

@@ -16,8 +16,8 @@ from typing import Any, cast
 import jax
 from flax import nnx
 
+from orbax_nnx_handler.planning.target import flatten_target
 from orbax_nnx_handler.planning.target.roles import roles_of
-from orbax_nnx_handler.planning.target.target import flatten_target
 
 _OWN = str(pathlib.Path(__file__).parents[1])
 _PARTS = ("linen_apply", "nnx_apply", "inputs")

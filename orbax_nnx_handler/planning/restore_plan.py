@@ -17,7 +17,7 @@ from orbax_nnx_handler.planning.layouts.layout import Stored
 from orbax_nnx_handler.planning.options import Policy, RestoreOptions, check_policy
 from orbax_nnx_handler.planning.rendering import Displayed
 from orbax_nnx_handler.planning.rendering.summary import Summary, plan_summary, report_summary, to_dict
-from orbax_nnx_handler.planning.target.target import Target
+from orbax_nnx_handler.planning.target import Target
 from orbax_nnx_handler.planning.verdict.judge import judge
 from orbax_nnx_handler.planning.verdict.leaf_verdicts import Unreadable
 from orbax_nnx_handler.planning.verdict.outcomes import (

@@ -16,7 +16,7 @@ from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import Recipe, reads
 from orbax_nnx_handler.planning.restore_plan import RestorePlan
-from orbax_nnx_handler.planning.target.target import Target
+from orbax_nnx_handler.planning.target import Target
 from orbax_nnx_handler.storage.checkpoint.checkpoint import Checkpoint
 from orbax_nnx_handler.storage.restoring import carry_out
 from orbax_nnx_handler.verifying import (

@@ -24,7 +24,7 @@ from orbax_nnx_handler.planning.restore_plan import RestorePlan
 from orbax_nnx_handler.planning.rules import Rename, Rule
 from orbax_nnx_handler.planning.rules.split_and_fuse import rules_making
 from orbax_nnx_handler.planning.suggesting import Proposal, Question, Remade, Suggestion
-from orbax_nnx_handler.planning.target.target import Target
+from orbax_nnx_handler.planning.target import Target
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.verifying import Programs, agree, compare_inputs, lent
 from orbax_nnx_handler.verifying.comparison import compared, misfilled, proposed_without, tells, why_open

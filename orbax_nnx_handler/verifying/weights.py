@@ -37,7 +37,7 @@ from orbax_nnx_handler.planning.core.recipes import (
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement
 from orbax_nnx_handler.planning.likeness.vocabulary import concepts
 from orbax_nnx_handler.planning.restore_plan import RestorePlan
-from orbax_nnx_handler.planning.target.target import flatten_target
+from orbax_nnx_handler.planning.target import flatten_target
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.storage.reading import Job
 from orbax_nnx_handler.storage.restoring import read_jobs

@@ -14,8 +14,8 @@ from flax import nnx
 
 from orbax_nnx_handler import restore
 from orbax_nnx_handler.commands.convert import interrupts
-from orbax_nnx_handler.storage.converting import write as converting
-from orbax_nnx_handler.storage.converting.write import BlockWriter
+from orbax_nnx_handler.storage import converting
+from orbax_nnx_handler.storage.converting import BlockWriter
 from tests.cases import load_case, problems
 from tests.cli import nnx_program
 from tests.cli.conftest import MODEL, stock

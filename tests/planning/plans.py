@@ -12,7 +12,7 @@ from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.restore_plan import RestorePlan, make_plan
-from orbax_nnx_handler.planning.target.target import flatten_target
+from orbax_nnx_handler.planning.target import flatten_target
 
 Arrays = Mapping[Path, np.ndarray]
 

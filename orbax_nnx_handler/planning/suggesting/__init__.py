@@ -22,8 +22,8 @@ from orbax_nnx_handler.planning.rules import Drop, Rename, Rule
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.rules.split_and_fuse import by_network, copies_as_roots, keys_as_names
 from orbax_nnx_handler.planning.rules.stacking import nested_stacks
-from orbax_nnx_handler.planning.suggesting.doubts import Remade
 from orbax_nnx_handler.planning.suggesting.proposing import QUESTIONS, Proposing
+from orbax_nnx_handler.planning.suggesting.proved_recipes import Remade
 from orbax_nnx_handler.planning.suggesting.questions import Question
 from orbax_nnx_handler.planning.suggesting.suggestion import (
     BY_NUMBER,
@@ -36,8 +36,8 @@ from orbax_nnx_handler.planning.suggesting.suggestion import (
     changed,
     changes_nothing,
 )
+from orbax_nnx_handler.planning.target import Target
 from orbax_nnx_handler.planning.target.roles import Order, creation_order, of_role, order_of
-from orbax_nnx_handler.planning.target.target import Target
 
 __all__ = [
     "BY_NUMBER",

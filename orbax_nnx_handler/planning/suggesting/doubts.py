@@ -1,50 +1,35 @@
 """What a proposal that fits leaves in doubt: another part may be meant, or have the source as well.
 
-Last: the same link with another recipe, which outputs have proved.
+Such links are rather asked about: others of their lists say otherwise, or what is dropped fits by chance.
 """
 
-import dataclasses
 import functools
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from typing import NamedTuple
 
-from orbax_nnx_handler.planning.core import recipes
-from orbax_nnx_handler.planning.core.folding import around, plain_names
-from orbax_nnx_handler.planning.core.paths import Path, canonical, is_number, segments
-from orbax_nnx_handler.planning.core.recipes import Recipe, Shapes
+from orbax_nnx_handler.planning.core.folding import plain_names
+from orbax_nnx_handler.planning.core.paths import Path, levels, shared_levels
 from orbax_nnx_handler.planning.layouts.layout import is_copy_level
-from orbax_nnx_handler.planning.likeness import in_list, norms_told, purposes
-from orbax_nnx_handler.planning.likeness.arrangements import by_level
+from orbax_nnx_handler.planning.likeness import have_other_purposes, in_list, misnumbered, purposes
+from orbax_nnx_handler.planning.likeness.arrangements import by_level, shifted
 from orbax_nnx_handler.planning.likeness.assignment import fit_of, may_be, sizes_of_few
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie
-from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, module_parts, part_of
+from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, part_of
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart, named_parts
-from orbax_nnx_handler.planning.likeness.shapes import (
-    Joint,
-    Way,
-    chain_of,
-    cuts_of,
-    is_vector,
-    lifted,
-    shaping,
-)
 from orbax_nnx_handler.planning.likeness.vocabulary import (
     MARGIN,
-    PARAMETER,
-    PLACING,
     STRONG,
-    Concepts,
     Names,
     concepts,
+    counts_of,
     may_hold_otherwise,
     meanings,
-    weight,
     words,
 )
 from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS
 from orbax_nnx_handler.planning.suggesting.link_groups import tie_of
+from orbax_nnx_handler.planning.suggesting.unlike_names import unlike_names
 
 GENERAL = frozenset(("norm", "attn", "mlp", "enc", "dec", "conv", "head", "embed"))
 """Words that many parts of a model share."""
@@ -174,276 +159,117 @@ def _doubled(links: Iterable[Link]) -> set[Path]:
     return {x.target.source for x in every if not PLAIN_LEVELS.issuperset(x.target.names[:-2])}
 
 
-# What the names of parts have to share.
-
-_KINDS = concepts(("norm", "token", "embed", "head", "conv", "bias", "enc", "dec"))
-_OF_ANY = _KINDS | (PLACING - {"attn", "mlp", "self", "cross"})
-"""What many parts are, and that they are first or last: what one side may say and the other not."""
+# What goes elsewhere than what lies beside it.
 
 
-class _Said(NamedTuple):
-    """What only the wanted and what only the stored name says; whether they share a word that tells."""
+def contradicted(links: Iterable[Link]) -> Mapping[Path, Link]:
+    """Returns links in which a stored name means another part than in most blocks of its list.
 
-    only: tuple[Concepts, Concepts]
-    is_shared: bool
-
-
-def strangers(links: Iterable[Link]) -> Iterator[Link]:
-    """Yields links of parts that shapes do not tell, whose names share no more than what kind they are.
-
-    A vector is as long as any other one of its model, and a square matrix as large: a new `mask_token` fits
-    an old `dist_token`, a `q_norm` the norm of a head. Both names say something that the other one lacks;
-    for a vector in no list it is enough that one does. Words that one side lacks in other parts too, which
-    are told, say nothing, nor do the names of modules that hold such parts.
+    What Linen or a list numbered is left out: a block with one module more counts otherwise.
     """
-    parts = defaultdict[tuple[Names, Names], list[Link]](list)
-    for link in links:
-        for one, other in itertools.product(link.wanted, link.stored):
-            parts[part_of(one), part_of(other)].append(link)
-    called = {pair: _names(some[0]) for pair, some in parts.items()}
-    said = {pair: _said(*names) for pair, names in called.items()}
-    told = {pair for pair, some in parts.items() if said[pair].is_shared or _are_told(pair, some)}
-    told |= _norms_of(told, parts) if len(told) < len(parts) else set()
-    kinds = {tuple(map(plain_names, pair)): said[pair].only for pair in told}
-    lacking = [frozenset[str]().union(*(only[side] for only in kinds.values())) for side in (0, 1)]
-    known = [{pair[side] for pair in told} for side in (0, 1)]
-    modules = {both for pair in told for both in itertools.product(*map(around, pair))}
-    for pair, some in parts.items():
-        if pair in told:
-            continue
-        left = [only - others for only, others in zip(said[pair].only, lacking, strict=True)]
-        left = [set[str]() if pair[side] in known[side] else left[side] for side in (0, 1)]
-        if (pair[0][:-1], pair[1][:-1]) in modules:
-            left = [left[side] & concepts(called[pair][side][len(pair[side]) - 1 :]) for side in (0, 1)]
-        is_lone = not any(in_list(x)[0] for x in pair) and all(is_vector(link.source.shape) for link in some)
-        if all(left) or (is_lone and any(left)):
-            yield from (x for x in some if x.joint is None and x.layers is None and not x.copied)
+    said: dict[object, dict[Names, list[Link]]] = defaultdict(lambda: defaultdict(list))
+    for link in (x for x in links if x.layers is None and len(x.wanted) == len(x.stored) == 1):
+        (list_, inside), (others, name) = in_list(link.target.names), in_list(link.source.names)
+        path = levels(name) if len(inside) > 1 < len(name) else ()
+        if path and not any(level.is_automatic or level.style in ("/", ".") for level in path):
+            said[list_, others, name][plain_names(inside)].append(link)
+    counted = ([*of.values()] for of in said.values() if len(of) > 1 and not _are_of_a_list(of))
+    few = (some for each in counted for some in each if 2 * len(some) <= sum(map(len, each)))
+    return {link.target.source: link for some in few for link in some}
 
 
-def _norms_of(
-    told: Set[tuple[Names, Names]], parts: Mapping[tuple[Names, Names], Sequence[Link]]
-) -> set[tuple[Names, Names]]:
-    """Returns the norms of layers that are told."""
-    links = [*itertools.chain(*parts.values())]
-    leaves = ((x for link in links for x in link.wanted), (x for link in links for x in link.stored))
-    sides = [module_parts(dict.fromkeys(side)) for side in leaves]
-    ours, theirs = ({part.names: at for at, part in enumerate(side)} for side in sides)
-    pairs = [(ours[one], theirs[other]) for one, other in told if one in ours and other in theirs]
-    return {(sides[0][at].names, sides[1][to].names) for at, to in norms_told(pairs, sides).items()}
+def _are_of_a_list(meanings: Mapping[Names, Sequence[Link]]) -> bool:
+    """Tells whether each block's part is another block's: `stage1_block0/fc` is `stage1/block0/fc`."""
+    names = {(*(name.rstrip("0123456789") for name in each[:-2]), *each[-2:]) for each in meanings}
+    return len(names) == 1 and all(len(links) == 1 for links in meanings.values())
 
 
-def _are_told(pair: tuple[Names, Names], links: Sequence[Link]) -> bool:
-    """Tells whether shapes tell parts, what heads are for, or the order of some that are in no list."""
-    one, other = map(purposes, pair)
-    # Whether heads for something are each other's, another law says.
-    are_heads = one & other or (one | other and "head" in concepts(pair[0]) & concepts(pair[1]))
-    is_inside, shapes = any(in_list(x)[0] for x in pair), [link.source.shape for link in links]
-    is_ordered = not is_inside and all(link.grounds == "order" for link in links)
-    is_kernel = any(len(x.source.shape) > 1 and x.source.names[-1] == "kernel" for x in links)
-    if all(map(is_vector, shapes)):
-        return bool(are_heads) or is_ordered or is_kernel
-    is_raw = all(part_of(x) == x.names for link in links for x in (link.target, link.source))
-    are_square = all(is_vector(shape) or shape == shape[:1] * 2 for shape in shapes)
-    return bool(are_heads) or is_inside or is_ordered or not (is_raw or are_square)
+def coincidences(links: Sequence[Link], left: Set[Names], missing: Set[Names]) -> Mapping[Path, Link]:
+    """Returns links rather asked about: one of stored parts that are left may fit a missing one by chance."""
+    plain = [link for link in links if link.joint is None and link.layers is None]
+    odd = [link for link in plain if have_other_purposes(part_of(link.target), part_of(link.source))]
+    odd += (*misnumbered(plain, left, missing), *shifted(plain), *unlike_names(links), *_astray(plain))
+    odd += _half_used(links, plain, left, missing)
+    return {**{x.target.source: x for x in odd}, **_torn(links, left), **_from_elsewhere(links, left)}
 
 
-def _names(link: Link) -> tuple[Names, Names]:
-    """Returns what a link's leaves are called, without the words for a module's usual parameters."""
-    one, other = (x.names[: -(x.names[-1] in PARAMETER) or None] for x in (link.target, link.source))
-    return one, other
+def _half_used(
+    links: Iterable[Link], plain: Iterable[Link], left: Iterable[Names], missing: Iterable[Names]
+) -> Iterator[Link]:
+    """Yields links of a module that is not all used, into one of another name that is not its alone."""
+    held = {part[:at] for part in left for at in range(1, len(part) + 1)}
+    some = dict[tuple[Names, Names], list[Link]]()
+    for link in plain if held else ():
+        part = part_of(link.source)
+        module = next((part[:at] for at in range(len(part) - 1, 0, -1) if part[:at] in held), ())
+        if (into := part_of(link.target)[:-1]) and module and not counts_of("/".join(module)):
+            some.setdefault((into, module), []).append(link)
+    intos, modules = ({pair[side] for pair in some} for side in (0, 1))
+    homes, sources = defaultdict[Names, set[Names]](set), defaultdict[Names, set[Names]](set)
+    for one, other in (
+        (part_of(x), part_of(y)) for link in (links if some else ()) for x in link.wanted for y in link.stored
+    ):
+        for above in (one[:at] for at in range(1, len(one)) if one[:at] in intos):
+            sources[above].add(other)
+        for above in (other[:at] for at in range(1, len(other)) if other[:at] in modules):
+            homes[above].add(one[:-1])
+    lacking = {part[:-1] for part in missing}
+    for into, module in some:
+        is_other = into in lacking or any(each[: len(module)] != module for each in sources[into])
+        if homes[module] == {into} and is_other and not purposes(into) & purposes(module):
+            own = concepts(module) - {"head", "norm"}
+            yield from (x for x in some[into, module] if not concepts(part_of(x.target)) & own)
 
 
-@functools.lru_cache(maxsize=1 << 16)
-def _said(wanted: Names, stored: Names) -> _Said:
-    sides = ours, theirs = _own(wanted), _own(stored)
-    one, other = ours - theirs, theirs - ours
-    begun = any(x.startswith(y) or y.startswith(x) for x in one for y in other if min(len(x), len(y)) > 1)
-    is_short = not (one.isdisjoint(_in_short(stored)) and other.isdisjoint(_in_short(wanted)))
-    is_shared = begun or is_short or not ours & theirs <= _KINDS | PLACING
-    # Where both only say where they are in a block, that has decided; a letter alone says nothing.
-    return _Said((one - _OF_ANY, other - _OF_ANY), is_shared or not all(sides) or one | other <= PLACING)
+def _astray(links: Sequence[Link]) -> Iterator[Link]:
+    """Yields links of the only part that two modules share, where each has the rest in another one."""
+    pairs = {(part_of(link.target), part_of(link.source)): link for link in links}
+    depths = [len(shared_levels(side, own=2)) for side in zip(*pairs, strict=True)]
+    tops = {pair: tuple(map(_called_above, pair, depths)) for pair in pairs}
+    counts = Counter(each for each in tops.values() if all(each))
+    several = [Counter(side) for side in zip(*counts, strict=True)]
+    lone = {x for x, n in counts.items() if n == 1 and several[0][x[0]] > 1 < several[1][x[1]]}
+    yield from (link for link in links if tops[part_of(link.target), part_of(link.source)] in lone)
 
 
-def _own(names: Names) -> Concepts:
-    """Returns what names say; a letter that is none of an attention may stand for anything."""
-    letters = (word for name in names for word in words(name) if len(word) == 1 and word not in STRONG)
-    return concepts(names) - concepts(letters)
+def _called_above(names: Names, depth: int) -> str:
+    """Returns what the module at a depth is called; nothing for a part, and for what a program counts."""
+    name = names[depth] if len(names) > depth + 1 else ""
+    return "" if counts_of(name) else name
 
 
-def _in_short(names: Names) -> set[str]:
-    """Returns what words may be in short: `sa` of `SelfAttention`, `lnf` of `ln_f`."""
-    several = [x[at:to] for x in map(words, names) for to in range(len(x) + 1) for at in range(to - 1)]
-    return {"".join(word[:width] for word in some) for some in several for width in (1, None)}
+def _from_elsewhere(links: Sequence[Link], left: Iterable[Names]) -> Mapping[Path, Link]:
+    """Returns links of the only part that is used of a list: a decoder's, where its encoder is wanted."""
+    used = Counter(in_list(names)[0] for names in {part_of(leaf) for x in links for leaf in x.stored})
+    # By what leads into each layer: one layer alone is no list.
+    layers = {(held[0], names[: len(names) - len(held[1])]) for names in left if (held := in_list(names))[0]}
+    lone = {list_ for list_, count in Counter(x for x, _ in layers).items() if count > 1 == used[list_]}
+    found = (link for link in links if lone and not in_list(link.target.names)[0])
+    return {link.target.source: link for link in found if in_list(part_of(link.source))[0] in lone}
 
 
-# What names say of a value.
+def _torn(links: Iterable[Link], left: Set[Names]) -> Mapping[Path, Link]:
+    """Returns links that nothing but shapes tell, of parts of a head of which something else is not wanted.
 
-_SPELLINGS = "log logs,exp,inverse inv,squared square sq,sqrt,rsqrt,neg negated,raw,softplus,keep,drop"
-_FUNCTIONS = {word: each.split()[0] for each in _SPELLINGS.split(",") for word in each.split()}
-"""Words that say which function of a value is held, or which share of it."""
+    Of a network whose layers are counted, the first ones may be all that is wanted, and not the last alone.
 
-
-def unlike_names(links: Sequence[Link]) -> Iterator[Link]:
-    """Yields links of parts whose names are strangers, or say that they hold other functions of a value."""
-    yield from strangers(links)
-    for link in links:
-        pairs = ((x.names, y.names) for x in link.wanted for y in link.stored)
-        if any(any(_functions(*both)) for both in pairs if any(map(_holds_function, (*both[0], *both[1])))):
-            yield link
-
-
-@functools.lru_cache(maxsize=1 << 16)
-def _holds_function(name: str) -> bool:
-    return any(word in name.lower() for word in _FUNCTIONS)  # Nearly no name does.
-
-
-def why_unlike(wanted: Path, stored: Path) -> str:
-    """Returns what the names of two leaves that shapes allow say against it, or that they say nothing."""
-    said = [" ".join(sorted(some)) for some in _functions(segments(wanted), segments(stored)) if some]
-    if not said:
-        return "and no name tells"
-    called = (
-        f"only one is called {said[0]}" if len(said) == 1 else f"one is called {', the other '.join(said)}"
-    )
-    return f"but {called}: the value may be another function"
-
-
-@functools.lru_cache(maxsize=1 << 16)
-def _functions(wanted: Names, stored: Names) -> tuple[Set[str], Set[str]]:
-    """Returns of which function of a value the name of each of two leaves is, where the other's is not.
-
-    `log_std` is no `std`, and what is kept is not what is dropped. Of a layer, which returns the value, it
-    is told where nothing but that word differs: `fc_logvar` and `fc_var`.
+    Args:
+        links: What is found.
+        left: The stored parts that nothing is made from.
     """
-    names = [_own_name(wanted), _own_name(stored)]
-    said = [_with_functions(*names), _with_functions(*names[::-1])]
-    one, other = ({_FUNCTIONS[word] for word in each & _FUNCTIONS.keys()} for each in said)
-    is_raw = any(part[-1] not in PARAMETER for part in (wanted, stored))
-    if not is_raw or all("expand" in concepts([name]) for name in names):
-        one, other = one - {"exp"}, other - {"exp"}  # MobileNet's `conv_exp` expands.
-    plain = [concepts(each - _FUNCTIONS.keys()) for each in said]
-    if not is_raw and plain[0] != plain[1]:
-        return set(), set()
-    # The module around the other one may say so too: `log_scale/constant`.
-    paths = [
-        _with_functions("_".join(x), name) for x, name in zip((wanted, stored), names[::-1], strict=True)
-    ]
-    around = [{_FUNCTIONS[word] for word in each & _FUNCTIONS.keys()} for each in paths]
-    return one - around[1], other - around[0]
 
+    def head(name: Names) -> object:
+        # `vocab_transform` beside `vocab_layer_norm`, in a model that has no module for its head.
+        return name[:-1] or words(*name)[:1] if name else name
 
-def _own_name(names: Names) -> str:
-    """Returns what a leaf is called, or the module whose parameter it is, without numbers."""
-    called = [name for name in names if not name.isdecimal()]
-    return "_".join(called[-1 - (names[-1] in PARAMETER) :])
+    def is_apart(link: Link) -> bool:
+        one, part = part_of(link.target), part_of(link.source)
+        name = (last := "".join(part[-1:])).rstrip("0123456789")
+        before = ((*part[:-1], f"{name}{at}") for at in range(int(last[len(name) :] or 0)))
+        is_counted = any(level.number is not None for level in levels(part[:-1]))
+        is_counted |= last != name and left.isdisjoint(before)
+        return not is_counted and concepts(one[-2:]) & concepts(part[-2:]) <= {"head"}  # As every head.
 
-
-def _with_functions(name: str, other: str) -> set[str]:
-    """Returns the words of a name; of `logvar` two, where `var` is known or a word of the other one."""
-    found = set[str]()
-    for word in words(name):
-        rest = word.removeprefix("log")
-        is_log = len(rest) > 2 and (rest in words(other) or all(weight(x) > 1 for x in meanings(rest)))
-        found |= {"log", rest} if word != rest and is_log else {word}
-    return found
-
-
-# Another recipe than the one that was found.
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Remade:
-    """A wanted leaf that is made otherwise than was thought; the layer is told where it is scanned."""
-
-    leaf: Path
-    layer: int | None
-    recipe: Recipe
-
-
-def remade_links(links: Sequence[Link], changes: Sequence[Remade], shapes: Shapes) -> list[Link]:
-    """Returns links under which some leaves are made otherwise, and those alike in other layers too.
-
-    A change that moves weights from one module to another changes its own leaf alone, and one that no
-    link can say changes none.
-    """
-    found, settled = list(links), set[int]()
-    for change in changes:
-        for at, link in enumerate(found):
-            # Among the links as they were: two that change places are still known.
-            if (other := _remade(link, change, links, shapes)) is None:
-                continue
-            settled.add(at)
-            order = [link.stored.index(leaf) for leaf in other.stored if leaf in link.stored]
-            for to, like in enumerate(found):
-                if to not in settled and len(order) == len(link.stored) and _looks(like) == _looks(link):
-                    stored = tuple(like.stored[number] for number in order)
-                    found[to] = dataclasses.replace(
-                        like, stored=stored, ways=other.ways, joint=other.joint, after=other.after
-                    )
-            found[at] = other
-            break
-    return found
-
-
-def _looks(link: Link) -> tuple[object, ...]:
-    """Returns what the links of one leaf in all layers share."""
-    sides = ([_template(leaf) for leaf in side] for side in (link.wanted, link.stored))
-    return link.ways, link.joint, link.after, *sides
-
-
-def _template(leaf: Leaf) -> tuple[str, ...]:
-    return tuple(token for token in canonical(leaf.names) if not is_number(token))
-
-
-def _remade(link: Link, change: Remade, every: Sequence[Link], shapes: Shapes) -> Link | None:
-    part = next((at for at, leaf in enumerate(link.wanted) if leaf.source == change.leaf), None)
-    layers = link.layers
-    if part is None or link.source.made or not shapes.keys() >= {*recipes.reads(change.recipe)}:
-        return None
-    if layers is not None and layers.stacks and change.layer not in (None, link.layer):
-        return None
-    whole, after = chain_of(change.recipe)
-    if isinstance(whole, recipes.Concat | recipes.Stack):
-        return _rejoined(link, whole, after, shapes)
-    if link.joint is not None and not link.is_split:
-        return None
-    steps = shaping(after, shapes)
-    cuts, source = cuts_of(whole)
-    if source is None:
-        return None
-    if link.is_split:
-        assert link.joint is not None
-        if source != link.source.source or len(cuts) != 1 or link.joint.part_at(cuts[0]) != part:
-            return None
-        return dataclasses.replace(link, ways=(*link.ways[:part], (Way(steps),), *link.ways[part + 1 :]))
-    if cuts and layers is None:
-        found = lifted(cuts, steps, shapes[source], link.wanted[part].shape)
-        if found is None:
-            return None
-        steps = found
-    stored = next(
-        (x for one in every if one.layers == layers for x in one.stored if x.source == source), None
-    )
-    return None if stored is None else dataclasses.replace(link, stored=(stored,), ways=((Way(steps),),))
-
-
-def _rejoined(
-    link: Link, whole: recipes.Concat | recipes.Stack, after: Sequence[Recipe], shapes: Shapes
-) -> Link | None:
-    """Returns a fuse of the same parts in another order, each or the whole shaped otherwise."""
-    sources = [leaf.source for leaf in link.stored]
-    parts = [chain_of(part) for part in whole.sources]
-    reads = [cuts_of(part)[1] for part, _ in parts]
-    if link.joint is None or link.is_split or len({*sources}) < len(sources) or {*reads} != {*sources}:
-        return None
-    order = [sources.index(path) for path in reads if path is not None]
-    sizes = link.joint.sizes
-    ways = tuple((Way(shaping(steps, shapes)),) for _, steps in parts)
-    joint = Joint(
-        whole.axis,
-        isinstance(whole, recipes.Stack),
-        tuple(sizes[at] for at in order) if sizes is not None else None,
-        ways,
-    )
-    stored = tuple(link.stored[at] for at in order)
-    return dataclasses.replace(link, stored=stored, ways=ways, joint=joint, after=shaping(after, shapes))
+    known = {head(name) for name in left if name}
+    plain = (x for x in links if known and x.joint is None and x.layers is None and x.grounds == "shapes")
+    return {x.target.source: x for x in plain if head(part_of(x.source)) in known and is_apart(x)}

@@ -26,13 +26,13 @@ from orbax_nnx_handler.planning.rules.applying import unboxed
 from orbax_nnx_handler.planning.rules.entries import Entries, Entry, from_entries, loose_parts
 from orbax_nnx_handler.planning.rules.split_and_fuse import keys_as_names
 from orbax_nnx_handler.planning.rules.values import steps_in
-from orbax_nnx_handler.planning.suggesting.doubts import Remade, remade_links
 from orbax_nnx_handler.planning.suggesting.link_groups import (
     kinds_of_links,
     of_few_layers,
     possible_roots,
     without_strays,
 )
+from orbax_nnx_handler.planning.suggesting.proved_recipes import Remade, remade_links
 from orbax_nnx_handler.planning.suggesting.questions import (
     Choice,
     Question,
@@ -63,8 +63,8 @@ from orbax_nnx_handler.planning.suggesting.suggestion import (
     steps_by_leaf,
 )
 from orbax_nnx_handler.planning.suggesting.whole_modules import as_one, as_they_lie, left_open, torn_by_name
+from orbax_nnx_handler.planning.target import Target
 from orbax_nnx_handler.planning.target.roles import WEIGHTS, Order, Wanted, of_role, roles_of
-from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.planning.verdict.judge import Chosen, choose, judge
 from orbax_nnx_handler.planning.verdict.outcomes import Restored, Verdict
 

@@ -1,27 +1,24 @@
 """What a proposal leaves open, as questions: which part is which, how an array is made, what is turned.
 
-Then ties as one question. Last, links that are rather asked about: others of their lists say otherwise, or
-what is dropped fits what is new by chance.
+Then ties as one question, and the ways to pair some parts that become its answers.
 """
 
 import dataclasses
 import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Literal
 
-from orbax_nnx_handler.planning.core.folding import Row, fold, fold_names, list_paths, plain_names
-from orbax_nnx_handler.planning.core.paths import Path, levels, shared_levels
-from orbax_nnx_handler.planning.likeness import have_other_purposes, in_list, misnumbered, purposes
-from orbax_nnx_handler.planning.likeness.arrangements import shifted
+from orbax_nnx_handler.planning.core.folding import Row, fold, fold_names, list_paths
+from orbax_nnx_handler.planning.core.paths import Path, shared_levels
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie, readings_of
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, part_of
-from orbax_nnx_handler.planning.likeness.vocabulary import Names, concepts, counts_of, words
+from orbax_nnx_handler.planning.likeness.vocabulary import Names
 from orbax_nnx_handler.planning.rules import Rule
-from orbax_nnx_handler.planning.suggesting.doubts import unlike_names, why_unlike
 from orbax_nnx_handler.planning.suggesting.link_groups import by_module
+from orbax_nnx_handler.planning.suggesting.unlike_names import why_unlike
 
 About = Literal["which", "how", "transposed"]
 
@@ -281,28 +278,6 @@ def as_questions(found: Findings, odd: Mapping[Path, Link]) -> Findings:
     return dataclasses.replace(found, links=kept, ties=ties)
 
 
-def contradicted(links: Iterable[Link]) -> Mapping[Path, Link]:
-    """Returns links in which a stored name means another part than in most blocks of its list.
-
-    What Linen or a list numbered is left out: a block with one module more counts otherwise.
-    """
-    said: dict[object, dict[Names, list[Link]]] = defaultdict(lambda: defaultdict(list))
-    for link in (x for x in links if x.layers is None and len(x.wanted) == len(x.stored) == 1):
-        (list_, inside), (others, name) = in_list(link.target.names), in_list(link.source.names)
-        path = levels(name) if len(inside) > 1 < len(name) else ()
-        if path and not any(level.is_automatic or level.style in ("/", ".") for level in path):
-            said[list_, others, name][plain_names(inside)].append(link)
-    counted = ([*of.values()] for of in said.values() if len(of) > 1 and not _are_of_a_list(of))
-    few = (some for each in counted for some in each if 2 * len(some) <= sum(map(len, each)))
-    return {link.target.source: link for some in few for link in some}
-
-
-def _are_of_a_list(meanings: Mapping[Names, Sequence[Link]]) -> bool:
-    """Tells whether each block's part is another block's: `stage1_block0/fc` is `stage1/block0/fc`."""
-    names = {(*(name.rstrip("0123456789") for name in each[:-2]), *each[-2:]) for each in meanings}
-    return len(names) == 1 and all(len(links) == 1 for links in meanings.values())
-
-
 def of_one_tower(found: Findings, stored: Sequence[Leaf]) -> Sequence[Leaf]:
     """Returns the stored leaves without towers of which nothing is told, where all that is comes from one.
 
@@ -319,97 +294,6 @@ def of_one_tower(found: Findings, stored: Sequence[Leaf]) -> Sequence[Leaf]:
             return stored
     others = {tops[part] for link in asked for part in map(part_of, link.stored) if part in tops} - own
     return [leaf for leaf in stored if tops.get(part_of(leaf)) not in others]
-
-
-def coincidences(links: Sequence[Link], left: Set[Names], missing: Set[Names]) -> Mapping[Path, Link]:
-    """Returns links rather asked about: one of stored parts that are left may fit a missing one by chance."""
-    plain = [link for link in links if link.joint is None and link.layers is None]
-    odd = [link for link in plain if have_other_purposes(part_of(link.target), part_of(link.source))]
-    odd += (*misnumbered(plain, left, missing), *shifted(plain), *unlike_names(links), *_astray(plain))
-    odd += _half_used(links, plain, left, missing)
-    return {**{x.target.source: x for x in odd}, **_torn(links, left), **_from_elsewhere(links, left)}
-
-
-def _half_used(
-    links: Iterable[Link], plain: Iterable[Link], left: Iterable[Names], missing: Iterable[Names]
-) -> Iterator[Link]:
-    """Yields links of a module that is not all used, into one of another name that is not its alone."""
-    held = {part[:at] for part in left for at in range(1, len(part) + 1)}
-    some = dict[tuple[Names, Names], list[Link]]()
-    for link in plain if held else ():
-        part = part_of(link.source)
-        module = next((part[:at] for at in range(len(part) - 1, 0, -1) if part[:at] in held), ())
-        if (into := part_of(link.target)[:-1]) and module and not counts_of("/".join(module)):
-            some.setdefault((into, module), []).append(link)
-    intos, modules = ({pair[side] for pair in some} for side in (0, 1))
-    homes, sources = defaultdict[Names, set[Names]](set), defaultdict[Names, set[Names]](set)
-    for one, other in (
-        (part_of(x), part_of(y)) for link in (links if some else ()) for x in link.wanted for y in link.stored
-    ):
-        for above in (one[:at] for at in range(1, len(one)) if one[:at] in intos):
-            sources[above].add(other)
-        for above in (other[:at] for at in range(1, len(other)) if other[:at] in modules):
-            homes[above].add(one[:-1])
-    lacking = {part[:-1] for part in missing}
-    for into, module in some:
-        is_other = into in lacking or any(each[: len(module)] != module for each in sources[into])
-        if homes[module] == {into} and is_other and not purposes(into) & purposes(module):
-            own = concepts(module) - {"head", "norm"}
-            yield from (x for x in some[into, module] if not concepts(part_of(x.target)) & own)
-
-
-def _astray(links: Sequence[Link]) -> Iterator[Link]:
-    """Yields links of the only part that two modules share, where each has the rest in another one."""
-    pairs = {(part_of(link.target), part_of(link.source)): link for link in links}
-    depths = [len(shared_levels(side, own=2)) for side in zip(*pairs, strict=True)]
-    tops = {pair: tuple(map(_called_above, pair, depths)) for pair in pairs}
-    counts = Counter(each for each in tops.values() if all(each))
-    several = [Counter(side) for side in zip(*counts, strict=True)]
-    lone = {x for x, n in counts.items() if n == 1 and several[0][x[0]] > 1 < several[1][x[1]]}
-    yield from (link for link in links if tops[part_of(link.target), part_of(link.source)] in lone)
-
-
-def _called_above(names: Names, depth: int) -> str:
-    """Returns what the module at a depth is called; nothing for a part, and for what a program counts."""
-    name = names[depth] if len(names) > depth + 1 else ""
-    return "" if counts_of(name) else name
-
-
-def _from_elsewhere(links: Sequence[Link], left: Iterable[Names]) -> Mapping[Path, Link]:
-    """Returns links of the only part that is used of a list: a decoder's, where its encoder is wanted."""
-    used = Counter(in_list(names)[0] for names in {part_of(leaf) for x in links for leaf in x.stored})
-    # By what leads into each layer: one layer alone is no list.
-    layers = {(held[0], names[: len(names) - len(held[1])]) for names in left if (held := in_list(names))[0]}
-    lone = {list_ for list_, count in Counter(x for x, _ in layers).items() if count > 1 == used[list_]}
-    found = (link for link in links if lone and not in_list(link.target.names)[0])
-    return {link.target.source: link for link in found if in_list(part_of(link.source))[0] in lone}
-
-
-def _torn(links: Iterable[Link], left: Set[Names]) -> Mapping[Path, Link]:
-    """Returns links that nothing but shapes tell, of parts of a head of which something else is not wanted.
-
-    Of a network whose layers are counted, the first ones may be all that is wanted, and not the last alone.
-
-    Args:
-        links: What is found.
-        left: The stored parts that nothing is made from.
-    """
-
-    def head(name: Names) -> object:
-        # `vocab_transform` beside `vocab_layer_norm`, in a model that has no module for its head.
-        return name[:-1] or words(*name)[:1] if name else name
-
-    def is_apart(link: Link) -> bool:
-        one, part = part_of(link.target), part_of(link.source)
-        name = (last := "".join(part[-1:])).rstrip("0123456789")
-        before = ((*part[:-1], f"{name}{at}") for at in range(int(last[len(name) :] or 0)))
-        is_counted = any(level.number is not None for level in levels(part[:-1]))
-        is_counted |= last != name and left.isdisjoint(before)
-        return not is_counted and concepts(one[-2:]) & concepts(part[-2:]) <= {"head"}  # As every head.
-
-    known = {head(name) for name in left if name}
-    plain = (x for x in links if known and x.joint is None and x.layers is None and x.grounds == "shapes")
-    return {x.target.source: x for x in plain if head(part_of(x.source)) in known and is_apart(x)}
 
 
 def tie_of(

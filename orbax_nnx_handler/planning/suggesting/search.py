@@ -29,6 +29,8 @@ from orbax_nnx_handler.planning.rules.values import steps_in
 from orbax_nnx_handler.planning.suggesting.doubts import (
     GENERAL,
     apart_from_copies,
+    coincidences,
+    contradicted,
     wanted_twice,
 )
 from orbax_nnx_handler.planning.suggesting.link_groups import (
@@ -37,12 +39,7 @@ from orbax_nnx_handler.planning.suggesting.link_groups import (
     with_networks_told,
 )
 from orbax_nnx_handler.planning.suggesting.matching_layers import Context, match_context
-from orbax_nnx_handler.planning.suggesting.questions import (
-    as_questions,
-    coincidences,
-    contradicted,
-    of_one_tower,
-)
+from orbax_nnx_handler.planning.suggesting.questions import as_questions, of_one_tower
 from orbax_nnx_handler.planning.suggesting.whole_modules import with_modules_asked
 from orbax_nnx_handler.planning.target.roles import Wanted
 

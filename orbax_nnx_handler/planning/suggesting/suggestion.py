@@ -18,7 +18,7 @@ from orbax_nnx_handler.planning.likeness import lists_around
 from orbax_nnx_handler.planning.likeness.links import Link, PairGrounds
 from orbax_nnx_handler.planning.likeness.vocabulary import Names, concepts, exclude, likeness, meanings, words
 from orbax_nnx_handler.planning.rules import Rename, Rule
-from orbax_nnx_handler.planning.suggesting.doubts import Remade
+from orbax_nnx_handler.planning.suggesting.proved_recipes import Remade
 from orbax_nnx_handler.planning.suggesting.questions import Question, parts_in_words
 from orbax_nnx_handler.planning.verdict.outcomes import Verdict, mismatched_rows
 

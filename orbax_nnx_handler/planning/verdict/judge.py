@@ -35,9 +35,9 @@ from orbax_nnx_handler.planning.options import Policy, RestoreOptions, resolve
 from orbax_nnx_handler.planning.rules import Drop, Rule, ScanAxis, apply_rules
 from orbax_nnx_handler.planning.rules.applying import WHOLE
 from orbax_nnx_handler.planning.rules.entries import every_entry
+from orbax_nnx_handler.planning.target import Target
 from orbax_nnx_handler.planning.target.roles import WEIGHTS, Wanted, of_role, roles_of
 from orbax_nnx_handler.planning.target.shardings import indivisible
-from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.planning.verdict.laws import Broken, Known, Source, certify
 from orbax_nnx_handler.planning.verdict.leaf_verdicts import (
     LeafVerdicts,

@@ -13,7 +13,7 @@ from orbax_nnx_handler.planning.core.dtypes import is_array_dtype, is_key
 from orbax_nnx_handler.planning.core.errors import Hint, NotACheckpointError
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path
-from orbax_nnx_handler.planning.target.target import value_of
+from orbax_nnx_handler.planning.target import value_of
 from orbax_nnx_handler.planning.verdict.outcomes import IN_MEMORY
 from orbax_nnx_handler.storage.checkpoint.checkpoint import Checkpoint
 from orbax_nnx_handler.storage.checkpoint.directories import (

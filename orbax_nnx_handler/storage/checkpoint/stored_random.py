@@ -21,7 +21,7 @@ from orbax_nnx_handler.planning.core.errors import NotACheckpointError
 from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf, WantedLeaf
 from orbax_nnx_handler.planning.core.paths import Path, segments
 from orbax_nnx_handler.planning.layouts.linen import AUX
-from orbax_nnx_handler.planning.target.target import Target
+from orbax_nnx_handler.planning.target import Target
 from orbax_nnx_handler.storage.checkpoint import (
     FieldError,
     object_of,

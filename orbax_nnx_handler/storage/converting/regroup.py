@@ -24,7 +24,7 @@ from orbax_nnx_handler.planning.mapping.roots import owner_of
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.restore_plan import make_plan
 from orbax_nnx_handler.planning.rules import ScanAxis, as_rules
-from orbax_nnx_handler.planning.target.target import Target
+from orbax_nnx_handler.planning.target import Target
 from orbax_nnx_handler.storage.converting.blocks import Written, check_paths_distinct, refusal
 
 GroupPath = tuple[str, ...]

@@ -29,8 +29,8 @@ from orbax_nnx_handler.planning.core.paths import Path, canonical, render
 from orbax_nnx_handler.planning.core.recipes import Read, reads
 from orbax_nnx_handler.planning.options import DefaultSource
 from orbax_nnx_handler.planning.restore_plan import RestorePlan
+from orbax_nnx_handler.planning.target import flatten_like
 from orbax_nnx_handler.planning.target.shardings import is_abstract, is_traced, mesh_in_force
-from orbax_nnx_handler.planning.target.target import flatten_like
 from orbax_nnx_handler.storage.arithmetic import Asked, axis_names, evaluate_together, explicit_mesh
 from orbax_nnx_handler.storage.reading.jobs import Job, families
 from orbax_nnx_handler.storage.reading.read import source_shardings

@@ -17,8 +17,8 @@ from orbax_nnx_handler.planning.core.leaves import optimizer_owners, owner_of
 from orbax_nnx_handler.planning.core.paths import Path, canonical, is_empty, linen_path, render, segments
 from orbax_nnx_handler.planning.layouts.linen import AUX
 from orbax_nnx_handler.planning.mapping.cells_and_wrappers import in_linen_wrappers, is_scale
+from orbax_nnx_handler.planning.target import children, flatten, holds_nnx
 from orbax_nnx_handler.planning.target.roles import collection_of
-from orbax_nnx_handler.planning.target.target import children, flatten, holds_nnx
 from orbax_nnx_handler.storage.saving.item import ItemLeaf, ItemLeaves, Parts, is_count, is_weight, take_apart
 
 # Named-tuple fields of optax under which another optimizer's state lies.

@@ -14,8 +14,7 @@ from orbax_nnx_handler.planning.core.leaves import derived
 from orbax_nnx_handler.planning.core.paths import Path, canonical, render
 from orbax_nnx_handler.planning.layouts.layout import is_copy_level
 from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS
-from orbax_nnx_handler.planning.target.roles import collection_of
-from orbax_nnx_handler.planning.target.target import (
+from orbax_nnx_handler.planning.target import (
     aliases_of,
     children,
     flatten,
@@ -24,6 +23,7 @@ from orbax_nnx_handler.planning.target.target import (
     numbers_beside,
     renamed,
 )
+from orbax_nnx_handler.planning.target.roles import collection_of
 
 _OPT_STATE, _FIELDS = "opt_state", PLAIN_LEVELS | {"params"}
 

@@ -33,7 +33,7 @@ from orbax_nnx_handler.planning.mapping.matches import SavedAs
 from orbax_nnx_handler.planning.options import check_choice
 from orbax_nnx_handler.planning.restore_plan import RestorePlan, RestoreReport
 from orbax_nnx_handler.planning.rules import Rule, as_rules
-from orbax_nnx_handler.planning.target.target import flatten_like, is_unbuilt
+from orbax_nnx_handler.planning.target import flatten_like, is_unbuilt
 from orbax_nnx_handler.storage import paused_collection
 from orbax_nnx_handler.storage.arithmetic import sharded_by_compiler
 from orbax_nnx_handler.storage.checkpoint.stored_random import add_leftovers

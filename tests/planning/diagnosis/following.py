@@ -32,7 +32,7 @@ from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.restore_plan import RestorePlan, make_plan
 from orbax_nnx_handler.planning.suggesting import propose
-from orbax_nnx_handler.planning.target.target import Target, flatten_target
+from orbax_nnx_handler.planning.target import Target, flatten_target
 from tests.planning.plans import evaluate
 
 HERE = pathlib.Path(__file__).parent

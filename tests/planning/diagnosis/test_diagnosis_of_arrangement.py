@@ -16,7 +16,7 @@ from orbax_nnx_handler.planning.core.recipes import reads
 from orbax_nnx_handler.planning.diagnosis.explanation import diagnose
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.restore_plan import make_plan
-from orbax_nnx_handler.planning.target.target import flatten_target
+from orbax_nnx_handler.planning.target import flatten_target
 from tests.planning.models import abstract, keys, kinds, model, moments, plan, stacked, wanted_moments
 
 Shapes = dict[str, Any]

@@ -15,7 +15,7 @@ from orbax_nnx_handler.planning.core.errors import AmbiguousMappingError
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.restore_plan import RestorePlan, make_plan
-from orbax_nnx_handler.planning.target.target import flatten_target
+from orbax_nnx_handler.planning.target import flatten_target
 from tests.planning.plans import evaluate
 
 Array = np.ndarray[Any, Any]

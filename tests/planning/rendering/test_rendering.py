@@ -15,7 +15,7 @@ from orbax_nnx_handler import MissingParamError, RestoreReport, Split
 from orbax_nnx_handler.planning.core.lines import Sentence, joined
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.restore_plan import make_plan
-from orbax_nnx_handler.planning.target.target import flatten_target
+from orbax_nnx_handler.planning.target import flatten_target
 from orbax_nnx_handler.planning.verdict.leaf_verdicts import Unreadable
 from tests.planning.models import model, plan
 from tests.planning.plans import params, plan_of, stored_of

@@ -10,7 +10,7 @@ from flax import nnx, traverse_util
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.suggesting import propose
-from orbax_nnx_handler.planning.target.target import flatten_target
+from orbax_nnx_handler.planning.target import flatten_target
 from tests.planning.suggesting.pairs import FOREIGN, keys
 
 KINDS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}

@@ -7,7 +7,7 @@ from flax import nnx, traverse_util
 from orbax_nnx_handler import from_linen, suggest
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.suggesting import propose
-from orbax_nnx_handler.planning.target.target import flatten_target
+from orbax_nnx_handler.planning.target import flatten_target
 from tests.planning.plans import leaves_of, params, stored_of
 
 DENSE = {"kernel": (2, 3), "bias": (3,)}

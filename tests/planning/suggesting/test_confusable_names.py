@@ -11,7 +11,7 @@ from orbax_nnx_handler.planning.core.recipes import reads
 from orbax_nnx_handler.planning.likeness.assignment import components
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.suggesting import propose
-from orbax_nnx_handler.planning.target.target import flatten_target
+from orbax_nnx_handler.planning.target import flatten_target
 from tests.planning.plans import leaves_of, params, stored_of
 from tests.planning.suggesting.proposals import check, filled, proposed
 from tests.sampled import sampled

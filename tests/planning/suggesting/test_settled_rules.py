@@ -6,7 +6,7 @@ from flax import traverse_util
 
 from orbax_nnx_handler import Copy, Fuse, Reshape, Split, Transpose, UnstackLayers, suggest
 from orbax_nnx_handler.planning.rules import as_rules
-from orbax_nnx_handler.planning.target.target import flatten_target
+from orbax_nnx_handler.planning.target import flatten_target
 from tests.planning.plans import leaves_of
 from tests.planning.suggesting.proposals import abstract, filled
 from tests.planning.suggesting.settled import values_under

@@ -14,7 +14,7 @@ from orbax_nnx_handler import Rename, StackLayers, Transpose, UnstackLayers, fro
 from orbax_nnx_handler.planning.core.errors import AmbiguousMappingError
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.suggesting import creation_order, propose, proposing
-from orbax_nnx_handler.planning.target.target import flatten_target
+from orbax_nnx_handler.planning.target import flatten_target
 from tests.planning.plans import leaves_of, params, stored_of
 from tests.planning.suggesting.proposals import DENSE, OTHER, proposal
 

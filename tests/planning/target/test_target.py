@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 from orbax_nnx_handler import RestoreError
+from orbax_nnx_handler.planning.target import flatten_target
 from orbax_nnx_handler.planning.target.roles import collection_of, roles_of
-from orbax_nnx_handler.planning.target.target import flatten_target
 
 
 class Net(nnx.Module):

@@ -11,8 +11,8 @@ from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import Index, Read, Recipe, Reshape, Slice, Stack
 from orbax_nnx_handler.planning.layouts.linen import VARIABLES
 from orbax_nnx_handler.planning.mapping.matches import MatchEvidence
+from orbax_nnx_handler.planning.target import flatten_target
 from orbax_nnx_handler.planning.target.roles import roles_of
-from orbax_nnx_handler.planning.target.target import flatten_target
 from orbax_nnx_handler.planning.verdict.laws import Known, certify
 from tests.planning.plans import params, stored_of
 

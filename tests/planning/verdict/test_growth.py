@@ -23,7 +23,7 @@ from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.restore_plan import make_plan
 from orbax_nnx_handler.planning.suggesting import matching_parts, propose
 from orbax_nnx_handler.planning.suggesting.whole_modules import with_modules_asked
-from orbax_nnx_handler.planning.target.target import flatten_target
+from orbax_nnx_handler.planning.target import flatten_target
 from tests.sampled import every
 
 FLOAT = np.dtype("float32")

@@ -25,7 +25,7 @@ from orbax_nnx_handler.planning.rules import (
     Transpose,
     UnstackLayers,
 )
-from orbax_nnx_handler.planning.target.target import flatten_target
+from orbax_nnx_handler.planning.target import flatten_target
 from tests.planning.plans import leaves_of
 from tests.sampled import drawn
 

@@ -17,7 +17,7 @@ from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path as Names
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.restore_plan import make_plan
-from orbax_nnx_handler.planning.target.target import flatten_target
+from orbax_nnx_handler.planning.target import flatten_target
 from orbax_nnx_handler.planning.verdict.leaf_verdicts import Unreadable
 
 

@@ -20,8 +20,8 @@ from orbax_nnx_handler import NotACheckpointError, UnreadableLeafError, restore
 from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
 from orbax_nnx_handler.storage.checkpoint.wrong_paths import interrupted
+from orbax_nnx_handler.storage.converting import Conversion, write_converted
 from orbax_nnx_handler.storage.converting.blocks import as_stored
-from orbax_nnx_handler.storage.converting.write import Conversion, write_converted
 from orbax_nnx_handler.storage.reading import check_one_save, read_values
 from orbax_nnx_handler.storage.stores.locations import as_path
 from tests.processes import Forked

@@ -14,7 +14,7 @@ from orbax_nnx_handler import Rename, Transpose, UnstackLayers, to_linen
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.restore_plan import RestorePlan, make_plan
-from orbax_nnx_handler.planning.target.target import flatten_target
+from orbax_nnx_handler.planning.target import flatten_target
 from tests.laws.worlds import Branch, Numbers, Training, put, stacked
 from tests.laws.worlds import flat as by_path
 from tests.planning.plans import evaluate, leaves_of, stored_of

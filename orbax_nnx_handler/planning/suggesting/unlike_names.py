@@ -1,0 +1,201 @@
+"""What the names of two leaves that shapes allow say against it.
+
+They share no more than what kind they are, or they say that they hold other functions of a value.
+"""
+
+import functools
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from typing import NamedTuple
+
+from orbax_nnx_handler.planning.core.folding import around, plain_names
+from orbax_nnx_handler.planning.core.paths import Path, segments
+from orbax_nnx_handler.planning.likeness import in_list, norms_told, purposes
+from orbax_nnx_handler.planning.likeness.links import Link
+from orbax_nnx_handler.planning.likeness.module_parts import module_parts, part_of
+from orbax_nnx_handler.planning.likeness.shapes import is_vector
+from orbax_nnx_handler.planning.likeness.vocabulary import (
+    PARAMETER,
+    PLACING,
+    STRONG,
+    Concepts,
+    Names,
+    concepts,
+    meanings,
+    weight,
+    words,
+)
+
+# What the names of parts have to share.
+
+_KINDS = concepts(("norm", "token", "embed", "head", "conv", "bias", "enc", "dec"))
+_OF_ANY = _KINDS | (PLACING - {"attn", "mlp", "self", "cross"})
+"""What many parts are, and that they are first or last: what one side may say and the other not."""
+
+
+class _Said(NamedTuple):
+    """What only the wanted and what only the stored name says; whether they share a word that tells."""
+
+    only: tuple[Concepts, Concepts]
+    is_shared: bool
+
+
+def strangers(links: Iterable[Link]) -> Iterator[Link]:
+    """Yields links of parts that shapes do not tell, whose names share no more than what kind they are.
+
+    A vector is as long as any other one of its model, and a square matrix as large: a new `mask_token` fits
+    an old `dist_token`, a `q_norm` the norm of a head. Both names say something that the other one lacks;
+    for a vector in no list it is enough that one does. Words that one side lacks in other parts too, which
+    are told, say nothing, nor do the names of modules that hold such parts.
+    """
+    parts = defaultdict[tuple[Names, Names], list[Link]](list)
+    for link in links:
+        for one, other in itertools.product(link.wanted, link.stored):
+            parts[part_of(one), part_of(other)].append(link)
+    called = {pair: _names(some[0]) for pair, some in parts.items()}
+    said = {pair: _said(*names) for pair, names in called.items()}
+    told = {pair for pair, some in parts.items() if said[pair].is_shared or _are_told(pair, some)}
+    told |= _norms_of(told, parts) if len(told) < len(parts) else set()
+    kinds = {tuple(map(plain_names, pair)): said[pair].only for pair in told}
+    lacking = [frozenset[str]().union(*(only[side] for only in kinds.values())) for side in (0, 1)]
+    known = [{pair[side] for pair in told} for side in (0, 1)]
+    modules = {both for pair in told for both in itertools.product(*map(around, pair))}
+    for pair, some in parts.items():
+        if pair in told:
+            continue
+        left = [only - others for only, others in zip(said[pair].only, lacking, strict=True)]
+        left = [set[str]() if pair[side] in known[side] else left[side] for side in (0, 1)]
+        if (pair[0][:-1], pair[1][:-1]) in modules:
+            left = [left[side] & concepts(called[pair][side][len(pair[side]) - 1 :]) for side in (0, 1)]
+        is_lone = not any(in_list(x)[0] for x in pair) and all(is_vector(link.source.shape) for link in some)
+        if all(left) or (is_lone and any(left)):
+            yield from (x for x in some if x.joint is None and x.layers is None and not x.copied)
+
+
+def _norms_of(
+    told: Set[tuple[Names, Names]], parts: Mapping[tuple[Names, Names], Sequence[Link]]
+) -> set[tuple[Names, Names]]:
+    """Returns the norms of layers that are told."""
+    links = [*itertools.chain(*parts.values())]
+    leaves = ((x for link in links for x in link.wanted), (x for link in links for x in link.stored))
+    sides = [module_parts(dict.fromkeys(side)) for side in leaves]
+    ours, theirs = ({part.names: at for at, part in enumerate(side)} for side in sides)
+    pairs = [(ours[one], theirs[other]) for one, other in told if one in ours and other in theirs]
+    return {(sides[0][at].names, sides[1][to].names) for at, to in norms_told(pairs, sides).items()}
+
+
+def _are_told(pair: tuple[Names, Names], links: Sequence[Link]) -> bool:
+    """Tells whether shapes tell parts, what heads are for, or the order of some that are in no list."""
+    one, other = map(purposes, pair)
+    # Whether heads for something are each other's, another law says.
+    are_heads = one & other or (one | other and "head" in concepts(pair[0]) & concepts(pair[1]))
+    is_inside, shapes = any(in_list(x)[0] for x in pair), [link.source.shape for link in links]
+    is_ordered = not is_inside and all(link.grounds == "order" for link in links)
+    is_kernel = any(len(x.source.shape) > 1 and x.source.names[-1] == "kernel" for x in links)
+    if all(map(is_vector, shapes)):
+        return bool(are_heads) or is_ordered or is_kernel
+    is_raw = all(part_of(x) == x.names for link in links for x in (link.target, link.source))
+    are_square = all(is_vector(shape) or shape == shape[:1] * 2 for shape in shapes)
+    return bool(are_heads) or is_inside or is_ordered or not (is_raw or are_square)
+
+
+def _names(link: Link) -> tuple[Names, Names]:
+    """Returns what a link's leaves are called, without the words for a module's usual parameters."""
+    one, other = (x.names[: -(x.names[-1] in PARAMETER) or None] for x in (link.target, link.source))
+    return one, other
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _said(wanted: Names, stored: Names) -> _Said:
+    sides = ours, theirs = _own(wanted), _own(stored)
+    one, other = ours - theirs, theirs - ours
+    begun = any(x.startswith(y) or y.startswith(x) for x in one for y in other if min(len(x), len(y)) > 1)
+    is_short = not (one.isdisjoint(_in_short(stored)) and other.isdisjoint(_in_short(wanted)))
+    is_shared = begun or is_short or not ours & theirs <= _KINDS | PLACING
+    # Where both only say where they are in a block, that has decided; a letter alone says nothing.
+    return _Said((one - _OF_ANY, other - _OF_ANY), is_shared or not all(sides) or one | other <= PLACING)
+
+
+def _own(names: Names) -> Concepts:
+    """Returns what names say; a letter that is none of an attention may stand for anything."""
+    letters = (word for name in names for word in words(name) if len(word) == 1 and word not in STRONG)
+    return concepts(names) - concepts(letters)
+
+
+def _in_short(names: Names) -> set[str]:
+    """Returns what words may be in short: `sa` of `SelfAttention`, `lnf` of `ln_f`."""
+    several = [x[at:to] for x in map(words, names) for to in range(len(x) + 1) for at in range(to - 1)]
+    return {"".join(word[:width] for word in some) for some in several for width in (1, None)}
+
+
+# What names say of a value.
+
+_SPELLINGS = "log logs,exp,inverse inv,squared square sq,sqrt,rsqrt,neg negated,raw,softplus,keep,drop"
+_FUNCTIONS = {word: each.split()[0] for each in _SPELLINGS.split(",") for word in each.split()}
+"""Words that say which function of a value is held, or which share of it."""
+
+
+def unlike_names(links: Sequence[Link]) -> Iterator[Link]:
+    """Yields links of parts whose names are strangers, or say that they hold other functions of a value."""
+    yield from strangers(links)
+    for link in links:
+        pairs = ((x.names, y.names) for x in link.wanted for y in link.stored)
+        if any(any(_functions(*both)) for both in pairs if any(map(_holds_function, (*both[0], *both[1])))):
+            yield link
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _holds_function(name: str) -> bool:
+    return any(word in name.lower() for word in _FUNCTIONS)  # Nearly no name does.
+
+
+def why_unlike(wanted: Path, stored: Path) -> str:
+    """Returns what the names of two leaves that shapes allow say against it, or that they say nothing."""
+    said = [" ".join(sorted(some)) for some in _functions(segments(wanted), segments(stored)) if some]
+    if not said:
+        return "and no name tells"
+    called = (
+        f"only one is called {said[0]}" if len(said) == 1 else f"one is called {', the other '.join(said)}"
+    )
+    return f"but {called}: the value may be another function"
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _functions(wanted: Names, stored: Names) -> tuple[Set[str], Set[str]]:
+    """Returns of which function of a value the name of each of two leaves is, where the other's is not.
+
+    `log_std` is no `std`, and what is kept is not what is dropped. Of a layer, which returns the value, it
+    is told where nothing but that word differs: `fc_logvar` and `fc_var`.
+    """
+    names = [_own_name(wanted), _own_name(stored)]
+    said = [_with_functions(*names), _with_functions(*names[::-1])]
+    one, other = ({_FUNCTIONS[word] for word in each & _FUNCTIONS.keys()} for each in said)
+    is_raw = any(part[-1] not in PARAMETER for part in (wanted, stored))
+    if not is_raw or all("expand" in concepts([name]) for name in names):
+        one, other = one - {"exp"}, other - {"exp"}  # MobileNet's `conv_exp` expands.
+    plain = [concepts(each - _FUNCTIONS.keys()) for each in said]
+    if not is_raw and plain[0] != plain[1]:
+        return set(), set()
+    # The module around the other one may say so too: `log_scale/constant`.
+    paths = [
+        _with_functions("_".join(x), name) for x, name in zip((wanted, stored), names[::-1], strict=True)
+    ]
+    around = [{_FUNCTIONS[word] for word in each & _FUNCTIONS.keys()} for each in paths]
+    return one - around[1], other - around[0]
+
+
+def _own_name(names: Names) -> str:
+    """Returns what a leaf is called, or the module whose parameter it is, without numbers."""
+    called = [name for name in names if not name.isdecimal()]
+    return "_".join(called[-1 - (names[-1] in PARAMETER) :])
+
+
+def _with_functions(name: str, other: str) -> set[str]:
+    """Returns the words of a name; of `logvar` two, where `var` is known or a word of the other one."""
+    found = set[str]()
+    for word in words(name):
+        rest = word.removeprefix("log")
+        is_log = len(rest) > 2 and (rest in words(other) or all(weight(x) > 1 for x in meanings(rest)))
+        found |= {"log", rest} if word != rest and is_log else {word}
+    return found

@@ -6,16 +6,25 @@ Then ties as one question, and the ways to pair some parts that become its answe
 import dataclasses
 import itertools
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Literal
 
 from orbax_nnx_handler.planning.core.folding import Row, fold, fold_names, list_paths
-from orbax_nnx_handler.planning.core.paths import Path, shared_levels
+from orbax_nnx_handler.planning.core.paths import Path, natural_key, shared_levels
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie, readings_of
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, part_of
-from orbax_nnx_handler.planning.likeness.vocabulary import Names
+from orbax_nnx_handler.planning.likeness.vocabulary import (
+    Names,
+    component,
+    concepts,
+    counts_of,
+    exclude,
+    likeness,
+    order_word,
+)
 from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.planning.suggesting.link_groups import by_module
 from orbax_nnx_handler.planning.suggesting.unlike_names import why_unlike
@@ -119,6 +128,7 @@ class Choice:
         links = [link for reading in self.readings for link in reading]
         wanted = {leaf.part: leaf for link in links for leaf in link.wanted}
         stored = {leaf.part: leaf for link in links for leaf in link.stored}
+        stored = dict(sorted(stored.items(), key=lambda item: natural_key(item[1].names)))
         is_whole = self.about != "transposed"
         names = [
             _called(leaves.values(), held if is_whole else {})
@@ -302,7 +312,7 @@ def tie_of(
     possible: Container[tuple[int, int]],
     links: Callable[[int, int], Sequence[Link]],
 ) -> Tie:
-    """Returns a question about some parts of both sides, with some ways to pair them.
+    """Returns a question about some parts of both sides, with some ways to pair them, the likeliest first.
 
     Args:
         sides: The parts, wanted and stored.
@@ -310,7 +320,7 @@ def tie_of(
         possible: The pairs that may be.
         links: The leaves of a pair.
     """
-    some = _pairings(*sides, possible)
+    some = _pairings(sides, names, possible)
     readings = [tuple(itertools.chain.from_iterable(links(*pair) for pair in pairs)) for pairs in some]
     # What names exclude may hide another reading of a few.
     if len(readings) == 1 < min(map(len, sides)):
@@ -320,15 +330,69 @@ def tie_of(
     return Tie(wanted=ours, stored=theirs, readings=tuple(readings))
 
 
+_Pairing = tuple[tuple[int, int], ...]
+
+
 def _pairings(
-    ours: Sequence[int], theirs: Sequence[int], possible: Container[tuple[int, int]]
-) -> Iterator[list[tuple[int, int]]]:
-    """Yields some ways in which the parts of the shorter side may each be one of the other side's."""
-    shorter = min(len(ours), len(theirs))
+    sides: tuple[Sequence[int], Sequence[int]],
+    names: Sequence[Sequence[Names]],
+    possible: Container[tuple[int, int]],
+) -> list[_Pairing]:
+    """Returns some ways in which the parts of the shorter side may each be one of the other side's.
+
+    First those by which lists keep their order, then those of the most words and the best order in common;
+    none with opposites where one without them is left.
+    """
+    (ours, theirs), (shorter, longer) = sides, sorted(map(len, sides))
     several = (
-        list(zip(left, right, strict=True))
+        tuple(sorted(zip(left, right, strict=True)))
         for left in itertools.islice(itertools.combinations(ours, shorter), _MOST_READINGS)
         for right in itertools.islice(itertools.permutations(theirs, shorter), 120)
     )
-    fitting = (pairs for pairs in several if all(pair in possible for pair in pairs))
-    yield from itertools.islice(fitting, _MOST_READINGS)
+    by_lists = [*_by_lists(sides, names)]
+    every = itertools.chain(by_lists, several)
+    fitting = (pairs for pairs in every if all(pair in possible for pair in pairs))
+    count = min(math.perm(longer, shorter), _MOST_READINGS * _FEW) if shorter <= _FEW else 2 * _MOST_READINGS
+    kept = {pairs: _against(pairs, names) for pairs in itertools.islice(fitting, count + len(by_lists))}
+    least = min(kept.values(), default=(0,))[0]
+    scored = ((opposites, pairs not in by_lists, *rest) for pairs, (opposites, *rest) in kept.items())
+    best = sorted(zip(scored, kept, strict=True), key=lambda each: each[0])
+    return [pairs for (opposites, *_), pairs in best if opposites == least][:_MOST_READINGS]
+
+
+def _by_lists(
+    sides: tuple[Sequence[int], Sequence[int]], names: Sequence[Sequence[Names]]
+) -> Iterator[_Pairing]:
+    """Yields pairings of whole lists, each in the order of its numbers."""
+    held: list[list[list[int]]] = []
+    for parts, paths in zip(sides, ([*map("/".join, each)] for each in names), strict=True):
+        lists = defaultdict[str, list[int]](list)
+        for at in sorted(parts, key=lambda at: [*map(int, counts_of(paths[at]))]):
+            lists[re.sub(r"\d+", "", paths[at])].append(at)
+        held.append([*lists.values()])
+    are_lists = len(held[0]) == len(held[1]) and min(map(len, itertools.chain(*held)), default=0) > 1
+    orders = itertools.permutations(held[1] if are_lists else ())
+    for several in itertools.islice(orders if are_lists else (), math.factorial(_FEW)):
+        if [*map(len, several)] == [*map(len, held[0])]:
+            yield tuple(sorted(zip(itertools.chain(*held[0]), itertools.chain(*several), strict=True)))
+
+
+def _against(pairs: _Pairing, names: Sequence[Sequence[Names]]) -> tuple[int, float, int]:
+    """Returns what speaks against a pairing: opposites, words that are not shared, and another order."""
+    paths = [(names[0][at], names[1][to]) for at, to in pairs]
+    said = [(concepts(one), concepts(other)) for one, other in paths]
+    crossed = sum(
+        _order_of(one[0], other[0]) * _order_of(one[1], other[1]) < 0
+        for one, other in itertools.combinations(paths if len(paths) <= _FEW else (), 2)
+    )
+    return sum(itertools.starmap(exclude, said)), -sum(itertools.starmap(likeness, said)), crossed
+
+
+def _order_of(one: Names, other: Names) -> int:
+    """Returns -1 where the first of two parts comes first by its numbers or words, 1 where it is the last."""
+    numbers = [[*map(int, counts_of("/".join(names)))] for names in (one, other)]
+    said = [concepts(names[-1:]) for names in (one, other)]
+    places = [place for each in said if (place := component(each)) is not None]
+    places = places if len(places) == 2 else [0.0, 0.0]
+    first, last = zip(numbers, places, map(order_word, said), strict=True)
+    return (first > last) - (first < last)

@@ -1,5 +1,7 @@
 """What a proposal says of what it leaves open: which leaves, how many orders, how many answers."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -273,3 +275,43 @@ def test_a_leaf_that_a_question_pairs_with_another_one_is_not_said_to_be_of_the_
         assert each.problem == ""
         assert "pass a Transpose" not in str(each)
         assert "build the target" not in str(each)
+
+
+def test_the_first_answers_agree_with_words_and_order_and_none_pairs_opposites():
+    names = {
+        "attn_prenorm": "ln1",
+        "attn_postnorm": "ln1_post",
+        "ffn_prenorm": "ln2",
+        "ffn_postnorm": "ln2_post",
+    }
+    layer = {"wide": {"kernel": (8, 3)}}
+
+    found = proposal(
+        {"layers": {at: {wanted: {"scale": (8,)} for wanted in names.values()} | layer for at in range(2)}},
+        {f"block_{at}": {stored: {"scale": (8,)} for stored in names} | layer for at in range(2)},
+    )
+
+    (question,) = found.questions
+    pairs = [dict(pair.split(" -> ") for pair in x.split(", ") if "->" in pair) for x in question.choices]
+    assert len(pairs) == 4
+    assert pairs[0] == {f"block_0/{stored}": f"layers/0/{wanted}" for stored, wanted in names.items()}
+    assert all(("post" in stored) == ("post" in wanted) for each in pairs for stored, wanted in each.items())
+
+
+def test_the_first_answers_keep_the_order_of_lists():
+    kinds = {"conv": ("kernel", (3, 3, 8, 8)), "norm": ("scale", (8,))}
+    towers, heads = {}, {}
+    for (kind, (leaf, shape)), at in itertools.product(kinds.items(), range(4)):
+        towers |= {f"{tower}_tower/{kind}_{at}/{leaf}": shape for tower in ("box", "cls")}
+        place = 3 * at + (kind == "norm")
+        heads |= {f"{head}_head/conv/{place}/{leaf}": shape for head in ("left", "other")}
+    stored = filled(towers)
+
+    found, _ = proposed(stored, heads)
+
+    assert [len(question.choices) for question in found.questions] == [24, 24]
+    for answer, order in enumerate((("left", "other"), ("other", "left"))):
+        values = restored(stored, heads, found.answered([answer] * 2))
+        for (tower, head), at in itertools.product(zip(("box", "cls"), order, strict=True), range(4)):
+            source = stored[f"{tower}_tower/conv_{at}/kernel"]
+            np.testing.assert_array_equal(values[f"{head}_head/conv/{3 * at}/kernel"], source)

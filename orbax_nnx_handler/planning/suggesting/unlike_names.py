@@ -1,11 +1,12 @@
 """What the names of two leaves that shapes allow say against it.
 
-They share no more than what kind they are, or they say that they hold other functions of a value.
+They share no more than what kind they are, they alone differ among those beside them, or they say that
+they hold other functions of a value.
 """
 
 import functools
 import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import NamedTuple
 
@@ -39,6 +40,7 @@ class _Said(NamedTuple):
 
     only: tuple[Concepts, Concepts]
     is_shared: bool
+    is_short: bool
 
 
 def strangers(links: Iterable[Link]) -> Iterator[Link]:
@@ -112,9 +114,12 @@ def _said(wanted: Names, stored: Names) -> _Said:
     one, other = ours - theirs, theirs - ours
     begun = any(x.startswith(y) or y.startswith(x) for x in one for y in other if min(len(x), len(y)) > 1)
     is_short = not (one.isdisjoint(_in_short(stored)) and other.isdisjoint(_in_short(wanted)))
-    is_shared = begun or is_short or not ours & theirs <= _KINDS | PLACING
+    is_short |= begun
+    is_shared = is_short or not ours & theirs <= _KINDS | PLACING
     # Where both only say where they are in a block, that has decided; a letter alone says nothing.
-    return _Said((one - _OF_ANY, other - _OF_ANY), is_shared or not all(sides) or one | other <= PLACING)
+    return _Said(
+        (one - _OF_ANY, other - _OF_ANY), is_shared or not all(sides) or one | other <= PLACING, is_short
+    )
 
 
 def _own(names: Names) -> Concepts:
@@ -129,6 +134,88 @@ def _in_short(names: Names) -> set[str]:
     return {"".join(word[:width] for word in some) for some in several for width in (1, None)}
 
 
+# What is called otherwise than all beside it.
+
+_CELLS = frozenset(("lstm", "gru", "rnn", "cell"))
+_Parts = Mapping[tuple[Names, Names], Sequence[Link]]
+
+
+def called_otherwise(links: Sequence[Link]) -> Iterator[Link]:
+    """Yields links of parts, or of modules around them, that are called another than they are made of.
+
+    Where all beside them has one name on both sides, a `cost` that is left is no `reward`, though nothing
+    else has its shape. Nor is a `cost_head` a `reward_head` anywhere: both are called alike what they are,
+    and differently which one. Not where a word stands for another one in several parts, nor where a module
+    holds parts that are called the same on both sides, and as nothing else of the model; and what the only
+    convolution of images is, its shape tells.
+    """
+    parts = defaultdict[tuple[Names, Names], list[Link]](list)
+    for link in links:
+        for one, other in itertools.product(link.wanted, link.stored):
+            parts[part_of(one), part_of(other)].append(link)
+    odd = defaultdict[tuple[Names, Names], list[tuple[Names, Names]]](list)
+    for pair in parts:
+        one, other = _differing(*pair)
+        if one and other and _is_another(one[-1], other[-1]):
+            odd[one, other].append(pair)
+    beside = _beside({(one[:-1], other[:-1]) for one, other in odd}, parts)
+    images = {pair for pair, some in parts.items() if any(len(link.source.shape) == 4 for link in some)}
+    renamed = Counter({tuple(map(plain_names, pair)): _renamed(*pair) for pair in odd}.values())
+    for (one, other), held in odd.items():
+        names = [x for x in beside[one[:-1], other[:-1]] if x[0] != one[-1] and x[1] != other[-1]]
+        is_alone = bool(names) and all(x == y for x, y in names)
+        is_told = renamed[_renamed(one, other)] > 1 or _holds_own(one, [x for x, _ in held], parts)
+        is_told |= images == {*held}
+        if (is_alone or _has_form(one[-1], other[-1])) and not is_told:
+            yield from (x for pair in held for x in parts[pair] if x.joint is None and not x.copied)
+
+
+def _differing(one: Names, other: Names) -> tuple[Names, Names]:
+    """Returns both paths without the names at their end that are the same."""
+    pairs = zip(reversed(one), reversed(other), strict=False)
+    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return one[: len(one) - same], other[: len(other) - same]
+
+
+def _beside(
+    modules: Set[tuple[Names, Names]], parts: _Parts
+) -> Mapping[tuple[Names, Names], Set[tuple[str, str]]]:
+    """Returns what the parts in some modules are called on both sides."""
+    found = defaultdict[tuple[Names, Names], set[tuple[str, str]]](set)
+    depths = {(len(one), len(other)) for one, other in modules}
+    for (one, other), (at, to) in itertools.product(parts, depths):
+        if at < len(one) and to < len(other) and (both := (one[:at], other[:to])) in modules:
+            found[both].add((one[at], other[to]))
+    return found
+
+
+def _renamed(one: Names, other: Names) -> tuple[Concepts, Concepts]:
+    return _said(one[-1:], other[-1:]).only
+
+
+def _holds_own(module: Names, held: Iterable[Names], parts: Iterable[tuple[Names, Names]]) -> bool:
+    """Tells whether a word of both sides says which parts a module holds, and no other part has it."""
+    kind, inside = plain_names(module), (concepts(part[len(module) :]) for part in held)
+    own = {word for said in inside for word in said if weight(word) == 1}
+    others = (part for part, _ in parts if own and plain_names(part)[: len(kind)] != kind)
+    return bool(own - concepts(itertools.chain(*others)))
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _is_another(one: str, other: str) -> bool:
+    """Tells whether two names share no word that tells, and each says something that the other one lacks."""
+    said = _said((one,), (other,))
+    is_shared = said.is_short if _has_form(one, other) else said.is_shared
+    return not is_shared and all(only - _CELLS - {"gate"} for only in said.only)
+
+
+def _has_form(one: str, other: str) -> bool:
+    """Tells whether two names end in the same word, and have as many words before it, all other ones."""
+    sides = ([word for word in words(name) if word.isalpha()] for name in (one, other))
+    same = [len({*pair}) == 1 for pair in itertools.zip_longest(*sides)]
+    return len(same) > 1 and same[-1] and not any(same[:-1])
+
+
 # What names say of a value.
 
 _SPELLINGS = "log logs,exp,inverse inv,squared square sq,sqrt,rsqrt,neg negated,raw,softplus,keep,drop"
@@ -139,6 +226,7 @@ _FUNCTIONS = {word: each.split()[0] for each in _SPELLINGS.split(",") for word i
 def unlike_names(links: Sequence[Link]) -> Iterator[Link]:
     """Yields links of parts whose names are strangers, or say that they hold other functions of a value."""
     yield from strangers(links)
+    yield from called_otherwise(links)
     for link in links:
         pairs = ((x.names, y.names) for x in link.wanted for y in link.stored)
         if any(any(_functions(*both)) for both in pairs if any(map(_holds_function, (*both[0], *both[1])))):

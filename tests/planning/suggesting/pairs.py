@@ -69,7 +69,7 @@ OPEN = {
     "dbrx": 6,
     "openelm": 8,
     "palm_fused": 21,
-    "perch_conformer": 32,
+    "perch_conformer": 34,
     "tome": 2,
     "soundstream_unet": 2,
     "nest": 21,
@@ -92,6 +92,8 @@ OPEN = {
     "owl": 2,
     "owlvit": 2,
     "fnet": 6,
+    "gin": 5,
+    "wav2vec2_fairseq": 1,
 }
 """Leaves that stay open.
 
@@ -119,7 +121,9 @@ whether what remains of a head is meant by a new one (bert_mlm_to_cls and its li
 distilbert_mlm_to_cls), or what remains of a decoder (t5_encoder_only), which of the norms of a list and
 a lone one Linen numbered first (crossq), and whether a vector is a new one where each side calls it after
 something else: a pooler's norm `fc_norm` (beit), the bias of logits `generator` (marian), the norm of a
-`merged_class_token` (owl, owlvit), that of what mixes one of `fourier` (fnet), only outputs tell. Not found
+`merged_class_token` (owl, owlvit), that of what mixes one of `fourier` (fnet), only outputs tell; so they
+do whether one part that is called otherwise than all beside it is another one: `atom` and `node` (gin),
+`codevectors` and `vars` (wav2vec2_fairseq), `label` and `species` (perch_conformer). Not found
 yet: the mask's layer in a list of its own (conv_tasnet), the bias of queries and of values in one for all
 three (qformer), a lone vector (ncsnpp), two levels of a U-Net that are as large (ddpm), heads that hold
 queries and a part of the network (palm_fused), positions of tokens (spectrogram_diffusion), `fflayer_start`

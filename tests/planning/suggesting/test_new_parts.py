@@ -63,6 +63,11 @@ NEW = [
     ("head_norm/=embed_norm/", (8,)),
     ("memory_proj/=query_proj/", (8, 8)),
     ("adapter_down/=lora_a/", (8, 2)),
+    ("cost_head/=reward_head/", (8, 1)),
+    ("cost_critic/=reward_critic/", (8, 1)),
+    ("vad_head/=asr_head/", (8, 7)),
+    ("speaker_embed/=emotion_embed/", (9, 8)),
+    ("pose_net/fc/=depth_net/fc/", (8, 9)),
 ]
 """Parts that are not stored, each beside an unused one of its shape that is something else."""
 
@@ -116,3 +121,47 @@ def test_a_new_vector_of_each_layer_is_not_what_an_unused_one_of_another_meaning
     _, values = proposed(stored, wanted)
 
     check(values, {path: stored[pairs[path]] for path in wanted if not path.endswith(f"/{other}")})
+
+
+BESIDE = {"trunk/fc1": (6, 8), "trunk/fc2": (8, 8), "policy": (8, 4)}
+"""What is called the same on both sides, beside a part that is not."""
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["cost=reward", "predictor=projector", "left_hand=face", "bbox_pred=objectness", "opponent/fc=agent/fc"],
+)
+def test_a_new_part_is_not_what_is_left_where_all_beside_it_keep_their_names(text):
+    one, other = text.split("=")
+    sides = [
+        {
+            f"{module}/{leaf}": shape[at:]
+            for module, shape in {**BESIDE, name: (8, 1)}.items()
+            for at, leaf in enumerate(("kernel", "bias"))
+        }
+        for name in (one, other)
+    ]
+    stored, wanted = filled(sides[0]), sides[1]
+
+    found, values = proposed(stored, wanted)
+
+    assert len(found.questions) == 1
+    check(values, {path: stored[path] for path in wanted.keys() & stored.keys()})
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["img_in=prior_in", "img_out=prior_out"],
+        ["recurrent_block/lru_gate=temporal_block/lru_gate", "recurrent_block/fc=temporal_block/fc"],
+    ],
+)
+def test_a_word_that_stands_for_another_one_in_several_parts_is_another_name(texts):
+    shapes = [(8, 9), (8, 7)]
+    stored, wanted, pairs = transformer(
+        *(("/=".join(text.split("=")) + "/", shape) for text, shape in zip(texts, shapes, strict=True))
+    )
+
+    _, values = proposed(stored, wanted)
+
+    check(values, {path: stored[pairs[path]] for path in wanted})

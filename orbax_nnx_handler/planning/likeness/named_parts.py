@@ -37,7 +37,6 @@ _QKV, _MLP = frozenset("qkv"), frozenset(("up", "down", "gate"))
 _ENDS, _FEW = frozenset(("pre", "post", "first", "last")), 5  # More numbers than any in `NUMBERED`.
 _MIXED = {"token": -1, "patch": -1, "spatial": -1, "temporal": -1, "channel": 1, "feature": 1}
 """A Mixer's order, and that of blocks of networks: DaViT's."""
-_SELF_AND_CROSS = ("attn1", "attn2"), ("sa", "ca")  # In diffusers, and in short.
 _NONLOCAL = {"theta": "q", "phi": "k", "gate": "v"}  # In non-local networks, and in SAGAN; `g` is no gate.
 _EITHER = {"qkv": "proj_out", "qkv_proj": "wo"}
 """What stands beside arrays by head: guided diffusion's, InternLM2's; CodeGen has `fc_in`, UvA `linear`."""
@@ -98,8 +97,7 @@ class _Context:
         empty = [defaultdict[Names, set[str]](set) for _ in range(4)]
         self._held, self._below, self._bases, self._single = empty
         self._unknown: dict[tuple[Names, int], set[str]] = defaultdict(set)
-        self._norms = Counter(part.module for part in parts if part.is_norm)
-        self._layers = Counter(part.module for part in parts if not part.is_norm)
+        self._counts = Counter((part.module, part.is_norm) for part in parts)
         self._normed = {names for part in parts if part.is_norm for names in containers(part)}
         self._shapes: dict[tuple[Names, str], dict[int, Shape]] = defaultdict(dict)
         self._matrices: dict[Names, set[Shape]] = defaultdict(set)
@@ -113,8 +111,7 @@ class _Context:
             if len(part.own & _QKV) == 1 and not part.is_norm:
                 self._single[part.module] |= part.own
             self._bases[part.module].update(level.base for level in part.levels[-1:])
-            is_value = part.own & STRONG == frozenset("v")  # DBRX's `v1` beside `w1`.
-            if "main" in part.leaves and not (part.is_norm or (part.own & STRONG and not is_value)):
+            if "main" in part.leaves and not (part.is_norm or part.own & STRONG - {"v"}):  # DBRX's `v1`.
                 self._unknown[part.module, math.prod(part.leaves["main"].shape)].add(part.family[1])
             for names in containers(part):
                 self._held[names] |= part.own
@@ -199,7 +196,7 @@ class _Context:
     def _other_attention(self, part: ModulePart) -> set[str]:
         """Returns what an attention is whose neighbours all say it: `attn` beside `cross_attn`."""
         own = [names for names in containers(part) if names in self._attentions]
-        for x, pair in itertools.product(own, _SELF_AND_CROSS):
+        for x, pair in itertools.product(own, (("attn1", "attn2"), ("sa", "ca"))):  # Diffusers', and short.
             if x[-1] in pair and {(*x[:-1], name) for name in pair} <= self._attentions:
                 return {("self", "cross")[pair.index(x[-1])]}
         beside = [x for names in own for x in self._inside[names[:-1]] & self._attentions if x != names]
@@ -256,7 +253,7 @@ class _Context:
         """Adds the role that a name has only in its surroundings; returns the convention used."""
         last = part.levels[-1] if part.levels else Level("")
         # `output/dense` is called by its module, the two layers of an `out_block` are not.
-        around = part.levels[-2:-1] if self._layers[part.module] == 1 else ()
+        around = part.levels[-2:-1] if self._counts[part.module, False] == 1 else ()
         named = meanings(last.base) or tuple(word for level in around for word in meanings(level.base))
         own = set(named) - {"attn", "mlp", "self", "cross"}
         window = part.leaves["main"].shape[:-2] if "main" in part.leaves else ()
@@ -347,10 +344,13 @@ class _Context:
         inner = next((words for words in reversed(names) if words & {"attn", "mlp"}), set[str]())
         around = set[str]().union(*names) - ({"attn"} if "mlp" in inner else set())
         around |= said & {"cross"} if "attn" in around else set()
+        beside = self._bases[part.module]
         # Of `norm_slots` in an attention nothing is told, nor by what a module with both is called.
         near = concepts(x[-1] for x in self._inside[part.module]) if part.module else frozenset[str]()
         is_plain = not own - PLACING - {"norm"} and not near >= {"attn", "mlp"}
-        place = component(own) or (component(around) if side <= 0 and is_plain else None)
+        # The norm of a module's outputs is told where its inputs have one, too.
+        is_plain &= side <= 0 or any("norm" in x and order_word(x) < 0 for x in map(meanings, beside))
+        place = component(own) or (component(around) if is_plain else None)
         if place is None and not side:
             place = component(self._beside(part, own - {"norm"}))  # `spatial_norm`, `spatial_attention`.
         if place is None and not side and not own - {"norm"} and not self._is_one_of_several(part):
@@ -391,8 +391,8 @@ class _Context:
         """Returns what the only module beside a part is that holds no norm itself: this is its norm."""
         beside = [(set(meanings(names[-1])), names in self._normed) for names in self._inside[part.module]]
         lacking = [said for said, is_normed in beside if not is_normed]
-        is_known = len(beside) > 1 and all(component(said) is not None for said, _ in beside)
-        return lacking[0] if is_known and len(lacking) == 1 and self._norms[part.module] == 1 else set()
+        is_one = len(beside) > 1 == len(lacking) == self._counts[part.module, True]
+        return lacking[0] if is_one and all(component(said) is not None for said, _ in beside) else set()
 
     def _is_one_of_several(self, part: ModulePart) -> bool:
         return any(len(self._families.get((at, x.base, x.style), ())) > 1 for at, x in prefixes(part)[-1:])

@@ -17,7 +17,7 @@ from orbax_nnx_handler.planning.core.recipes import Read
 from orbax_nnx_handler.planning.likeness import lists_around
 from orbax_nnx_handler.planning.likeness.links import Link, PairGrounds
 from orbax_nnx_handler.planning.likeness.vocabulary import Names, concepts, exclude, likeness, meanings, words
-from orbax_nnx_handler.planning.rules import Rename, Rule
+from orbax_nnx_handler.planning.rules import Fuse, Rename, Rule, Split
 from orbax_nnx_handler.planning.suggesting.proved_recipes import Remade
 from orbax_nnx_handler.planning.suggesting.questions import Question, parts_in_words
 from orbax_nnx_handler.planning.verdict.outcomes import Verdict, mismatched_rows
@@ -70,14 +70,21 @@ _RANKING: tuple[PairGrounds, ...] = ("shapes", "names", "patch", "siblings", "or
 
 
 def proposals_of(rules: Mapping[Rule, Sequence[Link]]) -> Iterator[Proposal]:
-    """Yields each rule with the weakest ground of the links that it serves."""
+    """Yields each rule with the weakest ground of the links that it serves.
+
+    A known program tells a rule where all that this serves follows that program: what several arrays are
+    made one by, or which part is which; else names do.
+    """
     counted = _told_by_order([link for links in rules.values() for link in links])
     for rule, links in rules.items():
         found: list[PairGrounds] = [link.grounds for link in links]
         if any(link.source.source in counted for link in links):
             found.append("order")
-        grounds = max(found, key=_RANKING.index) if found else "shapes"
-        fact = next((link.fact for link in links if link.fact), "")
+        is_joining = isinstance(rule, Fuse | Split)
+        facts = {link.fact if is_joining or link.joint is None else "" for link in links}
+        fact = facts.pop() if len(facts) == 1 else ""
+        told: list[PairGrounds] = [x if fact or x != "fact" else "names" for x in found]
+        grounds: PairGrounds = max(told, key=_RANKING.index) if told else "shapes"
         yield Proposal(rule=rule, grounds=grounds, fact=fact if grounds == "fact" else "")
 
 

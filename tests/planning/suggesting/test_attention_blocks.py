@@ -441,3 +441,24 @@ def test_heads_of_a_list_are_the_outputs_of_queries_keys_and_values(heads, is_ap
 
     assert not found.questions
     check(values, expected)
+
+
+def test_a_norm_of_a_modules_outputs_comes_behind_it_where_its_inputs_have_one_too():
+    layers = {"attn": ("attention", ("q", "k", "v", "o"), (8, 8)), "ff": ("mlp", ("up",), (8, 12))}
+    stored, places = {}, {}
+    for at, (short, (long, names, shape)) in itertools.product(range(2), layers.items()):
+        kernels = {
+            f"layers_{at}/{long}/{name}/kernel": f"layers/{at}/{short}/{name}/kernel" for name in names
+        }
+        norms = {
+            f"layers_{at}/{side}_{long}_norm/scale": f"layers/{at}/{short}/norm_{end}/scale"
+            for side, end in (("pre", "in"), ("post", "out"))
+        }
+        stored |= dict.fromkeys(kernels, shape) | dict.fromkeys(norms, (8,))
+        places |= kernels | norms
+
+    arrays = filled(stored)
+    found, values = proposed(arrays, {places[path]: shape for path, shape in stored.items()})
+
+    assert not found.questions
+    check(values, {places[path]: value for path, value in arrays.items()})

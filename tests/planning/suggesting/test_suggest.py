@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import Rename, StackLayers, Transpose, UnstackLayers, from_linen, suggest
+from orbax_nnx_handler import Fuse, Rename, StackLayers, Transpose, UnstackLayers, from_linen, suggest
 from orbax_nnx_handler.planning.core.errors import AmbiguousMappingError
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.suggesting import creation_order, propose, proposing
@@ -582,3 +582,17 @@ def test_rules_that_a_plan_speaks_against_cost_only_their_own_leaves(monkeypatch
 
     assert [str(rule) for rule in found.renames] == ["('decoder/linear', 'dec/fc')"]
     assert {path[0] for path in found.unmatched_wanted} == {"enc"}
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_known_program_tells_a_rule_where_all_that_this_serves_follows_it(is_known):
+    layers = {f"blocks_{at}": {"attn": {f"{x}_lin": DENSE for x in "qkv"}, "up": OTHER} for at in range(2)}
+    fused = {"kernel": (2, 9), "bias": (9,)}
+    wanted = {at: {"attn": {"c_attn" if is_known else "qkv": fused}, "up": OTHER} for at in range(2)}
+
+    found = proposal({"h": wanted}, layers)
+
+    assert found.covered == 8
+    for each in found.proposals:
+        assert each.fact == ("GPT-2" if is_known and isinstance(each.rule, Fuse) else "")
+        assert each.why or isinstance(each.rule, Rename)

@@ -11,11 +11,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from orbax_nnx_handler.planning.core.folding import plain_names
 from orbax_nnx_handler.planning.core.paths import Path, levels, shared_levels
 from orbax_nnx_handler.planning.layouts.layout import is_copy_level
-from orbax_nnx_handler.planning.likeness import have_other_purposes, in_list, misnumbered, purposes
+from orbax_nnx_handler.planning.likeness import (
+    companions,
+    have_other_purposes,
+    in_list,
+    misnumbered,
+    purposes,
+)
 from orbax_nnx_handler.planning.likeness.arrangements import by_level, shifted
 from orbax_nnx_handler.planning.likeness.assignment import fit_of, may_be, sizes_of_few
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie
-from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, part_of
+from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, module_parts, part_of
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart, named_parts
 from orbax_nnx_handler.planning.likeness.vocabulary import (
     MARGIN,
@@ -189,8 +195,22 @@ def coincidences(links: Sequence[Link], left: Set[Names], missing: Set[Names]) -
     plain = [link for link in links if link.joint is None and link.layers is None]
     odd = [link for link in plain if have_other_purposes(part_of(link.target), part_of(link.source))]
     odd += (*misnumbered(plain, left, missing), *shifted(plain), *unlike_names(links), *_astray(plain))
-    odd += _half_used(links, plain, left, missing)
+    odd += (*_half_used(links, plain, left, missing), *_without_norms(plain))
     return {**{x.target.source: x for x in odd}, **_torn(links, left), **_from_elsewhere(links, left)}
+
+
+def _without_norms(links: Sequence[Link]) -> Iterator[Link]:
+    """Yields links of layers whose norms, by what names say whose they are, are other layers' norms."""
+    sides = dict.fromkeys(x.target for x in links), dict.fromkeys(x.source for x in links)
+    parts = (
+        [x for x in module_parts(side) if not any(y.is_automatic for y in x.levels[-1:])] for side in sides
+    )
+    ours, theirs = map(companions, parts)
+    made = {part_of(link.target): part_of(link.source) for link in links}
+    for link in links:
+        norm, its = ours.get(part_of(link.target)), theirs.get(part_of(link.source))
+        if norm and its and its.names != made[norm.names]:
+            yield link
 
 
 def _half_used(

@@ -58,7 +58,7 @@ def strangers(links: Iterable[Link]) -> Iterator[Link]:
     called = {pair: _names(some[0]) for pair, some in parts.items()}
     said = {pair: _said(*names) for pair, names in called.items()}
     told = {pair for pair, some in parts.items() if said[pair].is_shared or _are_told(pair, some)}
-    told |= _norms_of(told, parts) if len(told) < len(parts) else set()
+    told |= _norms_of(told, parts) & parts.keys() if len(told) < len(parts) else set()
     kinds = {tuple(map(plain_names, pair)): said[pair].only for pair in told}
     lacking = [frozenset[str]().union(*(only[side] for only in kinds.values())) for side in (0, 1)]
     known = [{pair[side] for pair in told} for side in (0, 1)]

@@ -454,3 +454,20 @@ def test_the_only_norm_of_a_module_is_that_of_its_only_convolution(others):
     expected = {aim: stored[path] for path, aim in names.items() if not others or "bn" not in path}
     assert len(found.questions) == len(others)
     proposals.check(values, expected)
+
+
+def test_a_layer_whose_norm_names_find_elsewhere_is_asked_about():
+    def norms(*names):
+        return {f"{name}/{leaf}": (width,) for name, width in names for leaf in ("scale", "bias")}
+
+    stored = proposals.filled(
+        norms(("unit/gn1", 8), ("unit/gn2", 8), ("unit/gn3", 32), ("unit/gn_proj", 32))
+        | {"unit/conv3/kernel": (1, 1, 8, 32)}
+    )
+    wanted = norms(("0/norm1", 8), ("0/norm2", 8), ("0/norm3", 32), ("0/downsample/norm", 32))
+    wanted |= {"0/downsample/conv/kernel": (1, 1, 8, 32)}
+
+    found, values = proposals.proposed(stored, wanted)
+
+    assert found.unmatched_wanted == ((0, "downsample", "conv", "kernel"),)
+    np.testing.assert_array_equal(values["0/downsample/norm/scale"], stored["unit/gn_proj/scale"])

@@ -1,14 +1,15 @@
 """`verify` against both forward passes alone: `python -m benchmarks.verify`.
 
-A decoder of two sizes, its layers scanned in Linen and a list in NNX. The forward passes run as `verify` runs
-them, operation by operation, with nothing recorded and nothing compared; what `verify` takes beside them is
-its own: restoring both, recording, comparing. Once with right rules, once with a mistake in them, which is
-searched for.
+A decoder of two sizes, its layers scanned in Linen and a list in NNX, and a decoder with mixtures of experts.
+The forward passes run as `verify` runs them, operation by operation, with nothing recorded and nothing
+compared; what `verify` takes beside them is its own: restoring both, recording, comparing. Once with right
+rules, and once with each of several mistakes in them, which is searched for.
 """
 
+import dataclasses
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,9 +20,9 @@ from flax import linen as nn
 from flax import nnx
 
 from benchmarks.measuring import arguments, report, table
-from orbax_nnx_handler import Fuse, UnstackLayers, from_linen, verify
+from orbax_nnx_handler import Fuse, Split, UnstackLayers, from_linen, verify
 
-_SIZES = {"6 layers of 256": (6, 256), "12 layers of 512": (12, 512)}
+_WORDS, _EXPERTS = 1024, 8
 
 
 class _LinenBlock(nn.Module):
@@ -77,14 +78,141 @@ class _Decoder(nnx.Module):
         return self.head(x)
 
 
-def _rules(*order: str) -> list[Any]:
-    return [
-        UnstackLayers("layers", "blocks/{i}", axis=0),
-        ("ln_1", "norm1"),
-        ("ln_2", "norm2"),
-        Fuse([f"{name}/kernel" for name in order], "qkv/kernel", axis=1),
-        Fuse([f"{name}/bias" for name in order], "qkv/bias", axis=0),
-    ]
+class _LinenExperts(nn.Module):
+    """Experts as most programs have them: parameters of one module, which calls no other."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        width, normal = x.shape[-1], nn.initializers.normal()
+        gate, up, down = (
+            self.param(name, normal, (_EXPERTS, width, width)) for name in ("wi_0", "wi_1", "wo")
+        )
+        inner = nn.silu(jnp.einsum("btd,edf->ebtf", x, gate)) * jnp.einsum("btd,edf->ebtf", x, up)
+        chosen = nn.softmax(nn.Dense(_EXPERTS, use_bias=False, name="router")(x))
+        return jnp.einsum("ebtd,bte->btd", jnp.einsum("ebtf,efd->ebtd", inner, down), chosen)
+
+
+class _LinenMixtures(nn.Module):
+    layers: int
+    width: int
+
+    @nn.compact
+    def __call__(self, tokens: Any) -> Any:
+        x = nn.Embed(_WORDS, self.width, name="embed")(tokens)
+        for layer in range(self.layers):
+            x = x + _LinenExperts(name=f"layers_{layer}")(nn.RMSNorm(name=f"norm_{layer}")(x))
+        return nn.Dense(_WORDS, name="head")(x)
+
+
+class _Expert(nnx.Module):
+    def __init__(self, width: int, rngs: nnx.Rngs) -> None:
+        self.gate, self.up, self.down = (
+            nnx.Linear(width, width, use_bias=False, rngs=rngs) for _ in range(3)
+        )
+
+    def __call__(self, x: Any) -> Any:
+        return self.down(nnx.silu(self.gate(x)) * self.up(x))
+
+
+class _Mixture(nnx.Module):
+    def __init__(self, width: int, rngs: nnx.Rngs) -> None:
+        self.norm = nnx.RMSNorm(width, rngs=rngs)
+        self.router = nnx.Linear(width, _EXPERTS, use_bias=False, rngs=rngs)
+        self.experts = nnx.List([_Expert(width, rngs) for _ in range(_EXPERTS)])
+
+    def __call__(self, x: Any) -> Any:
+        x = self.norm(x)
+        chosen = nnx.softmax(self.router(x))
+        return sum(expert(x) * chosen[..., at, None] for at, expert in enumerate(self.experts))
+
+
+class _Mixtures(nnx.Module):
+    def __init__(self, layers: int, width: int, rngs: nnx.Rngs) -> None:
+        self.embed, self.head = nnx.Embed(_WORDS, width, rngs=rngs), nnx.Linear(width, _WORDS, rngs=rngs)
+        self.blocks = nnx.List([_Mixture(width, rngs) for _ in range(layers)])
+
+    def __call__(self, tokens: Any) -> Any:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+Rules = Sequence[Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Case:
+    """A model that was written twice.
+
+    Attributes:
+        linen: The Linen program.
+        make: Builds the NNX program.
+        rules: The right rules.
+        mistakes: Rules with a mistake, and the module that has to be named, by what is wrong.
+    """
+
+    linen: nn.Module
+    make: Callable[[], nnx.Module]
+    rules: Rules
+    mistakes: Mapping[str, tuple[Rules, str]]
+
+
+def _decoder(layers: int, width: int) -> _Case:
+    def rules(unstacked: Any, *order: str) -> Rules:
+        fused = [Fuse([f"{name}/kernel" for name in order], "qkv/kernel", axis=1)]
+        fused += [Fuse([f"{name}/bias" for name in order], "qkv/bias", axis=0)]
+        return [unstacked, ("ln_1", "norm1"), ("ln_2", "norm2"), *fused]
+
+    unstacked = UnstackLayers("layers", "blocks/{i}", axis=0)
+    further = [f"blocks/{(layer + 1) % layers}" for layer in range(layers)]
+    shifted = Split("layers", further, axis=0, drop_axis=True)
+    return _Case(
+        linen=_LinenDecoder(layers, width),
+        make=lambda: _Decoder(layers, width, nnx.Rngs(0)),
+        rules=rules(unstacked, "query", "key", "value"),
+        mistakes={
+            "parts of a fuse in another order": (rules(unstacked, "key", "query", "value"), "blocks/0/qkv"),
+            "layers shifted by one": (rules(shifted, "query", "key", "value"), "blocks/0"),
+        },
+    )
+
+
+def _mixtures(layers: int, width: int) -> _Case:
+    def rules(
+        gate: str, up: str, down: Callable[[int], int] = lambda layer: layer, further: int = 0
+    ) -> Rules:
+        names = {"wi_0": gate, "wi_1": up}
+        order = [(expert + further) % _EXPERTS for expert in range(_EXPERTS)]
+        found = [("norm_{i}", "blocks/{i}/norm"), ("layers_{i}/router", "blocks/{i}/router")]
+        for layer in range(layers):
+            for stored, name in {**names, "wo": "down"}.items():
+                at = down(layer) if name == "down" else layer
+                into = [f"blocks/{at}/experts/{expert}/{name}/kernel" for expert in order]
+                found.append(Split(f"layers_{layer}/{stored}", into, axis=0, drop_axis=True))
+        return found
+
+    return _Case(
+        linen=_LinenMixtures(layers, width),
+        make=lambda: _Mixtures(layers, width, nnx.Rngs(0)),
+        rules=rules("gate", "up"),
+        mistakes={
+            "two weights of all experts exchanged": (rules("up", "gate"), "blocks/0/experts/0"),
+            "a weight of experts exchanged between layers": (
+                rules("gate", "up", lambda layer: layer ^ 1 if layer < 2 else layer),
+                "blocks/0/experts/0/down",
+            ),
+            "experts shifted by one": (rules("gate", "up", further=1), "blocks/0/experts/0"),
+        },
+    )
+
+
+_CASES = {
+    "6 layers of 256": lambda: _decoder(6, 256),
+    "12 layers of 512": lambda: _decoder(12, 512),
+    "4 mixtures of 8 experts of 256": lambda: _mixtures(4, 256),
+}
+_TOYS = {"2 layers of 64": lambda: _decoder(2, 64), "2 mixtures": lambda: _mixtures(2, 16)}
 
 
 def _seconds(function: Callable[[], Any]) -> tuple[float, float, Any]:
@@ -93,55 +221,50 @@ def _seconds(function: Callable[[], Any]) -> tuple[float, float, Any]:
     return time.perf_counter() - start, time.process_time() - cpu, result
 
 
-def _measure(folder: pathlib.Path, layers: int, width: int) -> dict[str, Any]:
-    linen, tokens = _LinenDecoder(layers, width), np.arange(128).reshape(1, 128)
+def _measure(folder: pathlib.Path, title: str, case: _Case) -> dict[str, dict[str, Any]]:
+    linen, tokens = case.linen, np.arange(128).reshape(1, 128)
     shapes = jax.eval_shape(linen.init, jax.random.key(0), tokens)
     random = np.random.default_rng(0)
     variables = jax.tree.map(
-        lambda leaf: (random.normal(size=leaf.shape) / max(leaf.shape) ** 0.5 + 0.1).astype("f"), shapes
+        lambda leaf: (random.normal(size=leaf.shape) / max(leaf.shape) ** 0.5).astype("f"), shapes
     )
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder / "checkpoint", variables, force=True)
-    target = nnx.eval_shape(lambda: _Decoder(layers, width, nnx.Rngs(0)))
-    right = _rules("query", "key", "value")
-    model = from_linen(variables, target, renames=right)
+    target = nnx.eval_shape(case.make)
+    model: Any = from_linen(variables, target, renames=case.rules)
     run = lambda model, tokens: model(tokens)  # noqa: E731
 
     def forward() -> Any:
         with jax.disable_jit(), jax.default_matmul_precision("highest"):
             return linen.apply(variables, tokens), model(tokens)
 
-    def verified(rules: list[Any]) -> Any:
-        return verify(folder / "checkpoint", target, linen.apply, run, (tokens,), renames=rules)
-
     forward()  # What is compiled once for each operation is compiled here.
     passes, passes_cpu, (expected, found) = _seconds(forward)
     np.testing.assert_allclose(expected, found, rtol=1e-3, atol=1e-3)
-    both, both_cpu, equal = _seconds(lambda: verified(right))
-    searched, searched_cpu, different = _seconds(lambda: verified(_rules("key", "query", "value")))
-    assert equal.equal, equal
-    assert different.first.path == "blocks/0/qkv", different
-    return {
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(variables)),
-        "both forward passes, s": passes,
-        "verify, s": both,
-        "verify with a mistake, s": searched,
-        "verify ÷ passes": both / passes,
-        "with a mistake ÷ passes": searched / passes,
-        "verify ÷ passes, CPU": both_cpu / passes_cpu,
-        "with a mistake ÷ passes, CPU": searched_cpu / passes_cpu,
-    }
+    rows = dict[str, dict[str, Any]]()
+    for name, (rules, path) in {"right rules": (case.rules, ""), **case.mistakes}.items():
+        seconds, cpu, found = _seconds(
+            lambda rules=rules: verify(
+                folder / "checkpoint", target, linen.apply, run, (tokens,), renames=rules
+            )
+        )
+        assert found.equal if not path else found.first.path == path, found
+        rows[f"{title}, {name}"] = {
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(variables)),
+            "both forward passes, s": passes,
+            "verify, s": seconds,
+            "verify ÷ passes": seconds / passes,
+            "verify ÷ passes, CPU": cpu / passes_cpu,
+        }
+    return rows
 
 
 def main() -> None:
-    """Measures both sizes."""
+    """Measures every case."""
     options = arguments(__doc__ or "")
-    sizes = {"2 layers of 64": (2, 64)} if options.toy else _SIZES
-    results = dict[str, Any]()
-    for at, (title, size) in enumerate(sizes.items()):
-        folder = pathlib.Path(options.scratch) / str(at)
-        results[title] = _measure(folder, *size)
-        print(title, results[title], flush=True)
+    results = dict[str, dict[str, Any]]()
+    for at, (title, case) in enumerate((_TOYS if options.toy else _CASES).items()):
+        results |= _measure(pathlib.Path(options.scratch) / str(at), title, case())
     report("verify", options, results, {"": table({"": title, **row} for title, row in results.items())})
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from orbax_nnx_handler.planner import decide, flatten_wanted
-from orbax_nnx_handler.planning.core.errors import RestoreError
+from orbax_nnx_handler.planning.core.errors import RestoreError, VerificationError
 from orbax_nnx_handler.planning.core.folding import fold_paths
 from orbax_nnx_handler.planning.core.lines import counted
 from orbax_nnx_handler.planning.core.paths import Path, shared_levels, spelled
@@ -23,21 +23,36 @@ from orbax_nnx_handler.planning.restore_plan import RestorePlan
 from orbax_nnx_handler.planning.rules import Drop, Rule
 from orbax_nnx_handler.planning.suggesting import RUN_BOTH, Proposal, Suggestion, order_of, propose
 from orbax_nnx_handler.planning.suggesting.suggestion import changed
+from orbax_nnx_handler.planning.target import Target
 from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
+from orbax_nnx_handler.storage.restoring import carry_out
 from orbax_nnx_handler.storage.stores.kvstore import files_at
 from orbax_nnx_handler.storage.stores.locations import as_path
 from orbax_nnx_handler.verifying import MOST_ROUNDINGS, TOLERANCE, Programs, exceeds, fewer, rounding_of
 from orbax_nnx_handler.verifying.first_difference import Search
-from orbax_nnx_handler.verifying.pairing import by_path, called_otherwise, of_one_size
+from orbax_nnx_handler.verifying.pairing import (
+    by_path,
+    called_otherwise,
+    of_one_size,
+    pair_modules,
+    scanned_axes,
+)
 from orbax_nnx_handler.verifying.recording import run_linen
-from orbax_nnx_handler.verifying.runs import Compared, Digits, Runs, run_both
-from orbax_nnx_handler.verifying.untold import FAR, depend_on, untold
-from orbax_nnx_handler.verifying.verification import FirstDifference, Misfilled, Verification
-from orbax_nnx_handler.verifying.weights import on_one_device, unused_leaves, whole_modules
-
-_PATIENCE = 5
-"""The time that a search for the reason may take, in times of both programs (and of a second)."""
+from orbax_nnx_handler.verifying.runs import (
+    Compared,
+    Digits,
+    LinenRun,
+    Runs,
+    compare_modules,
+    depends,
+    run_linen_program,
+    run_nnx_program,
+)
+from orbax_nnx_handler.verifying.single_module import ModuleRunner
+from orbax_nnx_handler.verifying.untold import FAR, depend_on, untold, unused_leaves, whole_modules
+from orbax_nnx_handler.verifying.verification import FirstDifference, Misfilled, Verification, outputs_apart
+from orbax_nnx_handler.verifying.weights import locate_stored, on_one_device
 
 
 def verify(
@@ -117,7 +132,7 @@ def verify(
     for renames in (options.renames, ()):
         with contextlib.suppress(RestoreError):
             behind = dataclasses.replace(options, renames=renames)
-            proposed = proposed_without(wrong.unused, checkpoint, target, behind)
+            proposed = leaving_out(wrong.unused, checkpoint, target, behind)
             rules = (*renames, *proposed.answered([0] * len(proposed.questions)))
             behind = dataclasses.replace(options, renames=rules)
             other, parts = decide(checkpoint, target, on_one_device(target), behind, check=True)
@@ -191,7 +206,7 @@ def proved_otherwise(
     return dataclasses.replace(found, first=first, remarks=found.remarks[1:])
 
 
-def proposed_without(
+def leaving_out(
     unused: Collection[Path], checkpoint: Checkpoint, target: Any, options: RestoreOptions
 ) -> Suggestion:
     """Returns what is proposed where some stored leaves are not meant, with the rules that leave them behind.
@@ -266,7 +281,6 @@ def compared(runs: Runs, plan: RestorePlan, tolerance: float | None = None) -> V
         runner=runs.runner,
         restored=plan.restored,
         linen=runs.linen.calls,
-        seconds=_PATIENCE * (runs.seconds + 1),
         limit=max(TOLERANCE, tolerance or 0.0, _rounding(runs)),
     )
     # One output of few digits says nothing about those beside it.
@@ -366,3 +380,64 @@ def _remarks(is_near: bool, first: FirstDifference | None, runs: Runs, plan: Res
 def _all_agree(compared: Sequence[Compared]) -> bool:
     outputs = [one.found.outputs for one in compared if one.gets_the_same]
     return bool(outputs) and not any(exceeds(one, TOLERANCE) for one in outputs)
+
+
+def run_both(
+    checkpoint: Checkpoint,
+    plan: RestorePlan,
+    parts: Target,
+    programs: Programs,
+    init: Callable[[], Any] | None = None,
+    earlier: LinenRun | None = None,
+) -> Runs:
+    """Runs both programs and compares their modules. The Linen variables are gone when the model is restored.
+
+    What Linen did earlier with the same leaves at the same places is not run again.
+
+    Raises:
+        VerificationError: One of the programs fails, or their outputs cannot be compared.
+        UnreadableLeafError: Stored bytes are absent or damaged.
+    """
+    if earlier is not None and (earlier.weights.places, earlier.weights.location) == locate_stored(plan):
+        linen = earlier
+    else:
+        linen = run_linen_program(checkpoint, plan, programs)
+    model = parts.assemble(carry_out(checkpoint, plan, init=init, concurrent_bytes=None))
+    found, nnx_calls, is_used = run_nnx_program(programs, model, list(parts.leaves))
+    outputs = outputs_apart(linen.returned, found)
+    if not (is_used or depends(programs, model, found)):
+        raise VerificationError(
+            "nnx_apply returns the same whatever the weights of the model are that it is called with.",
+            hints=["run the model that nnx_apply gets: lambda model, x: model(x)."],
+        )
+    recipes = _recipes_of_model(plan, linen.weights.location)
+    calls, wanted = by_path(nnx_calls), {leaf: each.shape for leaf, each in parts.leaves.items()}
+    shapes = (wanted, {path: leaf.shape for path, leaf in checkpoint.leaves.items()})
+    pairs = pair_modules(recipes, shapes, linen.weights.location, calls, by_path(linen.calls))
+    compared = compare_modules(pairs, linen.calls, nnx_calls)
+    digits = Digits.of(linen.calls, nnx_calls, compared)
+    if digits.dtype:
+        linen = dataclasses.replace(linen, calls=[*map(digits.given, linen.calls)])
+        compared = compare_modules(pairs, linen.calls, nnx_calls)
+    hidden = [leaf for leaf in recipes if not any(path and leaf[: len(path)] == path for path in calls)]
+    axes = scanned_axes(calls, wanted)
+    runner = ModuleRunner(model=model, checkpoint=checkpoint, recipes=recipes, axes=axes, calls=calls)
+    return Runs(
+        outputs=outputs,
+        compared=compared,
+        runner=runner,
+        programs=programs,
+        returned=found,
+        pairs=pairs,
+        hidden=hidden,
+        linen=linen,
+        digits=digits,
+    )
+
+
+def _recipes_of_model(plan: RestorePlan, location: Mapping[Path, Path]) -> dict[Path, Recipe]:
+    return {
+        leaf: item.recipe
+        for leaf, item in plan.restored.items()
+        if all(source in location for source in reads(item.recipe))
+    }

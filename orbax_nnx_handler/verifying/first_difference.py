@@ -7,28 +7,30 @@ called with in Linen.
 import dataclasses
 import itertools
 import math
-import time
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.folding import fold_paths
-from orbax_nnx_handler.planning.core.paths import Path, render, shared_levels
+from orbax_nnx_handler.planning.core.paths import Path, natural_key, shared_levels
 from orbax_nnx_handler.planning.core.recipes import Recipe, describe, shape_of
 from orbax_nnx_handler.planning.verdict.outcomes import Restored
 from orbax_nnx_handler.verifying import (
     TOLERANCE,
     Distance,
+    agree,
+    are_identical,
     are_the_same,
     changes_more_than_rounding,
+    compare_inputs,
     exceeds,
     lent,
 )
 from orbax_nnx_handler.verifying.pairing import compare_outputs
 from orbax_nnx_handler.verifying.recording import Call
-from orbax_nnx_handler.verifying.runs import Compared, called_alike
+from orbax_nnx_handler.verifying.runs import Compared, called_alike, exchanges, weights_of
 from orbax_nnx_handler.verifying.single_module import (
     Alternative,
     ModuleRunner,
+    Reached,
     alternatives,
     orders,
 )
@@ -41,64 +43,9 @@ from orbax_nnx_handler.verifying.verification import (
 )
 from orbax_nnx_handler.verifying.weights import as_stored, heads_by_rotation, with_features_in_order
 
-
-def weights_of(
-    runner: ModuleRunner, source: Compared, onto: Compared, layer: int | None
-) -> dict[Path, Recipe]:
-    """Returns the recipes of one module with the weights of another; empty if they do not fit."""
-    names = {leaf[len(onto.path) :] for leaf in onto.pair.leaves}
-    if {leaf[len(source.path) :] for leaf in source.pair.leaves} != names:
-        return {}
-    shapes = runner.shapes
-    theirs = runner.layer_at(source.path, source.nnx.call)
-    found: dict[Path, Recipe] = {}
-    for name in names:
-        recipe = runner.recipe((*source.path, *name), theirs)
-        if shape_of(recipe, shapes) != shape_of(runner.recipe((*onto.path, *name), layer), shapes):
-            return {}
-        found[*onto.path, *name] = recipe
-    return found
-
-
-def exchanges(runner: ModuleRunner, inside: Sequence[Compared], layer: int | None) -> Iterator[Alternative]:
-    """Yields every exchange of the weights of two modules within one, siblings first, then of three or four.
-
-    Args:
-        runner: Knows the recipes.
-        inside: The modules within it.
-        layer: The layer of the module that holds them, where it is scanned.
-    """
-    unique = list({one.path: one for one in inside}.values())
-    made = {
-        one.path: {leaf[len(one.path) :]: runner.recipe(leaf, layer) for leaf in one.pair.leaves}
-        for one in unique
-    }
-    shapes = {
-        path: {name: shape_of(recipe, runner.shapes) for name, recipe in recipes.items()}
-        for path, recipes in made.items()
-    }
-    siblings: dict[object, list[Path]] = defaultdict(list)
-    for path, held in shapes.items():
-        siblings[path[:-1], frozenset(held.items())].append(path)
-    groups = [
-        [one.path, other.path]
-        for one, other in itertools.combinations(unique, 2)
-        if shapes[one.path] == shapes[other.path] and not (one.encloses(other) or other.encloses(one))
-    ]
-    groups.sort(key=lambda pair: pair[0][:-1] != pair[1][:-1])
-    groups += [group for group in siblings.values() if 2 < len(group) <= _MOST_SIBLINGS]
-    for group in groups:
-        for order in itertools.permutations(group):
-            moved = [(one, other) for one, other in zip(group, order, strict=True) if one != other]
-            if len(moved) > 2 or len(moved) == len(group):
-                ones, others = ([render(pair[at]) for pair in moved] for at in (0, 1))
-                words = f"{', '.join(ones)} have the weights of {', '.join(others)}"
-                words = f"{' and '.join(ones)} have each other's weights" if len(group) == 2 else words
-                pairs = ((one, name, recipe) for one, other in moved for name, recipe in made[other].items())
-                yield Alternative(words=words, recipes={(*one, *name): recipe for one, name, recipe in pairs})
-
-
-_MOST_TRIED, _MOST_BEFORE, _MOST_SIBLINGS, _NEARER = 200, 8, 4, 4
+_MOST_TRIED, _MOST_BEFORE, _NEARER = 200, 8, 4
+_LEAST, _PASSES = 256, 3
+"""How many calls of modules a search may make: so many, or so many runs of all of the NNX program."""
 _ROTATED = "the features of each head lie as other rotary positions pair them"
 
 
@@ -115,12 +62,14 @@ class _Proof:
         words: What has to be otherwise.
         recipes: The leaves that change.
         other: The module whose weights it needs, if another's.
+        until: The module within it that is called with what Linen's is, where that is what was looked at.
     """
 
     module: Compared
     words: str
     recipes: Mapping[Path, Recipe]
     other: Compared | None = None
+    until: Compared | None = None
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -132,28 +81,32 @@ class Search:
         runner: Runs modules by themselves.
         restored: The plan's restored leaves.
         linen: All calls of the Linen program.
-        seconds: How long it may go on trying.
         limit: How far apart inputs may be that are the same: what is rounding in this run.
         tried: How many changes were tried.
+        spent: How many calls of modules all runs took so far.
     """
 
     compared: Sequence[Compared]
     runner: ModuleRunner
     restored: Mapping[Path, Restored]
     linen: Sequence[Call]
-    seconds: float
     limit: float = TOLERANCE
     tried: int = 0
+    spent: int = 0
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether to try more would take longer than a run of both programs did, or a second."""
+        return self.spent > max(_LEAST, _PASSES * sum(map(len, self.runner.calls.values())))
 
     def first(self) -> FirstDifference | None:
         """Returns the first one, the innermost where several hold each other."""
-        until = time.monotonic() + self.seconds
         for one in self._differing():
             self.tried = 0
             try:
                 if self._agrees(one, {}):
                     continue  # It is right on Linen's own inputs: what came in was not quite the same.
-                proof = self._proved(one, until)
+                proof = self._proved(one)
             except _CannotRunError:
                 proof = None
             return self._difference(one, proof)
@@ -221,10 +174,21 @@ class Search:
                 found.setdefault(other.path, other)
         return list(found.values())
 
+    def _start(self, one: Compared) -> int:
+        """Returns the last call before those that were made in a call: when the module returned last."""
+        end = one.nnx.call.order
+        return max((call.order for call in self.runner.calls[one.path] if call.order < end), default=-1)
+
+    def _end_at(self, until: Compared, one: Compared) -> tuple[tuple[Path, int], int]:
+        """Returns which call of which module in one another is, and how many calls are made before it."""
+        start, end = self._start(one), until.nnx.call.order
+        calls = (call for calls in self.runner.calls.values() for call in calls if start < call.order < end)
+        before = [call for call in calls if until.path not in call.within]
+        return (until.path[len(one.path) :], sum(call.path == until.path for call in before)), len(before)
+
     def _inside(self, one: Compared) -> list[Compared]:
         """Returns the calls that were made in a call: since the module returned the last time."""
-        end = one.nnx.call.order
-        start = max((call.order for call in self.runner.calls[one.path] if call.order < end), default=-1)
+        start, end = self._start(one), one.nnx.call.order
         return [
             other for other in self.compared if start < other.nnx.call.order <= end and one.encloses(other)
         ]
@@ -242,9 +206,11 @@ class Search:
             before=None if before is None else before.pair.nnx,
             is_reordered_before=before is not None and before.is_reordered_before,
             proved="" if proof is None else proof.words,
+            until=None if proof is None or proof.until is None else proof.until.pair.nnx,
             changes={} if proof is None else proof.recipes,
             layer=None if proof is None else self._layer(at),
             tried=self.tried,
+            is_cut=self.is_spent,
             settings=differing_settings(at.linen.call, at.nnx.call),
             reordered=at.is_reordered,
             unlike=at.unlike if proof is None else (),
@@ -258,7 +224,10 @@ class Search:
             between = [after.path[:-1], before.path[:-1]] if after and before else [()]
             place = max(one.path, self._holder(shared_levels(between)), key=len)
             return self._narrowed(one, place, before) if before else place
-        holders = [self._holder(leaf) for leaf in proof.recipes]
+        # Of what is alike in several layers, or experts, the first is named.
+        leaves = sorted(proof.recipes, key=natural_key, reverse=True)
+        firsts = {tuple(key for key in leaf if not isinstance(key, int)): leaf for leaf in leaves}
+        holders = [self._holder(leaf) for leaf in firsts.values()]
         common = self._holder(shared_levels(holders))
         if common or one.path == () == max(holders, key=len):
             return common
@@ -312,33 +281,48 @@ class Search:
         own = (leaf for leaf in one.pair.leaves if not any(leaf[: len(path)] == path for path in sure))
         return [leaf for leaf in own if leaf in self.restored]
 
-    def _proved(self, one: Compared, until: float) -> _Proof | None:
+    def _proved(self, one: Compared) -> _Proof | None:
         inside = self._inside(one)
         known = self._misplaced(inside) or self._in_another_order(inside)
         if known is not None:
             return self._in_its_branch(known, one, inside)
         layer = self._layer(one)
         doubtful = {leaf: self.runner.recipe(leaf, layer) for leaf in self._doubtful(one, inside)}
-        comparable = [other for other in inside if other.found.outputs.compared]
+        # What is called later than the first module that gets something else has no part in that.
+        _, until = self._between(inside)
+        late = {leaf for leaf in one.pair.leaves if until and self._is_later(leaf, until)}
+        shown = {leaf: recipe for leaf, recipe in doubtful.items() if leaf not in late}
+        others = {leaf for other in inside if not other.gets_the_same for leaf in other.pair.leaves}
+        others = {leaf: self.runner.recipe(leaf, layer) for leaf in others - doubtful.keys()}
+        late |= others.keys()
+        comparable = [x for x in inside if x.found.outputs.compared and not {*x.pair.leaves} & late]
+        likes = self.runner.likes(one.path, layer, {} if until else shown)
         ways = itertools.chain(
-            alternatives(doubtful, self.runner.likes(one.path, layer, doubtful), self.runner.shapes),
-            self._rotated(one, layer, [Alternative(words="", recipes={})]),
+            alternatives({**doubtful, **others}, likes, self.runner.shapes, late),
+            self._rotated(one, layer, [Alternative(words="", recipes={})], late),
             exchanges(self.runner, comparable, layer),
         )
-        others = [orders(doubtful, self.runner.shapes), exchanges(self.runner, comparable, layer)]
-        both = self._rotated(one, layer, itertools.chain(*others))
+        before = [orders(shown, self.runner.shapes), exchanges(self.runner, comparable, layer)]
+        both = self._rotated(one, layer, itertools.chain(*before), late)
         known = {frozenset[tuple[Path, Recipe]]()}  # What changes nothing, or was tried, is not tried again.
         for way in itertools.chain(*(itertools.islice(each, _MOST_TRIED) for each in (ways, both))):
-            if time.monotonic() > until:
-                break
-            made = frozenset(way.recipes.items() - doubtful.items())
+            made = frozenset(way.recipes.items() - doubtful.items() - others.items())
             if made in known:
                 continue
+            if self.is_spent:
+                break
             known.add(made)
             self.tried += 1
-            if self._agrees(one, way.recipes):
-                return _Proof(module=one, words=way.words, recipes=way.recipes)
+            if self._agrees(one, way.recipes, until=until):
+                return _Proof(module=one, words=way.words, recipes=way.recipes, until=until)
         return self._with_others(one)
+
+    def _is_later(self, leaf: Path, until: Compared) -> bool:
+        """Tells whether a leaf is first used when a call has begun: in the call, or after it."""
+        holder, path = self._holder(leaf), until.path
+        is_around = path[: len(holder)] == holder != path
+        is_later = self.runner.calls[holder][0].order > until.nnx.call.order
+        return holder[: len(path)] == path or (is_later and not is_around)
 
     def _in_its_branch(self, known: _Proof, one: Compared, inside: Sequence[Compared]) -> _Proof | None:
         """Returns the exchange with which all of a module agrees, where two have each other's inputs.
@@ -363,13 +347,14 @@ class Search:
         return None
 
     def _rotated(
-        self, one: Compared, layer: int | None, before: Iterable[Alternative]
+        self, one: Compared, layer: int | None, before: Iterable[Alternative], late: Collection[Path]
     ) -> Iterator[Alternative]:
         """Yields the queries and keys in a module for another way of turning them by their positions.
 
         That is done after another change, for a port may differ in both.
         """
-        now = {leaf: self.runner.recipe(leaf, layer) for leaf in one.pair.leaves if leaf in self.restored}
+        leaves = [leaf for leaf in one.pair.leaves if leaf in self.restored and leaf not in late]
+        now = {leaf: self.runner.recipe(leaf, layer) for leaf in leaves}
         for way in before:
             for changed in heads_by_rotation({**now, **way.recipes}, self.runner.shapes):
                 words = f"{fold_paths(changed)}: {_ROTATED}"
@@ -425,12 +410,29 @@ class Search:
         except LookupError as error:
             raise _CannotRunError from error
 
-    def _agrees(self, one: Compared, changed: Mapping[Path, Recipe], other: Compared | None = None) -> bool:
-        """Tells whether a module by itself returns what Linen's does, on what that was called with."""
+    def _agrees(
+        self,
+        one: Compared,
+        changed: Mapping[Path, Recipe],
+        other: Compared | None = None,
+        until: Compared | None = None,
+    ) -> bool:
+        """Tells whether a module by itself returns what Linen's does, on what that was called with.
+
+        Or whether it calls one within it, until which it is run, with what Linen's is called with.
+        """
         layer = self._layer(one)
         inputs = one.nnx.inputs if other is one else lent(one.nnx.inputs, (other or one).linen.inputs)
+        if not changed and are_identical(inputs, one.nnx.inputs):
+            return False  # It has been run.
+        stop, calls = (None, one.calls) if until is None else self._end_at(until, one)
+        self.spent += calls
         try:
-            outputs = self.runner.run(one.path, layer, one.nnx.call, inputs, changed)
+            outputs = self.runner.run(one.path, layer, one.nnx.call, inputs, changed, stop)
+        except Reached as reached:
+            assert until is not None
+            found = compare_inputs(until.linen.inputs, reached.args[0])
+            return agree(found) and not changes_more_than_rounding(Distance(), found, one.calls)
         # The caller's module may fail in any way when it is called outside of its program.
         except Exception as error:
             raise _CannotRunError from error

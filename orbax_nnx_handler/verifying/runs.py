@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import flax.errors
@@ -13,12 +14,10 @@ from flax import nnx
 
 from orbax_nnx_handler.planning.core.errors import VerificationError
 from orbax_nnx_handler.planning.core.leaves import Shape
-from orbax_nnx_handler.planning.core.paths import Path
-from orbax_nnx_handler.planning.core.recipes import Recipe, reads
+from orbax_nnx_handler.planning.core.paths import Path, render
+from orbax_nnx_handler.planning.core.recipes import Recipe, shape_of
 from orbax_nnx_handler.planning.restore_plan import RestorePlan
-from orbax_nnx_handler.planning.target import Target
 from orbax_nnx_handler.storage.checkpoint.checkpoint import Checkpoint
-from orbax_nnx_handler.storage.restoring import carry_out
 from orbax_nnx_handler.verifying import (
     NNX,
     ROUNDING,
@@ -49,17 +48,14 @@ from orbax_nnx_handler.verifying.pairing import (
     call_by_call,
     calls_in,
     compare_outputs,
-    pair_modules,
-    scanned_axes,
     uses_of,
 )
 from orbax_nnx_handler.verifying.recording import Call, run_linen, run_nnx
-from orbax_nnx_handler.verifying.single_module import ModuleRunner
+from orbax_nnx_handler.verifying.single_module import Alternative, ModuleRunner
 from orbax_nnx_handler.verifying.verification import (
     ModuleComparison,
     differing_settings,
     is_called_alone,
-    outputs_apart,
 )
 from orbax_nnx_handler.verifying.weights import (
     LinenWeights,
@@ -67,7 +63,6 @@ from orbax_nnx_handler.verifying.weights import (
     flat_state,
     is_other,
     is_weight,
-    locate_stored,
     orders_of_features,
     path_above,
     restore_linen,
@@ -214,6 +209,69 @@ def _differs(inputs: Distance, outputs: Distance, calls: int) -> bool:
     return changes_more_than_rounding(inputs, outputs, calls)
 
 
+def weights_of(
+    runner: ModuleRunner, source: Compared, onto: Compared, layer: int | None
+) -> dict[Path, Recipe]:
+    """Returns the recipes of one module with the weights of another; empty if they do not fit."""
+    names = {leaf[len(onto.path) :] for leaf in onto.pair.leaves}
+    if {leaf[len(source.path) :] for leaf in source.pair.leaves} != names:
+        return {}
+    shapes = runner.shapes
+    theirs = runner.layer_at(source.path, source.nnx.call)
+    found: dict[Path, Recipe] = {}
+    for name in names:
+        recipe = runner.recipe((*source.path, *name), theirs)
+        if shape_of(recipe, shapes) != shape_of(runner.recipe((*onto.path, *name), layer), shapes):
+            return {}
+        found[*onto.path, *name] = recipe
+    return found
+
+
+_MOST_SIBLINGS = 4
+
+
+def exchanges(runner: ModuleRunner, inside: Sequence[Compared], layer: int | None) -> Iterator[Alternative]:
+    """Yields every exchange of the weights of two modules within one, siblings first, then of three or four.
+
+    Modules that get what their counterparts do are right where they are, but for those called with the same.
+
+    Args:
+        runner: Knows the recipes.
+        inside: The modules within it.
+        layer: The layer of the module that holds them, where it is scanned.
+    """
+    unique = list({one.path: one for one in inside}.values())
+    made = {
+        one.path: {leaf[len(one.path) :]: runner.recipe(leaf, layer) for leaf in one.pair.leaves}
+        for one in unique
+    }
+    shapes = {
+        path: {name: shape_of(recipe, runner.shapes) for name, recipe in recipes.items()}
+        for path, recipes in made.items()
+    }
+    siblings: dict[object, list[Path]] = defaultdict(list)
+    for path, held in shapes.items():
+        siblings[path[:-1], frozenset(held.items())].append(path)
+    groups = [
+        [one.path, other.path]
+        for one, other in itertools.combinations(unique, 2)
+        if shapes[one.path] == shapes[other.path]
+        and not (one.encloses(other) or other.encloses(one))
+        and not (one.agrees and other.agrees and not are_the_same(one.nnx.inputs, other.nnx.inputs))
+    ]
+    groups.sort(key=lambda pair: pair[0][:-1] != pair[1][:-1])
+    groups += [group for group in siblings.values() if 2 < len(group) <= _MOST_SIBLINGS]
+    for group in groups:
+        for order in itertools.permutations(group):
+            moved = [(one, other) for one, other in zip(group, order, strict=True) if one != other]
+            if len(moved) > 2 or len(moved) == len(group):
+                ones, others = ([render(pair[at]) for pair in moved] for at in (0, 1))
+                words = f"{', '.join(ones)} have the weights of {', '.join(others)}"
+                words = f"{' and '.join(ones)} have each other's weights" if len(group) == 2 else words
+                pairs = ((one, name, recipe) for one, other in moved for name, recipe in made[other].items())
+                yield Alternative(words=words, recipes={(*one, *name): recipe for one, name, recipe in pairs})
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinenRun:
     """What the Linen program did with the variables that it was called with; these are gone."""
@@ -221,7 +279,6 @@ class LinenRun:
     weights: LinenWeights
     returned: Any
     calls: Sequence[Call]
-    seconds: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -232,7 +289,6 @@ class Runs:
         outputs: How far apart each output is.
         compared: Every call of paired modules, in the order of the run.
         runner: Runs modules of the restored model by themselves.
-        seconds: How long both took.
         programs: Both programs.
         returned: What the NNX program returned.
         pairs: The modules that hold the same stored elements.
@@ -244,7 +300,6 @@ class Runs:
     outputs: Sequence[Distance]
     compared: Sequence[Compared]
     runner: ModuleRunner
-    seconds: float
     programs: Programs
     returned: Any
     pairs: Sequence[ModulePair]
@@ -266,62 +321,6 @@ class Runs:
         return {one.path for one in alike} - {
             one.path for one in alike if not is_called_alone(one.linen, linen)
         }
-
-
-def run_both(
-    checkpoint: Checkpoint,
-    plan: RestorePlan,
-    parts: Target,
-    programs: Programs,
-    init: Callable[[], Any] | None = None,
-    earlier: LinenRun | None = None,
-) -> Runs:
-    """Runs both programs and compares their modules. The Linen variables are gone when the model is restored.
-
-    What Linen did earlier with the same leaves at the same places is not run again.
-
-    Raises:
-        VerificationError: One of the programs fails, or their outputs cannot be compared.
-        UnreadableLeafError: Stored bytes are absent or damaged.
-    """
-    if earlier is not None and (earlier.weights.places, earlier.weights.location) == locate_stored(plan):
-        linen = earlier
-    else:
-        linen = _run_linen(checkpoint, plan, programs)
-    model = parts.assemble(carry_out(checkpoint, plan, init=init, concurrent_bytes=None))
-    start = time.monotonic()
-    found, nnx_calls, is_used = _run_nnx(programs, model, list(parts.leaves))
-    seconds = linen.seconds + time.monotonic() - start
-    outputs = outputs_apart(linen.returned, found)
-    if not (is_used or depends(programs, model, found)):
-        raise VerificationError(
-            "nnx_apply returns the same whatever the weights of the model are that it is called with.",
-            hints=["run the model that nnx_apply gets: lambda model, x: model(x)."],
-        )
-    recipes = _recipes_of_model(plan, linen.weights.location)
-    calls, wanted = by_path(nnx_calls), {leaf: each.shape for leaf, each in parts.leaves.items()}
-    shapes = (wanted, {path: leaf.shape for path, leaf in checkpoint.leaves.items()})
-    pairs = pair_modules(recipes, shapes, linen.weights.location, calls, by_path(linen.calls))
-    compared = compare_modules(pairs, linen.calls, nnx_calls)
-    digits = Digits.of(linen.calls, nnx_calls, compared)
-    if digits.dtype:
-        linen = dataclasses.replace(linen, calls=[*map(digits.given, linen.calls)])
-        compared = compare_modules(pairs, linen.calls, nnx_calls)
-    hidden = [leaf for leaf in recipes if not any(path and leaf[: len(path)] == path for path in calls)]
-    axes = scanned_axes(calls, wanted)
-    runner = ModuleRunner(model=model, checkpoint=checkpoint, recipes=recipes, axes=axes, calls=calls)
-    return Runs(
-        outputs=outputs,
-        compared=compared,
-        runner=runner,
-        seconds=seconds,
-        programs=programs,
-        returned=found,
-        pairs=pairs,
-        hidden=hidden,
-        linen=linen,
-        digits=digits,
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -372,17 +371,9 @@ class Digits:
         return dataclasses.replace(call, inputs=inputs, outputs=outputs)
 
 
-def _recipes_of_model(plan: RestorePlan, location: Mapping[Path, Path]) -> dict[Path, Recipe]:
-    return {
-        leaf: item.recipe
-        for leaf, item in plan.restored.items()
-        if all(source in location for source in reads(item.recipe))
-    }
-
-
-def _run_linen(checkpoint: Checkpoint, plan: RestorePlan, programs: Programs) -> LinenRun:
+def run_linen_program(checkpoint: Checkpoint, plan: RestorePlan, programs: Programs) -> LinenRun:
+    """Runs the Linen program on its variables; these are gone then."""
     inputs, weights = programs.inputs, restore_linen(checkpoint, plan)
-    start = time.monotonic()
     try:
         returned, calls = run_linen(
             programs.linen, weights.variables, *inputs, owner=lambda module: path_above(weights, module)
@@ -399,7 +390,7 @@ def _run_linen(checkpoint: Checkpoint, plan: RestorePlan, programs: Programs) ->
             f"linen_apply fails: {error_in_words(error)}", hints=[hint_for(error, hint)]
         ) from error
     weights.variables.clear()
-    return LinenRun(weights=weights, returned=returned, calls=calls, seconds=time.monotonic() - start)
+    return LinenRun(weights=weights, returned=returned, calls=calls)
 
 
 def depends(programs: Programs, model: Any, found: Any, weights: Mapping[Path, Any] | None = None) -> bool:
@@ -417,14 +408,15 @@ def returned_with(programs: Programs, model: Any, weights: Mapping[Path, Any] | 
 
     flat = [(path, changed(path, leaf) if is_weight(leaf) else leaf) for path, leaf in flat_state(model)]
     merged = nnx.merge(nnx.graphdef(model), nnx.from_flat_state(cast(Any, flat)))
-    return _run_nnx(programs, merged, ())[0]
+    return run_nnx_program(programs, merged, ())[0]
 
 
 _NO_EFFECT = 1e-6
 """What rounding alone may change."""
 
 
-def _run_nnx(programs: Programs, model: Any, wanted: Sequence[Path]) -> tuple[Any, list[Call], bool]:
+def run_nnx_program(programs: Programs, model: Any, wanted: Sequence[Path]) -> tuple[Any, list[Call], bool]:
+    """Runs the NNX program on a model; returns what `run_nnx` does."""
     inputs, own = programs.inputs, dict(flat_state(model))
 
     def locate(module: Any, above: Path) -> Path | None:

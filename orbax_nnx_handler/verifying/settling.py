@@ -27,9 +27,9 @@ from orbax_nnx_handler.planning.suggesting import Proposal, Question, Remade, Su
 from orbax_nnx_handler.planning.target import Target
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.verifying import Programs, agree, compare_inputs, lent
-from orbax_nnx_handler.verifying.comparison import compared, misfilled, proposed_without, tells, why_open
+from orbax_nnx_handler.verifying.comparison import compared, leaving_out, misfilled, run_both, tells, why_open
 from orbax_nnx_handler.verifying.pairing import by_path, compare_outputs, layers_of
-from orbax_nnx_handler.verifying.runs import Compared, LinenRun, Runs, run_both
+from orbax_nnx_handler.verifying.runs import Compared, LinenRun, Runs
 from orbax_nnx_handler.verifying.single_module import ModuleRunner
 from orbax_nnx_handler.verifying.verification import FirstDifference, Misfilled, Verification
 from orbax_nnx_handler.verifying.weights import on_one_device
@@ -126,7 +126,7 @@ class Settling:
             return None
         self.wrong, options = wrong, dataclasses.replace(self.options, init=self.init)
         with contextlib.suppress(RestoreError):
-            other = proposed_without(wrong.unused, self.checkpoint, self.target, options)
+            other = leaving_out(wrong.unused, self.checkpoint, self.target, options)
             again = dataclasses.replace(self, suggestion=other).settled()
             return again if again.confidence != "open" else None
         return None

@@ -1,10 +1,12 @@
 """One module of the target by itself, on recorded inputs; and other ways to make its weights."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
+import operator
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -18,12 +20,10 @@ from orbax_nnx_handler.planning.core.recipes import (
     Add,
     Concat,
     Recipe,
-    Reshape,
     Scale,
     Shapes,
     Stack,
     Transpose,
-    children,
     describe,
     reads,
     render_reads,
@@ -37,7 +37,7 @@ from orbax_nnx_handler.storage.reading import read_values
 from orbax_nnx_handler.verifying import Array
 from orbax_nnx_handler.verifying.pairing import nearest_modules
 from orbax_nnx_handler.verifying.recording import Call, Held, arrays_by_place
-from orbax_nnx_handler.verifying.weights import by_groups, by_one, one_device, refolded
+from orbax_nnx_handler.verifying.weights import again, by_groups, by_one, chain, divided, one_device
 
 _MOST_AXES = 4
 _MOST_PARTS = 4
@@ -59,40 +59,44 @@ class Alternative:
 
 
 def alternatives(
-    doubtful: Mapping[Path, Recipe], others: Mapping[Path, Mapping[Path, Recipe]], shapes: Shapes
+    all_: Mapping[Path, Recipe],
+    others: Mapping[Path, Mapping[Path, Recipe]],
+    shapes: Shapes,
+    late: Collection[Path] = (),
 ) -> Iterator[Alternative]:
     """Yields what could be otherwise, the likeliest first.
 
     Args:
-        doubtful: The recipe of each leaf of the module that is not known to be right.
+        all_: The recipe of each leaf of the module that is not known to be right.
         others: The recipes of other modules by their path, nearest first, by the path of the doubtful
             leaf that each would be.
         shapes: The stored shapes.
+        late: Leaves that a run does not show, but for those that others are exchanged with.
     """
+    doubtful = {leaf: recipe for leaf, recipe in all_.items() if leaf not in late}
     strangers = _strangers(doubtful)
-    exchanged = list(_exchanged(doubtful, shapes))
+    exchanged = list(_exchanged(all_, shapes, late))
     likely = [pairs for pairs in exchanged if strangers.issuperset(itertools.chain(*pairs))]
-    yield from (_exchange(pairs, doubtful) for pairs in likely)
+    yield from (_exchange(pairs, all_) for pairs in likely)
     undone = {leaf: way for leaf, recipe in doubtful.items() for _, way in _undone(recipe)}
     if len(undone) > 1:
         yield Alternative(words=f"{_names(undone)} are neither scaled nor shifted", recipes=undone)
     yield from itertools.islice(joined := orders(doubtful, shapes), 5)  # Three parts have as many others.
+    # One rule makes a leaf of all layers and experts, so that a mistake in it is in all of them.
+    yield from (_exchange(pairs, all_) for pairs in exchanged if len(pairs) > 1 and pairs not in likely)
+    yield from _alike(doubtful, shapes)
     # The likeliest way of each leaf comes before all ways of one of them: a square matrix is transposed.
     parts = (ways for leaf, recipe in doubtful.items() for ways in _parts_of(leaf, recipe, shapes))
     rounds = itertools.zip_longest(*(_axes(*each, shapes) for each in doubtful.items()), *parts)
     yield from filter(None, next(rounds, ()))
     yield from joined
     yield from filter(None, itertools.chain.from_iterable(rounds))
-    yield from _alike(doubtful, shapes)
     yield from itertools.starmap(_from_other, others.items())
-    yield from (_exchange(pairs, doubtful) for pairs in exchanged if pairs not in likely)
+    yield from (_exchange(pairs, all_) for pairs in exchanged if not pairs[1:] and pairs not in likely)
 
 
 def _alike(doubtful: Mapping[Path, Recipe], shapes: Shapes) -> Iterator[Alternative]:
-    """Yields leaves that one name writes, but for a number: all otherwise in one way, or in another order.
-
-    One rule makes them all, so that a mistake in it is in all of them.
-    """
+    """Yields leaves that one name writes, but for a number: all otherwise in one way, or in another order."""
     groups: dict[object, list[Path]] = defaultdict(list)
     for leaf, recipe in doubtful.items():
         groups[tuple(key for key in leaf if not isinstance(key, int)), shape_of(recipe, shapes)].append(leaf)
@@ -101,30 +105,39 @@ def _alike(doubtful: Mapping[Path, Recipe], shapes: Shapes) -> Iterator[Alternat
         for ways in zip(*(_axes(leaf, doubtful[leaf], shapes) for leaf in group), strict=False):
             made = {leaf: recipe for way in ways for leaf, recipe in way.recipes.items()}
             yield Alternative(words=f"{fold_paths(group)}: {ways[0].words}, and so in all", recipes=made)
-    for count in range(3, _MOST_PARTS + 1):
-        alike = [group for group in several if len(group) == count]
-        together = [alike, *([x] for x in alike)] if alike else []
-        for some, order in itertools.product(together, _otherwise(count)):
-            made = {group[to]: doubtful[group[at]] for group in some for to, at in enumerate(order)}
-            sources = ", ".join(map(render_reads, made.values()))
-            yield Alternative(words=f"{fold_paths(made)} are in another order: {sources}", recipes=made)
+    rows: dict[object, list[Path]] = defaultdict(list)
+    for leaf in doubtful:
+        for at in [at for at, key in enumerate(leaf) if isinstance(key, int)]:
+            rows[leaf[:at], leaf[at + 1 :], shape_of(doubtful[leaf], shapes)].append(leaf)
+    for count in sorted({len(row) for row in rows.values()} - {1, 2}):
+        alike = [row for row in rows.values() if len(row) == count]
+        for some, order in itertools.product([alike, *([x] for x in alike)], _otherwise(count)):
+            made = {row[to]: doubtful[row[at]] for row in some for to, at in enumerate(order)}
+            words = f"{fold_paths(made)} are in another order: {', '.join(map(str, order))}"
+            yield Alternative(words=words, recipes=made)
 
 
-def _exchanged(doubtful: Mapping[Path, Recipe], shapes: Shapes) -> Iterator[list[tuple[Path, Path]]]:
-    """Yields leaves that may be each other's: of two names in all layers, one by one, of two modules."""
-    alike: dict[object, list[tuple[Path, Path]]] = defaultdict(list)
-    modules: dict[object, list[tuple[Path, Path]]] = defaultdict(list)
-    pairs = list[tuple[Path, Path]]()
-    for one, other in itertools.combinations(doubtful, 2):
-        if shape_of(doubtful[one], shapes) == shape_of(doubtful[other], shapes):
-            pairs.append((one, other))
-            if one[-1:] == other[-1:]:
-                modules[one[:-1], other[:-1]].append((one, other))
-            numbers = [[key for key in path if isinstance(key, int)] for path in (one, other)]
-            names = [tuple(key for key in path if not isinstance(key, int)) for path in (one, other)]
-            if numbers[0] == numbers[1]:
-                alike[tuple(names)].append((one, other))
-    yield from (group for group in alike.values() if len(group) > 1)
+def _exchanged(
+    doubtful: Mapping[Path, Recipe], shapes: Shapes, late: Collection[Path]
+) -> Iterator[list[tuple[Path, Path]]]:
+    """Yields leaves that may be each other's: of two names in all layers, one by one, of two modules.
+
+    Of two names are those that differ in the same keys, be it a number: a weight of two layers' experts.
+    """
+    alike, modules = (defaultdict[object, list[tuple[Path, Path]]](list) for _ in range(2))
+    made = {leaf: shape_of(recipe, shapes) for leaf, recipe in doubtful.items()}
+    shown, others = ([leaf for leaf in doubtful if (leaf in late) == is_late] for is_late in (False, True))
+    each = itertools.chain(itertools.combinations(shown, 2), itertools.product(shown, others))
+    pairs = [(one, other) for one, other in each if made[one] == made[other]]
+    for one, other in pairs:
+        if one[-1:] == other[-1:]:
+            modules[one[:-1], other[:-1]].append((one, other))
+        if len(one) == len(other):
+            keys = zip(one, other, strict=True)
+            place = ((a, b) if a != b else None if isinstance(a, int) else a for a, b in keys)
+            alike[tuple(place)].append((one, other))
+    several = (group for group in alike.values() if len(group) > 1)
+    yield from sorted(several, key=lambda group: sum(map(operator.ne, *group[0])))
     yield from ([pair] for pair in pairs)
     yield from (group for group in modules.values() if len(group) > 1)
 
@@ -187,20 +200,23 @@ def _parts_of(leaf: Path, recipe: Recipe, shapes: Shapes) -> Iterator[Iterator[A
 
 def _ways(recipe: Recipe, shapes: Shapes) -> Iterator[tuple[str, Recipe]]:
     turned = _turned(recipe, shape_of(recipe, shapes))
-    return itertools.chain(_undone(recipe), turned, _divided(recipe, shapes))
+    return itertools.chain(_undone(recipe), turned, divided(recipe, shapes))
 
 
 def _undone(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
     """Yields the same without what a rule multiplies it with, or adds to it."""
-    for step in _chain(recipe):
+    for step in chain(recipe):
         if isinstance(step, Scale | Add):
             word = "scaled" if isinstance(step, Scale) else "shifted"
-            yield f"not {word}", _again(recipe, step, step.source)
+            yield f"not {word}", again(recipe, step, step.source)
 
 
-def _otherwise(count: int) -> Iterator[tuple[int, ...]]:
-    """Returns the orders of so many, without the one that they are in."""
-    return itertools.islice(itertools.permutations(range(count)), 1, None)
+def _otherwise(count: int) -> Iterable[tuple[int, ...]]:
+    """Returns the orders of so many, without the one that they are in; of many, those that are likely."""
+    plain = [*range(count)]
+    if count > _MOST_PARTS:
+        return (*plain[1:], 0), (count - 1, *plain[:-1]), (*plain[::-1],)
+    return itertools.islice(itertools.permutations(plain), 1, None)
 
 
 def _turned(recipe: Recipe, shape: Shape) -> Iterator[tuple[str, Recipe]]:
@@ -208,43 +224,6 @@ def _turned(recipe: Recipe, shape: Shape) -> Iterator[tuple[str, Recipe]]:
         for order in _otherwise(len(shape)):
             if tuple(shape[axis] for axis in order) == shape:
                 yield "transposed", Transpose(recipe, order)
-
-
-def _divided(recipe: Recipe, shapes: Shapes) -> Iterator[tuple[str, Recipe]]:
-    """Yields the same elements divided into axes in another order: heads before features, or after them."""
-    shape = shape_of(recipe, shapes)
-    for step in _chain(recipe):
-        if not isinstance(step, Reshape):
-            continue
-        before = shape_of(step.source, shapes)
-        for order in itertools.permutations(range(len(before))) if len(before) <= _MOST_AXES else ():
-            yield (
-                "divided otherwise",
-                _again(recipe, step, Reshape(Transpose(step.source, order), step.shape)),
-            )
-        for order in itertools.permutations(range(len(step.shape))) if len(step.shape) <= _MOST_AXES else ():
-            divided = Reshape(step.source, tuple(step.shape[axis] for axis in order))
-            back = tuple(sorted(range(len(order)), key=order.__getitem__))
-            yield "divided otherwise", _again(recipe, step, Transpose(divided, back))
-    if len(shape) <= _MOST_AXES:
-        yield from refolded(recipe, shape)
-
-
-def _chain(recipe: Recipe) -> Iterator[Recipe]:
-    yield recipe
-    inner = children(recipe)
-    if len(inner) == 1:
-        yield from _chain(inner[0])
-
-
-def _again(recipe: Recipe, step: Recipe, instead: Recipe) -> Recipe:
-    """Returns a chain of steps with one of them replaced."""
-    if recipe is step:
-        return instead
-    inner = _again(children(recipe)[0], step, instead)
-    if isinstance(recipe, Stack | Concat):
-        return dataclasses.replace(recipe, sources=(inner,))
-    return dataclasses.replace(recipe, source=inner)
 
 
 def orders(doubtful: Mapping[Path, Recipe], shapes: Shapes) -> Iterator[Alternative]:
@@ -256,8 +235,9 @@ def orders(doubtful: Mapping[Path, Recipe], shapes: Shapes) -> Iterator[Alternat
         together = {leaf: joint for leaf, joint in fused.items() if len(joint.sources) == count}
         groups = [[*together], *([leaf] for leaf in together if len(together) > 1)]
         for group, order in itertools.product(groups, _otherwise(count)):
-            some, parts = {leaf: together[leaf] for leaf in group}, _parts(together[group[0]], order)
-            recipes = {leaf: _with_parts(doubtful[leaf], x, _parts(x, order)) for leaf, x in some.items()}
+            some = {leaf: [together[leaf].sources[at] for at in order] for leaf in group}
+            recipes = {leaf: _with_parts(doubtful[leaf], together[leaf], x) for leaf, x in some.items()}
+            parts = some[group[0]]
             told = len({*map(render_reads, parts)}) == count  # Else they are parts of one array.
             said = (f"{render_reads(x)} {'' if told else describe(x)}".strip() for x in parts)
             words = f"{_names(group)} joined in another order: {', '.join(said)}"
@@ -274,7 +254,7 @@ def _interleaved(
     length = lengths.pop() if len(lengths) == 1 else 1
     for groups in [number for number in range(2, length + 1) if length % number == 0][:_MOST_GROUPS]:
         made = {
-            leaf: _again(doubtful[leaf], one, by_groups(one, groups, shapes)) for leaf, one in joints.items()
+            leaf: again(doubtful[leaf], one, by_groups(one, groups, shapes)) for leaf, one in joints.items()
         }
         words = f"{_names(joints)} joined group by group, {groups} in all, each with all parts"
         yield Alternative(words=words, recipes=made)
@@ -285,15 +265,34 @@ def _names(leaves: Iterable[Path]) -> str:
 
 
 def _joint(recipe: Recipe) -> Concat | Stack | None:
-    return next((step for step in _chain(recipe) if isinstance(step, Concat | Stack)), None)
-
-
-def _parts(joint: Concat | Stack, order: Sequence[int]) -> list[Recipe]:
-    return [joint.sources[at] for at in order]
+    return next((step for step in chain(recipe) if isinstance(step, Concat | Stack)), None)
 
 
 def _with_parts(recipe: Recipe, joint: Concat | Stack, parts: Iterable[Recipe]) -> Recipe:
-    return _again(recipe, joint, dataclasses.replace(joint, sources=tuple(parts)))
+    return again(recipe, joint, dataclasses.replace(joint, sources=tuple(parts)))
+
+
+class Reached(Exception):
+    """A run came to the call at which it ends; the argument is what that was made with."""
+
+
+@contextlib.contextmanager
+def _ending_at(module: Any, number: int) -> Generator[None]:
+    """Ends a run at one of the calls of a module, counted from 0."""
+    calls, cls = itertools.count(), next(x for x in type(module).__mro__ if "__call__" in vars(x))
+    original: Callable[..., Any] = vars(cls)["__call__"]
+
+    def ending(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if hasattr(self, "ends_a_run") and next(calls) == number:
+            raise Reached([np.asarray(leaf) for leaf in arrays_by_place((args, kwargs)).values()])
+        return original(self, *args, **kwargs)
+
+    module.ends_a_run = True  # It goes with the module through `nnx.split` and the transforms.
+    cls.__call__ = ending
+    try:
+        yield
+    finally:
+        cls.__call__ = original
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -346,17 +345,6 @@ class ModuleRunner:
             raise LookupError(f"{len(calls)} calls of {count} layers")
         return [one is call for one in calls].index(True) // (len(calls) // count)
 
-    def layers(self, module: Path, near: int | None) -> list[int | None]:
-        """Returns the layers of a module, those near a given one first; None where it is not scanned."""
-        middle = near or 0
-        count = self._count(module)
-        if count is None:
-            return [None]
-        found: list[int | None] = []
-        for away in range(count):
-            found += [at for at in dict.fromkeys((middle - away, middle + away)) if 0 <= at < count]
-        return found
-
     def likes(
         self, module: Path, layer: int | None, leaves: Mapping[Path, Recipe]
     ) -> dict[Path, Mapping[Path, Recipe]]:
@@ -364,7 +352,8 @@ class ModuleRunner:
         names = {leaf[len(module) :]: shape_of(recipe, self.shapes) for leaf, recipe in leaves.items()}
         found: dict[Path, Mapping[Path, Recipe]] = {}
         for path in nearest_modules(module, self._holding(set(names))):
-            for at in self.layers(path, layer):
+            count = self._count(path)
+            for at in sorted(range(count), key=lambda at: abs(at - (layer or 0))) if count else [None]:
                 if len(found) >= _MOST_OTHERS or (path, at) == (module, layer):
                     continue
                 recipes = {name: self.recipe((*path, *name), at) for name in names}
@@ -403,6 +392,7 @@ class ModuleRunner:
         call: Call,
         inputs: Sequence[Any],
         changed: Mapping[Path, Recipe],
+        until: tuple[Path, int] | None = None,
     ) -> list[Array]:
         """Calls a module by itself.
 
@@ -412,9 +402,13 @@ class ModuleRunner:
             call: The recorded call, whose other arguments are taken.
             inputs: The arrays among its arguments.
             changed: Leaves that are made in another way, with the recipe of the layer.
+            until: Keys from it to the module within it at whose call to end, and which call that is.
 
         Returns:
             The arrays that it returns.
+
+        Raises:
+            Reached: The module at which to end was called.
         """
         made = self._module(module, layer, {leaf: self.value(recipe) for leaf, recipe in changed.items()})
         where = one_device()  # As the model's own: what both programs compiled is not compiled again.
@@ -427,15 +421,13 @@ class ModuleRunner:
             "tuple[Any, Any]",
             jax.tree.map(put_back, call.arguments, is_leaf=lambda leaf: isinstance(leaf, Held | nnx.Pytree)),
         )
-        with jax.disable_jit(), jax.default_matmul_precision("highest"):
+        ending = _ending_at(_at(made, until[0]), until[1]) if until else contextlib.nullcontext()
+        with ending, jax.disable_jit(), jax.default_matmul_precision("highest"):
             result = made(*args, **kwargs) if call.function is None else call.function(made, *args)
         return [np.asarray(leaf) for leaf in arrays_by_place(result).values()]
 
     def _module(self, path: Path, layer: int | None, values: Mapping[Path, jax.Array]) -> Any:
-        node = self.model
-        for key in path:
-            node = getattr(node, key) if isinstance(key, str) and hasattr(node, key) else node[key]
-        graphdef, state = cast("tuple[Any, Any]", nnx.split(node))
+        graphdef, state = cast("tuple[Any, Any]", nnx.split(_at(self.model, path)))
         flat: list[tuple[Any, Any]] = []
         for keys, variable in cast("Iterable[tuple[Path, Any]]", nnx.to_flat_state(state)):
             leaf = (*path, *keys)
@@ -447,3 +439,10 @@ class ModuleRunner:
                     value = value[(*[slice(None)] * axis, layer)]
             flat.append((keys, variable.replace(value) if hasattr(variable, "replace") else value))
         return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def _at(model: Any, path: Path) -> Any:
+    """Returns the module at a path."""
+    for key in path:
+        model = getattr(model, key) if isinstance(key, str) and hasattr(model, key) else model[key]
+    return model

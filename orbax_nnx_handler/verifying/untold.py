@@ -1,9 +1,10 @@
 """What equal outputs do not tell: weights that they do not depend on, and inputs that show little."""
 
+import contextlib
 import dataclasses
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -15,11 +16,13 @@ from orbax_nnx_handler.planning.core.folding import fold_paths
 from orbax_nnx_handler.planning.core.paths import Path, segments
 from orbax_nnx_handler.planning.likeness.vocabulary import concepts
 from orbax_nnx_handler.planning.restore_plan import RestorePlan
+from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.verifying import (
     MASK,
     MOST_ROUNDINGS,
     TOLERANCE,
     Array,
+    are_identical,
     are_the_same,
     compare,
     exceeds,
@@ -27,7 +30,7 @@ from orbax_nnx_handler.verifying import (
 )
 from orbax_nnx_handler.verifying.runs import Compared, Runs, depends, returned_with
 from orbax_nnx_handler.verifying.verification import FirstDifference, outputs_apart
-from orbax_nnx_handler.verifying.weights import flat_state, is_weight
+from orbax_nnx_handler.verifying.weights import flat_state, is_weight, restore_linen
 
 _FEATURES = 3
 """Axes of an array of features: example, position, feature."""
@@ -402,3 +405,40 @@ def idle_slices(path: Path, zero: Array, layers: int | None) -> Array | None:
         return None  # One number, or words and positions that are not among the inputs.
     most = max(shares, key=lambda share: share.mean())
     return np.broadcast_to(most, zero.shape) if most.mean() >= _MUCH else None
+
+
+def whole_modules(some: Collection[Path], all_: Iterable[Path]) -> list[Path]:
+    """Returns the outermost modules of which all leaves are among some."""
+    others = {path[:depth] for path in all_ if path not in some for depth in range(len(path))}
+    each = ((path[:n] for n in range(1, len(path) + 1) if path[:n] not in others) for path in some)
+    return [*dict.fromkeys(next(modules) for modules in each)]
+
+
+def unused_leaves(
+    checkpoint: Checkpoint,
+    plan: RestorePlan,
+    groups: Sequence[Sequence[Path]],
+    run: Callable[[Any], Any],
+    returned: Any,
+) -> list[Path]:
+    """Returns which groups of stored floats a Linen program does not use: it returns the same without.
+
+    Each is tried as NaN, many at once. `run` runs the program on other variables than those that it
+    `returned` from.
+    """
+    runs = iter(range(_MOST_WITHOUT))
+
+    def unused(some: Sequence[Sequence[Path]]) -> list[Path]:
+        if not some or next(runs, None) is None:
+            return []
+        tried = [*itertools.chain(*some)]
+        variables, half = restore_linen(checkpoint, plan, tried).variables, len(some) // 2
+        with contextlib.suppress(Exception):  # The program may refuse what is no number in any way.
+            if are_identical(returned, run(variables)):
+                return tried
+        return [*unused(some[:half]), *unused(some[half:])] if half else []
+
+    return unused(groups)
+
+
+_MOST_WITHOUT = 16

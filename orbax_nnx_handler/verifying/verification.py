@@ -71,6 +71,7 @@ def outputs_apart(expected: Any, found: Any) -> list[Distance]:
     return [compare([np.asarray(a)], [np.asarray(b)]) for a, b in pairs]
 
 
+_structure = cast(Any, jax.tree).structure
 _SAME = "let both functions return the same: an array, or the same arrays in one structure."
 
 
@@ -80,10 +81,6 @@ def _first_alone(expected: Any, found: Any) -> str:
         if isinstance(more, tuple) and more and _structure(more[0]) == _structure(less):
             return f"let {name} return the first of its {len(cast(Any, more))} parts alone, [0]."
     return ""
-
-
-def _structure(tree: Any) -> Any:
-    return cast(Any, jax.tree.structure(tree))
 
 
 def is_called_alone(one: Use, calls: Sequence[Call]) -> bool:
@@ -112,8 +109,7 @@ def differing_settings(linen: Call, nnx: Call) -> dict[str, tuple[Any, Any]]:
     }
 
 
-_BEFORE, _BEHIND = 8, 3
-_HTML_ROWS = 200
+_BEFORE, _BEHIND, _HTML_ROWS = 8, 3, 200
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,9 +160,11 @@ class FirstDifference:
         before: The first module within it that is called with something else.
         is_reordered_before: Whether that are the same numbers in another order.
         proved: What has to be otherwise: with this change alone the module returns what Linen's does.
+        until: The module within it that is called with what Linen's is then, where that is what shows it.
         changes: The recipes of that change, by wanted path; of one layer, where the module is scanned.
         layer: Which layer that is.
         tried: How many other ways of making its weights were tried.
+        is_cut: Whether there are more, which would take several times as long as both programs do.
         settings: What both modules call by one name and set to different values: Linen's and NNX's.
         reordered: Whether it returned the same numbers in another order.
         unlike: Inputs of the one module that the other one is called with nothing like, in words.
@@ -179,9 +177,11 @@ class FirstDifference:
     before: Unit | None = None
     is_reordered_before: bool = False
     proved: str = ""
+    until: Unit | None = None
     changes: Mapping[Path, Recipe] = dataclasses.field(default_factory=dict[Path, Recipe])
     layer: int | None = None
     tried: int = 0
+    is_cut: bool = False
     settings: Mapping[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict[str, tuple[Any, Any]])
     reordered: bool = False
     unlike: tuple[str, ...] = ()
@@ -195,7 +195,10 @@ class FirstDifference:
     def sentences(self) -> list[Line]:
         """What follows from it."""
         if self.proved:
-            words = f"{self.proved}. With this change alone it returns what Linen's module does."
+            it, does = (
+                (f"{unit_name(self.until)} is called with", "is") if self.until else ("it returns", "does")
+            )
+            words = f"{self.proved}. With this change alone {it} what Linen's module {does}."
             return [Sentence("proved by outputs", words)]
         said = list[Line]()
         if self.after is not None or self.before is not None:
@@ -213,7 +216,7 @@ class FirstDifference:
         if self.tried:
             ways, are = ("one other way", "is") if self.tried == 1 else (f"{self.tried} other ways", "are")
             made = f"{ways} of making the weights in it (transposed, divided, joined, exchanged)"
-            said.append(Sentence("note", f"{made} {are} wrong too."))
+            said.append(Sentence("note", f"{made} {are} wrong too{_CUT if self.is_cut else ''}."))
         if not self.settings:
             otherwise = _CODE if self.tried or not self.weights else _WEIGHTS
             said.append(Sentence("hint", mixed_sources(self.weights) or otherwise))
@@ -240,6 +243,7 @@ class FirstDifference:
         return f"{', and '.join(part for part in (agrees, differs) if part)}."
 
 
+_CUT = ". There are more, which were not tried: they would take longer than both programs did"
 CALLED_IN_ANOTHER_ORDER = "is called with the same numbers as Linen's in another order"
 _CODE = (
     "if all its weights are right, the code differs: look for another epsilon, activation (gelu exact or by "

@@ -3,11 +3,10 @@
 And what each layer of a weight is made from.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, TypeGuard, cast
 
@@ -30,6 +29,7 @@ from orbax_nnx_handler.planning.core.recipes import (
     Slice,
     Stack,
     Transpose,
+    children,
     reads,
     shape_of,
     simplify,
@@ -41,7 +41,6 @@ from orbax_nnx_handler.planning.target import flatten_target
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.storage.reading import Job
 from orbax_nnx_handler.storage.restoring import read_jobs
-from orbax_nnx_handler.verifying import are_identical
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,43 +160,6 @@ def restore_linen(checkpoint: Checkpoint, plan: RestorePlan, no_numbers: Iterabl
         location=location,
         of_array={id(arrays[path]): location[path] for path in places},
     )
-
-
-def whole_modules(some: Collection[Path], all_: Iterable[Path]) -> list[Path]:
-    """Returns the outermost modules of which all leaves are among some."""
-    others = {path[:depth] for path in all_ if path not in some for depth in range(len(path))}
-    each = ((path[:n] for n in range(1, len(path) + 1) if path[:n] not in others) for path in some)
-    return [*dict.fromkeys(next(modules) for modules in each)]
-
-
-def unused_leaves(
-    checkpoint: Checkpoint,
-    plan: RestorePlan,
-    groups: Sequence[Sequence[Path]],
-    run: Callable[[Any], Any],
-    returned: Any,
-) -> list[Path]:
-    """Returns which groups of stored floats a Linen program does not use: it returns the same without.
-
-    Each is tried as NaN, many at once. `run` runs the program on other variables than those that it
-    `returned` from.
-    """
-    runs = iter(range(_MOST_RUNS))
-
-    def unused(some: Sequence[Sequence[Path]]) -> list[Path]:
-        if not some or next(runs, None) is None:
-            return []
-        tried = [*itertools.chain(*some)]
-        variables, half = restore_linen(checkpoint, plan, tried).variables, len(some) // 2
-        with contextlib.suppress(Exception):  # The program may refuse what is no number in any way.
-            if are_identical(returned, run(variables)):
-                return tried
-        return [*unused(some[:half]), *unused(some[half:])] if half else []
-
-    return unused(groups)
-
-
-_MOST_RUNS = 16
 
 
 def _job(checkpoint: Checkpoint, path: Path, where: Sharding) -> Job:
@@ -339,6 +301,47 @@ def refolded(recipe: Recipe, shape: Shape) -> Iterator[tuple[str, Recipe]]:
                     "in another order of its parts",
                     Reshape(Transpose(Reshape(recipe, split), tuple(order)), shape),
                 )
+
+
+_MOST_AXES = 4
+
+
+def divided(recipe: Recipe, shapes: Shapes) -> Iterator[tuple[str, Recipe]]:
+    """Yields the same elements divided into axes in another order: heads before features, or after them."""
+    shape = shape_of(recipe, shapes)
+    for step in chain(recipe):
+        if not isinstance(step, Reshape):
+            continue
+        before = shape_of(step.source, shapes)
+        for order in itertools.permutations(range(len(before))) if len(before) <= _MOST_AXES else ():
+            yield (
+                "divided otherwise",
+                again(recipe, step, Reshape(Transpose(step.source, order), step.shape)),
+            )
+        for order in itertools.permutations(range(len(step.shape))) if len(step.shape) <= _MOST_AXES else ():
+            divided = Reshape(step.source, tuple(step.shape[axis] for axis in order))
+            back = tuple(sorted(range(len(order)), key=order.__getitem__))
+            yield "divided otherwise", again(recipe, step, Transpose(divided, back))
+    if len(shape) <= _MOST_AXES:
+        yield from refolded(recipe, shape)
+
+
+def chain(recipe: Recipe) -> Iterator[Recipe]:
+    """Yields the steps of a recipe, the last first, as long as each has one source."""
+    yield recipe
+    inner = children(recipe)
+    if len(inner) == 1:
+        yield from chain(inner[0])
+
+
+def again(recipe: Recipe, step: Recipe, instead: Recipe) -> Recipe:
+    """Returns a chain of steps with one of them replaced."""
+    if recipe is step:
+        return instead
+    inner = again(children(recipe)[0], step, instead)
+    if isinstance(recipe, Stack | Concat):
+        return dataclasses.replace(recipe, sources=(inner,))
+    return dataclasses.replace(recipe, source=inner)
 
 
 _HEAD_SIZES = (256, 192, 160, 128, 96, 80, 64, 48, 40, 32, 24, 16, 12, 8, 6, 4)

@@ -1,5 +1,6 @@
 """Deliberate mistakes in right rules, and ports that compute something else: the right module is named."""
 
+import dataclasses
 import functools
 import io
 import pathlib
@@ -15,11 +16,11 @@ import pytest
 from flax import nnx
 from rich.console import Console
 
-from orbax_nnx_handler import Add, Fuse, Scale, StackLayers, Transpose, Verification, verify
+from orbax_nnx_handler import Add, Fuse, Scale, StackLayers, Transpose, UnstackLayers, Verification, verify
 from orbax_nnx_handler.planning.core.recipes import Concat, Index, Read, Slice
 from orbax_nnx_handler.planning.core.recipes import Transpose as Turned
-from orbax_nnx_handler.verifying.single_module import alternatives
-from tests.verifying.twins import BILSTM, GPT, LLAMA, TRANSLATOR, VIT, Twin
+from orbax_nnx_handler.verifying.single_module import ModuleRunner, alternatives
+from tests.verifying.twins import BILSTM, GPT, LLAMA, MIXTURES, TRANSLATOR, VIT, Twin
 
 Save = Callable[[Twin], pathlib.Path]
 
@@ -526,3 +527,49 @@ def test_two_parts_of_one_array_are_told_apart_where_their_order_is_said():
     first, second = said.partition(": ")[2].split(", ")
     assert first != second
     assert ("[8:16]" in first, "[0:8]" in second) == (True, True)
+
+
+def mixed(first: str, second: str) -> list[Any]:
+    """Returns the rules of the mixtures with what two of them write exchanged."""
+    paths = [f"blocks/{path[0]}/experts/{{e}}/{path[2:]}_proj/kernel" for path in (first, second)]
+    other = dict(zip(paths, reversed(paths), strict=True))
+    return [
+        dataclasses.replace(rule, into=other.get(rule.into, rule.into))
+        if isinstance(rule, UnstackLayers)
+        else rule
+        for rule in MIXTURES.rules
+    ]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "named"),
+    [
+        ("0/down", "1/down", "blocks/0/experts/0/down_proj"),
+        ("0/gate", "1/gate", "blocks/0/experts/0/gate_proj"),
+        ("0/up", "1/gate", "blocks/0/experts/0/up_proj"),
+        ("1/gate", "1/up", "blocks/1/experts/0"),
+    ],
+)
+def test_a_weight_of_experts_that_is_another_layers_is_proved(
+    saved: Save, monkeypatch: pytest.MonkeyPatch, first: str, second: str, named: str
+):
+    runs, run = list[Any](), ModuleRunner.run
+    monkeypatch.setattr(ModuleRunner, "run", lambda self, *args: runs.append(args) or run(self, *args))
+    target, rules = nnx.eval_shape(MIXTURES.make), mixed(first, second)
+    told = verify(saved(MIXTURES), target, MIXTURES.apply, MIXTURES.run, MIXTURES.inputs, renames=rules)
+    assert told.first is not None
+    assert told.first.path == named
+    assert "are exchanged" in told.first.proved
+    assert len(runs) <= 16
+
+
+def test_a_search_ends_when_it_would_take_longer_than_both_programs_and_says_so(saved: Save):
+    fault, module = MIXTURES.faults["weights of experts not normalised"]
+    target = nnx.eval_shape(functools.partial(MIXTURES.make, **fault))
+    told = verify(
+        saved(MIXTURES), target, MIXTURES.apply, MIXTURES.run, MIXTURES.inputs, renames=MIXTURES.rules
+    )
+    assert told.first is not None
+    assert (told.first.path, told.first.is_cut) == (module, True)
+    assert told.first.tried < 20
+    assert "There are more, which were not tried" in " ".join(str(told).split())

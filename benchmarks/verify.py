@@ -179,17 +179,14 @@ def _decoder(layers: int, width: int) -> _Case:
 
 
 def _mixtures(layers: int, width: int) -> _Case:
-    def rules(
-        gate: str, up: str, down: Callable[[int], int] = lambda layer: layer, further: int = 0
-    ) -> Rules:
+    def rules(gate: str, up: str, down: Callable[[int], int] = lambda layer: layer) -> Rules:
         names = {"wi_0": gate, "wi_1": up}
-        order = [(expert + further) % _EXPERTS for expert in range(_EXPERTS)]
-        found = [("norm_{i}", "blocks/{i}/norm"), ("layers_{i}/router", "blocks/{i}/router")]
+        found: list[Any] = [("norm_{i}", "blocks/{i}/norm"), ("layers_{i}/router", "blocks/{i}/router")]
         for layer in range(layers):
             for stored, name in {**names, "wo": "down"}.items():
                 at = down(layer) if name == "down" else layer
-                into = [f"blocks/{at}/experts/{expert}/{name}/kernel" for expert in order]
-                found.append(Split(f"layers_{layer}/{stored}", into, axis=0, drop_axis=True))
+                into = f"blocks/{at}/experts/{{e}}/{name}/kernel"
+                found.append(UnstackLayers(f"layers_{layer}/{stored}", into, axis=0))
         return found
 
     return _Case(
@@ -202,7 +199,6 @@ def _mixtures(layers: int, width: int) -> _Case:
                 rules("gate", "up", lambda layer: layer ^ 1 if layer < 2 else layer),
                 "blocks/0/experts/0/down",
             ),
-            "experts shifted by one": (rules("gate", "up", further=1), "blocks/0/experts/0"),
         },
     )
 

@@ -182,16 +182,15 @@ class Search:
     def _end_at(self, until: Compared, one: Compared) -> tuple[tuple[Path, int], int]:
         """Returns which call of which module in one another is, and how many calls are made before it."""
         start, end = self._start(one), until.nnx.call.order
-        calls = (call for calls in self.runner.calls.values() for call in calls if start < call.order < end)
+        calls = [each for path, each in self.runner.calls.items() if path[: len(one.path)] == one.path]
+        calls = [call for call in itertools.chain(*calls) if start < call.order < end]
         before = [call for call in calls if until.path not in call.within]
         return (until.path[len(one.path) :], sum(call.path == until.path for call in before)), len(before)
 
     def _inside(self, one: Compared) -> list[Compared]:
         """Returns the calls that were made in a call: since the module returned the last time."""
         start, end = self._start(one), one.nnx.call.order
-        return [
-            other for other in self.compared if start < other.nnx.call.order <= end and one.encloses(other)
-        ]
+        return [x for x in self.compared if start < x.nnx.call.order <= end and one.encloses(x)]
 
     def _difference(self, one: Compared, proof: _Proof | None) -> FirstDifference:
         at = proof.module if proof is not None else one
@@ -290,11 +289,11 @@ class Search:
         doubtful = {leaf: self.runner.recipe(leaf, layer) for leaf in self._doubtful(one, inside)}
         # What is called later than the first module that gets something else has no part in that.
         _, until = self._between(inside)
-        late = {leaf for leaf in one.pair.leaves if until and self._is_later(leaf, until)}
+        apart = {leaf for other in inside if not other.gets_the_same for leaf in other.pair.leaves}
+        names = sorted(apart - doubtful.keys(), key=natural_key)
+        others = {leaf: self.runner.recipe(leaf, layer) for leaf in names}
+        late = {leaf for leaf in one.pair.leaves if until and self._is_later(leaf, until)} | others.keys()
         shown = {leaf: recipe for leaf, recipe in doubtful.items() if leaf not in late}
-        others = {leaf for other in inside if not other.gets_the_same for leaf in other.pair.leaves}
-        others = {leaf: self.runner.recipe(leaf, layer) for leaf in others - doubtful.keys()}
-        late |= others.keys()
         comparable = [x for x in inside if x.found.outputs.compared and not {*x.pair.leaves} & late]
         likes = self.runner.likes(one.path, layer, {} if until else shown)
         ways = itertools.chain(

@@ -74,7 +74,7 @@ def alternatives(
         late: Leaves that a run does not show, but for those that others are exchanged with.
     """
     doubtful = {leaf: recipe for leaf, recipe in all_.items() if leaf not in late}
-    strangers = _strangers(doubtful)
+    strangers = _strangers(all_)
     exchanged = list(_exchanged(all_, shapes, late))
     likely = [pairs for pairs in exchanged if strangers.issuperset(itertools.chain(*pairs))]
     yield from (_exchange(pairs, all_) for pairs in likely)

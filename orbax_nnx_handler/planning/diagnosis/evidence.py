@@ -12,7 +12,7 @@ from orbax_nnx_handler.planning.core.errors import RestoreError, UnreadableLeafE
 from orbax_nnx_handler.planning.core.leaves import MOMENTS, Shape, StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, without_box
 from orbax_nnx_handler.planning.core.recipes import Recipe, reads
-from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement, words_of
+from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, STATISTICS, Placement, words_of
 from orbax_nnx_handler.planning.likeness.links import Findings
 from orbax_nnx_handler.planning.likeness.module_parts import arrangeable
 from orbax_nnx_handler.planning.mapping.choice import faults_of
@@ -170,8 +170,10 @@ class Evidence:
             for at, items in there.items()
         }
         aside = [item for item in self.sides.placements.values() if item.section == "aux"] if here else []
+        shared = [i for i in self.stored_weights.values() if i.collection in STATISTICS]
         kept = {
             at: _held((i.own[str(i.own[0]) == "model" :], i.leaf.shape) for i in aside if i.owner == at)
+            | _held((i.path, i.leaf.shape) for i in shared if i.owner == at[:-1])
             for at in there
         }
         alike: dict[Path, dict[Path, Sequence[Placement]]] = {}
@@ -181,7 +183,7 @@ class Evidence:
             found = [
                 at
                 for at in there
-                if _unnumbered(at) != _unnumbered(owner)
+                if unnumbered(at) != unnumbered(owner)
                 and any(
                     one and one.items() <= wanted and (kept[at] | one).items() >= wanted for one in held[at]
                 )
@@ -192,8 +194,7 @@ class Evidence:
 
     def _as_restored(self, copy: Iterable[Placement]) -> list[tuple[Tokens, Shape]]:
         """Returns the leaves of a copy as those are called and shaped that its twins are restored to."""
-        twins = ((self.stored_below(item), item.leaf.shape) for item in copy)
-        made = {path for twin in twins for path in self._made_of.get(twin, ())}
+        made = {p for x in copy for p in self._made_of.get((self.stored_below(x), x.leaf.shape), ())}
         return [(self.below[path], self.shape(path)) for path in made]
 
     @cached_property
@@ -214,7 +215,9 @@ class Evidence:
             for depth in range(min(len(path), DEPTH)):
                 below[path[:depth]].append(path)
         lost = {path for path in self.weights if path in self.open_leaves}
-        return {at: below[at] for at in sorted(below, key=len) if lost.issuperset(below[at])}
+        # Statistics may be stored once, for the model and for a copy of its parameters.
+        once = {path for path, item in self.weights.items() if item.collection in STATISTICS}
+        return {at: below[at] for at in sorted(below, key=len) if set[Path]() < {*below[at]} - once <= lost}
 
     @cached_property
     def perhaps_stored(self) -> frozenset[Path]:
@@ -226,7 +229,7 @@ class Evidence:
         unused = model_entries(self.unused_weights.values())
         held = stored_leaves([*unused, *self.sides.loose], False)
         found = arrangeable(wanted_leaves(lost), held) if held else set[Path]()
-        found.update(path for owner in self.networks for path in self._lost_networks[owner])
+        found.update(p for at in self.networks for p in self._lost_networks[at] if p in self.open_leaves)
         sections = {item.section for item in self.sides.placements.values()}
         follows = found and not sections.isdisjoint(("optimizer", "step"))
         unknown = {str(key) for path in self._unknown_fields for key in path}
@@ -438,9 +441,10 @@ def _held(leaves: Iterable[tuple[Path, Shape]]) -> dict[Tokens, int]:
     """Returns the number of elements of each weight, that of all layers together."""
     found: dict[Tokens, int] = defaultdict(int)
     for path, shape in leaves:
-        found[_unnumbered(without_box(path))] += math.prod(shape)
+        found[unnumbered(path)] += math.prod(shape)
     return found
 
 
-def _unnumbered(path: Path) -> Tokens:
-    return tuple(token for token in canonical(path) if not is_number(token))
+def unnumbered(path: Path) -> Tokens:
+    """Returns the canonical path of a leaf, layers and boxes left out."""
+    return tuple(token for token in without_box(canonical(path)) if not is_number(token))

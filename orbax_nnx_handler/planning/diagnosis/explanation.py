@@ -33,7 +33,6 @@ from orbax_nnx_handler.planning.diagnosis.layer_differences import (
     find_shifted,
 )
 from orbax_nnx_handler.planning.diagnosis.names import (
-    find_another_model,
     find_copies,
     find_other_groups,
     find_other_names,
@@ -50,10 +49,12 @@ from orbax_nnx_handler.planning.diagnosis.one_sided_parts import (
     find_tied,
     find_wrappers,
 )
-from orbax_nnx_handler.planning.diagnosis.optimizers import find_networks, find_optimizers, find_replicated
+from orbax_nnx_handler.planning.diagnosis.optimizers import find_networks, find_optimizers
 from orbax_nnx_handler.planning.diagnosis.passed_rules import (
+    find_another_model,
     find_dropped,
     find_given_layout,
+    find_replicated,
     find_rules_of_layers,
     find_sizes_of_rules,
     find_stuck_moments,
@@ -229,10 +230,9 @@ def _mismatches(
 def _unexpected(verdict: Verdict) -> Sequence[RestoreError]:
     if verdict.unexpected_policy != "error" or not verdict.unexpected:
         return []
-    count, rows = len(verdict.unexpected), aligned(stored_rows(verdict.unexpected.values()))
-    message = (
-        f"the checkpoint holds {counted(count, 'leaf', 'leaves')} that the target does not want:\n{rows}"
-    )
+    leaves = counted(len(verdict.unexpected), "leaf", "leaves")
+    rows = aligned(stored_rows(verdict.unexpected.values()))
+    message = f"the checkpoint holds {leaves} that the target does not want:\n{rows}"
     return [UnexpectedParamError(message, paths=list(verdict.unexpected))]
 
 

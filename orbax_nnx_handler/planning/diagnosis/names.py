@@ -1,4 +1,4 @@
-"""Names: another model, or the same one under other names, or in a copy.
+"""Names: the same model under other names, or in a copy.
 
 A rename is proposed where path and shape leave no choice, and the search that proposes rules does not
 say otherwise. A copy of the weights (an average, gradients, a target network) is used only where the
@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from flax import nnx
 
 from orbax_nnx_handler.planning.core.dtypes import name_of
-from orbax_nnx_handler.planning.core.errors import Cause, Hint
+from orbax_nnx_handler.planning.core.errors import Cause, Hint, as_python
 from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf, WantedLeaf
 from orbax_nnx_handler.planning.core.lines import counted, listed
 from orbax_nnx_handler.planning.core.paths import (
@@ -28,9 +28,16 @@ from orbax_nnx_handler.planning.core.paths import (
     spelled,
     without_box,
 )
-from orbax_nnx_handler.planning.diagnosis.evidence import Evidence
-from orbax_nnx_handler.planning.diagnosis.ways import LOOK, search_hint
-from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, is_copy_name, words_of
+from orbax_nnx_handler.planning.core.recipes import reads
+from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, unnumbered
+from orbax_nnx_handler.planning.diagnosis.optimizers import statistics_of_both
+from orbax_nnx_handler.planning.diagnosis.ways import search_hint
+from orbax_nnx_handler.planning.layouts.layout import (
+    FLAX_COLLECTIONS,
+    STATISTICS,
+    is_copy_name,
+    words_of,
+)
 from orbax_nnx_handler.planning.likeness.vocabulary import concepts, exclude
 from orbax_nnx_handler.planning.mapping.layer_paths import Group, layer_paths
 from orbax_nnx_handler.planning.rules import as_rules
@@ -108,46 +115,12 @@ def _is_safe(evidence: Evidence, changes: set[Change], sources: Mapping[Path, To
 
 _SAME, _MEANT = "they are the same", "that is what you want"
 _NAMES = 4
-_FEW = 0.25
 _MOST_ALIKE = 0.75
 _AUTOMATIC = re.compile(r"[A-Z]\w*_\d+")
 """A name that Linen gives: the class's own and a count (`flax.linen.Module`)."""
 
 _Contents = Mapping[Group, Mapping[Tokens, list[Path]]]
 """The leaves of each group by their path below one layer."""
-
-
-def find_another_model(evidence: Evidence) -> Iterable[Cause]:
-    """Yields the verdict that a checkpoint is another model's: neither names nor shapes agree."""
-    weights = evidence.weights
-    if len(weights) < 4 or not evidence.stored_weights or not evidence.missing_weights:
-        return
-    met = sum(path not in evidence.verdict.missing for path in weights)
-    if met > _FEW * len(weights):
-        return
-    stored_names = {_ending(evidence.stored_below(item)) for item in evidence.stored_weights.values()}
-    named = max(met, sum(_ending(tokens) in stored_names for tokens in evidence.below.values()))
-    shapes = Counter(item.leaf.shape for item in weights.values())
-    shaped = (shapes & Counter(item.leaf.shape for item in evidence.stored_weights.values())).total()
-    if len(evidence.links) > _FEW * len(weights):
-        return
-    if named <= _FEW * len(weights) and shaped <= _FEW * len(weights):
-        yield Cause(
-            kind="AnotherModel",
-            text=f"this looks like a checkpoint of another model: it shares {named} of the target's "
-            f"{len(weights)} names and {shaped} of its shapes.",
-            paths=evidence.with_moments(evidence.missing_weights),
-            way=_unless_renamed(evidence),
-            facts={"weights": len(weights), "named_alike": named, "shaped_alike": shaped},
-        )
-
-
-def _unless_renamed(evidence: Evidence) -> Hint:
-    """Returns the way out of another model's checkpoint; by other names it may be the same one's."""
-    lost = evidence.missing_weights
-    if 2 * len(evidence.perhaps_stored.intersection(lost)) < len(lost):
-        return LOOK
-    return Hint(f"{LOOK.words} If it is this model by other names: {search_hint(evidence).words}")
 
 
 def find_other_groups(evidence: Evidence) -> Iterable[Cause]:
@@ -274,11 +247,6 @@ def _look(leaf: WantedLeaf | StoredLeaf) -> tuple[tuple[int, ...], str]:
     return leaf.shape, name_of(leaf.dtype)
 
 
-def _ending(tokens: Tokens) -> Tokens:
-    # Module and weight: a parent of another name, or layers arranged otherwise, is the same model still.
-    return tuple(token for token in tokens if not is_number(token))[-2:]
-
-
 _DEPTH = 4
 """Levels of a target at which a network may lie."""
 
@@ -291,7 +259,38 @@ def find_copies(evidence: Evidence) -> Iterable[Cause]:
         yield from _only_a_copy(evidence)
     yield from _named_otherwise(evidence)
     yield from _kept_aside(evidence)
+    yield from _statistics_kept_once(evidence)
     yield from _in_another_collection(evidence)
+
+
+def _statistics_kept_once(evidence: Evidence) -> Iterable[Cause]:
+    """Yields statistics that are missing of a copy whose parameters are restored."""
+    every = [item for item in evidence.stored_weights.values() if item.collection in STATISTICS]
+    stored = {unnumbered(item.path) for item in every}
+    lost: dict[Path, list[Path]] = defaultdict(list)
+    for path in evidence.missing_weights if stored else ():
+        depths = (at for at in range(1, len(path)) if unnumbered(path[at:]) in stored)
+        if evidence.weights[path].collection in STATISTICS and (depth := next(depths, 0)):
+            lost[path[:depth]].append(path)
+    for owner, paths in lost.items():
+        made = (item.recipe for at, item in evidence.restored.items() if at[: len(owner)] == owner)
+        sources = [evidence.stored_weights.get(source) for recipe in made for source in reads(recipe)]
+        held = {(x.owner, x.collection in FLAX_COLLECTIONS) for x in sources if x is not None}
+        above, is_network = held.pop() if len(held) == 1 else ((), True)
+        if is_network and not above:
+            continue  # The model itself.
+        rules = statistics_of_both(evidence, owner, above[:-1] if is_network else above, paths)
+        where = listed([repr(rule.pattern) for rule in rules])
+        if rules:
+            yield Cause(
+                kind="CopyRenamed",
+                text=f"the parameters of the wanted {render(owner)!r} are those of a copy, and its "
+                f"{counted(len(paths), 'statistic')} would be in {where}, which is stored once, for averages "
+                "and what they are of.",
+                paths=tuple(paths),
+                way=Hint(f"if both use the same, pass renames={as_python(rules)}.", {"renames": rules}),
+                facts={"stored": where, "wanted": render(owner), "count": len(paths)},
+            )
 
 
 def _in_another_collection(evidence: Evidence) -> Iterable[Cause]:
@@ -330,10 +329,13 @@ def _has_collection(evidence: Evidence, path: Path) -> bool:
 
 
 def _only_a_copy(evidence: Evidence) -> Iterable[Cause]:
-    """Yields the verdict that nothing but a copy is stored: a tree, a train state or all of `params`."""
+    """Yields the verdict that all parameters that are stored are a copy: a tree, a train state, a collection.
+
+    Statistics may be restored, since they are no copy.
+    """
     free = evidence.free_weights
-    kept_apart = any(item.collection not in (None, "params") for item in free.values())
-    if kept_apart or len(free) < len(evidence.stored_weights):
+    others = (item for path, item in evidence.stored_weights.items() if path not in free)
+    if any(item.collection not in STATISTICS for item in others):
         return
     first = segments(next(iter(free)))
     for at, name in enumerate(first[:-1]):
@@ -344,9 +346,10 @@ def _only_a_copy(evidence: Evidence) -> Iterable[Cause]:
         stored = {_end(segments(path)[depth:]): path for path in free if segments(path)[:depth] == level}
         met = [path for path in evidence.missing_weights if _below_model(evidence, path) in stored]
         if len(stored) == len(free) and met:
+            what = "averages" if "ema" in words_of(name) else "a copy"
             yield Cause(
                 kind="OnlyACopy",
-                text=f"all that is stored lies below {name!r}, the name of a copy; "
+                text=f"all parameters that are stored lie below {name!r}, the name of {what}; "
                 "a copy is used only where the target or a rule names it.",
                 paths=(*evidence.with_moments(met), *free),
                 way=_pass_if(_MEANT, [("/".join(level), "params")]),
@@ -408,10 +411,10 @@ def _kept_aside(evidence: Evidence) -> Iterable[Cause]:
     kept, lost = defaultdict[Path, set[Tokens]](set), defaultdict[Path, set[Tokens]](set)
     for path in (*evidence.verdict.unexpected, *evidence.verdict.skipped):
         for depth in range(2, len(path) if evidence.sides.placements[path].section == "aux" else 0):
-            kept[path[:depth]].add(_unnumbered(path[depth:]))
+            kept[path[:depth]].add(unnumbered(path[depth:]))
     for path in evidence.weights if kept else ():
         for depth in range(1, min(len(path), _DEPTH)):
-            lost[path[:depth]].add(_unnumbered(path[depth:]) if path in evidence.missing else ())
+            lost[path[:depth]].add(unnumbered(path[depth:]) if path in evidence.missing else ())
     rules, words = dict[Path, Path](), functools.cache(words_of)
     for level in sorted(lost, key=len):
         alike = [at for at in kept if words(str(at[-1])) & words(str(level[-1]))]
@@ -434,10 +437,6 @@ def _kept_aside(evidence: Evidence) -> Iterable[Cause]:
             way=_pass_if(_MEANT, pairs),
             facts={"stored": stored, "wanted": wanted, "count": len(met)},
         )
-
-
-def _unnumbered(path: Path) -> Tokens:
-    return tuple(token for token in _end(path) if not is_number(token))
 
 
 def _below_model(evidence: Evidence, path: Path) -> Tokens:

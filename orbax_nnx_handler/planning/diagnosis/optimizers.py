@@ -5,7 +5,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-from orbax_nnx_handler.planning.core.errors import Cause, Hint
+from orbax_nnx_handler.planning.core.errors import Cause, Hint, as_python
 from orbax_nnx_handler.planning.core.folding import fold_paths
 from orbax_nnx_handler.planning.core.leaves import MOMENTS, begins_a_state
 from orbax_nnx_handler.planning.core.lines import listed
@@ -22,9 +22,9 @@ from orbax_nnx_handler.planning.core.recipes import Recipe, reads
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, spell
 from orbax_nnx_handler.planning.diagnosis.passed_rules import follow_weights
 from orbax_nnx_handler.planning.diagnosis.ways import selecting, weights_alone
-from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement, field_of
+from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, STATISTICS, Placement, field_of
 from orbax_nnx_handler.planning.mapping.optimizer_states import split
-from orbax_nnx_handler.planning.rules import as_rules
+from orbax_nnx_handler.planning.rules import Copy, Rename, Rule, as_rules
 
 
 def find_optimizers(evidence: Evidence) -> Iterable[Cause]:
@@ -82,32 +82,6 @@ def _other_optimizer(evidence: Evidence, lost: Sequence[Path]) -> Iterable[Cause
     )
 
 
-def find_replicated(evidence: Evidence) -> Iterable[Cause]:
-    """Yields the verdict that the whole train state was saved as copies for devices, or as several states."""
-    items = evidence.mismatched
-    lengths = {
-        item.stored_shape[0] if item.stored_shape[1:] == item.wanted.shape and item.stored_shape else None
-        for item in items.values()
-    }
-    length = lengths.pop() if len(lengths) == 1 else None
-    if length is not None and len(items) > 1 and not evidence.verdict.restored:
-        yield Cause(
-            kind="LeadingAxis",
-            text=f"each stored leaf has one axis more in front, of length {length}: the program saved a "
-            f"train state that `flax.jax_utils.replicate` had copied to {length} devices, or {length} train "
-            "states in one (`jax.vmap`).",
-            paths=tuple(items),
-            way=_ONE_OF_THEM,
-            facts={"length": length},
-        )
-
-
-_ONE_OF_THEM = Hint(
-    "read the tree with Orbax, take one of them (`jax.tree.map(lambda x: x[0], tree)`; of copies any, of "
-    "several states the one that is meant) and give it to from_linen."
-)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Move:
     """What is stored below another name, and the rules under which it is the wanted one.
@@ -124,7 +98,7 @@ class _Move:
     owner: Path
     place: Path
     what: str
-    rules: Sequence[tuple[str, str]]
+    rules: Sequence[tuple[str, str] | Rule]
     wanted: Sequence[Path]
     stored: Sequence[Path]
 
@@ -166,11 +140,14 @@ def _network_move(
     kinds = {field: kind if kind in FLAX_COLLECTIONS else "params" for field, kind in fields.items()}
     whole = [(spelled(field), spelled((*owner, kind))) for field, kind in kinds.items()]
     short = [(spelled(field), spelled(owner)) for field in fields]
+    is_whole = not STATISTICS.isdisjoint(kinds.values())
+    shared = [] if is_whole else statistics_of_both(evidence, owner, place[:-1], wanted)
+    whole += shared
     move = _Move(
         owner=owner,
         place=place,
         what="network",
-        rules=short if owner and len(fields) == 1 else whole,
+        rules=[*short, *shared] if owner and len(fields) == 1 else whole,
         wanted=wanted,
         stored=[item.leaf.path for item in stored],
     )
@@ -187,6 +164,27 @@ def _network_move(
     if lost and held and _are_restored(evidence, [state]):
         return state
     return move if _are_restored(evidence, [move]) else dataclasses.replace(move, rules=whole)
+
+
+def statistics_of_both(
+    evidence: Evidence, owner: Path, above: Path, lost: Iterable[Path]
+) -> list[Copy | Rename]:
+    """Returns the rules that give a network the statistics which are stored once for it and for another.
+
+    A program that averages its parameters runs both on one `batch_stats`.
+
+    Args:
+        evidence: The verdict.
+        owner: Where the network is wanted.
+        above: The stored train state in which its parameters are a copy.
+        lost: What is missing of the network.
+    """
+    kinds = STATISTICS.intersection(evidence.weights[path].collection or "" for path in lost)
+    every = (item for item in evidence.stored_weights.values() if item.collection in kinds)
+    fields = sorted({field_of(item) for item in every if item.owner == above}) if owner else []
+    others = (path for path, item in evidence.weights.items() if item.collection in kinds)
+    rule = Copy if any(path[: len(owner)] != owner for path in others) else Rename
+    return [rule(spelled(field), spelled(owner)) for field in fields]
 
 
 def _whose(evidence: Evidence, lost: Iterable[Path]) -> Iterable[Cause]:
@@ -313,7 +311,9 @@ def _elsewhere(evidence: Evidence, moves: Sequence[_Move]) -> Cause:
         text = f"{moves[0].what}s are stored below {listed(names)}, {unasked}."
     elif len(rules) > 1:
         way = "both are one network"
-    return _cause(evidence, [moves], text, Hint(f"if {way}, pass renames={rules!r}.", {"renames": rules}))
+    return _cause(
+        evidence, [moves], text, Hint(f"if {way}, pass renames={as_python(rules)}.", {"renames": rules})
+    )
 
 
 def _one_of(evidence: Evidence, moves: Sequence[_Move]) -> Cause:
@@ -327,7 +327,7 @@ def _one_of(evidence: Evidence, moves: Sequence[_Move]) -> Cause:
         ends = [f"wanted below {render(move.owner)!r}" for move in moves]
     places = [_found_by(evidence, [move])[0] for move in moves]
     each = zip(moves, places, ends, strict=True)
-    ways = [f"pass renames={list(move.rules)!r}{place} if it is {end}" for move, place, end in each]
+    ways = [f"pass renames={as_python(list(move.rules))}{place} if it is {end}" for move, place, end in each]
     return _cause(evidence, [[move] for move in moves], text, Hint(f"{', or '.join(ways)}."))
 
 

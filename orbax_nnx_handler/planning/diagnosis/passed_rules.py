@@ -1,10 +1,11 @@
-"""What was passed and stands in the way: rules that drop or make what the target does not want, a layout.
+"""What was passed and stands in the way: another model, several states in one, a layout, rules.
 
-And moments that cannot follow what a rule does to their parameters.
+Rules that drop or make what the target does not want, and moments that cannot follow what a rule does to
+their parameters.
 """
 
 import dataclasses
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from orbax_nnx_handler.planning import layouts
@@ -12,10 +13,17 @@ from orbax_nnx_handler.planning.core.errors import Cause, Hint, UnknownLayoutErr
 from orbax_nnx_handler.planning.core.folding import fold_paths
 from orbax_nnx_handler.planning.core.leaves import Shape, differing_axes
 from orbax_nnx_handler.planning.core.lines import counted, listed
-from orbax_nnx_handler.planning.core.paths import Path, Tokens, render
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, is_number, render
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, reads
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence
-from orbax_nnx_handler.planning.diagnosis.ways import AXES, selecting, suggest_hint, weights_alone
+from orbax_nnx_handler.planning.diagnosis.ways import (
+    AXES,
+    LOOK,
+    search_hint,
+    selecting,
+    suggest_hint,
+    weights_alone,
+)
 from orbax_nnx_handler.planning.likeness.shapes import ways
 from orbax_nnx_handler.planning.mapping.matches import Discarded
 from orbax_nnx_handler.planning.mapping.moments import StuckMoment
@@ -23,6 +31,7 @@ from orbax_nnx_handler.planning.rules import Drop, Fuse, Repeat, Reshape, Rule, 
 from orbax_nnx_handler.planning.rules.stacking import stacking_otherwise
 from orbax_nnx_handler.planning.verdict.outcomes import Mismatched
 
+_FEW = 0.25
 _TRIED = 6
 """Rules that are tried one by one, each by a whole plan."""
 _NEW = " of another shape"
@@ -50,6 +59,70 @@ def find_given_layout(evidence: Evidence) -> Iterable[Cause]:
             way=Hint("leave layout=... out: it is found out from the metadata.", {"layout": "auto"}),
             facts={"given": given, "found": tuple(found)},
         )
+
+
+def find_another_model(evidence: Evidence) -> Iterable[Cause]:
+    """Yields the verdict that a checkpoint is another model's: neither names nor shapes agree."""
+    weights = evidence.weights
+    if len(weights) < 4 or not evidence.stored_weights or not evidence.missing_weights:
+        return
+    met = sum(path not in evidence.verdict.missing for path in weights)
+    if met > _FEW * len(weights):
+        return
+    stored_names = {_ending(evidence.stored_below(item)) for item in evidence.stored_weights.values()}
+    named = max(met, sum(_ending(tokens) in stored_names for tokens in evidence.below.values()))
+    shapes = Counter(item.leaf.shape for item in weights.values())
+    shaped = (shapes & Counter(item.leaf.shape for item in evidence.stored_weights.values())).total()
+    if len(evidence.links) > _FEW * len(weights):
+        return
+    if named <= _FEW * len(weights) and shaped <= _FEW * len(weights):
+        yield Cause(
+            kind="AnotherModel",
+            text=f"this looks like a checkpoint of another model: it shares {named} of the target's "
+            f"{len(weights)} names and {shaped} of its shapes.",
+            paths=evidence.with_moments(evidence.missing_weights),
+            way=_unless_renamed(evidence),
+            facts={"weights": len(weights), "named_alike": named, "shaped_alike": shaped},
+        )
+
+
+def _unless_renamed(evidence: Evidence) -> Hint:
+    """Returns the way out of another model's checkpoint; by other names it may be the same one's."""
+    lost = evidence.missing_weights
+    if 2 * len(evidence.perhaps_stored.intersection(lost)) < len(lost):
+        return LOOK
+    return Hint(f"{LOOK.words} If it is this model by other names: {search_hint(evidence).words}")
+
+
+def _ending(tokens: Tokens) -> Tokens:
+    # Module and weight: a parent of another name, or layers arranged otherwise, is the same model still.
+    return tuple(token for token in tokens if not is_number(token))[-2:]
+
+
+def find_replicated(evidence: Evidence) -> Iterable[Cause]:
+    """Yields the verdict that the whole train state was saved as copies for devices, or as several states."""
+    items = evidence.mismatched
+    lengths = {
+        item.stored_shape[0] if item.stored_shape[1:] == item.wanted.shape and item.stored_shape else None
+        for item in items.values()
+    }
+    length = lengths.pop() if len(lengths) == 1 else None
+    if length is not None and len(items) > 1 and not evidence.verdict.restored:
+        yield Cause(
+            kind="LeadingAxis",
+            text=f"each stored leaf has one axis more in front, of length {length}: the program saved a "
+            f"train state that `flax.jax_utils.replicate` had copied to {length} devices, or {length} train "
+            "states in one (`jax.vmap`).",
+            paths=tuple(items),
+            way=_ONE_OF_THEM,
+            facts={"length": length},
+        )
+
+
+_ONE_OF_THEM = Hint(
+    "read the tree with Orbax, take one of them (`jax.tree.map(lambda x: x[0], tree)`; of copies any, of "
+    "several states the one that is meant) and give it to from_linen."
+)
 
 
 def find_dropped(evidence: Evidence) -> Iterable[Cause]:

@@ -203,6 +203,8 @@ class Layout:
 
 FLAX_COLLECTIONS = ("params", "batch_stats", "cache", "intermediates", "perturbations")
 """The collections that Flax names itself, by Variable type (flax/nnx/variablelib.py `VariableTypeCache`)."""
+STATISTICS = frozenset(FLAX_COLLECTIONS) - {"params"}
+"""Those of what a program computes, and averages no further than it does."""
 
 
 _GENERAL_WORDS = frozenset(

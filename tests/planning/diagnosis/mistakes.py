@@ -348,22 +348,85 @@ class Normed(Mlp):
         self.norm = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
 
 
-@mistake
-def an_average_of_the_parameters_and_of_the_statistics() -> Mistake:
-    numbers = Numbers()
+def normed(numbers: Numbers) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns parameters and statistics of a network with a norm."""
     params = {**mlp(numbers), "norm": {"scale": numbers(4), "bias": numbers(4)}}
-    statistics = {"norm": {"mean": numbers(4), "var": numbers(4)}}
-    state = {**numbers.state(params), "batch_stats": statistics}
-    copies = {f"ema_{name}": numbers.like(state[name]) for name in ("params", "batch_stats")}
+    return params, {"norm": {"mean": numbers(4), "var": numbers(4)}}
+
+
+def averaged(name: str) -> Callable[[], dict[str, Any]]:
+    """Returns what builds a network, its optimizer and its average below a name."""
 
     def make() -> dict[str, Any]:
         network = Normed()
-        return {"model": network, "optimizer": optimizer(network), "ema": Normed()}
+        return {"model": network, "optimizer": optimizer(network), name: Normed()}
 
+    return make
+
+
+@mistake
+def an_average_of_the_parameters_and_of_the_statistics() -> Mistake:
+    numbers = Numbers()
+    params, statistics = normed(numbers)
+    state = {**numbers.state(params), "batch_stats": statistics}
+    copies = {f"ema_{name}": numbers.like(state[name]) for name in ("params", "batch_stats")}
     own = flat(params, "model") | flat(statistics, "model")
     return Mistake(
-        state | copies, make, own | flat(copies["ema_params"], "ema") | flat(copies["ema_batch_stats"], "ema")
+        state | copies,
+        averaged("ema"),
+        own | flat(copies["ema_params"], "ema") | flat(copies["ema_batch_stats"], "ema"),
     )
+
+
+def statistics_stored_once(copy: str, below: str, networks: Mapping[str, str]) -> Mistake:
+    """Returns a network and a copy of its parameters, both of which run on the same statistics."""
+    numbers = Numbers()
+    params, statistics = normed(numbers)
+    tree = {**numbers.state(params), "batch_stats": statistics, copy: numbers.like(params)}
+    truth = {
+        path: value
+        for name, field in networks.items()
+        for path, value in (flat(tree[field], below + name) | flat(statistics, below + name)).items()
+    }
+
+    def make() -> dict[str, Any]:
+        found = averaged("ema")() if networks.keys() == {"model", "ema"} else {n: Normed() for n in networks}
+        return {below.rstrip("/"): found} if below else found
+
+    return Mistake(tree, make, truth)
+
+
+@mistake
+def statistics_stored_once_for_a_model_and_its_average() -> Mistake:
+    return statistics_stored_once("ema_params", "", {"model": "params", "ema": "ema_params"})
+
+
+@mistake
+def statistics_stored_once_for_a_model_and_its_average_below_a_level() -> Mistake:
+    return statistics_stored_once("ema_params", "state/", {"model": "params", "ema": "ema_params"})
+
+
+@mistake
+def statistics_stored_once_for_an_average_that_has_the_name_it_is_stored_by() -> Mistake:
+    return statistics_stored_once("ema_params", "", {"model": "params", "ema_params": "ema_params"})
+
+
+@mistake
+def statistics_stored_once_for_an_average_that_is_wanted_alone() -> Mistake:
+    return statistics_stored_once("ema_params", "", {"ema": "ema_params"})
+
+
+@mistake
+def statistics_stored_once_for_a_network_and_the_one_that_follows_it() -> Mistake:
+    return statistics_stored_once("target_params", "", {"online": "params", "target": "target_params"})
+
+
+@mistake
+def averages_beside_statistics_and_no_parameters() -> Mistake:
+    numbers = Numbers()
+    params, statistics = normed(numbers)
+    truth = flat(params, "model") | flat(statistics, "model")
+    return Mistake({"ema_params": params, "batch_stats": statistics}, lambda: {"model": Normed()}, truth)
 
 
 def copied(numbers: Numbers) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from flax import nnx
 import orbax_nnx_handler
 from orbax_nnx_handler import (
     Cast,
+    Copy,
     DtypeMismatchError,
     RestoreError,
     from_linen,
@@ -276,6 +277,28 @@ def test_optimizers_by_network_below_one_opt_state_are_not_begun_anew() -> None:
     assert "'opt_state': tree['opt_state']['actor'], 'step': tree['step']" in str(error)
     assert not any(hint.fills for hint in error.hints)
     assert all(np.array_equal(found[path], given.truth[path]) for path in found if path != "actor_opt/step")
+
+
+def test_no_hint_begins_statistics_anew_that_are_stored_once_for_a_model_and_its_average() -> None:
+    given = MISTAKES["statistics_stored_once_for_an_average_that_has_the_name_it_is_stored_by"]()
+
+    error = plan_restore(given.tree, nnx.eval_shape(given.make)).error()
+
+    assert [hint.arguments for hint in error.hints] == [{"renames": [Copy("batch_stats", "ema_params")]}]
+    (cause,) = error.causes
+    assert cause.text == (
+        "the parameters of the wanted 'ema_params' are those of a copy, and its 2 statistics would be in "
+        "'batch_stats', which is stored once, for averages and what they are of."
+    )
+
+
+def test_averages_that_are_the_only_parameters_are_called_so() -> None:
+    given = MISTAKES["averages_beside_statistics_and_no_parameters"]()
+
+    error = plan_restore(given.tree, nnx.eval_shape(given.make)).error()
+
+    assert [hint.arguments for hint in error.hints] == [{"renames": [("ema_params", "params")]}]
+    assert "lie below 'ema_params', the name of averages;" in " ".join(str(error).split())
 
 
 def test_no_hint_fills_networks_while_others_of_the_same_weights_lie_unused() -> None:

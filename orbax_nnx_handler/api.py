@@ -34,15 +34,15 @@ from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metad
 from orbax_nnx_handler.storage.reading.memory import Memory
 from orbax_nnx_handler.storage.reading.single_replica import single_replica_leaves
 from orbax_nnx_handler.storage.restoring import carry_out
-from orbax_nnx_handler.storage.saving.arrange import Flavour, Transformation, is_nnx
-from orbax_nnx_handler.storage.saving.atomic import save_item
-from orbax_nnx_handler.storage.saving.save import (
+from orbax_nnx_handler.storage.saving import (
     RulesOrRestore,
     as_save_item,
     linen_save,
     nothing_to_save,
     plan_save,
 )
+from orbax_nnx_handler.storage.saving.arrange import Flavour, Transformation, is_nnx
+from orbax_nnx_handler.storage.saving.atomic import save_item
 from orbax_nnx_handler.storage.stores.files import Files
 from orbax_nnx_handler.storage.stores.kvstore import files_at
 from orbax_nnx_handler.storage.stores.locations import absolute, as_path, check_writable

@@ -25,8 +25,8 @@ from orbax_nnx_handler.planning.restore_plan import RestoreReport
 from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.planning.target import is_unbuilt
 from orbax_nnx_handler.storage.reading.single_replica import single_replica_of
+from orbax_nnx_handler.storage.saving import RulesOrRestore, as_save_item, linen_save
 from orbax_nnx_handler.storage.saving.arrange import Flavour, Transformation, is_nnx
-from orbax_nnx_handler.storage.saving.save import RulesOrRestore, as_save_item, linen_save
 from orbax_nnx_handler.storage.stores.locations import check_writable, is_url
 
 ItemT = TypeVar("ItemT", default=Any)

@@ -73,7 +73,7 @@ def flatten_wanted(target: Any, overrides: Mapping[Path, Any], *, beside: Iterab
 
 def _saved_places(target: Any, stored: Collection[Path]) -> Iterable[Mapping[Path, SavedAs]]:
     # Here, for nearly no plan needs what writes checkpoints, Orbax with it.
-    from orbax_nnx_handler.storage.saving.save import saved_places
+    from orbax_nnx_handler.storage.saving import saved_places
 
     return saved_places(target, stored)
 

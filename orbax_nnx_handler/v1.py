@@ -36,8 +36,8 @@ from orbax_nnx_handler.planning.options import (
     check_choice,
 )
 from orbax_nnx_handler.planning.restore_plan import RestoreReport
+from orbax_nnx_handler.storage.saving import as_save_item, linen_save
 from orbax_nnx_handler.storage.saving.arrange import Flavour, Transformation, is_nnx
-from orbax_nnx_handler.storage.saving.save import as_save_item, linen_save
 from orbax_nnx_handler.storage.stores.locations import check_writable, is_url
 
 _TREE_FILE = "_METADATA"

@@ -25,12 +25,12 @@ LOCAL_IMPORTS = {
     ("commands.demo", "commands.demo.programs"),
     ("commands.demo", "commands.demo.walkthrough"),
     # What writes checkpoints comes with Orbax, and few plans ask what a save of the target would write.
-    ("planner", "storage.saving.save"),
+    ("planner", "storage.saving"),
 }
 """Modules of ours that are imported inside a function, with the reason: how long a start takes."""
 LATE_IMPORTS = {
     # As long to load as all of the package, and needed for a proposal only.
-    ("planning.likeness.assignment", "scipy.optimize"),
+    ("planning.likeness.highest_sums", "scipy.optimize"),
     # A checkpoint on this machine needs none of it.
     ("storage.stores.locations", "fsspec"),
     # A tenth of a second that `plan` need not wait.

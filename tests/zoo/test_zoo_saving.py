@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from orbax_nnx_handler import save
-from orbax_nnx_handler.storage.saving.save import linen_save
+from orbax_nnx_handler.storage.saving import linen_save
 from tests.zoo.modules import PAIRS
 from tests.zoo.pairs import Pair, restored_module, saved, stored_variables
 

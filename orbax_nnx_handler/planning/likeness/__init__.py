@@ -86,8 +86,8 @@ def lists_around(names: Names) -> Sequence[tuple[Names, int, Names]]:
 
 def in_list(names: Names) -> tuple[Names, Names]:
     """Returns the outermost list that a part is in, and its path in a layer; nothing where it is in none."""
-    list_, _, within = next(iter(lists_around(names)), ((), 0, ()))
-    return list_, within
+    every = lists_around(names)
+    return (every[0][0], every[0][2]) if every else ((), ())
 
 
 def with_sources(several: Iterable[tuple[Link, Sequence[Leaf | None]]]) -> list[Link]:

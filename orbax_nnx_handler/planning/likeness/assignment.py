@@ -6,18 +6,15 @@ import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
-from typing import Any, cast
-
-import numpy as np
 
 from orbax_nnx_handler.planning.core.leaves import Shape, permuted
 from orbax_nnx_handler.planning.core.paths import Level
+from orbax_nnx_handler.planning.likeness.highest_sums import MOST_PAIRS
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart
 from orbax_nnx_handler.planning.likeness.shapes import Step, Way, is_vector, transposed, ways
 from orbax_nnx_handler.planning.likeness.vocabulary import (
     FUSED,
-    MARGIN,
     NUMBERED,
     OF_EITHER,
     PLACING,
@@ -261,73 +258,7 @@ def _counts_through(one: NamedPart, other: NamedPart) -> bool:
 # Many at once.
 
 
-class Table:
-    """The scores of pairs, and which pairs together have the highest sum."""
-
-    def __init__(self, scores: Mapping[tuple[int, int], float]) -> None:
-        self._every = scores
-        sides = self._rows, self._columns = [sorted({pair[side] for pair in scores}) for side in (0, 1)]
-        rows, columns = ({part: place for place, part in enumerate(side)} for side in sides)
-        self._places = {(at, to): (rows[at], columns[to]) for at, to in scores}
-        self._scores = np.zeros((len(rows), len(columns)))
-        for pair, score in scores.items():
-            self._scores[self._places[pair]] = score
-
-    def best(self, without: tuple[int, int] | None = None) -> tuple[frozenset[tuple[int, int]], float]:
-        """Returns the pairs that give the highest sum, and the sum; one pair may be forbidden."""
-        if len(self._every) == 1:  # Nearly every one of a model whose parts differ in their shapes.
-            alone = {pair: score for pair, score in self._every.items() if pair != without and score > 0}
-            return frozenset(alone), sum(alone.values())
-        scores = self._scores if without is None else self._scores.copy()
-        if without is not None:
-            scores[self._places[without]] = 0.0
-        # Here, since it takes as long to load as all of this package, and only a proposal needs it.
-        from scipy import optimize
-
-        chosen = cast(Any, optimize).linear_sum_assignment(scores, maximize=True)
-        places = [(int(row), int(column)) for row, column in zip(*chosen, strict=True)]
-        kept = [place for place in places if scores[place] > 0]
-        pairs = frozenset((self._rows[row], self._columns[column]) for row, column in kept)
-        return pairs, sum(float(scores[place]) for place in kept)
-
-
-def best_pairs(scores: Mapping[tuple[int, int], float]) -> list[tuple[int, int]]:
-    """Returns the pairs of the best assignment that no other one comes near to."""
-    found: list[tuple[int, int]] = []
-    for group in components(scores):
-        table = Table({pair: scores[pair] for pair in group})
-        best, value = table.best()
-        found += [pair for pair in sorted(best) if value - table.best(without=pair)[1] >= MARGIN]
-    return found
-
-
-def components(pairs: Iterable[tuple[int, int]]) -> list[set[tuple[int, int]]]:
-    """Returns the pairs in groups that share no part."""
-    return [set(group) for group in merged(frozenset({pair}) for pair in pairs)]
-
-
-def merged(groups: Iterable[frozenset[tuple[int, int]]]) -> list[frozenset[tuple[int, int]]]:
-    """Returns groups of pairs, those that share a part of either side made one."""
-    owner: dict[tuple[str, int], int] = {}
-    found: dict[int, set[tuple[int, int]]] = {}
-    for number, group in enumerate(sorted(groups, key=sorted)):
-        found[number] = set(group)
-        keys = [key for at, to in group for key in (("wanted", at), ("stored", to))]
-        joined = {number, *(owner[key] for key in keys if key in owner)}
-        large = max(sorted(joined), key=lambda at: len(found[at]))
-        for small in sorted(joined - {large}):
-            for at, to in (pairs := found.pop(small)):
-                owner["wanted", at] = owner["stored", to] = large
-            found[large] |= pairs
-        owner |= dict.fromkeys(keys, large)
-    return [frozenset(group) for group in found.values()]
-
-
 # What is compared.
-
-
-MOST_PAIRS = 10_000
-"""A hundred parts of one shape on either side are no block of a model that names could tell apart."""
 
 
 def sizes_of_few(counts: Iterable[Mapping[int, int]]) -> set[int]:

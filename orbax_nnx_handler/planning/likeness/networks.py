@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.paths import levels, shared_levels
 from orbax_nnx_handler.planning.likeness import choice_of, in_list, lists_around, share_word, with_sources
-from orbax_nnx_handler.planning.likeness.assignment import best_pairs
+from orbax_nnx_handler.planning.likeness.highest_sums import best_pairs
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, part_of, ranked
 from orbax_nnx_handler.planning.likeness.vocabulary import (

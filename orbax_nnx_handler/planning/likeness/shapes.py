@@ -96,7 +96,7 @@ def ways(stored: Shape, wanted: Shape) -> tuple[Way, ...]:
 
 def is_vector(shape: Shape) -> bool:
     """Tells whether at most one axis has more than one element."""
-    return sum(length != 1 for length in shape) < 2
+    return len(shape) - shape.count(1) < 2
 
 
 def _flattens_an_image(stored: Shape, wanted: Shape) -> bool:

@@ -113,21 +113,24 @@ def _telling(names: Names) -> frozenset[str]:
 # What may be a copy.
 
 
-def apart_from_copies(links: Sequence[Link], stored: Iterable[Leaf]) -> tuple[list[Link], list[Tie]]:
+def apart_from_copies(links: Sequence[Link], stored: Sequence[Leaf]) -> tuple[list[Link], list[Tie]]:
     """Returns the links, and as questions those of what may be a copy, or may hold its parts otherwise.
 
     A copy is what is called one, `unet_ema`, and a module of one name that is wanted twice and stored once.
     Further questions are which levels on the way up of a U-Net are which.
     """
+    links, levels = by_level(links)
+    called = {
+        name for x in itertools.chain(stored, *(y.wanted for y in links)) for name in (*x.names, *x.source)
+    }
+    copies = {name for name in called if _is_copied(str(name))}  # Nearly always none.
 
     def is_copied(names: Iterable[object]) -> bool:
-        return any(map(_is_copied, map(str, names)))
+        return not copies.isdisjoint(names)
 
-    links, levels = by_level(links)
     doubled, used = _doubled(links), {leaf.part for link in links for leaf in link.stored}
     free = {x.names[-2:] for x in stored if x.part not in used and not is_copied(x.names)}
-    every = {link.source.names for link in links}
-    plain = every - copied if (copied := {names for names in every if is_copied(names)}) else copied
+    plain = {names for link in links if not is_copied(names := link.source.names)} if copies else ()
     originals = {tuple(map(words, names[:at])) for names in plain for at in range(len(names))}
 
     def has_original(names: Names) -> bool:
@@ -139,9 +142,9 @@ def apart_from_copies(links: Sequence[Link], stored: Iterable[Leaf]) -> tuple[li
     kinds: dict[str, list[Link]] = defaultdict(list)
     for link in links:
         names, is_stored = link.target.names[:-1], any(is_copied(leaf.source) for leaf in link.stored)
-        copies = [name for name in names if is_copy_level(name)]
-        said = words("/".join(link.source.names)) if copies else ()  # RAFT's `mask` is a `mask_head`.
-        is_copy = not is_stored and any(not {*words(name)} <= {*said} for name in copies)
+        said_copies = [name for name in names if name in copies and is_copy_level(name)]
+        said = words("/".join(link.source.names)) if said_copies else ()  # RAFT's `mask` is a `mask_head`.
+        is_copy = not is_stored and any(not {*words(name)} <= {*said} for name in said_copies)
         is_beside = link.source.names[-2:] in free or has_original(link.source.names)
         is_taken = is_stored and not is_copied(names) and is_beside
         kind = "lent" if is_copy or link.target.source in doubled else "taken" if is_taken else ""

@@ -137,8 +137,7 @@ class _Matching:
 
     def _match_stacked_lists(self) -> None:
         """Matches lists in the layers of a list with one that holds them stacked; asks which it holds."""
-        pairs = [(pair, stacks) for stacks in (False, True) for pair in itertools.product(*self._left())]
-        for (one, other), stacks in pairs:
+        for stacks, (one, other) in itertools.product((False, True), itertools.product(*self._left())):
             if not (self._is_taken(one) or self._is_taken(other)):
                 self._match_or_ask_stacks(stacked_lists(*((other, one) if stacks else (one, other))), stacks)
 
@@ -164,7 +163,7 @@ class _Matching:
         return self._rest[side]
 
     def _is_taken(self, series: Series) -> bool:
-        return any(id(leaf) in self._taken for leaf in series.leaves)
+        return not self._taken.isdisjoint(map(id, series.leaves))
 
     def _take(self, leaves: Iterable[Leaf]) -> None:
         self._taken.update(map(id, leaves))
@@ -177,14 +176,16 @@ class _Matching:
 
     def _match_side_by_side(self) -> None:
         """Matches lists that hold together what the blocks of one list of the other side hold."""
+        lists = self._series(1)
         for far, one in [(1 - at, x) for at in (0, 1) for x in self._left()[at]]:
-            lists = self._series(1)[far] if all(one.sizes != x.sizes for x in self._groups[far]) else []
-            for layers, own in filter(None, [side_by_side(one, lists, self._context.above[far])]):
+            others = lists[far] if all(one.sizes != x.sizes for x in self._groups[far]) else []
+            for layers, own in filter(None, [side_by_side(one, others, self._context.above[far])]):
                 members = _match_members(*((one, layers) if far else (layers, one)), self._context)
                 known = {id(x) for link in members.every for x in (*link.wanted, *link.stored)}
                 if known >= {*map(id, (*one.leaves, *layers.leaves))}:
                     self._found.add(as_they_lie(members, own))
                     self._take((*one.leaves, *(leaf for leaf, *_ in own.values())))
+                    lists = self._series(1)
 
     def _match_lists_in_lists(self) -> None:
         for step in (1, -1):
@@ -198,9 +199,8 @@ class _Matching:
         ways += [(*lists_within(one, groups[0]), -1) for one in groups[1]]
         for found, by_names, step in ways:
             several = [[(pair[::step][0], pair[::step][1]) for pair in pairs] for pairs in found]
-            if not found or any(self._is_taken(one) for pair in several[0] for one in pair):
-                continue
-            self._match_or_ask(several, by_names=by_names)
+            if found and not any(self._is_taken(one) for pair in several[0] for one in pair):
+                self._match_or_ask(several, by_names=by_names)
 
     def _match_or_ask(self, several: Sequence[Pairs], *, by_names: bool = False) -> None:
         """Matches what all of several readings say; asks about the rest."""

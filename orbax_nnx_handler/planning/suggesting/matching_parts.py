@@ -15,19 +15,16 @@ from orbax_nnx_handler.planning.likeness import (
 )
 from orbax_nnx_handler.planning.likeness.arrangements import beside_turned
 from orbax_nnx_handler.planning.likeness.assignment import (
-    MOST_PAIRS,
     Fit,
-    Table,
     across_networks,
     are_unlike,
     beside_namesakes,
-    components,
     displaced,
     fit_of,
     may_be,
-    merged,
     sizes_of_few,
 )
+from orbax_nnx_handler.planning.likeness.highest_sums import MOST_PAIRS, Table, components, merged
 from orbax_nnx_handler.planning.likeness.joined_parts import either_way, gated, joined_parts
 from orbax_nnx_handler.planning.likeness.links import (
     Findings,
@@ -138,7 +135,8 @@ class _Pairs:
 
     def _exclude(self, pairs: Collection[tuple[int, int]]) -> None:
         self._excluded.update(pairs)
-        self._fits = {pair: fit for pair, fit in self._fits.items() if pair not in self._excluded}
+        for pair in pairs:
+            self._fits.pop(pair, None)
 
     def _modules_told(self) -> set[tuple[Names, Names]]:
         """Returns modules that are each other's by a matrix that no other one of them can be by its shape."""

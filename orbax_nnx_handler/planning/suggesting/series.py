@@ -283,10 +283,12 @@ def side_by_side(series: Series, others: Sequence[Series], above: int) -> _Layer
 
 def _lists_of(series: Series, numbers: list[int]) -> list[Series]:
     """Returns a list that counts so, or those in its members, where these do: `norm1/{i}`, `norm2/{i}`."""
-    inner = [series_of(held, series.depth, 1) for held in series.members.values()]
-    are_lists = all(len(x) == 1 and x[0].numbers == numbers and x[0].depth == series.depth + 1 for x in inner)
-    every = [x for each in inner for x in each] if are_lists else []
-    return [series] if series.numbers == numbers else every
+    inner = (series_of(held, series.depth, 1) for held in series.members.values())
+    alike = itertools.takewhile(
+        lambda some: [(x.numbers, x.depth) for x in some] == [(numbers, series.depth + 1)], inner
+    )
+    every = [x for some in (() if series.numbers == numbers else alike) for x in some]
+    return [series] if series.numbers == numbers else every if len(every) == len(series.members) else []
 
 
 def _may_count_blocks(series: Series, lists: Sequence[Series], fronts: Sequence[Names]) -> bool:

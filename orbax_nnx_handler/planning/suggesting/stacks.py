@@ -14,7 +14,7 @@ from orbax_nnx_handler.planning.core.leaves import Shape, with_fields
 from orbax_nnx_handler.planning.core.paths import levels
 from orbax_nnx_handler.planning.likeness import share_word, sizes_of, with_layers
 from orbax_nnx_handler.planning.likeness.arrangements import moves
-from orbax_nnx_handler.planning.likeness.assignment import MOST_PAIRS, best_pairs
+from orbax_nnx_handler.planning.likeness.highest_sums import MOST_PAIRS, best_pairs
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, settle_turns
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, Stacks, depth_of, leaves_below, part_sizes
 from orbax_nnx_handler.planning.likeness.shapes import Steps, Way, without_axis

@@ -43,7 +43,11 @@ class _Said(NamedTuple):
     is_short: bool
 
 
-def strangers(links: Iterable[Link]) -> Iterator[Link]:
+_Parts = Mapping[tuple[Names, Names], Sequence[Link]]
+"""The links of each wanted part and each stored one of which it is made."""
+
+
+def strangers(parts: _Parts) -> Iterator[Link]:
     """Yields links of parts that shapes do not tell, whose names share no more than what kind they are.
 
     A vector is as long as any other one of its model, and a square matrix as large: a new `mask_token` fits
@@ -51,23 +55,24 @@ def strangers(links: Iterable[Link]) -> Iterator[Link]:
     for a vector in no list it is enough that one does. Words that one side lacks in other parts too, which
     are told, say nothing, nor do the names of modules that hold such parts.
     """
-    parts = defaultdict[tuple[Names, Names], list[Link]](list)
-    for link in links:
-        for one, other in itertools.product(link.wanted, link.stored):
-            parts[part_of(one), part_of(other)].append(link)
     called = {pair: _names(some[0]) for pair, some in parts.items()}
     said = {pair: _said(*names) for pair, names in called.items()}
     told = {pair for pair, some in parts.items() if said[pair].is_shared or _are_told(pair, some)}
-    told |= _norms_of(told, parts) & parts.keys() if len(told) < len(parts) else set()
-    kinds = {tuple(map(plain_names, pair)): said[pair].only for pair in told}
-    lacking = [frozenset[str]().union(*(only[side] for only in kinds.values())) for side in (0, 1)]
+    if len(told) == len(parts):
+        return
+    told |= _norms_of(told, parts) & parts.keys()
+    kinds = {said[pair].only for pair in told}
+    lacking = [frozenset[str]().union(*(only[side] for only in kinds)) for side in (0, 1)]
     known = [{pair[side] for pair in told} for side in (0, 1)]
-    modules = {both for pair in told for both in itertools.product(*map(around, pair))}
-    for pair, some in parts.items():
-        if pair in told:
-            continue
+    doubted = dict[tuple[Names, Names], list[Concepts]]()
+    for pair in (x for x in parts if x not in told):
         left = [only - others for only, others in zip(said[pair].only, lacking, strict=True)]
-        left = [set[str]() if pair[side] in known[side] else left[side] for side in (0, 1)]
+        left = [frozenset[str]() if pair[side] in known[side] else left[side] for side in (0, 1)]
+        if any(left):
+            doubted[pair] = left
+    modules = {both for pair in (told if doubted else ()) for both in itertools.product(*map(around, pair))}
+    for pair, left in doubted.items():
+        some = parts[pair]
         if (pair[0][:-1], pair[1][:-1]) in modules:
             left = [left[side] & concepts(called[pair][side][len(pair[side]) - 1 :]) for side in (0, 1)]
         is_lone = not any(in_list(x)[0] for x in pair) and all(is_vector(link.source.shape) for link in some)
@@ -75,9 +80,7 @@ def strangers(links: Iterable[Link]) -> Iterator[Link]:
             yield from (x for x in some if x.joint is None and x.layers is None and not x.copied)
 
 
-def _norms_of(
-    told: Set[tuple[Names, Names]], parts: Mapping[tuple[Names, Names], Sequence[Link]]
-) -> set[tuple[Names, Names]]:
+def _norms_of(told: Set[tuple[Names, Names]], parts: _Parts) -> set[tuple[Names, Names]]:
     """Returns the norms of layers that are told."""
     links = [*itertools.chain(*parts.values())]
     leaves = ((x for link in links for x in link.wanted), (x for link in links for x in link.stored))
@@ -113,8 +116,7 @@ def _said(wanted: Names, stored: Names) -> _Said:
     sides = ours, theirs = _own(wanted), _own(stored)
     one, other = ours - theirs, theirs - ours
     begun = any(x.startswith(y) or y.startswith(x) for x in one for y in other if min(len(x), len(y)) > 1)
-    is_short = not (one.isdisjoint(_in_short(stored)) and other.isdisjoint(_in_short(wanted)))
-    is_short |= begun
+    is_short = begun or not (one.isdisjoint(_in_short(stored)) and other.isdisjoint(_in_short(wanted)))
     is_shared = is_short or not ours & theirs <= _KINDS | PLACING
     # Where both only say where they are in a block, that has decided; a letter alone says nothing.
     return _Said(
@@ -128,19 +130,24 @@ def _own(names: Names) -> Concepts:
     return concepts(names) - concepts(letters)
 
 
-def _in_short(names: Names) -> set[str]:
-    """Returns what words may be in short: `sa` of `SelfAttention`, `lnf` of `ln_f`."""
-    several = [x[at:to] for x in map(words, names) for to in range(len(x) + 1) for at in range(to - 1)]
-    return {"".join(word[:width] for word in some) for some in several for width in (1, None)}
+def _in_short(names: Names) -> frozenset[str]:
+    return frozenset[str]().union(*map(_short_forms, names))
+
+
+@functools.lru_cache(maxsize=65536)
+def _short_forms(name: str) -> frozenset[str]:
+    """Returns what words of a name may be in short: `sa` of `SelfAttention`, `lnf` of `ln_f`."""
+    every = words(name)
+    several = [every[at:to] for to in range(len(every) + 1) for at in range(to - 1)]
+    return frozenset("".join(word[:width] for word in some) for some in several for width in (1, None))
 
 
 # What is called otherwise than all beside it.
 
 _CELLS = frozenset(("lstm", "gru", "rnn", "cell"))
-_Parts = Mapping[tuple[Names, Names], Sequence[Link]]
 
 
-def called_otherwise(links: Sequence[Link]) -> Iterator[Link]:
+def called_otherwise(parts: _Parts) -> Iterator[Link]:
     """Yields links of parts, or of modules around them, that are called another than they are made of.
 
     Where all beside them has one name on both sides, a `cost` that is left is no `reward`, though nothing
@@ -149,10 +156,6 @@ def called_otherwise(links: Sequence[Link]) -> Iterator[Link]:
     holds parts that are called the same on both sides, and as nothing else of the model; and what the only
     convolution of images is, its shape tells.
     """
-    parts = defaultdict[tuple[Names, Names], list[Link]](list)
-    for link in links:
-        for one, other in itertools.product(link.wanted, link.stored):
-            parts[part_of(one), part_of(other)].append(link)
     odd = defaultdict[tuple[Names, Names], list[tuple[Names, Names]]](list)
     for pair in parts:
         one, other = _differing(*pair)
@@ -225,17 +228,18 @@ _FUNCTIONS = {word: each.split()[0] for each in _SPELLINGS.split(",") for word i
 
 def unlike_names(links: Sequence[Link]) -> Iterator[Link]:
     """Yields links of parts whose names are strangers, or say that they hold other functions of a value."""
-    yield from strangers(links)
-    yield from called_otherwise(links)
+    parts = defaultdict[tuple[Names, Names], list[Link]](list)
     for link in links:
+        for one, other in itertools.product(link.wanted, link.stored):
+            parts[part_of(one), part_of(other)].append(link)
+    yield from strangers(parts)
+    yield from called_otherwise(parts)
+    names = {name for link in links for leaf in (*link.wanted, *link.stored) for name in leaf.names}
+    named = {name for name in names if any(word in name.lower() for word in _FUNCTIONS)}  # Nearly none.
+    for link in links if named else ():
         pairs = ((x.names, y.names) for x in link.wanted for y in link.stored)
-        if any(any(_functions(*both)) for both in pairs if any(map(_holds_function, (*both[0], *both[1])))):
+        if any(any(_functions(*both)) for both in pairs if not named.isdisjoint((*both[0], *both[1]))):
             yield link
-
-
-@functools.lru_cache(maxsize=1 << 16)
-def _holds_function(name: str) -> bool:
-    return any(word in name.lower() for word in _FUNCTIONS)  # Nearly no name does.
 
 
 def why_unlike(wanted: Path, stored: Path) -> str:

@@ -15,7 +15,7 @@ from orbax_nnx_handler.planning.core.folding import PLACE, numbered
 from orbax_nnx_handler.planning.core.leaves import with_fields
 from orbax_nnx_handler.planning.core.paths import Path, is_index, levels, shared_levels
 from orbax_nnx_handler.planning.likeness import Owners, sizes_of
-from orbax_nnx_handler.planning.likeness.assignment import best_pairs
+from orbax_nnx_handler.planning.likeness.highest_sums import best_pairs
 from orbax_nnx_handler.planning.likeness.links import (
     Findings,
     Link,

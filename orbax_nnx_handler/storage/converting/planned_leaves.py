@@ -36,8 +36,8 @@ from orbax_nnx_handler.planning.rules.entries import model_entries
 from orbax_nnx_handler.planning.target.roles import roles_of
 from orbax_nnx_handler.storage.converting.blocks import Written, refusal
 from orbax_nnx_handler.storage.restoring.fill import fill_leaves
+from orbax_nnx_handler.storage.saving import plan_save
 from orbax_nnx_handler.storage.saving.arrange import Flavour
-from orbax_nnx_handler.storage.saving.save import plan_save
 from orbax_nnx_handler.storage.saving.saved import SavedLeaf
 
 # Layouts whose optimizer state has the shape that optax gives it.

@@ -8,7 +8,7 @@ from flax import nnx
 
 from orbax_nnx_handler import plan_restore, suggest
 from orbax_nnx_handler.planning.core.recipes import reads
-from orbax_nnx_handler.planning.likeness.assignment import components
+from orbax_nnx_handler.planning.likeness.highest_sums import components
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.suggesting import propose
 from orbax_nnx_handler.planning.target import flatten_target

@@ -26,8 +26,7 @@ from orbax_nnx_handler import (
     save,
     to_linen,
 )
-from orbax_nnx_handler.storage.saving import atomic
-from orbax_nnx_handler.storage.saving.save import linen_save, plan_save
+from orbax_nnx_handler.storage.saving import atomic, linen_save, plan_save
 from orbax_nnx_handler.storage.stores.kvstore import files_at
 from orbax_nnx_handler.storage.stores.locations import is_url
 from tests.cases import load_case

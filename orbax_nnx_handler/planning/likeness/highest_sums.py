@@ -1,0 +1,105 @@
+"""Which pairs of the parts of two sides together have the highest score.
+
+Each part is in one pair at most. A pair stands only where every other way to pair the parts is worse by a
+margin: what is nearly as likely is asked about.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+import numpy as np
+
+from orbax_nnx_handler.planning.likeness.vocabulary import MARGIN
+
+MOST_PAIRS = 10_000
+"""A hundred parts of one shape on either side are no block of a model that names could tell apart."""
+
+
+class Table:
+    """The scores of pairs, and which pairs together have the highest sum."""
+
+    def __init__(self, scores: Mapping[tuple[int, int], float]) -> None:
+        self._every = scores
+        sides = self._rows, self._columns = [sorted({pair[side] for pair in scores}) for side in (0, 1)]
+        rows, columns = ({part: place for place, part in enumerate(side)} for side in sides)
+        self._places = {(at, to): (rows[at], columns[to]) for at, to in scores}
+        self._scores = np.zeros((len(rows), len(columns)))
+        for pair, score in scores.items():
+            self._scores[self._places[pair]] = score
+
+    def best(self, without: tuple[int, int] | None = None) -> tuple[frozenset[tuple[int, int]], float]:
+        """Returns the pairs that give the highest sum, and the sum; one pair may be forbidden."""
+        if len(self._every) == 1:  # Nearly every one of a model whose parts differ in their shapes.
+            alone = {pair: score for pair, score in self._every.items() if pair != without and score > 0}
+            return frozenset(alone), sum(alone.values())
+        scores = self._scores if without is None else self._scores.copy()
+        if without is not None:
+            scores[self._places[without]] = 0.0
+        kept = [place for place in _places(scores) if scores[place] > 0]
+        pairs = frozenset((self._rows[row], self._columns[column]) for row, column in kept)
+        return pairs, sum(float(scores[place]) for place in kept)
+
+    def leads(self, pair: tuple[int, int]) -> bool:
+        """Tells at a glance that no sum without a pair of the highest one comes near; not always if so."""
+        row, column = self._places[pair]
+        is_wide = len(self._rows) <= len(self._columns)
+        line, at = (self._scores[row], column) if is_wide else (self._scores[:, column], row)
+        is_own = _own_best(self._scores if is_wide else self._scores.T) is not None
+        return is_own and bool(line[at] - np.delete(line, at).max(initial=0.0) >= MARGIN)
+
+
+def _own_best(scores: Any) -> list[int] | None:
+    """Returns the column of each row's highest score; None where two share one, or a row has several."""
+    best, highest = scores.argmax(axis=1), scores.max(axis=1)
+    is_one = len({*best.tolist()}) == len(best) == np.count_nonzero(scores == highest[:, None])
+    return best.tolist() if is_one else None
+
+
+def _places(scores: Any) -> list[tuple[int, int]]:
+    """Returns the places that give the highest sum."""
+    is_wide = scores.shape[0] <= scores.shape[1]
+    if (own := _own_best(scores if is_wide else scores.T)) is not None:
+        return sorted((at, to) if is_wide else (to, at) for at, to in enumerate(own))
+    # Here, since it takes as long to load as all of this package, and only some proposals need it.
+    from scipy import optimize
+
+    chosen = cast(Any, optimize).linear_sum_assignment(scores, maximize=True)
+    return [(int(row), int(column)) for row, column in zip(*chosen, strict=True)]
+
+
+def best_pairs(scores: Mapping[tuple[int, int], float]) -> list[tuple[int, int]]:
+    """Returns the pairs of the best assignment that no other one comes near to.
+
+    Args:
+        scores: How well the parts of each pair fit, by their places on both sides; what is missing or not
+            above zero is no pair.
+    """
+    found: list[tuple[int, int]] = []
+    for group in components(scores):
+        table = Table({pair: scores[pair] for pair in group})
+        best, value = table.best()
+        stands = (pair for pair in sorted(best) if table.leads(pair) or value - table.best(pair)[1] >= MARGIN)
+        found += stands
+    return found
+
+
+def components(pairs: Iterable[tuple[int, int]]) -> list[set[tuple[int, int]]]:
+    """Returns the pairs in groups that share no part."""
+    return [set(group) for group in merged(frozenset({pair}) for pair in pairs)]
+
+
+def merged(groups: Iterable[frozenset[tuple[int, int]]]) -> list[frozenset[tuple[int, int]]]:
+    """Returns groups of pairs, those that share a part of either side made one."""
+    owner: dict[tuple[str, int], int] = {}
+    found: dict[int, set[tuple[int, int]]] = {}
+    for number, group in enumerate(sorted(groups, key=sorted)):
+        found[number] = set(group)
+        keys = [key for at, to in group for key in (("wanted", at), ("stored", to))]
+        joined = {number, *(owner[key] for key in keys if key in owner)}
+        large = max(sorted(joined), key=lambda at: len(found[at]))
+        for small in sorted(joined - {large}):
+            for at, to in (pairs := found.pop(small)):
+                owner["wanted", at] = owner["stored", to] = large
+            found[large] |= pairs
+        owner |= dict.fromkeys(keys, large)
+    return [frozenset(group) for group in found.values()]

@@ -31,6 +31,7 @@ from orbax_nnx_handler.planning.likeness.vocabulary import (
     Concepts,
     Names,
     concepts,
+    counts_of,
     exclude,
     likeness,
     words,
@@ -38,6 +39,7 @@ from orbax_nnx_handler.planning.likeness.vocabulary import (
 from orbax_nnx_handler.planning.rules import Fuse, Rule, Split
 from orbax_nnx_handler.planning.rules.split_and_fuse import cut_alike
 
+_Roles = Sequence[NamedPart]
 _READINGS = 6
 
 
@@ -99,7 +101,7 @@ def _claims(wholes: Sequence[NamedPart], singles: Sequence[NamedPart], split: bo
         named = dataclasses.replace(whole, fused=whole.fused or whole.untold)
         # What the other side holds in one array as well, is that.
         is_there = 0 < kinds[0].count(kind := (whole.fused, whole.part.main_size)) <= kinds[1].count(kind)
-        score, parts = _single_parts(named, singles) if named.fused and not is_there else (0.0, [])
+        score, parts = _single_parts(named, singles, wholes) if named.fused and not is_there else (0.0, [])
         found, tie = links_of(named, parts, split) if parts else [], None
         readings = _by_head(found, whole.untold, split=split) if whole.untold else ()
         if parts and not found:
@@ -192,8 +194,11 @@ def _rest(role: NamedPart, used: Collection[int]) -> list[NamedPart]:
     return [dataclasses.replace(role, part=ModulePart(role.part.names, left))] if left else []
 
 
-def _single_parts(whole: NamedPart, singles: Sequence[NamedPart]) -> tuple[float, list[NamedPart]]:
-    """Returns the parts that a fused one holds, where one module alone has them, and the likeness."""
+def _single_parts(whole: NamedPart, singles: _Roles, wholes: _Roles) -> tuple[float, list[NamedPart]]:
+    """Returns the parts that a fused one holds, where one module alone has them, and the likeness.
+
+    Of `h0_attn` and `h1_attn` only one has the numbers of `h/1/attn`, where both sides count alike.
+    """
     modules: dict[Any, list[NamedPart]] = {}
     for role in [role for role in singles if not role.fused]:
         modules.setdefault(role.part.module, []).append(role)
@@ -204,6 +209,11 @@ def _single_parts(whole: NamedPart, singles: Sequence[NamedPart]) -> tuple[float
             if not any(exclude(rest, part.said - set(whole.fused)) for part in parts):
                 is_told = marked == marks or not marked.isdisjoint(rest)
                 found.append((max(likeness(rest, part.said) for part in parts) + is_told, parts))
+    own = counts_of("/".join(whole.part.module))
+    every = {counts_of("/".join(x.part.module)) for x in wholes if (x.fused or x.untold) == whole.fused}
+    numbers = [counts_of("/".join(parts[0].part.module)) for _, parts in found]
+    if len(every) > 1 and whole.way_up is None and every == {*numbers}:
+        found = [each for each, held in zip(found, numbers, strict=True) if held == own]
     found.sort(key=lambda item: -item[0])
     if not found or (len(found) > 1 and found[0][0] - found[1][0] < MARGIN):
         return 0.0, []
@@ -212,9 +222,8 @@ def _single_parts(whole: NamedPart, singles: Sequence[NamedPart]) -> tuple[float
 
 def _by_mark(whole: NamedPart, members: Sequence[NamedPart]) -> Iterator[tuple[Concepts, list[NamedPart]]]:
     """Yields parts that together are a fused one, with what else their names say: `to_q`, `add_q_proj`."""
-    chosen = [
-        [role for role in members if name in role.said and not role.part.is_norm] for name in whole.fused
-    ]
+    alike = [role for role in members if whole.part.leaves.keys() & role.part.leaves.keys()]
+    chosen = [[role for role in alike if name in role.said and not role.part.is_norm] for name in whole.fused]
     if "gate" in whole.fused:  # The router of experts is called a gate too, and is smaller than one.
         largest = [max((role.part.main_size for role in each), default=0) for each in chosen]
         chosen = [
@@ -273,9 +282,7 @@ def _joints(whole: Leaf, parts: Sequence[Leaf], split: bool, is_first: bool) -> 
     return kept
 
 
-def _with_named_axes(
-    joint: Joint, whole: Leaf, roles: Sequence[NamedPart], parts: Sequence[Leaf], split: bool
-) -> Joint:
+def _with_named_axes(joint: Joint, whole: Leaf, roles: _Roles, parts: Sequence[Leaf], split: bool) -> Joint:
     """Returns how parts lie in a whole, where their names tell the order of axes."""
     piece = whole, without_axis(whole.shape, joint.axis)
     both = [(part.said, (leaf, leaf.shape)) for part, leaf in zip(roles, parts, strict=True)]

@@ -172,12 +172,12 @@ def module_parts(leaves: Iterable[Leaf], above: int = 0) -> list[ModulePart]:
 
 
 def _unsaid(names: Names, beside: Iterable[Names]) -> Concepts:
-    """Returns what a letter does not say: of `U`, `V` and `W` none is a value."""
+    """Returns what a letter does not say: of `U`, `V` and `W` none is a value; SAGAN's is `h`, beside `f`."""
     if "".join(names[-1:]) not in ("v", "V"):
         return frozenset()
     others = {name.lower() for other in beside for name in other[-1:]}
     is_letter = others >= {"u", "w"} and concepts(others).isdisjoint(("q", "k"))
-    return frozenset("v") if is_letter else frozenset()
+    return frozenset("v") if is_letter or others >= {*"fgh"} else frozenset()
 
 
 def _join_letters(found: dict[Names, dict[str, Leaf]]) -> None:

@@ -261,7 +261,8 @@ class _Context:
         if own & (STRONG - {"up"}) or said & {"conv", "embed"} or is_image:
             return ""
         family = numbers[-1][1] if last.number is not None else ()
-        known = NUMBERED.get((last.base, family[:_FEW]))
+        is_named = "attn" not in part.said or last.is_automatic or bool(meanings(last.base))
+        known = NUMBERED.get((last.base if is_named else "qkv", family[:_FEW]))
         if known is not None and last.number is not None and self._leads_back(part, known[0], family):
             said -= {"up"}
             said.add(known[0][family.index(last.number)])
@@ -311,8 +312,7 @@ class _Context:
     def _leads_back(self, part: ModulePart, roles: Sequence[str], family: Sequence[int]) -> bool:
         """Tells whether the layer of a number leads back by its shape: in DINOv2 it is `w3`, not `w2`."""
         shapes = {role: self._shapes[part.family].get(at) for role, at in zip(roles, family, strict=True)}
-        back = shapes.pop("down", None)
-        return back is None or ({*shapes.values()} != {back} and len({*shapes.values()}) == 1)
+        return shapes.pop("down", None) not in (others := {*shapes.values()}) and len(others) == 1
 
     def _resolve_mlp(
         self, said: set[str], own: set[str], family: Sequence[int], last: Level, is_counted: bool
@@ -414,6 +414,7 @@ def in_order(
     ups, told = {x.way_up for x in roles if is_counted} - {None}, telling([x.part.said for x in roles])
     is_either = not to_last and (len(ups) > 1 or any(x.is_either for x in roles))
     mixed = _MIXED if are_norms or all("mlp" in role.said for role in roles) else dict[str, int]()
+    mixed = {"macaron": -1, "": 1} if "macaron" in map("".join, told) else mixed  # A Conformer's first one.
     by_ends = [order_word(x & _ENDS) or mixed.get("".join(x)) for x in told]  # `ffn_start`, `ffn_end`.
     by_words = by_words or in_strict_order(by_ends) or in_strict_order(letters(told))
     counted = in_strict_order([None] if is_either else _number_keys(roles))
@@ -423,9 +424,8 @@ def in_order(
 def _around(places: Sequence[float | None], roles: Sequence[NamedPart]) -> Sequence[float | None]:
     """Returns places, those of a list by number behind what leads in, and before what leads out."""
     within = [role for role, place in zip(roles, places, strict=True) if place is None]
-    ends = {abs(place) for place in places if place is not None}
     outer = [role for role, place in zip(roles, places, strict=True) if place is not None]
-    if not within or ends != {END} or not are_counted(within) or are_counted(outer):
+    if not outer or not {None, END, -END}.issuperset(places) or not are_counted(within) or are_counted(outer):
         return places  # Of two lists, `prior` and `post` of one model, neither leads into the other.
     within_ends = [(at := role.part.levels[-1].number or 0) / (at + 1) for role in roles]
     return [at if place is None else place for place, at in zip(places, within_ends, strict=True)]

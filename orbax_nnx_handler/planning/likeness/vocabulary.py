@@ -28,7 +28,7 @@ _SPELLINGS = {
     "token": "word words tok token tokens vocab",
     "pos": "pos position positions positional",
     "type": "type types segment segments",
-    "cls": "cls class",
+    "cls": "cls class classification",
     "dist": "dist distillation distilled",
     "patch": "patch patches",
     "q": "q query queries wq qs",
@@ -356,9 +356,9 @@ NUMBERED: Mapping[tuple[str, tuple[int, ...]], tuple[tuple[str, ...], str]] = {
         for counted, roles in (((0, 1), ("gate", "up")), ((0,), ("gate",)), ((1,), ("up",)))
     },
     ("w", (1, 2, 3)): (("gate", "down", "up"), "Llama: w1 is the activated one, w2 leads back"),
-    ("linears", (0, 1, 2, 3)): (("q", "k", "v", "o"), "The Annotated Transformer"),
+    **{("qkv", (*range(n),)): (tuple("qkvo"[:n]), "The Annotated Transformer") for n in (3, 4)},
 }
-"""Numbered layers of a gated network, by the names of known programs."""
+"""Numbered layers of a gated network, or of an attention in a list that says no more, by known programs."""
 
 COMPUTED: Mapping[tuple[float, ...], tuple[tuple[str, ...], ...]] = {
     (3.0, 1.0): (("q", "k", "v"), ("o",)),

@@ -462,3 +462,83 @@ def test_a_norm_of_a_modules_outputs_comes_behind_it_where_its_inputs_have_one_t
 
     assert not found.questions
     check(values, {places[path]: value for path, value in arrays.items()})
+
+
+@pytest.mark.parametrize(("counted", "is_told"), [("linear_layers/{}", True), ("Dense_{}", False)])
+def test_a_list_of_layers_in_an_attention_is_its_queries_keys_and_values(counted, is_told):
+    places = {f"blocks_0/attention/{x}/kernel": at for at, x in enumerate(("query", "key", "value"))}
+    stored = filled({**dict.fromkeys(places, (8, 8)), "blocks_0/attention/out/kernel": (8, 8)})
+    ends = {path: f"blocks/0/attention/{counted.format(at)}/kernel" for path, at in places.items()}
+    ends |= {"blocks_0/attention/out/kernel": "blocks/0/attention/output/kernel"}
+
+    found, values = proposed(stored, dict.fromkeys(ends.values(), (8, 8)))
+
+    # Linen numbers them as they are called, which may be in any order.
+    assert bool(found.questions) is not is_told
+    check(values, {ends[path]: x for path, x in stored.items() if is_told or "out" in path})
+
+
+def test_an_array_without_a_bias_holds_the_kernels_beside_biases_of_their_own():
+    stored = filled({"attn/qkv/kernel": (8, 24), "attn/q_bias": (8,), "attn/v_bias": (8,)})
+    kernels = np.split(stored["attn/qkv/kernel"], 3, axis=1)
+    wanted = {f"attn/{x}/kernel": y for x, y in zip(("query", "key", "value"), kernels, strict=True)}
+    wanted |= {f"attn/{x}_bias": stored[f"attn/{x}_bias"] for x in "qv"}
+
+    _, values = proposed(stored, {path: x.shape for path, x in wanted.items()})
+
+    check(values, wanted)
+
+
+def test_the_macaron_network_of_a_block_is_its_first_one():
+    ends = {
+        f"blocks_{at}/ffn{number}/{part}": f"blocks/{at}/feed_forward{name}/w_{to}/kernel"
+        for at, (number, name), (part, to) in itertools.product(
+            range(2), ((1, "_macaron"), (2, "")), (("expand/kernel", 1), ("contract/kernel", 2))
+        )
+    }
+    for at, (number, name) in itertools.product(range(2), ((1, "_macaron"), (2, ""))):
+        ends[f"blocks_{at}/ffn{number}/norm/scale"] = f"blocks/{at}/norm_ff{name}/scale"
+    ends |= {f"blocks_{at}/mha/{x}/kernel": f"blocks/{at}/attn/{x}/kernel" for at in range(2) for x in "qkvo"}
+    kinds = {"expand": (8, 16), "contract": (16, 8), "norm": (8,)}
+    shapes = {path: kinds.get(path.split("/")[2], (8, 8)) for path in ends}
+    stored = filled(shapes)
+
+    found, values = proposed(stored, {end: shapes[path] for path, end in ends.items()})
+
+    assert not found.questions
+    check(values, {end: stored[path] for path, end in ends.items()})
+
+
+@pytest.mark.parametrize("inner", [8, 16])
+def test_v_beside_f_g_and_h_is_no_value(inner):
+    shapes = {"f": (1, 1, 16, 2), "g": (1, 1, 16, 2), "h": (1, 1, 16, inner), "v": (1, 1, inner, 16)}
+    places = dict(zip(shapes, ("query", "key", "value", "out"), strict=True))
+    stored = filled({f"attn/{name}/kernel": shape for name, shape in shapes.items()})
+
+    found, values = proposed(stored, {f"attn/{to}_conv/kernel": shapes[at] for at, to in places.items()})
+
+    # Its shape tells the output, as long as that is no square.
+    told = {places[at]: stored[f"attn/{at}/kernel"] for at in ("h", "v") if inner == 8}
+    check(values, {f"attn/{to}_conv/kernel": value for to, value in told.items()})
+    assert len(found.unmatched_wanted) == 4 - len(told)
+
+
+@pytest.mark.parametrize(("first", "is_told"), [(0, True), (1, False)])
+def test_queries_keys_and_values_of_modules_that_both_sides_count_alike_become_one_array_of_each(
+    first, is_told
+):
+    layers = {f"h{at + first}_attn": f"h/{at}/attn/c_attn/kernel" for at in range(3)}
+    stored = filled(
+        {f"{layer}/{name}/kernel": (8, 8) for layer in layers for name in ("query", "key", "value")}
+    )
+    expected = {
+        whole: np.concatenate(
+            [stored[f"{layer}/{name}/kernel"] for name in ("query", "key", "value")], axis=1
+        )
+        for layer, whole in layers.items()
+    }
+
+    _, values = proposed(stored, {path: value.shape for path, value in expected.items()})
+
+    # Of two counts that overlap nothing tells here which begins where.
+    check(values, expected if is_told else {})

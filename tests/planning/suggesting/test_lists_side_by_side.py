@@ -707,3 +707,20 @@ def test_which_list_is_stacked_is_one_question_where_no_name_tells(stacked, list
     (question,) = found.questions
     each = [restored(stored, shapes, found.answered([at])) for at, _ in enumerate(question.choices)]
     assert sum(all(np.array_equal(one[path], x) for path, x in values.items()) for one in each) == 1
+
+
+def test_towers_are_told_by_what_one_of_them_is_for():
+    ends = {
+        f"{tower}_tower/{kind}_{at}/{leaf}": f"head/{head}_head/conv/{3 * at + place}/{leaf}"
+        for (tower, head), at, (kind, leaf, place) in itertools.product(
+            (("box", "regression"), ("cls", "classification")),
+            range(4),
+            (("conv", "kernel", 0), ("norm", "scale", 1)),
+        )
+    }
+    stored = filled({path: (8,) if path.endswith("scale") else (3, 3, 8, 8) for path in ends})
+
+    found, values = proposed(stored, {end: stored[path].shape for path, end in ends.items()})
+
+    assert not found.questions
+    check(values, {end: stored[path] for path, end in ends.items()})

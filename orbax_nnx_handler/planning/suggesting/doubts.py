@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 from orbax_nnx_handler.planning.core.folding import plain_names
-from orbax_nnx_handler.planning.core.paths import Path, levels, shared_levels
+from orbax_nnx_handler.planning.core.paths import Level, Path, levels, shared_levels
 from orbax_nnx_handler.planning.layouts.layout import is_copy_level
 from orbax_nnx_handler.planning.likeness import (
     companions,
@@ -198,22 +198,28 @@ def coincidences(links: Sequence[Link], left: Set[Names], missing: Set[Names]) -
     plain = [link for link in links if link.joint is None and link.layers is None]
     odd = [link for link in plain if have_other_purposes(part_of(link.target), part_of(link.source))]
     odd += (*misnumbered(plain, left, missing), *shifted(plain), *unlike_names(links), *_astray(plain))
-    odd += (*_half_used(links, plain, left, missing), *_without_norms(plain))
+    odd += (*_half_used(links, plain, left, missing), *_without_norms(plain), *_between_modules(links))
     return {**{x.target.source: x for x in odd}, **_torn(links, left), **_from_elsewhere(links, left)}
 
 
 def _without_norms(links: Sequence[Link]) -> Iterator[Link]:
-    """Yields links of layers whose norms, by what names say whose they are, are other layers' norms."""
+    """Yields links of layers, and of batch norms, where names say that the norm of one is another layer's."""
     sides = dict.fromkeys(x.target for x in links), dict.fromkeys(x.source for x in links)
-    parts = (
-        [x for x in module_parts(side) if not any(y.is_automatic for y in x.levels[-1:])] for side in sides
-    )
-    ours, theirs = map(companions, parts)
+    parts = [[x for x in module_parts(side) if not any(map(_is_counted, x.levels[-1:]))] for side in sides]
+    ours, theirs = ({at: norm.names for at, norm in companions(side).items()} for side in parts)
+    averaged = {part.names for part in parts[0] if "mean" in part.leaves}
+    ours |= {norm: at for at, norm in ours.items() if norm in averaged}
+    theirs |= {norm: at for at, norm in theirs.items()}
     made = {part_of(link.target): part_of(link.source) for link in links}
     for link in links:
-        norm, its = ours.get(part_of(link.target)), theirs.get(part_of(link.source))
-        if norm and its and its.names != made[norm.names]:
+        one, other = ours.get(part_of(link.target)), theirs.get(part_of(link.source))
+        if one and other and made[one] != other:
             yield link
+
+
+def _is_counted(level: Level) -> bool:
+    """Tells whether Linen counted a part among others of its class."""
+    return level.is_automatic and level.number != 0
 
 
 def _half_used(
@@ -259,6 +265,28 @@ def _called_above(names: Names, depth: int) -> str:
     """Returns what the module at a depth is called; nothing for a part, and for what a program counts."""
     name = names[depth] if len(names) > depth + 1 else ""
     return "" if counts_of(name) else name
+
+
+def _between_modules(links: Iterable[Link]) -> Iterator[Link]:
+    """Yields links of the only part that two modules share, where each has several in one other module."""
+    pairs = defaultdict[tuple[Names, Names], list[Link]](list)
+    for link in links:
+        for one, other in itertools.product(link.wanted, link.stored):
+            pairs[part_of(one), part_of(other)].append(link)
+    led, back = (defaultdict[Names, Counter[Names]](Counter) for _ in range(2))
+    for one, other in pairs:
+        for at, to in itertools.product(range(1, len(one)), range(1, len(other))):
+            led[one[:at]][other[:to]] += 1
+            back[other[:to]][one[:at]] += 1
+    for (one, other), some in pairs.items():
+        into, module = one[:-1], other[:-1]
+        if led[into][module] == 1 and _is_shared(led[into], module) and _is_shared(back[module], into):
+            yield from (link for link in some if link.joint is None)
+
+
+def _is_shared(modules: Mapping[Names, int], own: Names) -> bool:
+    """Tells whether several parts are shared with one module that does not lie around, or in, another one."""
+    return any(n > 1 and x[: len(own)] != own[: len(x)] for x, n in modules.items())
 
 
 def _from_elsewhere(links: Sequence[Link], left: Iterable[Names]) -> Mapping[Path, Link]:

@@ -165,3 +165,23 @@ def test_a_word_that_stands_for_another_one_in_several_parts_is_another_name(tex
     _, values = proposed(stored, wanted)
 
     check(values, {path: stored[pairs[path]] for path in wanted})
+
+
+def test_a_new_part_of_a_module_is_not_what_is_left_of_another_one():
+    stored, wanted, pairs = {}, {}, {}
+    for at in range(2):
+        for one, other in (("gated_cross_attn", "gated"), ("layers", "self")):
+            for layer in ("query", "key", "value", "out"):
+                path, aim = (
+                    f"{one}_{at}/MultiHeadDotProductAttention_0/{layer}",
+                    f"blocks/{at}/{other}/attn/{layer}",
+                )
+                stored |= {f"{path}/kernel": (8, 8)} if (other, layer) != ("gated", "key") else {}
+                wanted |= {f"{aim}/kernel": (8, 8)} if (other, layer) != ("self", "key") else {}
+                pairs[f"{aim}/kernel"] = f"{path}/kernel"
+    stored = filled(stored)
+
+    found, values = proposed(stored, wanted)
+
+    assert len(found.questions) == 2
+    check(values, {path: stored[pairs[path]] for path in wanted if "gated/attn/key" not in path})

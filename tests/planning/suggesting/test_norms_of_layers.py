@@ -471,3 +471,18 @@ def test_a_layer_whose_norm_names_find_elsewhere_is_asked_about():
 
     assert found.unmatched_wanted == ((0, "downsample", "conv", "kernel"),)
     np.testing.assert_array_equal(values["0/downsample/norm/scale"], stored["unit/gn_proj/scale"])
+
+
+def test_a_batch_norm_whose_layer_is_found_elsewhere_is_asked_about():
+    shapes = {"kxk": (3, 3, 4, 8), "1x1": (1, 1, 8, 6), "fusion": (3, 3, 16, 8)}
+    stored, wanted = {}, {}
+    for at, (name, shape) in enumerate(shapes.items()):
+        stored[f"ConvNormAct_{at}/Conv_0/kernel"] = wanted[f"{name}/convolution/kernel"] = shape
+        for kind in ("scale", "bias", "mean", "var"):
+            stored |= {f"ConvNormAct_{at}/BatchNorm_0/{kind}": shape[-1:]} if name != "fusion" else {}
+            wanted |= {f"{name}/normalization/{kind}": shape[-1:]} if name != "kxk" else {}
+
+    found, values = proposals.proposed(proposals.filled(stored), wanted)
+
+    assert [question.wanted[0][:2] for question in found.questions] == [("fusion", "normalization")]
+    assert len(values) == len(wanted) - 4

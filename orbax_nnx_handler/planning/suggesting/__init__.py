@@ -8,13 +8,14 @@ import contextlib
 import dataclasses
 import itertools
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 
 from orbax_nnx_handler.planning.core.errors import RestoreError
-from orbax_nnx_handler.planning.core.paths import Path, levels, segments
-from orbax_nnx_handler.planning.layouts.layout import Stored, is_copy_beside
+from orbax_nnx_handler.planning.core.paths import Path, levels, segments, shared_levels
+from orbax_nnx_handler.planning.core.recipes import reads
+from orbax_nnx_handler.planning.layouts.layout import Stored, is_copy_beside, words_of
 from orbax_nnx_handler.planning.likeness.vocabulary import Names, concepts, telling, words
 from orbax_nnx_handler.planning.mapping.networks import layers_in_turns
 from orbax_nnx_handler.planning.options import RestoreOptions
@@ -32,10 +33,12 @@ from orbax_nnx_handler.planning.suggesting.suggestion import (
     Confidence,
     Proposal,
     Suggestion,
+    Tried,
     behind,
     changed,
     changes_nothing,
 )
+from orbax_nnx_handler.planning.suggesting.unlike_names import says_nothing, unlike_networks
 from orbax_nnx_handler.planning.target import Target
 from orbax_nnx_handler.planning.target.roles import Order, creation_order, of_role, order_of
 
@@ -69,7 +72,7 @@ def propose(
     Raises:
         RestoreError: No layout fits, the rules do not, or the trees are nested too deep.
     """
-    found = _OfNetworks(target, stored, options, order or {}).best()
+    found = _OfNetworks(target, stored, options, order or {}).by_network()
     return dataclasses.replace(found, is_given=bool(options.renames))
 
 
@@ -80,6 +83,100 @@ class _OfNetworks(Proposing):
     def _called(self) -> Mapping[Path, Names]:
         """What the settled rules call the stored leaves."""
         return {path: x.whole for x in self._chosen.mapping.applied.entries for path in x.sources}
+
+    def by_network(self) -> Suggestion:
+        """Returns the proposal; networks below keys are told by what they are called, or asked about.
+
+        What they hold does not tell: a `student` is as large as its `teacher`. One of its own name, or of
+        the same words, is no other one.
+        """
+        found = self.best()
+        named = self._named if self._networks else {}
+        pairs = self._made(found) if self._networks else []
+        unlike = {*unlike_networks(pairs)} | {pair for pair in pairs if _is_other(*pair, named)}
+        if not unlike and (not named or found.confidence != "open"):
+            return found
+        kept = named | dict(pair for pair in pairs if pair not in unlike)
+        keys = [key for key in self._networks if key not in kept]
+        roots = [root for root in self._roots if root not in kept.values()]
+        others = [self._suggested(Tried(verdict=self._base), ())]
+        rest = self._without(keys, roots)
+        makers = [rest.by_network] * bool(keys or roots)
+        for made in (*makers, partial(rest._all_behind, _renames(kept.items()))):
+            with contextlib.suppress(RestoreError):
+                others.append(self._of_all(made()))
+        others = [x for x in others if not unlike_networks(self._made(x))]
+        others = [x for x in others if not any(_is_other(*pair, named) for pair in self._made(x))]
+        told = min(others, key=_open_ends)
+        readings = {reading: self._all_behind(_renames(reading)) for reading in self._readings(keys, roots)}
+        whole = {
+            x: one for x, one in readings.items() if len(one.unmatched_wanted) < len(told.unmatched_wanted)
+        }
+        made = _asked_whole(whole, told, [x.leaf.path for x in self._model]) if whole else told
+        return made if unlike else min(made, found, key=_open_ends)
+
+    @cached_property
+    def _networks(self) -> list[Names]:
+        """The keys below which networks with params of their own lie."""
+        entries = self._chosen.mapping.applied.entries
+        prefixes = dict.fromkeys(entry.prefix for entry in entries if entry.section == "model")
+        keys = dict.fromkeys(x if x and is_copy_beside(x[-1], "params") else x[:-1] for x in prefixes)
+        return [*keys] if () not in keys else []
+
+    @cached_property
+    def _roots(self) -> list[Names]:
+        """The outermost modules of the target, but for levels that say nothing and lead to all of it."""
+        paths = [segments(item.leaf.path) for item in self._model]
+        shared = shared_levels(paths, own=2)
+        depth = sum(1 for _ in itertools.takewhile(lambda name: says_nothing(name), shared)) + 1
+        return [*dict.fromkeys(path[:depth] for path in paths)]
+
+    @cached_property
+    def _named(self) -> dict[Names, Names]:
+        """The stored networks that are called by the words of one wanted network, in any order."""
+        called = [{x: _words_of(x) for x in side} for side in (self._networks, self._roots)]
+        pairs = [(x, y) for x, y in itertools.product(*called) if called[0][x] == called[1][y] != set()]
+        counts = Counter(x for x, _ in pairs), Counter(y for _, y in pairs)
+        return {x: y for x, y in pairs if counts[0][x] == counts[1][y] == 1}
+
+    def _made(self, found: Suggestion) -> list[tuple[Names, Names]]:
+        """Returns the stored networks with the wanted ones that rules make of them."""
+        tried = self._judged((), dict.fromkeys(found.renames, ()), 0, ())
+        made = defaultdict[Names, list[Names]](list)
+        verdict = tried.verdict or self._base
+        for path, item in verdict.restored.items():
+            if path not in self._found:
+                names = next((self._called[at] for at in reads(item.recipe) if at in self._called), ())
+                keys = [key for key in self._networks if names[: len(key)] == key]
+                made[max(keys, key=len, default=())].append(segments(path))
+        return [(key, tuple(shared_levels(paths, own=2))) for key, paths in made.items() if key]
+
+    def _readings(
+        self, keys: Sequence[Names], roots: Sequence[Names]
+    ) -> list[tuple[tuple[Names, Names], ...]]:
+        """Returns which stored networks may be which wanted ones by how much each holds."""
+        if not 0 < len(roots) <= 3 or not 0 < len(keys) <= 4:
+            return []
+        held = [Counter[Names](), Counter[Names]()]
+        stored = [x for x in self._chosen.mapping.applied.entries if x.section == "model"]
+        for key, entry in itertools.product(keys, stored):
+            held[0][key] += entry.prefix[: len(key)] == key and math.prod(entry.shape)
+        for root, item in itertools.product(roots, self._model):
+            held[1][root] += segments(item.leaf.path)[: len(root)] == root and math.prod(item.leaf.shape)
+        orders = itertools.permutations((*keys, *[()] * len(roots)), len(roots))
+        found = dict.fromkeys(
+            tuple((k, r) for k, r in zip(order, roots, strict=True) if k) for order in orders
+        )
+        fits = [x for x in found if x and all(held[0][key] == held[1][root] for key, root in x)]
+        return [x for x in fits if len(x) == max(map(len, fits))]
+
+    def _without(self, keys: Collection[Names], roots: Collection[Names]) -> "_OfNetworks":
+        """Returns what is left of the target and of what is stored without some networks."""
+        below = self._below(keys)
+        leaves = self.target.leaves.items()
+        kept = {p: x for p, x in leaves if not any(segments(p)[: len(root)] == root for root in roots)}
+        stored = {path: leaf for path, leaf in self.stored.items() if path not in below}
+        return dataclasses.replace(self, target=dataclasses.replace(self.target, leaves=kept), stored=stored)
 
     def best(self) -> Suggestion:
         """Returns the proposal, or that for a model of which several networks are parts by their keys."""
@@ -151,6 +248,21 @@ class _OfNetworks(Proposing):
         options = dataclasses.replace(self.options, renames=(*self.options.renames, *rules))
         return behind(rules, dataclasses.replace(self, options=options).suggestion(), fact)
 
+    def _all_behind(self, rules: Sequence[Rename]) -> Suggestion:
+        """Returns what is proposed for all networks behind rules that rename them, together with these.
+
+        As for a checkpoint in which they are called so: what the old names say is no evidence.
+        """
+        if self.options.renames:
+            options = dataclasses.replace(self.options, renames=(*self.options.renames, *rules))
+            return behind(rules, dataclasses.replace(self, options=options).best())
+        stored = dict(self.stored)
+        for key, to in ((tuple(x.pattern.split("/")), x.replacement.split("/")) for x in rules):
+            for path in [path for path in self.stored if segments(path)[: len(key)] == key]:
+                called = (*to, *path[len(key) :])
+                stored[called] = dataclasses.replace(stored.pop(path), path=called)
+        return self._of_all(behind(rules, dataclasses.replace(self, stored=stored).best()))
+
     def _by_network(self, keys: Sequence[Rename], found: Suggestion) -> Iterator[Suggestion]:
         """Yields rules that leave each network its own params, so that its optimizer follows."""
 
@@ -165,6 +277,53 @@ class _OfNetworks(Proposing):
             tried = self._suggested(self._judged((), dict.fromkeys(rules, ()), 0, ()), asked.questions)
             proposals = tuple(Proposal(rule=rule, grounds="names") for rule in rules)
             yield dataclasses.replace(tried, proposals=proposals, settle=asked.settle)
+
+
+def _is_other(key: Names, root: Names, named: Mapping[Names, Names]) -> bool:
+    """Tells whether a stored network is made into another one than its own, or into that of another one."""
+    own = named.get(key, root)
+    is_own = not root or root[: len(own)] == own
+    return not is_own or any(root[: len(y)] == y != own for y in named.values())
+
+
+def _renames(pairs: Iterable[tuple[Names, Names]]) -> list[Rename]:
+    return [Rename("/".join(key), "/".join(to)) for key, to in pairs if key != to]
+
+
+def _words_of(names: Iterable[str]) -> set[str]:
+    return set[str]().union(*map(words_of, names))
+
+
+def _asked_whole(
+    readings: Mapping[tuple[tuple[Names, Names], ...], Suggestion], told: Suggestion, model: Iterable[Path]
+) -> Suggestion:
+    """Returns a proposal that asks which of some networks is which.
+
+    Args:
+        readings: What is proposed if they are each other's.
+        told: What is proposed for all others.
+        model: The wanted weights.
+    """
+    each = tuple(readings.values())
+    keys, roots = (dict.fromkeys(pair[side] for pairs in readings for pair in pairs) for side in (0, 1))
+    left = {*told.unmatched_wanted}
+    asked = {path for one in each for path in left.difference(one.unmatched_wanted)}
+    question = Question(
+        wanted=tuple(path for path in model if path in asked),
+        stored=tuple(p for p in told.unmatched_stored if any(segments(p)[: len(key)] == key for key in keys)),
+        parts=(tuple(keys), tuple(roots)),
+        about="which",
+        choices=tuple(", ".join(f"{'/'.join(x)} -> {'/'.join(y)}" for x, y in pairs) for pairs in readings),
+        settle=lambda answer: each[answer].renames,
+    )
+
+    def settled(answers: Answers, changes: Sequence[Remade]) -> tuple[Rule, ...]:
+        first, *rest = answers
+        if first is None:
+            return told.answered(rest, changes)
+        return each[first].answered([None] * len(each[first].questions), changes)
+
+    return dataclasses.replace(told, questions=(question, *told.questions), settle=settled)
 
 
 def _open_ends(found: Suggestion) -> tuple[bool, int]:

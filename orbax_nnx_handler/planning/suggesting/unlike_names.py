@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from orbax_nnx_handler.planning.core.folding import around, plain_names
 from orbax_nnx_handler.planning.core.paths import Path, segments
+from orbax_nnx_handler.planning.layouts.layout import says_copy
 from orbax_nnx_handler.planning.likeness import in_list, norms_told, purposes
 from orbax_nnx_handler.planning.likeness.links import Link
 from orbax_nnx_handler.planning.likeness.module_parts import module_parts, part_of
@@ -23,6 +24,7 @@ from orbax_nnx_handler.planning.likeness.vocabulary import (
     Concepts,
     Names,
     concepts,
+    exclude,
     meanings,
     weight,
     words,
@@ -291,3 +293,36 @@ def _with_functions(name: str, other: str) -> set[str]:
         is_log = len(rest) > 2 and (rest in words(other) or all(weight(x) > 1 for x in meanings(rest)))
         found |= {"log", rest} if word != rest and is_log else {word}
     return found
+
+
+# What networks are called.
+
+_BUILDS = "mlp", "cnn", "conv", "rnn", "lstm", "gru", "resnet", "unet", "vit"
+_BUILT = concepts((*_BUILDS, "agent", "train", "state", "variables", "item", "default"))
+"""How a network is built, or where it is kept, which says not which one it is."""
+
+
+def says_nothing(name: str) -> bool:
+    """Tells whether a network's name says only what it is built of, or nothing."""
+    return concepts([name]) <= _BUILT
+
+
+def unlike_networks(pairs: Iterable[tuple[Names, Names]]) -> list[tuple[Names, Names]]:
+    """Returns networks that are called after different things, or one as a copy of what the other is.
+
+    Where other names tell which is which, and are other ones on both sides, a program has names of its own,
+    and what is left is each other's too: of `policy` and `value` the `value` is the `critic`.
+    """
+    said = {pair: (concepts(pair[0]) - _BUILT, concepts(pair[1]) - _BUILT) for pair in pairs if pair[1]}
+    renamed = (said[pair] for pair in said if pair[0] != pair[1])
+    has_own = any(one & other and (one <= other or other <= one) for one, other in renamed)
+    found = list[tuple[Names, Names]]()
+    for pair, (one, other) in said.items():
+        is_other = bool(one - other and other - one) and (not has_own or exclude(one, other))
+        if is_other or len({any(map(_is_copied, names)) for names in pair}) > 1:
+            found.append(pair)
+    return found
+
+
+def _is_copied(name: str) -> bool:
+    return says_copy(name) or "tgt" in meanings(name)

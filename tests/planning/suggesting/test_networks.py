@@ -60,6 +60,65 @@ def test_each_network_is_found_by_its_key(stored, wanted, widths):
             )
 
 
+UNLIKE = [("student", "teacher"), ("generator", "discriminator"), ("actor", "critic"), ("left", "right")]
+UNLIKE += [
+    ("actor", "target_actor"),
+    ("target_actor", "actor"),
+    ("predictor", "projector"),
+    ("reward", "cost"),
+]
+
+
+@pytest.mark.parametrize(("stored", "wanted"), UNLIKE)
+@pytest.mark.parametrize("others", [(), ("world",)], ids=["alone", "with_another"])
+def test_a_network_that_is_called_after_something_else_is_asked_about(stored, wanted, others):
+    tree = {key: {"params": network(0.0, 1)} for key in (stored, *others)}
+    target = target_of((wanted, *others), (1,) * (1 + len(others)))
+
+    found = suggest(tree, target)
+
+    (question,) = found.questions
+    assert str(question) == f"is {stored} meant by {wanted}? Shapes allow it, and no name tells."
+    plan = plan_restore(tree, target, renames=found.renames)
+    assert {path[0] for path in plan.restored} == {*others}
+    state = from_linen(tree, target, renames=found.answered([0]))
+    np.testing.assert_array_equal(
+        state[wanted]["fc2"]["kernel"].get_value(), tree[stored]["params"]["Dense_1"]["kernel"]
+    )
+
+
+@pytest.mark.parametrize(("stored", "wanted"), [("net", "model"), ("actor", "policy_net"), ("gen", "G")])
+def test_a_network_that_is_called_alike_or_says_nothing_needs_no_question(stored, wanted):
+    found = suggest({stored: {"params": network(0.0, 1)}}, target_of((wanted,), (1,)))
+
+    assert found.confidence in ("certain", "likely")
+
+
+def test_a_network_of_its_own_name_stays_where_another_one_has_none():
+    tree = {key: {"params": network(at, 1)} for at, key in enumerate(("actor", "critic"))}
+    target = target_of(("critic", "value"), (1, 1))
+
+    found = suggest(tree, target)
+
+    assert [question.choices for question in found.questions] == [("actor -> value",)]
+    plan = plan_restore(tree, target, renames=found.renames)
+    assert {(path[0], item.recipe.path[0]) for path, item in plan.restored.items()} == {("critic", "critic")}
+
+
+def test_networks_called_by_the_same_words_are_each_others():
+    tree = {key: {"params": network(at, 1)} for at, key in enumerate(("critic", "target_critic"))}
+    target = target_of(("critic", "critic_target"), (1, 1))
+
+    found = suggest(tree, target)
+
+    assert found.questions == ()
+    state = from_linen(tree, target, renames=found.renames)
+    for key, other in (("critic", "critic"), ("critic_target", "target_critic")):
+        np.testing.assert_array_equal(
+            state[key]["fc2"]["kernel"].get_value(), tree[other]["params"]["Dense_1"]["kernel"]
+        )
+
+
 def test_networks_of_which_no_name_tells_which_is_which_are_asked_about():
     tree = {"0": {"params": network(0.0, 1)}, "1": {"params": network(1000.0, 1)}}
 

@@ -99,10 +99,14 @@ def locate_stored(plan: RestorePlan) -> tuple[dict[Path, Path], dict[Path, Path]
     mine = [placement for placement in model if placement.owner in owners]
     chosen = _asked_for(mine, read)
     parents = _children([placement.path for placement in chosen])
+    # Of one that is stored flat, as flatten_dict(params, sep="/") makes it, keys are joined; else a slash is
+    # a part of a key, as Linen's weight norm has it.
+    nested_owners = {placement.owner for placement in chosen if len(placement.path) > 1}
     places: dict[Path, Path] = {}
     modules: dict[Path, Path] = {}
     for placement in chosen:
         keys = _unboxed(placement.path, parents)
+        keys = keys if placement.owner in nested_owners else segments(keys)
         above = placement.owner if len(owners) > 1 else ()
         places[placement.leaf.path] = (*above, placement.collection or "params", *keys)
         modules[placement.leaf.path] = (*segments(above), *map(str, keys))

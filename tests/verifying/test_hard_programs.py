@@ -13,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from flax.traverse_util import flatten_dict
 
 from orbax_nnx_handler import UnstackLayers, Verification, VerificationError, suggest, verify
 from orbax_nnx_handler.planning.core.paths import render
@@ -615,3 +616,30 @@ def test_names_of_a_proposal_that_tell_nothing_are_settled_by_two_outputs(tmp_pa
         ("mean", "omega"),
         ("logvar", "alpha"),
     }
+
+
+class LinenFlat(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return nn.BatchNorm(use_running_average=True, name="norm")(nn.Dense(7, name="a")(x))
+
+
+class Flat(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.a = nnx.Linear(5, 7, rngs=rngs)
+        self.norm = nnx.BatchNorm(7, use_running_average=True, rngs=rngs)
+
+    def __call__(self, x: Any) -> Any:
+        return self.norm(self.a(x))
+
+
+def test_keys_that_flatten_dict_joined_are_nested_for_the_linen_program(tmp_path: pathlib.Path):
+    x = np.random.default_rng(0).normal(size=(9, 5)).astype(np.float32)
+    variables = weights(LinenFlat().init(jax.random.key(0), x))
+    flat = {name: flatten_dict(tree, sep="/") for name, tree in variables.items()}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "flat", flat)
+    target = nnx.eval_shape(lambda: Flat(nnx.Rngs(0)))
+    found = verify(tmp_path / "flat", target, LinenFlat().apply, lambda model, x: model(x), (x,))
+    assert found.equal, found
+    assert {module.to_dict()["linen"] for module in found.modules} == {"(root)", "a", "norm"}

@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 from orbax_nnx_handler.planning.core.folding import plain_names
-from orbax_nnx_handler.planning.core.paths import Level, Path, levels, shared_levels
+from orbax_nnx_handler.planning.core.paths import Path, levels, shared_levels
 from orbax_nnx_handler.planning.layouts.layout import is_copy_level
 from orbax_nnx_handler.planning.likeness import (
     companions,
@@ -205,7 +205,7 @@ def coincidences(links: Sequence[Link], left: Set[Names], missing: Set[Names]) -
 def _without_norms(links: Sequence[Link]) -> Iterator[Link]:
     """Yields links of layers, and of batch norms, where names say that the norm of one is another layer's."""
     sides = dict.fromkeys(x.target for x in links), dict.fromkeys(x.source for x in links)
-    parts = [[x for x in module_parts(side) if not any(map(_is_counted, x.levels[-1:]))] for side in sides]
+    parts = [_not_counted(module_parts(side)) for side in sides]
     ours, theirs = ({at: norm.names for at, norm in companions(side).items()} for side in parts)
     averaged = {part.names for part in parts[0] if "mean" in part.leaves}
     ours |= {norm: at for at, norm in ours.items() if norm in averaged}
@@ -217,9 +217,10 @@ def _without_norms(links: Sequence[Link]) -> Iterator[Link]:
             yield link
 
 
-def _is_counted(level: Level) -> bool:
-    """Tells whether Linen counted a part among others of its class."""
-    return level.is_automatic and level.number != 0
+def _not_counted(parts: Sequence[ModulePart]) -> list[ModulePart]:
+    """Returns the parts without those that Linen counted by class, but for a layer alone with its norm."""
+    held = Counter(part.module for part in parts)
+    return [x for x in parts if held[x.module] == 2 or not any(y.is_automatic for y in x.levels[-1:])]
 
 
 def _half_used(

@@ -4,6 +4,7 @@ Then ties as one question, and the ways to pair some parts that become its answe
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import re
@@ -23,7 +24,9 @@ from orbax_nnx_handler.planning.likeness.vocabulary import (
     counts_of,
     exclude,
     likeness,
+    meanings,
     order_word,
+    words,
 )
 from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.planning.suggesting.link_groups import by_module
@@ -304,6 +307,55 @@ def of_one_tower(found: Findings, stored: Sequence[Leaf]) -> Sequence[Leaf]:
             return stored
     others = {tops[part] for link in asked for part in map(part_of, link.stored) if part in tops} - own
     return [leaf for leaf in stored if tops.get(part_of(leaf)) not in others]
+
+
+def with_words_told(found: Findings) -> Findings:
+    """Returns what is known, with what is asked as words tell that stand for each other in known parts.
+
+    Where `embedding_h` is `node_embed` and `embedding_e` is `edge_embed`, `O_h` is `out_node`.
+    """
+    said = _words_told(found.links if found.ties else ())
+    told = [_told_by_words(tie, said) for tie in found.ties]
+    ties = [tie for tie, links in zip(found.ties, told, strict=True) if not links]
+    return dataclasses.replace(found, links=[*found.links, *itertools.chain(*told)], ties=ties)
+
+
+def _words_told(links: Iterable[Link]) -> Mapping[str, str]:
+    """Returns wanted words with the stored ones that alone tell names of known parts apart, if always so."""
+    pairs = set[tuple[str, str]]()
+    for link in (x for x in links if x.grounds != "order" and x.joint is None):
+        one, other = (_words_of(part_of(leaf)[-1:]) for leaf in (link.target, link.source))
+        if one & other and len(one - other) == len(other - one) == 1:
+            pairs.add((min(one - other), min(other - one)))
+    counts = [Counter(side) for side in zip(*pairs, strict=True)]
+    return {one: other for one, other in pairs if counts[0][one] == counts[1][other] == 1}
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _words_of(names: Names) -> frozenset[str]:
+    said = (word for name in names for word in words(name) if word.isalpha())
+    return frozenset(itertools.chain(*(meanings(word) or (word,) for word in said)))
+
+
+def _told_by_words(tie: Tie, told: Mapping[str, str]) -> Sequence[Link]:
+    """Returns the reading in which two words or more that are told say of each part that it is no other one.
+
+    Numbers decide between parts called alike. Where not all readings are listed, nothing is told.
+    """
+    ends = [[(part_of(x.target), part_of(x.source)) for x in each] for each in tie.readings]
+    listed = Counter(one for one, _ in {*itertools.chain(*ends)})
+    if len(ends) >= _MOST_READINGS and {*listed.values()} != {4}:
+        return ()
+    near, marks = defaultdict[Names, set[Names]](set), dict[Names, frozenset[str]]()
+    for one, other in itertools.chain(*ends):
+        marks[one] = frozenset(told[word] for word in _words_of(one) & told.keys())
+        if marks[one] and marks[one] == _words_of(other) & {*told.values()}:
+            near[one].add(other)
+    for one, others in ((one, others) for one, others in near.items() if len(others) > 1):
+        near[one] = {other for other in others if counts_of("/".join(other)) == counts_of("/".join(one))}
+    both = zip(tie.readings, ends, strict=True)
+    fitting = [x for x, each in both if all(near[one] == {other} for one, other in each)]
+    return fitting[0] if len(fitting) == 1 < min(len(ends), len({*marks.values()})) else ()
 
 
 def tie_of(

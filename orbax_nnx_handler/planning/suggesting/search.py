@@ -39,7 +39,7 @@ from orbax_nnx_handler.planning.suggesting.link_groups import (
     with_networks_told,
 )
 from orbax_nnx_handler.planning.suggesting.matching_layers import Context, match_context
-from orbax_nnx_handler.planning.suggesting.questions import as_questions, of_one_tower
+from orbax_nnx_handler.planning.suggesting.questions import as_questions, of_one_tower, with_words_told
 from orbax_nnx_handler.planning.suggesting.whole_modules import with_modules_asked
 from orbax_nnx_handler.planning.target.roles import Wanted
 
@@ -73,7 +73,7 @@ def search(wanted: Sequence[Leaf], stored: Sequence[Leaf], order: Mapping[Tokens
     found, count = with_either_end(found), len(found.ties)
     ordered = {path for tie in found.ties[count:] for path in _wanted_by(tie)}
     sides = module_parts(wanted), module_parts(stored)
-    found = with_networks_told(with_one_before(found, *sides))
+    found = with_words_told(with_networks_told(with_one_before(found, *sides)))
     used = {part_of(leaf) for link in found.every for leaf in link.stored}
     made = {part_of(leaf) for link in found.links for leaf in link.wanted}
     left = {part_of(leaf) for leaf in stored} - used, {part_of(leaf) for leaf in wanted} - made

@@ -265,21 +265,14 @@ def find_copies(evidence: Evidence) -> Iterable[Cause]:
 
 def _statistics_kept_once(evidence: Evidence) -> Iterable[Cause]:
     """Yields statistics that are missing of a copy whose parameters are restored."""
-    every = [item for item in evidence.stored_weights.values() if item.collection in STATISTICS]
-    stored = {unnumbered(item.path) for item in every}
-    lost: dict[Path, list[Path]] = defaultdict(list)
-    for path in evidence.missing_weights if stored else ():
-        depths = (at for at in range(1, len(path)) if unnumbered(path[at:]) in stored)
-        if evidence.weights[path].collection in STATISTICS and (depth := next(depths, 0)):
-            lost[path[:depth]].append(path)
-    for owner, paths in lost.items():
-        made = (item.recipe for at, item in evidence.restored.items() if at[: len(owner)] == owner)
-        sources = [evidence.stored_weights.get(source) for recipe in made for source in reads(recipe)]
-        held = {(x.owner, x.collection in FLAX_COLLECTIONS) for x in sources if x is not None}
-        above, is_network = held.pop() if len(held) == 1 else ((), True)
-        if is_network and not above:
-            continue  # The model itself.
-        rules = statistics_of_both(evidence, owner, above[:-1] if is_network else above, paths)
+    lost: dict[tuple[Path, Path], list[Path]] = defaultdict(list)
+    for path in (p for p in evidence.missing_weights if evidence.weights[p].collection in STATISTICS):
+        levels = (path[:depth] for depth in range(1, len(path)))
+        found = ((level, copy) for level in levels if (copy := _copy_of(evidence, level)) is not None)
+        if (pair := next(found, None)) is not None:
+            lost[pair].append(path)
+    for (owner, above), paths in lost.items():
+        rules = statistics_of_both(evidence, owner, above, paths)
         where = listed([repr(rule.pattern) for rule in rules])
         if rules:
             yield Cause(
@@ -291,6 +284,15 @@ def _statistics_kept_once(evidence: Evidence) -> Iterable[Cause]:
                 way=Hint(f"if both use the same, pass renames={as_python(rules)}.", {"renames": rules}),
                 facts={"stored": where, "wanted": render(owner), "count": len(paths)},
             )
+
+
+def _copy_of(evidence: Evidence, level: Path) -> Path | None:
+    """Returns the train state of which all that is restored below a level is a copy."""
+    made = (item.recipe for path, item in evidence.restored.items() if path[: len(level)] == level)
+    sources = [evidence.stored_weights.get(source) for recipe in made for source in reads(recipe)]
+    held = {(x.owner, x.collection in FLAX_COLLECTIONS) for x in sources if x is not None}
+    above, is_own = held.pop() if len(held) == 1 else ((), True)
+    return above if not is_own else above[:-1] if above else None
 
 
 def _in_another_collection(evidence: Evidence) -> Iterable[Cause]:

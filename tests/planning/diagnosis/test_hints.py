@@ -24,11 +24,12 @@ from orbax_nnx_handler import (
     suggest,
 )
 from orbax_nnx_handler.planning.core.recipes import Read
+from orbax_nnx_handler.planning.rules import as_rules
 from tests.gallery import cases
 from tests.gallery.cases import GALLERY, Broken
 from tests.planning.diagnosis import mistakes
 from tests.planning.diagnosis.mistakes import MISTAKES, Mistake, flat
-from tests.planning.models import model, plan
+from tests.planning.models import abstract, model, plan
 
 NAMES = {name: getattr(orbax_nnx_handler, name) for name in orbax_nnx_handler.__all__} | {"nnx": nnx}
 FOR_A_PERSON = {
@@ -290,6 +291,22 @@ def test_no_hint_begins_statistics_anew_that_are_stored_once_for_a_model_and_its
         "the parameters of the wanted 'ema_params' are those of a copy, and its 2 statistics would be in "
         "'batch_stats', which is stored once, for averages and what they are of."
     )
+
+
+def test_statistics_stored_once_are_given_to_averages_whose_modules_are_renamed() -> None:
+    stored = {f"{top}/{name}": (4,) for top in ("params", "ema_params") for name in ("bn/scale", "bn/bias")}
+    wanted = {f"{top}/norm/{name}": (4,) for top in ("model", "ema") for name in ("scale", "bias")}
+    for name in ("mean", "var"):
+        stored[f"batch_stats/bn/{name}"] = (4,)
+        wanted |= {f"{top}/norm/{name}": nnx.BatchStat(abstract((4,))) for top in ("model", "ema")}
+    rules = [("ema_params", "ema"), ("bn", "norm")]
+
+    error = plan(stored, wanted, renames=rules).error()
+
+    assert [hint.arguments for hint in error.hints] == [
+        {"renames": [*as_rules(rules), Copy("batch_stats", "ema")]}
+    ]
+    assert plan(stored, wanted, **error.hints[0].arguments).fits
 
 
 def test_averages_that_are_the_only_parameters_are_called_so() -> None:

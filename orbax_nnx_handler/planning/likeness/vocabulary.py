@@ -141,7 +141,7 @@ _APART = (
     "premise hypothesis, anchor positive, input target, ih hh, theta phi gate o, ir iz in hr hz hn, "
     "ii if ig io hi hf hg ho, actor v, reward v, reward critic, reward actor, v advantage, "
     "pitch energy duration, question passage, critic generator, prior posterior, ext int, hstack vstack, "
-    "macaron post, macaron last"
+    "macaron post, macaron last, first decay"
 )
 _EXCLUSIVE = tuple(frozenset(words.split()) for words in _APART.split(", "))
 """Words of which one never becomes another."""

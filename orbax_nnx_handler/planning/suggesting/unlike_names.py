@@ -236,12 +236,34 @@ def unlike_names(links: Sequence[Link]) -> Iterator[Link]:
             parts[part_of(one), part_of(other)].append(link)
     yield from strangers(parts)
     yield from called_otherwise(parts)
+    for link in (x for x in links if x.joint is None):
+        ends = ((x.names[-1], y.names[-1]) for x in link.wanted for y in link.stored)
+        if any(one != other and _are_opposites(one, other) for one, other in ends):
+            yield link
     names = {name for link in links for leaf in (*link.wanted, *link.stored) for name in leaf.names}
     named = {name for name in names if any(word in name.lower() for word in _FUNCTIONS)}  # Nearly none.
     for link in links if named else ():
         pairs = ((x.names, y.names) for x in link.wanted for y in link.stored)
         if any(any(_functions(*both)) for both in pairs if not named.isdisjoint((*both[0], *both[1]))):
             yield link
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _are_opposites(wanted: str, stored: str) -> bool:
+    """Tells whether two parameters are called what one of them never is of the other.
+
+    A mean is no variance and a shift no scale, nor is what only another letter tells the same: `rel_pos_h`
+    and `rel_pos_w`, `pos_bias_u` and `pos_bias_v`, `B` and `C`.
+    """
+    kinds = PARAMETER.get(wanted), PARAMETER.get(stored)
+    if None not in kinds:
+        return kinds[0] != kinds[1]
+    one, other = words(wanted), words(stored)
+    if not any(map(str.isdecimal, (*one, *other))) and exclude(concepts([wanted]), concepts([stored])):
+        return True
+    differing = [pair for pair in itertools.zip_longest(one, other, fillvalue="") if pair[0] != pair[1]]
+    is_letter = len(differing) == 1 and all(len(word) == 1 and word.isalpha() for word in differing[0])
+    return is_letter and kinds == (None, None)
 
 
 def why_unlike(wanted: Path, stored: Path) -> str:

@@ -185,3 +185,20 @@ def test_a_new_part_of_a_module_is_not_what_is_left_of_another_one():
 
     assert len(found.questions) == 2
     check(values, {path: stored[pairs[path]] for path in wanted if "gated/attn/key" not in path})
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted"),
+    [
+        *(("n/mean", "n/var"), ("n/gamma", "n/beta"), ("n/beta", "n/scale"), ("n/gain", "n/offset")),
+        *(("n/rel_pos_h", "n/rel_pos_w"), ("pos_bias_u", "pos_bias_v"), ("n/B", "n/C")),
+        *(("n/running_mean", "n/running_var"), ("n/time_decay", "n/time_first")),
+    ],
+)
+def test_a_parameter_is_not_made_of_its_opposite_without_asking(stored, wanted):
+    tree = filled({stored: (8,), "d/kernel": (8, 8)})
+
+    found, _ = proposed(tree, {wanted: (8,), "d/kernel": (8, 8)})
+
+    assert found.confidence == "open"
+    assert tuple(wanted.split("/")) in found.unmatched_wanted

@@ -117,6 +117,7 @@ def apart_from_copies(links: Sequence[Link], stored: Sequence[Leaf]) -> tuple[li
     """Returns the links, and as questions those of what may be a copy, or may hold its parts otherwise.
 
     A copy is what is called one, `unet_ema`, and a module of one name that is wanted twice and stored once.
+    Neither is made of the other where one is called a copy of the other, `actor` and `target_actor`.
     Further questions are which levels on the way up of a U-Net are which.
     """
     links, levels = by_level(links)
@@ -139,14 +140,22 @@ def apart_from_copies(links: Sequence[Link], stored: Sequence[Leaf]) -> tuple[li
         left = tuple(word for word in words(names[at]) if not is_copied([word]))
         return (*map(words, names[:at]), left) in originals
 
+    def is_copy_of(one: Names, other: Names) -> bool:
+        """Tells whether a module around one part is called a copy of one around the other part."""
+        called = (words(name) for name in one if name in copies)
+        left = {tuple(word for word in said if not _is_copied(word)) for said in called} - {()}
+        return not left.isdisjoint(map(words, other if left else ()))
+
     kinds: dict[str, list[Link]] = defaultdict(list)
     for link in links:
         names, is_stored = link.target.names[:-1], any(is_copied(leaf.source) for leaf in link.stored)
+        sides = names, link.source.names[:-1]
         said_copies = [name for name in names if name in copies and is_copy_level(name)]
         said = words("/".join(link.source.names)) if said_copies else ()  # RAFT's `mask` is a `mask_head`.
         is_copy = not is_stored and any(not {*words(name)} <= {*said} for name in said_copies)
+        is_copy |= not is_stored and is_copy_of(*sides)
         is_beside = link.source.names[-2:] in free or has_original(link.source.names)
-        is_taken = is_stored and not is_copied(names) and is_beside
+        is_taken = is_stored and not is_copied(names) and (is_beside or is_copy_of(*sides[::-1]))
         kind = "lent" if is_copy or link.target.source in doubled else "taken" if is_taken else ""
         kinds["held" if may_hold_otherwise(names, link.source.names[:-1]) else kind].append(link)
     return kinds.pop("", []), [*map(tie_of, levels), *(tie_of([some]) for some in kinds.values())]

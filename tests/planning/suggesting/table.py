@@ -18,6 +18,11 @@ Names and shapes of a Linen program's checkpoint, and of an NNX model that someb
 alone, without either program, proposes the rules; the suite compares every value that they restore and what
 a save by the same rules writes. No leaf is wrong. What is left open, `suggest` asks about or lists.
 
+Right is what comes from the stored leaf that it is made of, in that one's arrangement. What no name and
+no shape tells is by which convention two programs use equal values: which features of a head rotary
+positions pair (EasyLM neighbours, Tunix halves), whether a norm's scale has its 1 in it, whether a
+constant is folded into a weight. [Verify](proving.md) finds that.
+
 | checkpoint of | model of | leaves | right | left open |
 | --- | --- | --- | --- | --- |
 """

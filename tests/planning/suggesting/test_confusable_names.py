@@ -322,6 +322,19 @@ def test_a_table_is_made_of_no_kernel_turned():
     check(values, {path: x for path, x in expected.items() if path in values})
 
 
+@pytest.mark.parametrize(("one", "other"), [("target_critic", "critic"), ("actor", "target_actor")])
+@pytest.mark.parametrize("above", ["", "agent/"])
+def test_a_network_is_not_what_it_is_a_copy_of(one, other, above):
+    shapes = {"fc1/kernel": (3, 8), "fc1/bias": (8,), "out/kernel": (8, 2), "out/bias": (2,)}
+    world = {f"{above}world/{name}": (*shape[:-1], 5) for name, shape in shapes.items()}
+    stored = filled({f"{above}{one}/{name}": shape for name, shape in shapes.items()} | world)
+
+    found, values = proposed(stored, {f"{above}{other}/{name}": s for name, s in shapes.items()} | world)
+
+    assert values.keys() == world.keys()
+    assert found.questions
+
+
 def test_a_copy_is_not_taken_for_what_another_network_may_be():
     shapes = {"Dense_0/kernel": (6, 8), "LayerNorm_0/scale": (8,), "Dense_1/kernel": (8, 4)}
     stored = filled(

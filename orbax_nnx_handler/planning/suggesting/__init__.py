@@ -128,7 +128,7 @@ class _OfNetworks(Proposing):
         """The outermost modules of the target, but for levels that say nothing and lead to all of it."""
         paths = [segments(item.leaf.path) for item in self._model]
         shared = shared_levels(paths, own=2)
-        depth = sum(1 for _ in itertools.takewhile(lambda name: says_nothing(name), shared)) + 1
+        depth = sum(1 for _ in itertools.takewhile(says_nothing, shared)) + 1
         return [*dict.fromkeys(path[:depth] for path in paths)]
 
     @cached_property

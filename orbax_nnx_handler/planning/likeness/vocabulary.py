@@ -114,7 +114,7 @@ _TOGETHER = (
     "conv transpose: conv deconv, query encoder: question enc, context encoder: passage enc, "
     "net g: generator, net d: discriminator, full layer layer norm: last norm, negative slope: prelu, "
     "encoderdecoder: enc dec, prenorm: pre norm, postnorm: post norm, dwconv: depthwise conv, "
-    "encoder q: enc online, encoder k: enc tgt, qf: critic, transition: dynamics"
+    "encoder q: enc online, encoder k: enc tgt, qf: critic, transition: dynamics, llm: text"
 )
 _PHRASES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     tuple(words.split()): tuple(said.split())

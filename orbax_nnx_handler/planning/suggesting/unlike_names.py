@@ -222,9 +222,16 @@ def _is_another(one: str, other: str) -> bool:
     return not is_shared and all(only - _CELLS - {"gate"} for only in said.only)
 
 
+_LAYER = frozenset(("head", "proj", "projection", "projector", "layer", "linear", "dense", "fc", "pred"))
+
+
 def _has_form(one: str, other: str) -> bool:
-    """Tells whether two names end in the same word, and have as many words before it, all other ones."""
-    sides = ([word for word in words(name) if word.isalpha()] for name in (one, other))
+    """Tells whether two names end in the same word, and have as many words before it, all other ones.
+
+    Whatever word says that they are a layer: `reward_head` and `cost_proj`.
+    """
+    sides = [[word for word in words(name) if word.isalpha()] for name in (one, other)]
+    sides = [[*x[:-1], "layer"] if x and x[-1] in _LAYER else x for x in sides]
     same = [len({*pair}) == 1 for pair in itertools.zip_longest(*sides)]
     return len(same) > 1 and same[-1] and not any(same[:-1])
 

@@ -167,6 +167,20 @@ def test_a_word_that_stands_for_another_one_in_several_parts_is_another_name(tex
     check(values, {path: stored[pairs[path]] for path in wanted})
 
 
+@pytest.mark.parametrize(("one", "other"), [("reward", "cost"), ("class", "box"), ("intent", "slot")])
+def test_a_head_is_none_for_something_else_though_both_programs_call_heads_otherwise(one, other):
+    trunk = {"encoder/Dense_0/kernel": "backbone/fc1/kernel", "encoder/Dense_1/kernel": "backbone/fc2/kernel"}
+    shapes = dict(zip(trunk, ((5, 16), (16, 8)), strict=True))
+    stored = filled(shapes | {f"{one}_head/kernel": (8, 3)})
+
+    found, values = proposed(
+        stored, {trunk[at]: x for at, x in shapes.items()} | {f"{other}_proj/kernel": (8, 3)}
+    )
+
+    check(values, {aim: stored[at] for at, aim in trunk.items()})
+    assert found.questions
+
+
 def test_a_new_network_is_not_the_one_that_is_left_though_its_layers_are_called_otherwise():
     layers = {"Dense_0": "fc1", "Dense_1": "out"}
     shapes = {"Dense_0": (5, 16), "Dense_1": (16, 4)}

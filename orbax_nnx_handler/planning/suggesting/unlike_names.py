@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import NamedTuple
 
 from orbax_nnx_handler.planning.core.folding import around, plain_names
-from orbax_nnx_handler.planning.core.paths import Path, segments, shared_levels
+from orbax_nnx_handler.planning.core.paths import Path, segments
 from orbax_nnx_handler.planning.layouts.layout import says_copy
 from orbax_nnx_handler.planning.likeness import in_list, norms_told, purposes
 from orbax_nnx_handler.planning.likeness.links import Link
@@ -153,18 +153,16 @@ def called_otherwise(parts: _Parts) -> Iterator[Link]:
     """Yields links of parts, or of modules around them, that are called another than they are made of.
 
     Where all beside them has one name on both sides, a `cost` that is left is no `reward`, though nothing
-    else has its shape, nor is a network that is left a new one. Nor is a `cost_head` a `reward_head`
-    anywhere: both are called alike what they are, and differently which one. Not where a word stands for
-    another one in several parts, nor where a module holds parts that are called the same on both sides,
-    and as nothing else of the model; and what the only convolution of images is, its shape tells.
+    else has its shape. Nor is a `cost_head` a `reward_head` anywhere: both are called alike what they
+    are, and differently which one. Not where a word stands for another one in several parts, nor where a
+    module holds parts that are called the same on both sides, and as nothing else of the model; and what
+    the only convolution of images is, its shape tells.
     """
     odd = defaultdict[tuple[Names, Names], list[tuple[Names, Names]]](list)
     for pair in parts:
-        shared = concepts(pair[0][:-1]) & concepts(pair[1][:-1])
-        modules = [] if shared or _said(*pair).is_shared else [_outermost(*pair)]
-        for one, other in dict.fromkeys((_differing(*pair), *modules)):
-            if one and other and _is_another(one[-1], other[-1]):
-                odd[one, other].append(pair)
+        one, other = _differing(*pair)
+        if one and other and _is_another(one[-1], other[-1]):
+            odd[one, other].append(pair)
     beside = _beside({(one[:-1], other[:-1]) for one, other in odd}, parts)
     images = {pair for pair, some in parts.items() if any(len(link.source.shape) == 4 for link in some)}
     renamed = Counter({tuple(map(plain_names, pair)): _renamed(*pair) for pair in odd}.values())
@@ -182,12 +180,6 @@ def _differing(one: Names, other: Names) -> tuple[Names, Names]:
     pairs = zip(reversed(one), reversed(other), strict=False)
     same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
     return one[: len(one) - same], other[: len(other) - same]
-
-
-def _outermost(one: Names, other: Names) -> tuple[Names, Names]:
-    """Returns the outermost modules around two parts that have other names; nothing where parts differ."""
-    at = len(shared_levels([one, other])) + 1
-    return (one[:at], other[:at]) if at < min(len(one), len(other)) else ((), ())
 
 
 def _beside(

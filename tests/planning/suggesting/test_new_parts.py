@@ -181,20 +181,6 @@ def test_a_head_is_none_for_something_else_though_both_programs_call_heads_other
     assert found.questions
 
 
-def test_a_new_network_is_not_the_one_that_is_left_though_its_layers_are_called_otherwise():
-    layers = {"Dense_0": "fc1", "Dense_1": "out"}
-    shapes = {"Dense_0": (5, 16), "Dense_1": (16, 4)}
-    stored = filled({f"{net}/{at}/kernel": shapes[at] for net in ("image", "text") for at in layers})
-    wanted = {
-        f"{net}/{aim}/kernel": shapes[at] for net in ("text", "extra_head") for at, aim in layers.items()
-    }
-
-    found, values = proposed(stored, wanted)
-
-    check(values, {f"text/{aim}/kernel": stored[f"text/{at}/kernel"] for at, aim in layers.items()})
-    assert found.questions
-
-
 def test_a_new_part_of_a_module_is_not_what_is_left_of_another_one():
     stored, wanted, pairs = {}, {}, {}
     for at in range(2):

@@ -5,6 +5,7 @@ margin: what is nearly as likely is asked about.
 """
 
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -39,13 +40,18 @@ class Table:
         pairs = frozenset((self._rows[row], self._columns[column]) for row, column in kept)
         return pairs, sum(float(scores[place]) for place in kept)
 
+    @cached_property
+    def _is_clear(self) -> bool:
+        """Whether each part of the shorter side has another best one."""
+        is_wide = len(self._rows) <= len(self._columns)
+        return _own_best(self._scores if is_wide else self._scores.T) is not None
+
     def leads(self, pair: tuple[int, int]) -> bool:
         """Tells at a glance that no sum without a pair of the highest one comes near; not always if so."""
         row, column = self._places[pair]
         is_wide = len(self._rows) <= len(self._columns)
         line, at = (self._scores[row], column) if is_wide else (self._scores[:, column], row)
-        is_own = _own_best(self._scores if is_wide else self._scores.T) is not None
-        return is_own and bool(line[at] - np.delete(line, at).max(initial=0.0) >= MARGIN)
+        return self._is_clear and bool(line[at] - np.delete(line, at).max(initial=0.0) >= MARGIN)
 
 
 def _own_best(scores: Any) -> list[int] | None:

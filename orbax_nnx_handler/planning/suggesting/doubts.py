@@ -35,7 +35,7 @@ from orbax_nnx_handler.planning.likeness.vocabulary import (
 )
 from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS
 from orbax_nnx_handler.planning.suggesting.link_groups import tie_of
-from orbax_nnx_handler.planning.suggesting.unlike_names import unlike_names
+from orbax_nnx_handler.planning.suggesting.unlike_names import LinksByParts, by_parts, unlike_names
 
 GENERAL = frozenset(("norm", "attn", "mlp", "enc", "dec", "conv", "head", "embed"))
 """Words that many parts of a model share."""
@@ -137,13 +137,11 @@ def apart_from_copies(links: Sequence[Link], stored: Sequence[Leaf]) -> tuple[li
     def has_original(names: Names) -> bool:
         """Tells whether what a module is called a copy of is used too: `actor` of `actor_target`."""
         at = next((at for at, name in enumerate(names) if is_copied([name])), 0)
-        left = tuple(word for word in words(names[at]) if not is_copied([word]))
-        return (*map(words, names[:at]), left) in originals
+        return (*map(words, names[:at]), _without_copies(names[at])) in originals
 
     def is_copy_of(one: Names, other: Names) -> bool:
         """Tells whether a module around one part is called a copy of one around the other part."""
-        called = (words(name) for name in one if name in copies)
-        left = {tuple(word for word in said if not _is_copied(word)) for said in called} - {()}
+        left = {_without_copies(name) for name in one if name in copies} - {()}
         return not left.isdisjoint(map(words, other if left else ()))
 
     kinds: dict[str, list[Link]] = defaultdict(list)
@@ -164,6 +162,11 @@ def apart_from_copies(links: Sequence[Link], stored: Sequence[Leaf]) -> tuple[li
 @functools.lru_cache(maxsize=65536)
 def _is_copied(name: str) -> bool:
     return is_copy_level(name) or "tgt" in meanings(name)
+
+
+def _without_copies(name: str) -> tuple[str, ...]:
+    """Returns the words of what a name is called a copy of."""
+    return tuple(word for word in words(name) if not _is_copied(word))
 
 
 def _doubled(links: Iterable[Link]) -> set[Path]:
@@ -206,8 +209,9 @@ def coincidences(links: Sequence[Link], left: Set[Names], missing: Set[Names]) -
     """Returns links rather asked about: one of stored parts that are left may fit a missing one by chance."""
     plain = [link for link in links if link.joint is None and link.layers is None]
     odd = [link for link in plain if have_other_purposes(part_of(link.target), part_of(link.source))]
-    odd += (*misnumbered(plain, left, missing), *shifted(plain), *unlike_names(links), *_astray(plain))
-    odd += (*_half_used(links, plain, left, missing), *_without_norms(plain), *_between_modules(links))
+    parts = by_parts(links)
+    odd += (*misnumbered(plain, left, missing), *shifted(plain), *unlike_names(links, parts), *_astray(plain))
+    odd += (*_half_used(links, plain, left, missing), *_without_norms(plain), *_between_modules(parts))
     return {**{x.target.source: x for x in odd}, **_torn(links, left), **_from_elsewhere(links, left)}
 
 
@@ -277,18 +281,14 @@ def _called_above(names: Names, depth: int) -> str:
     return "" if counts_of(name) else name
 
 
-def _between_modules(links: Iterable[Link]) -> Iterator[Link]:
+def _between_modules(parts: LinksByParts) -> Iterator[Link]:
     """Yields links of the only part that two modules share, where each has several in one other module."""
-    pairs = defaultdict[tuple[Names, Names], list[Link]](list)
-    for link in links:
-        for one, other in itertools.product(link.wanted, link.stored):
-            pairs[part_of(one), part_of(other)].append(link)
     led, back = (defaultdict[Names, Counter[Names]](Counter) for _ in range(2))
-    for one, other in pairs:
+    for one, other in parts:
         for at, to in itertools.product(range(1, len(one)), range(1, len(other))):
             led[one[:at]][other[:to]] += 1
             back[other[:to]][one[:at]] += 1
-    for (one, other), some in pairs.items():
+    for (one, other), some in parts.items():
         into, module = one[:-1], other[:-1]
         if led[into][module] == 1 and _is_shared(led[into], module) and _is_shared(back[module], into):
             yield from (link for link in some if link.joint is None)

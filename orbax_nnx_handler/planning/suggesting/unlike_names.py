@@ -45,11 +45,11 @@ class _Said(NamedTuple):
     is_short: bool
 
 
-_Parts = Mapping[tuple[Names, Names], Sequence[Link]]
+LinksByParts = Mapping[tuple[Names, Names], Sequence[Link]]
 """The links of each wanted part and each stored one of which it is made."""
 
 
-def strangers(parts: _Parts) -> Iterator[Link]:
+def strangers(parts: LinksByParts) -> Iterator[Link]:
     """Yields links of parts that shapes do not tell, whose names share no more than what kind they are.
 
     A vector is as long as any other one of its model, and a square matrix as large: a new `mask_token` fits
@@ -82,7 +82,7 @@ def strangers(parts: _Parts) -> Iterator[Link]:
             yield from (x for x in some if x.joint is None and x.layers is None and not x.copied)
 
 
-def _norms_of(told: Set[tuple[Names, Names]], parts: _Parts) -> set[tuple[Names, Names]]:
+def _norms_of(told: Set[tuple[Names, Names]], parts: LinksByParts) -> set[tuple[Names, Names]]:
     """Returns the norms of layers that are told."""
     links = [*itertools.chain(*parts.values())]
     leaves = ((x for link in links for x in link.wanted), (x for link in links for x in link.stored))
@@ -149,7 +149,7 @@ def _short_forms(name: str) -> frozenset[str]:
 _CELLS = frozenset(("lstm", "gru", "rnn", "cell"))
 
 
-def called_otherwise(parts: _Parts) -> Iterator[Link]:
+def called_otherwise(parts: LinksByParts) -> Iterator[Link]:
     """Yields links of parts, or of modules around them, that are called another than they are made of.
 
     Where all beside them has one name on both sides, a `cost` that is left is no `reward`, though nothing
@@ -183,7 +183,7 @@ def _differing(one: Names, other: Names) -> tuple[Names, Names]:
 
 
 def _beside(
-    modules: Set[tuple[Names, Names]], parts: _Parts
+    modules: Set[tuple[Names, Names]], parts: LinksByParts
 ) -> Mapping[tuple[Names, Names], Set[tuple[str, str]]]:
     """Returns what the parts in some modules are called on both sides."""
     found = defaultdict[tuple[Names, Names], set[tuple[str, str]]](set)
@@ -235,12 +235,17 @@ _FUNCTIONS = {word: each.split()[0] for each in _SPELLINGS.split(",") for word i
 """Words that say which function of a value is held, or which share of it."""
 
 
-def unlike_names(links: Sequence[Link]) -> Iterator[Link]:
-    """Yields links of parts whose names are strangers, or say that they hold other functions of a value."""
+def by_parts(links: Iterable[Link]) -> LinksByParts:
+    """Returns the links of each wanted part and each stored one of which it is made."""
     parts = defaultdict[tuple[Names, Names], list[Link]](list)
     for link in links:
         for one, other in itertools.product(link.wanted, link.stored):
             parts[part_of(one), part_of(other)].append(link)
+    return parts
+
+
+def unlike_names(links: Sequence[Link], parts: LinksByParts) -> Iterator[Link]:
+    """Yields links of parts whose names are strangers, or say that they hold other functions of a value."""
     yield from strangers(parts)
     yield from called_otherwise(parts)
     for link in (x for x in links if x.joint is None):

@@ -335,6 +335,20 @@ def test_a_network_is_not_what_it_is_a_copy_of(one, other, above):
     assert found.questions
 
 
+def test_the_copy_of_a_network_that_is_used_is_asked_about_as_one():
+    layers = {"Dense_0/kernel": "fc1/kernel", "Dense_1/kernel": "out/kernel"}
+    shapes = dict(zip(layers, ((3, 8), (8, 2)), strict=True))
+    stored = filled({f"{net}/{at}": shapes[at] for net in ("actor", "actor_target") for at in layers})
+
+    found, values = proposed(
+        stored, {f"{net}/{aim}": shapes[at] for net in ("actor", "net") for at, aim in layers.items()}
+    )
+
+    check(values, {f"actor/{aim}": stored[f"actor/{at}"] for at, aim in layers.items()})
+    (question,) = found.questions
+    assert {*question.wanted} == {*found.unmatched_wanted}
+
+
 def test_a_copy_is_not_taken_for_what_another_network_may_be():
     shapes = {"Dense_0/kernel": (6, 8), "LayerNorm_0/scale": (8,), "Dense_1/kernel": (8, 4)}
     stored = filled(

@@ -174,8 +174,8 @@ def _rearranged(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Conver
         leaves, empty = kept, {}
     leaves = _regrouped(leaves, checkpoint, layout, arguments)
     if arguments.to is not None:
-        if layout.name == "params" and arguments.layout == "auto":
-            check_linen_names(leaves)
+        if layout.name == "params" and arguments.layout == "auto" and not checkpoint.is_of_flax_model:
+            check_linen_names(leaves, arguments.to)
         # Only the optimizer's chain needs its empty states to keep its length.
         above = owner_left_out(leaves)
         empty = {
@@ -281,7 +281,11 @@ def _add_changes(parser: argparse.ArgumentParser) -> None:
         "(default: nnx with a factory, else that of the source)",
     )
     parser.add_argument(
-        "--scan", metavar="GROUP", action="append", default=[], help="stack GROUP_0, GROUP_1, ... to GROUP"
+        "--scan",
+        metavar="GROUP",
+        action="append",
+        default=[],
+        help="stack GROUP_0, GROUP_1, ... or GROUP/0, GROUP/1, ... to GROUP",
     )
     parser.add_argument(
         "--unscan",

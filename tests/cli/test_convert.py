@@ -264,7 +264,7 @@ def test_options_that_contradict_each_other_are_status_2(cli, root, tmp_path, op
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--scan", "nothing", "--axis", "0"], "no parameter lies under nothing_0."),
+        (["--scan", "nothing", "--axis", "0"], "no parameter lies under nothing_0 or nothing/0."),
         (["--unscan", "hidden", "--axis", "0"], "no parameter lies under hidden."),
         (["--unscan", "up/kernel", "--axis", "0"], "no parameter lies under up/kernel."),
         (["--unscan", "up", "--axis", "0"], "do not agree on a number of layers on axis 0"),

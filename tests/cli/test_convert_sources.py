@@ -111,4 +111,4 @@ def test_strings_cannot_be_converted_and_are_named(cli, tmp_path) -> None:
     said = cli("convert", tmp_path / "in", tmp_path / "out")
 
     assert said.status == 1
-    assert said.err == "RestoreError: 1 leaves are strings, which cannot be converted:\n  name\n"
+    assert said.err == "RestoreError: 1 leaf is a string, which cannot be converted:\n  name\n"

@@ -178,10 +178,8 @@ def test_names_of_nnx_without_a_factory_are_refused(cli, tmp_path: Path) -> None
     assert said.err == (
         "RestoreError: 7 leaves are named as NNX names them, so parameters and statistics cannot be told "
         "apart:\n"
-        "  layers/0/bias\n"
-        "  layers/0/kernel\n"
-        "  layers/1/bias\n"
-        "  layers/1/kernel\n"
+        "  layers/{0..1}/bias\n"
+        "  layers/{0..1}/kernel\n"
         "  rnn/cell/dense_h/bias\n"
         "  rnn/cell/dense_h/kernel\n"
         "  rnn/cell/dense_i/kernel\n"

@@ -325,6 +325,8 @@ class Checkpoint:
             with what they hold.
         on_devices: The arrays of a tree in memory that are JAX's already.
         without_values: The leaves of a tree in memory that have a shape only, with what they are.
+        is_of_flax_model: Whether its form says that a Flax model of transformers or diffusers wrote it: a
+            Linen program, whose modules may be called `0`, `1` as well.
         stamps: Files that say when it was saved, where another save would write to the same files,
             with their content: it tells after a read whether all of it is of one save.
     """
@@ -343,6 +345,7 @@ class Checkpoint:
     foreign: Mapping[Path, str] = dataclasses.field(default_factory=dict[Path, str])
     on_devices: Mapping[Path, jax.Array] = dataclasses.field(default_factory=dict[Path, jax.Array])
     without_values: Mapping[Path, str] = dataclasses.field(default_factory=dict[Path, str])
+    is_of_flax_model: bool = False
     stamps: Mapping[str, bytes] = dataclasses.field(default_factory=dict[str, bytes])
 
     @property

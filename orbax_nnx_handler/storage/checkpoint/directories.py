@@ -340,9 +340,12 @@ def is_weights_file(name: str) -> bool:
 def first_weights(folder: epath.Path, files: Files) -> epath.Path | None:
     """Returns the file in a folder that holds a model's weights, or says where they lie; None if none does.
 
+    A file that is named so is its own.
     Flax's file is taken before one for PyTorch, and a file alone before parts of its name: both are there
     where one was saved after the other. What is not read is said.
     """
+    if files.is_file(folder):
+        return folder if is_weights_file(folder.name) else None
     names = [name for name in HUGGING_FACE_FILES if files.has_file(folder, name)]
     if others := names[1:]:
         _logger.warning(

@@ -43,7 +43,6 @@ from orbax_nnx_handler.storage.checkpoint.directories import (
     HUGGING_FACE_SAFETENSORS,
     first_unnamed,
     first_weights,
-    is_weights_file,
     read_config,
 )
 from orbax_nnx_handler.storage.checkpoint.trees import STRING_TYPE, UNKNOWN_TYPE, packed_tree
@@ -65,10 +64,7 @@ def read_weights(path: epath.Path, files: Files) -> Checkpoint | None:
     Raises:
         NotACheckpointError: A file is damaged, or an index names one that is not there.
     """
-    if files.is_file(path):
-        file = path if is_weights_file(path.name) else None
-    else:
-        file = first_weights(path, files)
+    file = first_weights(path, files)
     if file is None:
         return None
     weights = _indexed(file, files) if file.name.endswith(HUGGING_FACE_INDEX) else _Weights([file])
@@ -171,6 +167,7 @@ def _read_packed(
         nodes=nodes,
         arrays={},
         writes_fill=True,
+        is_of_flax_model=True,
     )
 
 
@@ -211,7 +208,7 @@ _LENGTH = struct.Struct("<Q")
 _LONGEST_HEADER = 100_000_000
 # Enough for the header of nearly every file, so that it comes in the first trip.
 _FIRST = 1 << 18
-_METADATA = "__metadata__"
+_METADATA, _OF_FLAX = "__metadata__", {"format": "flax"}
 # How transformers joins the keys of a tree (modeling_flax_utils.py `save_pretrained`).
 _SEPARATOR = "."
 
@@ -278,7 +275,10 @@ def _read_headed(
         raise NotACheckpointError(f"{directory} holds no array.", hints=[hint])
     catalog: dict[str, bytes | Extent] = {}
     store = kvstore.open_archive(shards[0], catalog, seen, files.versions_of(shards))
-    return _checkpoint(directory, store, catalog, found, config)
+    is_flax = all(header.get(_METADATA) == _OF_FLAX for header, *_ in headers)
+    return dataclasses.replace(
+        _checkpoint(directory, store, catalog, found, config), is_of_flax_model=is_flax
+    )
 
 
 def _read_headers(

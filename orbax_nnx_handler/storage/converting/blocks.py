@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from orbax_nnx_handler.planning.core.errors import RestoreError
+from orbax_nnx_handler.planning.core.errors import Hint, RestoreError
+from orbax_nnx_handler.planning.core.folding import Row
 from orbax_nnx_handler.planning.core.leaves import Shape
-from orbax_nnx_handler.planning.core.paths import Path, render
+from orbax_nnx_handler.planning.core.lines import aligned, counted
+from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, reads
 from orbax_nnx_handler.planning.core.regions import Region, shape_of_region
 from orbax_nnx_handler.planning.layouts.layout import Section
@@ -359,6 +361,8 @@ def _combined(one: Difference, other: Difference) -> Difference:
 
 # Leaves that stand in the way.
 
+_LISTED = 20
+
 
 def check_paths_distinct(leaves: Iterable[Written]) -> None:
     """Raises where two leaves would be written to one path.
@@ -371,11 +375,11 @@ def check_paths_distinct(leaves: Iterable[Written]) -> None:
     for leaf in leaves:
         (twice.append if leaf.path in seen else seen.add)(leaf.path)
     if twice:
-        raise refusal("leaves would be written to a path that another leaf has", twice)
+        raise refusal("leaf", "leaves", "would be written to a path that another leaf has", twice)
 
 
-def refusal(what: str, paths: list[Path], hint: str = "") -> RestoreError:
-    """Returns the error for a conversion that some leaves stand in the way of."""
-    shown = "\n".join(f"  {render(path)}" for path in paths[:20])
-    rest = f"\n  ... and {len(paths) - 20} more" if len(paths) > 20 else ""
-    return RestoreError(f"{len(paths)} {what}:\n{shown}{rest}", paths=paths, hints=[hint] if hint else [])
+def refusal(one: str, many: str, what: str, paths: Sequence[Path], hint: str | Hint = "") -> RestoreError:
+    """Returns the error for a conversion that some leaves stand in the way of: `1 leaf` or `2 leaves` ..."""
+    shown = aligned((Row(path) for path in paths), limit=_LISTED)
+    hints = [hint] if hint else []
+    return RestoreError(f"{counted(len(paths), one, many)} {what}:\n{shown}", paths=paths, hints=hints)

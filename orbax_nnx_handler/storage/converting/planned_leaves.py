@@ -285,7 +285,7 @@ def every_leaf(stored: Stored, layout: Layout) -> list[Written]:
     """
     odd = [leaf.path for leaf in stored.values() if leaf.dtype is None]
     if odd:
-        raise refusal("leaves are strings, which cannot be converted", odd)
+        raise refusal("leaf is a string, which", "leaves are strings, which", "cannot be converted", odd)
     placements = layout.place(stored)
     parameters = {item.leaf.path: item.path for item in placements if item.section == "model"}
     parameters |= dict(_parameters_of_moments(placements, parameters))
@@ -339,15 +339,16 @@ def in_layout(leaves: Iterable[Written], layout: str, flavour: Flavour) -> list[
             "a saved NNX state does not tell parameters from statistics, so its layout cannot change alone.",
             hints=[
                 Hint(
-                    "give the factory of the model too (SRC DST MODULE:FACTORY --to linen); its Variable "
-                    "types tell the collections, and its modules what Linen stores in another form."
+                    f"give the factory of the model too (SRC DST MODULE:FACTORY --to {flavour}); its "
+                    "Variable types tell the collections, and its modules what Linen stores in another form."
                 )
             ],
         )
     foreign = [leaf.path for leaf in leaves if leaf.section == "optimizer" and layout not in _OPTAX]
     if foreign:
         raise refusal(
-            "optimizer leaves are not arranged as optax arranges them", foreign, "pass --weights-only."
+            *("optimizer leaf is", "optimizer leaves are", "not arranged as optax arranges them", foreign),
+            "pass --weights-only.",
         )
     if layout == "maxtext" and flavour == "linen":
         _check_nothing_aside(leaves)
@@ -375,7 +376,9 @@ def _check_nothing_aside(leaves: Iterable[Written]) -> None:
     lost = [leaf.path for path, leaf in aside.items() if path[:-1] not in random and path[0] not in copies]
     if lost:
         raise refusal(
-            "leaves are kept aside, where a Linen program reads none, and do not tell their collection",
+            "leaf is kept aside, where a Linen program reads none, and does not tell its",
+            "leaves are kept aside, where a Linen program reads none, and do not tell their",
+            "collection",
             lost,
             "give the factory of the model too (SRC DST MODULE:FACTORY --to linen), whose Variable types do.",
         )
@@ -398,18 +401,19 @@ def _moved(leaf: Written, level: Path) -> Path:
     return (*slot, *level, *leaf.parameter)
 
 
-def check_linen_names(leaves: Iterable[Written]) -> None:
+def check_linen_names(leaves: Iterable[Written], flavour: Flavour) -> None:
     """Raises where bare weights are under names that NNX gives.
 
     Raises:
-        RestoreError: Names the leaves.
+        RestoreError: Names the leaves; the hint leads to the layout that is asked for.
     """
     marked = marks_of_nnx(leaf.parameter for leaf in leaves if leaf.parameter and leaf.section == "model")
     if marked:
         raise refusal(
-            "leaves are named as NNX names them, so parameters and statistics cannot be told apart",
+            *("leaf is named as NNX names it, so", "leaves are named as NNX names them, so"),
+            "parameters and statistics cannot be told apart",
             marked,
-            "give the factory of the model too (SRC DST MODULE:FACTORY --to linen); "
+            f"give the factory of the model too (SRC DST MODULE:FACTORY --to {flavour}); "
             "--layout params where a Linen program wrote this all the same.",
         )
 

@@ -7,7 +7,7 @@ to have. Which stored leaf each of them is, the same plan decides as for a resto
 import dataclasses
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, Literal
 
 import numpy as np
@@ -31,7 +31,8 @@ GroupPath = tuple[str, ...]
 """A group's path below the collection, such as `("decoder", "layers")`."""
 
 Regrouping = Literal["scan", "unscan"]
-_NO_MOMENTS, _WITHOUT_MOMENTS = "moments cannot follow their layers on this axis", "pass --weights-only."
+_NO_MOMENTS = ("moment cannot follow its layers", "moments cannot follow their layers", "on this axis")
+_WITHOUT_MOMENTS = "pass --weights-only."
 _SECTIONS = frozenset({"model", "optimizer", "step"})
 _Shapes = Mapping[tuple[Path, Path], Shape]
 """The shapes of parameters by owner and path."""
@@ -55,7 +56,8 @@ def regroup(
         group: The group; of one train state where its keys, with or without `params`, stand in front, and
             of one collection alone where its name does.
         axis: The axis of the stack that counts the layers.
-        way: `scan` makes `layers/...` of `layers_0/...` and so on, `unscan` the reverse.
+        way: `scan` makes `layers/...` of `layers_0/...` or `layers/0/...` and so on; `unscan` makes
+            `layers_0/...` of it again.
         directory: The item directory, for messages.
 
     Raises:
@@ -63,8 +65,8 @@ def regroup(
     """
     foreign = [leaf.path for leaf in leaves if leaf.section == "optimizer" and "opt_state" not in leaf.path]
     if foreign:
-        what = "optimizer leaves are not arranged as optax arranges them"
-        raise refusal(what, foreign, _WITHOUT_MOMENTS)
+        what = ("optimizer leaf is", "optimizer leaves are", "not arranged as optax arranges them")
+        raise refusal(*what, foreign, _WITHOUT_MOMENTS)
     owner, collection, below = _place_of(leaves, group)
     mine = [leaf for leaf in leaves if owner in ((), leaf.owner) and collection in (None, leaf.collection)]
     paths = {leaf.path for leaf in mine}
@@ -74,7 +76,7 @@ def regroup(
     odd = [leaf for leaf in wanted if leaf.path in paths and (leaf.owner, leaf.parameter) not in known]
     behind = [leaf.path for leaf in odd if leaf.section == "optimizer" and _is_of_old(leaf, below, way)]
     if behind:
-        raise refusal(_NO_MOMENTS, behind, _WITHOUT_MOMENTS)
+        raise refusal(*_NO_MOMENTS, behind, _WITHOUT_MOMENTS)
     check_paths_distinct(wanted)
     # What is stacked here has the axis that is asked for in each collection. Where a stack is stored,
     # Flax may have given each collection an axis of its own, and none but the named one's is told.
@@ -91,7 +93,7 @@ def regroup(
     )
     lost = [path for path in plan.missing if plan.sides.wanted[path].role == "optimizer"]
     if lost and len(lost) == len(plan.missing):
-        raise refusal(_NO_MOMENTS, lost, _WITHOUT_MOMENTS)
+        raise refusal(*_NO_MOMENTS, lost, _WITHOUT_MOMENTS)
     try:
         plan.check()
     except AmbiguousMappingError as error:
@@ -226,7 +228,7 @@ def _apart(leaves: Sequence[Written], group: GroupPath, axis: int) -> list[Writt
 def _layers(leaf: Written, parameters: _Shapes, group: GroupPath, axis: int, count: int) -> Iterator[Written]:
     shape = _regrouped(leaf, parameters, lambda shape: (*shape[:axis], *shape[axis + 1 :]))
     for number in range(count):
-        yield dataclasses.replace(_renamed(leaf, group, f"{group[-1]}_{number}"), shape=shape)
+        yield dataclasses.replace(_renamed(leaf, group, 1, f"{group[-1]}_{number}"), shape=shape)
 
 
 def _parameters(leaves: Iterable[Written]) -> _Shapes:
@@ -255,7 +257,7 @@ def _regrouped(leaf: Written, parameters: _Shapes, change: Callable[[Shape], Sha
     after = change(parameters[leaf.owner, leaf.parameter or ()])
     if len(after) < 2:
         # What it is of would not be factored there.
-        raise refusal(_NO_MOMENTS, [leaf.path], _WITHOUT_MOMENTS)
+        raise refusal(*_NO_MOMENTS, [leaf.path], _WITHOUT_MOMENTS)
     lost = int(np.argsort(after)[::-1][FACTORED.index(field)])
     return (*after[:lost], *after[lost + 1 :])
 
@@ -268,11 +270,11 @@ def _stacked(leaves: Sequence[Written], group: GroupPath, axis: int) -> list[Wri
     """
     found: dict[Path, dict[int, list[Written]]] = defaultdict(lambda: defaultdict(list))
     for leaf in leaves:
-        number = _number(leaf, group)
-        if number is not None:
-            found[_renamed(leaf, group, group[-1]).path][number].append(leaf)
+        if (layer := _layer(leaf, group)) is not None:
+            found[_stacks_name(leaf, group).path][layer].append(leaf)
     if not found:
-        raise _no_group(leaves, group, "/".join(group) + "_0")
+        raise _no_layers(leaves, group)
+    _check_alone(leaves, group, found)
     every = frozenset[int]().union(*found.values())
     short = {path: layers for path, layers in found.items() if every - layers.keys()}
     if short:
@@ -282,8 +284,22 @@ def _stacked(leaves: Sequence[Written], group: GroupPath, axis: int) -> list[Wri
         stack = _stack(path, layers, parameters, group, axis)
         wanted[id(layers[0][0])] = stack
     return [
-        wanted.get(id(leaf), leaf) for leaf in leaves if id(leaf) in wanted or _number(leaf, group) is None
+        wanted.get(id(leaf), leaf) for leaf in leaves if id(leaf) in wanted or _layer(leaf, group) is None
     ]
+
+
+def _check_alone(leaves: Sequence[Written], group: GroupPath, stacks: Collection[Path]) -> None:
+    """Raises where the module that holds the layers, `layers/0`, would hold the stack and other parts.
+
+    Raises:
+        RestoreError: Names them: no Linen program keeps both in one module.
+    """
+    rest = [leaf.path for leaf in leaves if _is_in(leaf, group) and _layer(leaf, group) is None]
+    beside = [path for path in rest if path not in stacks]
+    if beside:
+        what = f"beside the layers of {render(group)}, which would lie in their stack"
+        hint = "give the MODULE:FACTORY of the program that keeps them so."
+        raise refusal("leaf lies", "leaves lie", what, beside, hint)
 
 
 def _stack(
@@ -298,7 +314,7 @@ def _stack(
     if len(kinds) > 1 or len(parts) > len(layers) or is_thin:
         rows = aligned(Row(part.path, (str(part.shape), str(part.dtype))) for part in parts)
         raise RestoreError(f"layers cannot be stacked on axis {axis}:\n{rows}", paths=[path])
-    return dataclasses.replace(_renamed(parts[0], group, group[-1]), shape=whole)
+    return dataclasses.replace(_stacks_name(parts[0], group), shape=whole)
 
 
 def _uneven(short: Mapping[Path, Iterable[int]], every: Set[int]) -> RestoreError:
@@ -315,21 +331,33 @@ def _uneven(short: Mapping[Path, Iterable[int]], every: Set[int]) -> RestoreErro
 
 def _is_of_old(leaf: Written, group: GroupPath, way: Regrouping) -> bool:
     """Tells whether a leaf is below a group's layers as they were."""
-    above, last = group[:-1], re.escape(group[-1]) + (r"_\d+" if way == "scan" else "")
-    keys = segments(leaf.path)
-    ends = (at for at in range(len(above), len(keys)) if keys[at - len(above) : at] == above)
-    return any(re.fullmatch(last, keys[at]) for at in ends)
+    keys, depth = segments(leaf.path), len(group)
+    places = (keys[at : at + depth + 2] for at in range(len(keys) - depth + 1))
+    if way == "unscan":
+        return any(place[:depth] == group for place in places)
+    return any(_layer_at(place, group) is not None for place in places)
 
 
 def _is_in(leaf: Written, group: GroupPath) -> bool:
     return _keys(leaf, group)[: len(group)] == group
 
 
-def _number(leaf: Written, group: GroupPath) -> int | None:
+def _layer(leaf: Written, group: GroupPath) -> int | None:
     """Returns which layer of the group a leaf belongs to."""
-    keys = _keys(leaf, group)
-    match = re.fullmatch(rf"{re.escape(group[-1])}_(\d{{1,9}})", keys[len(group) - 1]) if keys else None
-    return int(match[1]) if match and keys[: len(group) - 1] == group[:-1] else None
+    found = _layer_at(_keys(leaf, group), group)
+    return None if found is None else found[0]
+
+
+def _layer_at(keys: tuple[str, ...], group: GroupPath) -> tuple[int, int] | None:
+    """Returns which layer a path begins with, and how many keys say so; `layers_0` is one, `layers/0` two."""
+    above, name = group[:-1], group[-1]
+    at = len(above)
+    if keys[:at] != above or len(keys) <= at:
+        return None
+    if match := re.fullmatch(rf"{re.escape(name)}_(\d{{1,9}})", keys[at]):
+        return int(match[1]), 1
+    is_level = keys[at] == name and len(keys) > at + 2 and re.fullmatch(r"\d{1,9}", keys[at + 1])
+    return (int(keys[at + 1]), 2) if is_level else None
 
 
 def _keys(leaf: Written, group: GroupPath) -> tuple[str, ...]:
@@ -340,17 +368,61 @@ def _keys(leaf: Written, group: GroupPath) -> tuple[str, ...]:
     return keys if len(group) < len(keys) < len(group) + own else ()
 
 
-def _renamed(leaf: Written, group: GroupPath, name: str) -> Written:
+def _stacks_name(leaf: Written, group: GroupPath) -> Written:
+    """Returns a leaf of a layer under the path of the stack of its group."""
+    _, taken = _layer_at(_keys(leaf, group), group) or (0, 1)
+    return _renamed(leaf, group, taken, group[-1])
+
+
+def _renamed(leaf: Written, group: GroupPath, taken: int, name: str) -> Written:
+    """Returns a leaf with one name where its parameter has so many keys from the group's own one on."""
     parameter = leaf.parameter or ()
     at = len(group) - 1
     from_end = len(parameter) - at
-    path = (*leaf.path[:-from_end], name, *leaf.path[len(leaf.path) - from_end + 1 :])
-    return dataclasses.replace(leaf, path=path, parameter=(*parameter[:at], name, *parameter[at + 1 :]))
+    path = (*leaf.path[:-from_end], name, *leaf.path[len(leaf.path) - from_end + taken :])
+    return dataclasses.replace(leaf, path=path, parameter=(*parameter[:at], name, *parameter[at + taken :]))
+
+
+def _no_layers(leaves: Sequence[Written], group: GroupPath) -> RestoreError:
+    """Returns the error where there is nothing to stack, with the groups that there are."""
+    name = "/".join(group)
+    paths = {segments(leaf.parameter) for leaf in leaves if leaf.parameter}
+    firsts = {_first_of(keys[:depth]) for keys in paths for depth in range(1, len(keys))}
+    groups = sorted("/".join(keys) for keys in firsts if keys)
+    if not groups:
+        return _no_group(leaves, group, f"{name}_0 or {name}/0")
+    return RestoreError(
+        f"no parameter lies under {name}_0 or {name}/0.",
+        hints=[f"a group is a path below a collection or a train state; there are: {_some(groups)}."],
+    )
+
+
+def _first_of(module: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the group that a module is the first layer of by its name; nothing if it is none."""
+    if name := re.fullmatch(r"(.+)_0+", module[-1]):
+        return (*module[:-1], name[1])
+    return module[:-1] if re.fullmatch("0+", module[-1]) else ()
 
 
 def _no_group(leaves: Sequence[Written], group: GroupPath, looked_for: str) -> RestoreError:
-    tops = sorted({"/".join(segments(leaf.parameter)[: len(group)]) for leaf in leaves if leaf.parameter})
+    paths = {segments(leaf.parameter) for leaf in leaves if leaf.parameter}
+    # Further down, most likely: the levels above it were left out.
+    found = {
+        keys[:at]
+        for keys in paths
+        for at in range(len(group), len(keys))
+        if keys[:at][-len(group) :] == group
+    }
+    tops = sorted({"/".join(keys) for keys in found or {keys[: len(group)] for keys in paths}})
     return RestoreError(
         f"no parameter lies under {looked_for}.",
-        hints=[f"a group is a path below a collection or a train state; there are: {', '.join(tops[:20])}."],
+        hints=[f"a group is a path below a collection or a train state; there are: {_some(tops)}."],
     )
+
+
+_LISTED = 20
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f", ... and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more

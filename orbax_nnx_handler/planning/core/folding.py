@@ -324,7 +324,8 @@ def around(names: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
     return tuple(names[:at] for at in itertools.accumulate(level.width for level in levels(names)[:-1]))
 
 
-def numbered(names: tuple[str, ...], above: int) -> list[tuple[Numbered, int]]:
+@functools.lru_cache(maxsize=1 << 18)  # Asked several times of each part.
+def numbered(names: tuple[str, ...], above: int) -> Sequence[tuple[Numbered, int]]:
     """Returns the numbered levels of a path below a context, each as the key of its group and its number."""
     at, base, found = 0, list[str](), list[tuple[Numbered, int]]()
     for level in levels(names):
@@ -337,14 +338,13 @@ def numbered(names: tuple[str, ...], above: int) -> list[tuple[Numbered, int]]:
     return found
 
 
-def _numbered_segments(names: tuple[str, ...], above: int) -> list[tuple[int, Level]]:
+@functools.lru_cache(maxsize=1 << 18)  # Asked of either side of each link.
+def _numbered_segments(names: tuple[str, ...], above: int) -> Sequence[tuple[int, Level]]:
     """Returns the segments with a number below a context, and what they count."""
-    at, found = 0, list[tuple[int, Level]]()
-    for level in levels(names):
-        at += level.width
-        if level.number is not None and at > above:
-            found.append((at - 1, level))
-    return found
+    every = levels(names)
+    ends = itertools.accumulate(level.width for level in every)
+    both = zip(ends, every, strict=True)
+    return [(at - 1, level) for at, level in both if level.number is not None and at > above]
 
 
 def same_numbers(

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
-from orbax_nnx_handler.planning.core.leaves import record, with_fields
+from orbax_nnx_handler.planning.core.leaves import derived, record, with_fields
 from orbax_nnx_handler.planning.core.paths import canonical, levels
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, part_of
 from orbax_nnx_handler.planning.likeness.shapes import Joint, Steps, Way
@@ -74,12 +74,12 @@ class Link:
     layers: Layers | None = None
     layer: int = 0
 
-    @property
+    @derived
     def target(self) -> Leaf:
         """The wanted leaf, or the first of several."""
         return self.wanted[0]
 
-    @property
+    @derived
     def source(self) -> Leaf:
         """The stored leaf, or the first of several."""
         return self.stored[0]

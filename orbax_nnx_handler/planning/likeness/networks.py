@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import operator
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -83,11 +82,6 @@ def _matched(ours: Sequence[OuterModule], theirs: Sequence[OuterModule], match: 
     return Findings(ties=[tie, *(tie for one in each.values() for tie in one.ties)])
 
 
-_Home = tuple[int, Names]
-"""To which networks that are each other's a leaf belongs, and to which one of them."""
-_SIDES = operator.attrgetter("wanted"), operator.attrgetter("stored")
-
-
 def _are_crossed(found: Findings, pairs: Sequence[_Pair]) -> bool:
     """Tells whether parts of some network are those of another one, or left on both sides."""
     homes = [
@@ -100,7 +94,7 @@ def _are_crossed(found: Findings, pairs: Sequence[_Pair]) -> bool:
         for side in (0, 1)
     ]
 
-    def within(links: Iterable[Link]) -> set[tuple[_Home, _Home]]:
+    def within(links: Iterable[Link]) -> set[Sequence[tuple[int, Names]]]:
         both = ((x.part, y.part) for link in links for x in link.wanted for y in link.stored)
         return {(homes[0][x][0], homes[1][y][0]) for x, y in both if x in homes[0] and y in homes[1]}
 
@@ -110,7 +104,7 @@ def _are_crossed(found: Findings, pairs: Sequence[_Pair]) -> bool:
         are_torn = any(len({pair[side] for pair in made}) < len(made) for side in (0, 1))
         if are_torn or any(one[0] != other[0] for one, other in made):
             return True
-    linked = [{x.part for link in found.every for x in side(link)} for side in _SIDES]
+    linked = [{x.part for link in found.every for x in (link.wanted, link.stored)[i]} for i in (0, 1)]
     sizes = ({(at, size) for x, ((at, _), size) in homes[i].items() if x not in linked[i]} for i in (0, 1))
     return not set.isdisjoint(*sizes)
 
@@ -331,11 +325,11 @@ def with_either_end(found: Findings) -> Findings:
     """
     lists = _lists_of(found.links)
     outer = {pair: layers for pair, layers in lists.items() if pair == _around(layers)}
-    told = {pair: layers for pair, layers in outer.items() if not _ordered(layers, _order_of(layers)[::-1])}
+    told = {pair: layers for pair, layers in outer.items() if not _allow(layers, _order_of(layers)[::-1])}
     orders = {pair: _best_order(pair, layers, told) for pair, layers in outer.items()}
     if turned := {x: order for x, order in orders.items() if order != _order_of(outer[x])}:
         links = _beside(found, map(outer.__getitem__, turned))
-        links += (link for x, order in turned.items() for link in _ordered(outer[x], order))
+        links += (link for x, order in turned.items() for link in with_sources(_exchanged(outer[x], order)))
         return with_either_end(dataclasses.replace(found, links=links))
     asked, ties = dict[_Lists, _Layers](), [*found.ties]
     for pair, layers in lists.items():
@@ -376,8 +370,10 @@ def _readings(pair: _Lists, layers: _Layers, told: _Told) -> list[list[Link]]:
         return []
     back = {straight[::-1]} if _are_sizes(pair[1], _sides(layers)) else set[_Order]()
     others = (back | _like(pair, layers, told)) - {straight}
-    readings = [_ordered(layers, order) for order in (*sorted(others), straight)]
-    return readings if others and _order_of(layers) not in others and all(readings) else []
+    is_open = bool(others) and _order_of(layers) not in others
+    orders = (*sorted(others), straight) if is_open else ()
+    readings = [with_sources(_exchanged(layers, order)) for order in orders]
+    return readings if all(readings) else []
 
 
 def _ways(pair: _Lists) -> Concepts:
@@ -409,7 +405,7 @@ def _best_order(pair: _Lists, layers: _Layers, told: _Told) -> _Order:
     own = {x: told[x] for x in told if x[0] == pair[0]} if is_counted and pair not in told else {}
     orders = _like(pair, layers, own)
     options = orders if len(orders) == 1 else (straight, straight[::-1])
-    return next((x for x in options if x == now or _ordered(layers, x)), now)
+    return next((x for x in options if x == now or _allow(layers, x)), now)
 
 
 def _is_automatic(list_: Names) -> bool:
@@ -421,15 +417,19 @@ def _beside(found: Findings, several: Iterable[_Layers]) -> list[Link]:
     return [link for link in found.links if id(link) not in gone]
 
 
-def _ordered(layers: _Layers, order: _Order) -> list[Link]:
-    """Returns the links of layers in an order; none where shapes do not allow it."""
+def _allow(layers: _Layers, order: _Order) -> bool:
+    """Tells whether the shapes of layers allow an order."""
+    sides = (([x and x.shape for x in y], [x.shape for x in z.stored]) for z, y in _exchanged(layers, order))
+    return all(one == other for one, other in sides)
+
+
+def _exchanged(layers: _Layers, order: _Order) -> Iterator[tuple[Link, list[Leaf | None]]]:
+    """Yields the links of layers with the stored leaves that each has in an order."""
     ours, theirs = map(sorted, _sides(layers))
     into = {at: theirs[to] for at, to in zip(ours, order, strict=True)}
     every = [(at, to, *each) for (at, to), links in sorted(layers.items()) for each in links]
-    leaves = {
-        (to, x): leaf for _, to, link, within in every for x, leaf in zip(within, link.stored, strict=True)
-    }
-    return with_sources((link, [leaves.get((into[at], x)) for x in within]) for at, _, link, within in every)
+    leaves = {(to, x): y for _, to, z, inside in every for x, y in zip(inside, z.stored, strict=True)}
+    return ((link, [leaves.get((into[at], x)) for x in inside]) for at, _, link, inside in every)
 
 
 def _sides(layers: _Layers) -> tuple[set[int], ...]:

@@ -21,7 +21,7 @@ from orbax_nnx_handler.planning.likeness import (
 from orbax_nnx_handler.planning.likeness.arrangements import by_level, shifted
 from orbax_nnx_handler.planning.likeness.assignment import fit_of, may_be, sizes_of_few
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie
-from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, module_parts, part_of
+from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, part_of
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart, named_parts
 from orbax_nnx_handler.planning.likeness.vocabulary import (
     MARGIN,
@@ -205,28 +205,40 @@ def _are_of_a_list(meanings: Mapping[Names, Sequence[Link]]) -> bool:
     return len(names) == 1 and all(len(links) == 1 for links in meanings.values())
 
 
-def coincidences(links: Sequence[Link], left: Set[Names], missing: Set[Names]) -> Mapping[Path, Link]:
-    """Returns links rather asked about: one of stored parts that are left may fit a missing one by chance."""
+def coincidences(
+    links: Sequence[Link],
+    left: Set[Names],
+    missing: Set[Names],
+    sides: Sequence[Sequence[ModulePart]],
+) -> Mapping[Path, Link]:
+    """Returns links rather asked about: one of stored parts that are left may fit a missing one by chance.
+
+    Args:
+        links: What is found.
+        left: The stored parts that nothing is made of.
+        missing: The wanted parts that are made of nothing.
+        sides: All wanted parts, and all stored ones.
+    """
     plain = [link for link in links if link.joint is None and link.layers is None]
     odd = [link for link in plain if have_other_purposes(part_of(link.target), part_of(link.source))]
     parts = by_parts(links)
-    odd += (*misnumbered(plain, left, missing), *shifted(plain), *unlike_names(links, parts), *_astray(plain))
-    odd += (*_half_used(links, plain, left, missing), *_without_norms(plain), *_between_modules(parts))
+    odd += (*misnumbered(plain, left, missing), *shifted(plain), *_astray(plain))
+    odd += (*unlike_names(links, parts, sides), *_without_norms(plain, sides))
+    odd += (*_half_used(links, plain, left, missing), *_between_modules(parts))
     return {**{x.target.source: x for x in odd}, **_torn(links, left), **_from_elsewhere(links, left)}
 
 
-def _without_norms(links: Sequence[Link]) -> Iterator[Link]:
+def _without_norms(links: Sequence[Link], sides: Sequence[Sequence[ModulePart]]) -> Iterator[Link]:
     """Yields links of layers, and of batch norms, where names say that the norm of one is another layer's."""
-    sides = dict.fromkeys(x.target for x in links), dict.fromkeys(x.source for x in links)
-    parts = [_not_counted(module_parts(side)) for side in sides]
+    parts = [_not_counted(side) for side in sides]
     ours, theirs = ({at: norm.names for at, norm in companions(side).items()} for side in parts)
     averaged = {part.names for part in parts[0] if "mean" in part.leaves}
     ours |= {norm: at for at, norm in ours.items() if norm in averaged}
     theirs |= {norm: at for at, norm in theirs.items()}
-    made = {part_of(link.target): part_of(link.source) for link in links}
-    for link in links:
+    made = {part_of(link.target): part_of(link.source) for link in links if ours}
+    for link in links if theirs else ():
         one, other = ours.get(part_of(link.target)), theirs.get(part_of(link.source))
-        if one and other and made[one] != other:
+        if one and other and made.get(one, other) != other:
             yield link
 
 
@@ -284,10 +296,10 @@ def _called_above(names: Names, depth: int) -> str:
 def _between_modules(parts: LinksByParts) -> Iterator[Link]:
     """Yields links of the only part that two modules share, where each has several in one other module."""
     led, back = (defaultdict[Names, Counter[Names]](Counter) for _ in range(2))
-    for one, other in parts:
-        for at, to in itertools.product(range(1, len(one)), range(1, len(other))):
-            led[one[:at]][other[:to]] += 1
-            back[other[:to]][one[:at]] += 1
+    for (one, other), count in Counter((one[:-1], other[:-1]) for one, other in parts).items():
+        for at, to in itertools.product(range(1, len(one) + 1), range(1, len(other) + 1)):
+            led[one[:at]][other[:to]] += count
+            back[other[:to]][one[:at]] += count
     for (one, other), some in parts.items():
         into, module = one[:-1], other[:-1]
         if led[into][module] == 1 and _is_shared(led[into], module) and _is_shared(back[module], into):

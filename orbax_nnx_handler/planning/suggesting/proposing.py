@@ -440,9 +440,9 @@ def _misplaced(links: Iterable[Link], stored: Iterable[Leaf]) -> Iterator[Link]:
         for home, source in itertools.product(around(other), torn[module]):
             beside = *source, *other[len(home) :]
             is_like = source != home and len(source) == len(home) and beside in homes
-            is_like = is_like and shapes.get(beside) == shapes.get(other, ())
-            numbers = [counts_of("/".join(names))[-1:] for names in (module, home)]
-            if not is_like or numbers[0] == numbers[1] != ():
+            if not is_like or shapes.get(beside) != shapes.get(other, ()):
+                continue
+            if counts_of("/".join(module))[-1:] == counts_of("/".join(home))[-1:] != ():
                 continue
             outside = {each[: len(module)] for each in homes[beside]}
             shared = (sum(led[at][x] for at in (module, *outside)) == held[x] for x in (home, source))

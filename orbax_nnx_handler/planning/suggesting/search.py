@@ -78,7 +78,7 @@ def search(wanted: Sequence[Leaf], stored: Sequence[Leaf], order: Mapping[Tokens
     made = {part_of(leaf) for link in found.links for leaf in link.wanted}
     left = {part_of(leaf) for leaf in stored} - used, {part_of(leaf) for leaf in wanted} - made
     twice = {link.target.source: link for link in wanted_twice(found, wanted, *sides)}
-    odd = {**coincidences(found.links, *left), **twice}
+    odd = {**coincidences(found.links, *left, sides), **twice}
     found = with_modules_asked(as_questions(found, odd), wanted, stored)
     plain, copies = apart_from_copies((found := with_moved_axes(found)).links, stored)
     found.ties.extend(copies)

@@ -15,7 +15,7 @@ from orbax_nnx_handler.planning.core.paths import Path, segments
 from orbax_nnx_handler.planning.layouts.layout import says_copy
 from orbax_nnx_handler.planning.likeness import in_list, norms_told, purposes
 from orbax_nnx_handler.planning.likeness.links import Link
-from orbax_nnx_handler.planning.likeness.module_parts import module_parts, part_of
+from orbax_nnx_handler.planning.likeness.module_parts import ModulePart, part_of
 from orbax_nnx_handler.planning.likeness.shapes import is_vector
 from orbax_nnx_handler.planning.likeness.vocabulary import (
     PARAMETER,
@@ -49,7 +49,7 @@ LinksByParts = Mapping[tuple[Names, Names], Sequence[Link]]
 """The links of each wanted part and each stored one of which it is made."""
 
 
-def strangers(parts: LinksByParts) -> Iterator[Link]:
+def strangers(parts: LinksByParts, sides: Sequence[Sequence[ModulePart]]) -> Iterator[Link]:
     """Yields links of parts that shapes do not tell, whose names share no more than what kind they are.
 
     A vector is as long as any other one of its model, and a square matrix as large: a new `mask_token` fits
@@ -62,7 +62,7 @@ def strangers(parts: LinksByParts) -> Iterator[Link]:
     told = {pair for pair, some in parts.items() if said[pair].is_shared or _are_told(pair, some)}
     if len(told) == len(parts):
         return
-    told |= _norms_of(told, parts) & parts.keys()
+    told |= _norms_of(told, sides) & parts.keys()
     kinds = {said[pair].only for pair in told}
     lacking = [frozenset[str]().union(*(only[side] for only in kinds)) for side in (0, 1)]
     known = [{pair[side] for pair in told} for side in (0, 1)]
@@ -82,11 +82,10 @@ def strangers(parts: LinksByParts) -> Iterator[Link]:
             yield from (x for x in some if x.joint is None and x.layers is None and not x.copied)
 
 
-def _norms_of(told: Set[tuple[Names, Names]], parts: LinksByParts) -> set[tuple[Names, Names]]:
+def _norms_of(
+    told: Set[tuple[Names, Names]], sides: Sequence[Sequence[ModulePart]]
+) -> set[tuple[Names, Names]]:
     """Returns the norms of layers that are told."""
-    links = [*itertools.chain(*parts.values())]
-    leaves = ((x for link in links for x in link.wanted), (x for link in links for x in link.stored))
-    sides = [module_parts(dict.fromkeys(side)) for side in leaves]
     ours, theirs = ({part.names: at for at, part in enumerate(side)} for side in sides)
     pairs = [(ours[one], theirs[other]) for one, other in told if one in ours and other in theirs]
     return {(sides[0][at].names, sides[1][to].names) for at, to in norms_told(pairs, sides).items()}
@@ -244,20 +243,26 @@ def by_parts(links: Iterable[Link]) -> LinksByParts:
     return parts
 
 
-def unlike_names(links: Sequence[Link], parts: LinksByParts) -> Iterator[Link]:
+def unlike_names(
+    links: Sequence[Link], parts: LinksByParts, sides: Sequence[Sequence[ModulePart]]
+) -> Iterator[Link]:
     """Yields links of parts whose names are strangers, or say that they hold other functions of a value."""
-    yield from strangers(parts)
+    yield from strangers(parts, sides)
     yield from called_otherwise(parts)
     for link in (x for x in links if x.joint is None):
         ends = ((x.names[-1], y.names[-1]) for x in link.wanted for y in link.stored)
         if any(one != other and _are_opposites(one, other) for one, other in ends):
             yield link
     names = {name for link in links for leaf in (*link.wanted, *link.stored) for name in leaf.names}
-    named = {name for name in names if any(word in name.lower() for word in _FUNCTIONS)}  # Nearly none.
+    named = {name for name in names if any(map(_says_function, words(name)))}  # Nearly none.
     for link in links if named else ():
         pairs = ((x.names, y.names) for x in link.wanted for y in link.stored)
         if any(any(_functions(*both)) for both in pairs if not named.isdisjoint((*both[0], *both[1]))):
             yield link
+
+
+def _says_function(word: str) -> bool:
+    return word in _FUNCTIONS or word.startswith("log")
 
 
 @functools.lru_cache(maxsize=1 << 16)

@@ -341,9 +341,8 @@ def numbered(names: tuple[str, ...], above: int) -> Sequence[tuple[Numbered, int
 @functools.lru_cache(maxsize=1 << 18)  # Asked of either side of each link.
 def _numbered_segments(names: tuple[str, ...], above: int) -> Sequence[tuple[int, Level]]:
     """Returns the segments with a number below a context, and what they count."""
-    every = levels(names)
-    ends = itertools.accumulate(level.width for level in every)
-    both = zip(ends, every, strict=True)
+    ends = itertools.accumulate(level.width for level in levels(names))
+    both = zip(ends, levels(names), strict=True)
     return [(at - 1, level) for at, level in both if level.number is not None and at > above]
 
 
@@ -370,7 +369,8 @@ def same_numbers(
 @functools.lru_cache(maxsize=65536)
 def plain_names(names: tuple[str, ...]) -> tuple[str, ...]:
     """Returns the names that lead to a part, but for the numbers of layers."""
-    return tuple(x for at in levels(names) if (x := f"{at.base}{at.number}" if at.style == "" else at.base))
+    said = (at.base if at.style or at.number is None else f"{at.base}{at.number}" for at in levels(names))
+    return tuple(filter(None, said))
 
 
 class Homes:

@@ -301,11 +301,17 @@ def norms_told(pairs: Iterable[tuple[int, int]], sides: Sequence[Sequence[Module
     found: dict[int, int] = {}
     for at, to in pairs:
         layer, one, other = sides[0][at], norms[0].get(sides[0][at].names), norms[1].get(sides[1][to].names)
-        if one is not None and other is not None and {"main"} <= layer.leaves.keys() & one.leaves.keys():
-            width = one.leaves["main"].shape[-1:]
-            if width in (layer.leaves["main"].shape[-2:-1], layer.leaves["main"].shape[-1:]):
-                found[places[0][id(one)]] = places[1][id(other)]
+        if one is not None and other is not None and is_as_wide(one, layer):
+            found[places[0][id(one)]] = places[1][id(other)]
     return found
+
+
+def is_as_wide(norm: ModulePart, layer: ModulePart) -> bool:
+    """Tells whether a norm has an element for each input, or for each output, of a layer."""
+    if not {"main"} <= layer.leaves.keys() & norm.leaves.keys():
+        return False
+    width, shape = norm.leaves["main"].shape[-1:], layer.leaves["main"].shape
+    return width in (shape[-2:-1], shape[-1:])
 
 
 @functools.lru_cache(maxsize=65536)

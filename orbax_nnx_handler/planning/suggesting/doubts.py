@@ -12,6 +12,7 @@ from orbax_nnx_handler.planning.core.folding import plain_names
 from orbax_nnx_handler.planning.core.paths import Path, levels, shared_levels
 from orbax_nnx_handler.planning.layouts.layout import is_copy_level
 from orbax_nnx_handler.planning.likeness import (
+    Couples,
     companions,
     have_other_purposes,
     in_list,
@@ -223,17 +224,16 @@ def coincidences(
     odd = [link for link in plain if have_other_purposes(part_of(link.target), part_of(link.source))]
     parts = by_parts(links)
     odd += (*misnumbered(plain, left, missing), *shifted(plain), *_astray(plain))
-    odd += (*unlike_names(links, parts, sides), *_without_norms(plain, sides))
+    norms = [companions(_not_counted(side)) for side in sides]
+    odd += (*unlike_names(links, parts, sides[0], norms), *_without_norms(plain, norms))
     odd += (*_half_used(links, plain, left, missing), *_between_modules(parts))
     return {**{x.target.source: x for x in odd}, **_torn(links, left), **_from_elsewhere(links, left)}
 
 
-def _without_norms(links: Sequence[Link], sides: Sequence[Sequence[ModulePart]]) -> Iterator[Link]:
+def _without_norms(links: Sequence[Link], norms: Sequence[Couples]) -> Iterator[Link]:
     """Yields links of layers, and of batch norms, where names say that the norm of one is another layer's."""
-    parts = [_not_counted(side) for side in sides]
-    ours, theirs = ({at: norm.names for at, norm in companions(side).items()} for side in parts)
-    averaged = {part.names for part in parts[0] if "mean" in part.leaves}
-    ours |= {norm: at for at, norm in ours.items() if norm in averaged}
+    ours, theirs = ({at: norm.names for at, norm in side.items()} for side in norms)
+    ours |= {norm.names: at for at, norm in norms[0].items() if "mean" in norm.leaves}
     theirs |= {norm: at for at, norm in theirs.items()}
     made = {part_of(link.target): part_of(link.source) for link in links if ours}
     for link in links if theirs else ():

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from orbax_nnx_handler.planning.core.folding import around, plain_names
 from orbax_nnx_handler.planning.core.paths import Path, segments
 from orbax_nnx_handler.planning.layouts.layout import says_copy
-from orbax_nnx_handler.planning.likeness import in_list, norms_told, purposes
+from orbax_nnx_handler.planning.likeness import Couples, in_list, is_as_wide, purposes
 from orbax_nnx_handler.planning.likeness.links import Link
 from orbax_nnx_handler.planning.likeness.module_parts import ModulePart, part_of
 from orbax_nnx_handler.planning.likeness.shapes import is_vector
@@ -49,7 +49,7 @@ LinksByParts = Mapping[tuple[Names, Names], Sequence[Link]]
 """The links of each wanted part and each stored one of which it is made."""
 
 
-def strangers(parts: LinksByParts, sides: Sequence[Sequence[ModulePart]]) -> Iterator[Link]:
+def strangers(parts: LinksByParts, wanted: Sequence[ModulePart], norms: Sequence[Couples]) -> Iterator[Link]:
     """Yields links of parts that shapes do not tell, whose names share no more than what kind they are.
 
     A vector is as long as any other one of its model, and a square matrix as large: a new `mask_token` fits
@@ -58,11 +58,11 @@ def strangers(parts: LinksByParts, sides: Sequence[Sequence[ModulePart]]) -> Ite
     are told, say nothing, nor do the names of modules that hold such parts.
     """
     called = {pair: _names(some[0]) for pair, some in parts.items()}
-    said = {pair: _said(*names) for pair, names in called.items()}
+    said = {pair: _said(*map(plain_names, names)) for pair, names in called.items()}
     told = {pair for pair, some in parts.items() if said[pair].is_shared or _are_told(pair, some)}
     if len(told) == len(parts):
         return
-    told |= _norms_of(told, sides) & parts.keys()
+    told |= {*_norms_of(told, wanted, norms)} & parts.keys()
     kinds = {said[pair].only for pair in told}
     lacking = [frozenset[str]().union(*(only[side] for only in kinds)) for side in (0, 1)]
     known = [{pair[side] for pair in told} for side in (0, 1)]
@@ -83,27 +83,31 @@ def strangers(parts: LinksByParts, sides: Sequence[Sequence[ModulePart]]) -> Ite
 
 
 def _norms_of(
-    told: Set[tuple[Names, Names]], sides: Sequence[Sequence[ModulePart]]
-) -> set[tuple[Names, Names]]:
-    """Returns the norms of layers that are told."""
-    ours, theirs = ({part.names: at for at, part in enumerate(side)} for side in sides)
-    pairs = [(ours[one], theirs[other]) for one, other in told if one in ours and other in theirs]
-    return {(sides[0][at].names, sides[1][to].names) for at, to in norms_told(pairs, sides).items()}
+    told: Set[tuple[Names, Names]], parts: Sequence[ModulePart], norms: Sequence[Couples]
+) -> Iterator[tuple[Names, Names]]:
+    """Yields the norms of layers that are told."""
+    layers = {part.names: part for part in parts}
+    for pair in told:
+        one, other = norms[0].get(pair[0]), norms[1].get(pair[1])
+        if one is not None and other is not None and is_as_wide(one, layers[pair[0]]):
+            yield one.names, other.names
 
 
 def _are_told(pair: tuple[Names, Names], links: Sequence[Link]) -> bool:
     """Tells whether shapes tell parts, what heads are for, or the order of some that are in no list."""
-    one, other = map(purposes, pair)
-    # Whether heads for something are each other's, another law says.
-    are_heads = one & other or (one | other and "head" in concepts(pair[0]) & concepts(pair[1]))
     is_inside, shapes = any(in_list(x)[0] for x in pair), [link.source.shape for link in links]
     is_ordered = not is_inside and all(link.grounds == "order" for link in links)
-    is_kernel = any(len(x.source.shape) > 1 and x.source.names[-1] == "kernel" for x in links)
     if all(map(is_vector, shapes)):
-        return bool(are_heads) or is_ordered or is_kernel
-    is_raw = all(part_of(x) == x.names for link in links for x in (link.target, link.source))
-    are_square = all(is_vector(shape) or shape == shape[:1] * 2 for shape in shapes)
-    return bool(are_heads) or is_inside or is_ordered or not (is_raw or are_square)
+        if is_ordered or any(len(x.source.shape) > 1 and x.source.names[-1] == "kernel" for x in links):
+            return True
+    else:
+        is_raw = all(part_of(x) == x.names for link in links for x in (link.target, link.source))
+        are_square = all(is_vector(shape) or shape == shape[:1] * 2 for shape in shapes)
+        if is_inside or is_ordered or not (is_raw or are_square):
+            return True
+    # Whether heads for something are each other's, another law says.
+    one, other = map(purposes, pair)
+    return bool(one & other or (one | other and "head" in concepts(pair[0]) & concepts(pair[1])))
 
 
 def _names(link: Link) -> tuple[Names, Names]:
@@ -244,10 +248,13 @@ def by_parts(links: Iterable[Link]) -> LinksByParts:
 
 
 def unlike_names(
-    links: Sequence[Link], parts: LinksByParts, sides: Sequence[Sequence[ModulePart]]
+    links: Sequence[Link],
+    parts: LinksByParts,
+    wanted: Sequence[ModulePart],
+    norms: Sequence[Couples],
 ) -> Iterator[Link]:
     """Yields links of parts whose names are strangers, or say that they hold other functions of a value."""
-    yield from strangers(parts, sides)
+    yield from strangers(parts, wanted, norms)
     yield from called_otherwise(parts)
     for link in (x for x in links if x.joint is None):
         ends = ((x.names[-1], y.names[-1]) for x in link.wanted for y in link.stored)

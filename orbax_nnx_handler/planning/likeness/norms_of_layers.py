@@ -58,23 +58,27 @@ def with_counted_parts(
         modules = [x for classes in counts.values() for x in _couples_in(classes, homes, named)]
         pairs = [pair for couples in modules for pair in _told_by(couples, homes, named)]
         found = _replaced(found, pairs, "names")
-        more = [*_told_by_order(counts, found, sides, order)]
-        alike = more or [*_told_by_sisters(counts, found, sides)] or [*_told_by_layers(found, sides)]
+        homes, left = _homes(found), _left(found, sides)
+        if not all(left):
+            return found
+        more = [*_told_by_order(counts, homes, left, sides[0], order)]
+        alike = more or [*_told_by_sisters(counts, homes, left)] or [*_told_by_layers(homes, left, sides[1])]
         if not alike:
             return found
         found = _replaced(found, alike, "order" if more else "names")
 
 
-def _homes(found: Findings) -> Mapping[Names, Names]:
+_Homes = Mapping[Names, Names]
+_Left = Sequence[Mapping[Names, ModulePart]]
+
+
+def _homes(found: Findings) -> _Homes:
     """Returns where each stored part has gone that becomes one wanted part."""
-    return {
-        part_of(link.source): part_of(link.target)
-        for link in found.links
-        if link.layers is None and link.joint is None and not link.copied
-    }
+    plain = (x for x in found.links if x.layers is None and x.joint is None and not x.copied)
+    return {part_of(link.source): part_of(link.target) for link in plain}
 
 
-def _left(found: Findings, sides: Sequence[Sequence[ModulePart]]) -> list[Mapping[Names, ModulePart]]:
+def _left(found: Findings, sides: Sequence[Sequence[ModulePart]]) -> _Left:
     """Returns the wanted parts of which nothing is known, and the stored ones of which nothing is made."""
     made = {part_of(leaf) for link in found.links for leaf in link.wanted}
     used = {part_of(leaf) for link in found.links for leaf in link.stored}
@@ -96,7 +100,7 @@ def _counted(stored: Sequence[Leaf]) -> Mapping[Names, _Counted]:
     return counted
 
 
-def _couples_in(classes: _Counted, homes: Mapping[Names, Names], named: Couples) -> Iterator[Couples]:
+def _couples_in(classes: _Counted, homes: _Homes, named: Couples) -> Iterator[Couples]:
     """Yields the layers and norms of a module in which Linen counts as many of both.
 
     Of layers that have gone where names give only some a norm, those are counted.
@@ -108,8 +112,7 @@ def _couples_in(classes: _Counted, homes: Mapping[Names, Names], named: Couples)
         normed = [[part for _, part in sorted(x.items()) if homes[part.names] in named] for x in layers]
         some = [dict(enumerate(parts)) for parts in normed if parts]
         fitting = [(x, norms[0]) for x in some if len(some) == 1 and _are_couples(x, norms[0])]
-    if len(fitting) == 1:
-        ((ours, theirs),) = fitting
+    for ours, theirs in fitting if len(fitting) == 1 else ():
         yield {ours[at].names: theirs[at] for at in ours}
 
 
@@ -123,7 +126,7 @@ def _are_couples(layers: Mapping[int, ModulePart], norms: Mapping[int, ModulePar
     return takes or all(shape[-1:] == width for shape, width in sizes)
 
 
-def _told_by(couples: Couples, homes: Mapping[Names, Names], named: Couples) -> list[_Pair]:
+def _told_by(couples: Couples, homes: _Homes, named: Couples) -> list[_Pair]:
     """Returns the wanted norm of each layer of a module whose place is known, and the stored one."""
     told = [(homes[layer], norm) for layer, norm in couples.items() if layer in homes]
     pairs = [(named[home], norm) for home, norm in told if home in named]
@@ -157,11 +160,9 @@ def _links(pairs: Iterable[_Pair], grounds: PairGrounds) -> list[Link]:
     ]
 
 
-def _told_by_sisters(
-    counts: Mapping[Names, _Counted], found: Findings, sides: Sequence[Sequence[ModulePart]]
-) -> Iterator[_Pair]:
+def _told_by_sisters(counts: Mapping[Names, _Counted], homes: _Homes, free: _Left) -> Iterator[_Pair]:
     """Yields what is left of modules whose rest has gone into one: as of their like, or all that is left."""
-    homes, known = _homes(found), defaultdict[object, list[Mapping[Names, Names]]](list)
+    known = defaultdict[object, list[Mapping[Names, Names]]](list)
     open_: list[tuple[Names, object, Mapping[Names, ModulePart], Mapping[Names, Names]]] = []
     for module, classes in counts.items():
         parts = {x.names[-1:]: x for some in classes.values() for x in some.values()}
@@ -172,7 +173,6 @@ def _told_by_sisters(
             known[key].append({own: names[above:] for own, names in gone.items()})
         elif module and gone:
             open_.append((module, key, parts, gone))
-    free = _left(found, sides if open_ else ((), ()))
     ours, theirs = (leaves_below(parts.values()) for parts in free)
     for module, key, parts, gone in open_:
         told = known[key][0] if known[key] and all(x == known[key][0] for x in known[key]) else None
@@ -189,12 +189,11 @@ def _told_by_sisters(
             yield from pairs
 
 
-def _told_by_layers(found: Findings, sides: Sequence[Sequence[ModulePart]]) -> Iterator[_Pair]:
+def _told_by_layers(homes: _Homes, free: _Left, stored: Sequence[ModulePart]) -> Iterator[_Pair]:
     """Yields parts of layers of which leaves are missing, where the whole layers of the list agree."""
-    homes, (free, left) = _homes(found), _left(found, sides)
-    torn = dict.fromkeys(x[:2] for names in left if (x := _seat(names)))
+    torn = dict.fromkeys(x[:2] for names in free[1] if (x := _seat(names)))
     layers = defaultdict[tuple[Names, int], dict[Names, ModulePart]](dict)
-    for part in sides[1] if torn else ():
+    for part in stored if torn else ():
         if seat := _seat(part.names):
             layers[seat[:2]][seat[2]] = part
     # Of whole layers that hold the same: the list that each part has gone to, and its path in a layer there.
@@ -205,7 +204,7 @@ def _told_by_layers(found: Findings, sides: Sequence[Sequence[ModulePart]]) -> I
             goal = _seat(homes.get(part.names, ()))
             ends[at[0], held, inner].append(goal and (goal[0], goal[2]))
     told = {key: some[0] for key, some in ends.items() if len({*some}) == 1 < len(some)}
-    ours = {_seat(names): part for names, part in free.items() if torn}
+    ours = {_seat(names): part for names, part in free[0].items() if torn}
     for at in torn:
         parts, held = layers[at], frozenset(layers[at])
         spots = {x[:2] for part in parts.values() if (x := _seat(homes.get(part.names, ())))}
@@ -213,7 +212,7 @@ def _told_by_layers(found: Findings, sides: Sequence[Sequence[ModulePart]]) -> I
             ((into, number),), end = spots, told.get((at[0], held, inner))
             one = ours.get((into, number, end[1])) if end and end[0] == into else None
             shapes = [{(kind, leaf.shape) for kind, leaf in x.leaves.items()} for x in (part, one) if x]
-            if one is not None and part.names in left and shapes[0] <= shapes[1]:
+            if one is not None and part.names in free[1] and shapes[0] <= shapes[1]:
                 yield one, part
 
 
@@ -226,10 +225,9 @@ def _seat(names: Names) -> tuple[Names, int, Names] | None:
 
 
 def _told_by_order(
-    counts: Mapping[Names, _Counted], found: Findings, sides: Sequence[Sequence[ModulePart]], created: Order
+    counts: Mapping[Names, _Counted], homes: _Homes, free: _Left, wanted: Sequence[ModulePart], created: Order
 ) -> Iterator[_Pair]:
     """Yields the parts of which names, and what is known of the others, leave one order."""
-    homes, free = _homes(found), _left(found, sides)
     ours, theirs = (_by_shapes(parts.values()) for parts in free)
     roles: dict[Names, NamedPart] = {}
     for classes in counts.values():
@@ -241,7 +239,7 @@ def _told_by_order(
         ]
         if not groups:
             continue
-        roles = roles or {role.part.names: role for role in named_parts(sides[0])}
+        roles = roles or {role.part.names: role for role in named_parts(wanted)}
         known = [[homes.get(x.names) for _, x in sorted(some.items())] for some in classes.values()]
         others = named_parts([x for some in classes.values() for x in some.values()][:1])
         order = _Order(roles, others, [[*filter(None, some)] for some in known], created)

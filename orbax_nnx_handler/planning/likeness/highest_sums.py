@@ -4,6 +4,9 @@ Each part is in one pair at most. A pair stands only where every other way to pa
 margin: what is nearly as likely is asked about.
 """
 
+import itertools
+import math
+import operator
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any, cast
@@ -64,8 +67,21 @@ def _own_best(scores: Any) -> list[int] | None:
 def _places(scores: Any) -> list[tuple[int, int]]:
     """Returns the places that give the highest sum."""
     is_wide = scores.shape[0] <= scores.shape[1]
-    if (own := _own_best(scores if is_wide else scores.T)) is not None:
-        return sorted((at, to) if is_wide else (to, at) for at, to in enumerate(own))
+    wide = scores if is_wide else scores.T
+    if (own := _own_best(wide)) is None:
+        rows, width = wide.tolist(), wide.shape[1]
+        if math.perm(width, len(rows)) > _FEW_ORDERS:
+            return _places_of_many(scores)
+        orders = itertools.permutations(range(width), len(rows))
+        own = max(orders, key=lambda order: sum(map(operator.getitem, rows, order)))
+    return sorted((at, to) if is_wide else (to, at) for at, to in enumerate(own))
+
+
+_FEW_ORDERS = 120
+"""So many are tried in less time than it takes to load what knows the best of more."""
+
+
+def _places_of_many(scores: Any) -> list[tuple[int, int]]:
     # Here, since it takes as long to load as all of this package, and only some proposals need it.
     from scipy import optimize
 

@@ -57,7 +57,7 @@ def with_counted_parts(
         homes = _homes(found)
         modules = [x for classes in counts.values() for x in _couples_in(classes, homes, named)]
         pairs = [pair for couples in modules for pair in _told_by(couples, homes, named)]
-        found = _replaced(found, pairs, "names")
+        found = with_pairs(found, links_between(pairs, "names"))
         homes, left = _homes(found), _left(found, sides)
         if not all(left):
             return found
@@ -65,7 +65,7 @@ def with_counted_parts(
         alike = more or [*_told_by_sisters(counts, homes, left)] or [*_told_by_layers(homes, left, sides[1])]
         if not alike:
             return found
-        found = _replaced(found, alike, "order" if more else "names")
+        found = with_pairs(found, links_between(alike, "order" if more else "names"))
 
 
 _Homes = Mapping[Names, Names]
@@ -140,9 +140,8 @@ def _fit(pair: _Pair) -> bool:
     return ours == theirs
 
 
-def _replaced(found: Findings, pairs: Sequence[_Pair], grounds: PairGrounds) -> Findings:
-    """Returns what is known, with some pairs and without what speaks against them."""
-    links = _links(pairs, grounds)
+def with_pairs(found: Findings, links: Sequence[Link]) -> Findings:
+    """Returns what is known, with some links and without what speaks against them."""
     known = {(x.target.source, x.source.source) for x in found.links}
     if all((x.target.source, x.source.source) in known for x in links):
         return found
@@ -151,7 +150,8 @@ def _replaced(found: Findings, pairs: Sequence[_Pair], grounds: PairGrounds) -> 
     return apart
 
 
-def _links(pairs: Iterable[_Pair], grounds: PairGrounds) -> list[Link]:
+def links_between(pairs: Iterable[_Pair], grounds: PairGrounds) -> list[Link]:
+    """Returns the links between the leaves of wanted and stored parts."""
     return [
         Link(wanted=(leaf,), stored=(other.leaves[kind],), grounds=grounds, ways=(how,))
         for one, other in pairs
@@ -404,9 +404,9 @@ def with_one_before(found: Findings, wanted: Sequence[ModulePart], stored: Seque
         first, last = ([pair for orders in several for pair in orders[at]] for at in (0, 1))
         ends = (concepts(orders[0][0][0].names[-2:]) for orders in several)
         if not all(map(_fit, last)):
-            found = _replaced(found, first, "order") if all(map(_fit, first)) else found
+            found = with_pairs(found, links_between(first if all(map(_fit, first)) else (), "order"))
         elif all(map(_fit, first)) and all(map(_LAST.isdisjoint, ends)):
-            readings = tuple(tuple(_links(pairs, "names")) for pairs in (first, last))
+            readings = tuple(tuple(links_between(pairs, "names")) for pairs in (first, last))
             ours, theirs = (tuple(part.names for part in side) for side in zip(*first, strict=True))
             found = apart_from(found, readings[0])
             found.ties.append(Tie(wanted=ours, stored=theirs, readings=readings))

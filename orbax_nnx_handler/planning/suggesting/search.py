@@ -32,6 +32,7 @@ from orbax_nnx_handler.planning.suggesting.doubts import (
     coincidences,
     contradicted,
     wanted_twice,
+    with_runs_told,
 )
 from orbax_nnx_handler.planning.suggesting.link_groups import (
     Precedents,
@@ -73,7 +74,8 @@ def search(wanted: Sequence[Leaf], stored: Sequence[Leaf], order: Mapping[Tokens
     found, count = with_either_end(found), len(found.ties)
     ordered = {path for tie in found.ties[count:] for path in _wanted_by(tie)}
     sides = module_parts(wanted), module_parts(stored)
-    found = with_words_told(with_networks_told(with_one_before(found, *sides)))
+    found = with_runs_told(with_one_before(found, *sides), sides)
+    found = with_words_told(with_networks_told(found))
     used = {part_of(leaf) for link in found.every for leaf in link.stored}
     made = {part_of(leaf) for link in found.links for leaf in link.wanted}
     left = {part_of(leaf) for leaf in stored} - used, {part_of(leaf) for leaf in wanted} - made

@@ -677,3 +677,45 @@ def test_numbers_that_are_no_index_tell_no_more_than_an_order(widths):
 
     assert values.keys() == wanted.keys()
     assert found.confidence == ("likely" if len({*widths}) == 1 else "certain")
+
+
+def counted_by_class(outside):
+    """Stored shapes and aims: `LayerNorm`s in three layers, and before or behind them what is called so."""
+    order = [*outside[:1], *(f"layers/{at}/norm" for at in range(3)), *outside[1:]]
+    aims = {f"LayerNorm_{at}": home for at, home in enumerate(filter(None, order))}
+    stored = {f"{own}/{kind}": (8,) for own in aims for kind in ("scale", "bias")}
+    for at, (number, name, shape) in itertools.product(range(3), [(0, "fc1", (8, 16)), (1, "fc2", (16, 8))]):
+        aims[f"MLP_{at}/Dense_{number}"] = f"layers/{at}/mlp/{name}"
+        stored[f"MLP_{at}/Dense_{number}/kernel"] = shape
+    return stored, {path: f"{aims[(parts := path.rpartition('/'))[0]]}/{parts[2]}" for path in stored}
+
+
+@pytest.mark.parametrize(
+    "outside", [("embed_norm", "final_norm"), ("embed_norm",), (None, "final_norm"), ("stem", "head_norm")]
+)
+def test_layers_are_those_behind_what_names_say_comes_first(outside):
+    stored, aims = counted_by_class(outside)
+    arrays = filled(stored)
+
+    found, values = proposed(arrays, {aims[path]: shape for path, shape in stored.items()})
+
+    assert found.confidence == "likely"
+    check(values, {aims[path]: x for path, x in arrays.items()})
+
+
+@pytest.mark.parametrize("outside", [("bridge",), (None, "bridge"), ("bridge", "final_norm")])
+def test_which_of_a_class_are_layers_is_asked_where_no_name_tells(outside):
+    stored, aims = counted_by_class(outside)
+    arrays = filled(stored)
+
+    found, values = proposed(arrays, {aims[path]: shape for path, shape in stored.items()})
+
+    right = {aims[path]: x for path, x in arrays.items()}
+    norms = {path for path in right if "mlp" not in path}
+    check(values, {path: x for path, x in right.items() if path not in norms})
+    (question,) = found.questions
+    answers = [
+        restored(arrays, {aims[path]: shape for path, shape in stored.items()}, found.answered([at]))
+        for at in range(len(question.choices))
+    ]
+    assert any(all(np.array_equal(each[path], right[path]) for path in right) for each in answers)

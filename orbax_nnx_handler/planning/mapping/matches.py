@@ -370,3 +370,19 @@ def _placed_as(item: Wanted, leaf: StoredLeaf, *, in_module: bool) -> Placement:
 
 _SAVED = MatchEvidence(kind="layout", words="where a save of the target stores it")
 _NOWHERE: SavedAs = ((), Read(()))
+
+
+Ends = tuple[str, str]
+
+
+def ends_of(tokens: Tokens) -> Ends:
+    """Returns what a path begins and ends with in every reading as a part of a group of layers."""
+    return "".join(tokens[:1]).removesuffix("_remainder"), "".join(tokens[-1:])
+
+
+def ends_of_groups(wanted: Sequence[Tokens], stored: Sequence[Tokens]) -> set[Ends]:
+    """Returns the ends that paths of both sides have, one of them with a number: most models share none."""
+    sides = wanted, stored
+    numbered = [{ends_of(tokens) for tokens in side if "#" in "".join(tokens)} for side in sides]
+    ends = [{*map(ends_of, side)} for side in sides] if any(numbered) else numbered
+    return (ends[0] & numbered[1]) | (numbered[0] & ends[1])

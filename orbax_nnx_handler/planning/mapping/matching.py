@@ -31,6 +31,8 @@ from orbax_nnx_handler.planning.mapping.matches import (
     ModelMatch,
     Restacked,
     UnclearAxis,
+    ends_of,
+    ends_of_groups,
 )
 from orbax_nnx_handler.planning.mapping.roots import Collections, Roots, strip
 from orbax_nnx_handler.planning.mapping.stack_and_unstack import restack
@@ -305,7 +307,8 @@ class Matcher:
             if not some:
                 continue
             paths = {self._below[item.leaf.path]: item.leaf.path for item in some}
-            wanted, stored = self._wanted_side(some), self._stored_side(free, collection)
+            some, others = self._of_one_group(some, free)
+            wanted, stored = self._wanted_side(some), self._stored_side(others, collection)
             wanted, stored = wanted.without_blocks(stored), stored.without_blocks(wanted)
             known = self.layout.scan_axis if is_of_parameters(collection) else None
             restacked, open_groups = restack(wanted, stored, self._said(collection), known)
@@ -329,6 +332,21 @@ class Matcher:
             elif own:
                 found[item.leaf.path] = _restacked(own[0])
         return found, clashes, unclear, groups, moved
+
+    def _of_one_group(
+        self, left: Sequence[Wanted], free: Sequence[Entry]
+    ) -> tuple[Sequence[Wanted], Sequence[Entry]]:
+        """Returns the leaves that may be of one group of layers on both sides."""
+        if self.layout.scans or self.axes:
+            return left, free  # Of any name, or one that a rule names and that stays as it is.
+        theirs = [self._readings(entry) for entry in free]
+        ends = ends_of_groups([self._below[x.leaf.path] for x in left], [x for each in theirs for x in each])
+        if not ends:
+            return [], []
+        return (
+            [item for item in left if ends_of(self._below[item.leaf.path]) in ends],
+            [x for x, each in zip(free, theirs, strict=True) if not ends.isdisjoint(map(ends_of, each))],
+        )
 
     def _said(self, collection: str | None) -> Mapping[Tokens, int]:
         """Returns the axis that a rule says for a group of a collection, by its path below the model's root.

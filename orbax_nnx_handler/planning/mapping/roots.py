@@ -81,7 +81,8 @@ def find_roots(
         if exact == len(wanted):
             return Roots(wanted=left, stored=right, overlap=exact)  # No other pair can meet in more.
         # Leaves, not skeletons: a root that keeps like layers apart would count each of them.
-        overlap = _meeting(here.skeletons(left), there.skeletons(right))
+        may_meet = not {*map(_skeleton, here.heads(left))}.isdisjoint(map(_skeleton, there.heads(right)))
+        overlap = _meeting(here.skeletons(left), there.skeletons(right)) if may_meet else 0
         # Where scanned blocks name their layers otherwise, no whole path meets; the model's parts still do.
         heads = _meeting(here.heads(left), there.heads(right))
         # Of two that hold the same, `model` is the program's own field, and `teacher` names another network.
@@ -336,8 +337,7 @@ def _names_layers(paths: Collection[Tokens], root: Tokens) -> bool:
 
 def _skeletons(paths: Collection[Tokens], root: Tokens) -> Counter[Tokens]:
     """Counts the paths below a root without layer numbers and scan levels."""
-    found: Counter[Tokens] = Counter()
-    # Most of a model's paths differ in the numbers alone, and those are taken out first.
+    found = Counter[Tokens]()  # Most of a model's paths differ in the numbers alone: those go first.
     for path, count in Counter([_without_numbers(strip(path, root)) for path in paths]).items():
         found[_skeleton(path)] += count
     return found

@@ -11,7 +11,8 @@ from orbax_nnx_handler.planning.likeness.module_parts import Leaf, part_of
 from orbax_nnx_handler.planning.likeness.shapes import Joint, Steps, Way
 from orbax_nnx_handler.planning.likeness.vocabulary import PYTORCHS, Names, concepts, parameter_of
 from orbax_nnx_handler.planning.rules.entries import PathIndex
-from orbax_nnx_handler.planning.rules.rule import compiled, shared_ends, with_places
+from orbax_nnx_handler.planning.rules.rename import with_places
+from orbax_nnx_handler.planning.rules.rule import compiled, shared_ends
 
 PairGrounds = Literal["shapes", "order", "names", "fact", "siblings", "patch", "outputs", "tried"]
 """What tells the pair: shapes allow no other; the order of both programs' parts; names; a known code base;

@@ -4,6 +4,7 @@ And what a rule behind others is for, once these have given it another name.
 """
 
 import dataclasses
+import functools
 import itertools
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -27,7 +28,8 @@ from orbax_nnx_handler.planning.rules.rule import (
     shared_ends,
 )
 
-_Written = tuple[Sequence[str], Sequence[bool], Sequence[bool]]
+_Marks = tuple[bool, ...]
+_Written = tuple[Names, _Marks, _Marks]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +152,7 @@ class Rename(Rule):
         """Returns where the rule, which is no regular expression, rewrites an entry's whole path."""
         return self._spans(entry.whole, entry.fixed or (False,) * len(entry.whole))[0]
 
-    def _spans(self, before: Names, marks: Sequence[bool]) -> tuple[list[Span], dict[int, _Written]]:
+    def _spans(self, before: Names, marks: _Marks) -> tuple[list[Span], dict[int, _Written]]:
         made: dict[int, _Written] = {}
 
         def accepts(span: Span) -> bool:
@@ -195,7 +197,7 @@ class Rename(Rule):
             raise RuleError(f"{self} leaves no name for {'/'.join(entry.whole)}.")
         return entry.called(names, fixed, named=True, reason=reason_of(self, entry))
 
-    def _written(self, before: Sequence[str], marks: Sequence[bool], span: Span) -> _Written:
+    def _written(self, before: Names, marks: _Marks, span: Span) -> _Written:
         """Returns what a match becomes, what of it is fixed then, and the marks that it would overwrite.
 
         What stands at both ends of the pattern and of the replacement is left as it is.
@@ -207,9 +209,8 @@ class Rename(Rule):
         return (new, *_marked(own, len(new), self._ends))
 
 
-def _marked(
-    marks: Sequence[bool], length: int, ends: tuple[int, int]
-) -> tuple[Sequence[bool], Sequence[bool]]:
+@functools.lru_cache(maxsize=1024)  # Of each leaf that a rule is for.
+def _marked(marks: _Marks, length: int, ends: tuple[int, int]) -> tuple[_Marks, _Marks]:
     """Returns what of so many new names is fixed, and the marks of the old ones that are gone.
 
     Args:
@@ -368,3 +369,16 @@ def _shared_words(one: str, other: str) -> int:
     """Returns how many letters lie before the last `_` of what two names begin with."""
     shared = next((at for at, pair in enumerate(zip(one, other, strict=False)) if len({*pair}) > 1), len(one))
     return one[:shared].rfind("_")
+
+
+_PLACES = ("{i}", "{j}", "{k}", "{l}")
+_LAST_NUMBER = re.compile(r"\d+(?=\D*$)")
+
+
+def with_places(names: Names, seats: Iterable[int]) -> Names:
+    """Returns a path with a place for the number in each of some segments."""
+    found = list(names)
+    for place, seat in zip(_PLACES, seats, strict=False):
+        name = found[seat]
+        found[seat] = _LAST_NUMBER.sub(place, name) if _LAST_NUMBER.search(name) else name + place
+    return tuple(found)

@@ -15,14 +15,14 @@ from orbax_nnx_handler.planning.core.errors import RuleError
 from orbax_nnx_handler.planning.core.folding import Row
 from orbax_nnx_handler.planning.core.leaves import Shape, derived, with_fields
 from orbax_nnx_handler.planning.core.lines import aligned, counted
-from orbax_nnx_handler.planning.core.paths import Path, Tokens, parse
+from orbax_nnx_handler.planning.core.paths import Path, parse
 from orbax_nnx_handler.planning.core.recipes import RecipeError, render_reads
 from orbax_nnx_handler.planning.rules.entries import Called, Entries, Entry, PathIndex, whole_of
 
 Bindings = Mapping[str, str]
 """What each place of a pattern stood for; the nth star is `__star<n>`."""
 
-_PLACE = re.compile(r"\{([A-Za-z_]\w*)\}")
+_PLACE, _ESCAPED = (re.compile(text) for text in (r"\{([A-Za-z_]\w*)\}", r"\{(\{[A-Za-z_]\w*\})\}"))
 _NOTHING: Bindings = {}
 
 
@@ -61,11 +61,22 @@ class Pattern:
         return frozenset(part for part in self.templates if _PLACE.search(part))
 
     @derived
+    def _is_repeated(self) -> bool:
+        """Whether several segments have one place."""
+        return sum(len({*_PLACE.findall(part)}) for part in self.templates) > len(self.places)
+
+    @derived
     def _literal(self) -> tuple[str, ...]:
         """The segments without places."""
         return tuple(part for part in self.templates if part not in self._open)
 
-    @property
+    @derived
+    def _formats(self) -> tuple[str, ...]:
+        """The segments as `str.format` fills them."""
+        escaped = (part.replace("{", "{{").replace("}", "}}") for part in self.templates)
+        return tuple(_ESCAPED.sub(r"\1", part) for part in escaped)
+
+    @derived
     def width(self) -> int:
         """How many segments it has."""
         return len(self.templates)
@@ -94,13 +105,12 @@ class Pattern:
 
     def spans(self, names: Sequence[str], accepts: Callable[[Span], bool] | None = None) -> Iterator[Span]:
         """Yields the matches in a path, from left to right, that are accepted; none overlaps another."""
-        at, width, first, opened = 0, self.width, self.templates[0], self._open
-        is_open, last = first in opened, len(names) - width
+        at, width, first = 0, self.width, self.templates[0]
+        is_open, last = first in self._open, len(names) - width
         while at <= last:
-            if names[at] != first and not (is_open and _bound(first, names[at])):  # Nearly everywhere.
-                at += 1
-                continue
-            bindings = self.match(names[at : at + width]) if opened or width > 1 else _NOTHING
+            bindings = _bound(first, names[at]) if is_open else _NOTHING if names[at] == first else None
+            if bindings is not None and width > 1:  # Nearly everywhere the first segment differs.
+                bindings = self.match(names[at : at + width])
             span = None if bindings is None else Span(at, at + width, bindings)
             if span is None or (accepts is not None and not accepts(span)):
                 at += 1
@@ -123,19 +133,15 @@ class Pattern:
                     return None
                 continue
             places = _bound(part, name)
-            if places is None or any(found.get(place, text) != text for place, text in places.items()):
+            is_other = self._is_repeated and any(found.get(at, x) != x for at, x in (places or {}).items())
+            if places is None or is_other:
                 return None
             found.update(places)
         return found
 
     def fill(self, bindings: Bindings) -> tuple[str, ...]:
         """Returns the segments with every place replaced by its text."""
-        if not self._open:
-            return self.templates
-        return tuple(
-            _PLACE.sub(lambda place: bindings[place[1]], part) if part in self._open else part
-            for part in self.templates
-        )
+        return tuple([part.format_map(bindings) for part in self._formats]) if self._open else self.templates
 
 
 @functools.lru_cache(maxsize=16384)
@@ -156,21 +162,6 @@ def shared_ends(one: Sequence[str], other: Sequence[str], least: int = 0) -> tup
     before = next((at for at in range(shortest) if one[at] != other[at]), shortest)
     rest = shortest - before
     return before, next((at for at in range(rest) if one[-1 - at] != other[-1 - at]), rest)
-
-
-_PLACES = ("{i}", "{j}", "{k}", "{l}")
-
-
-_LAST_NUMBER = re.compile(r"\d+(?=\D*$)")
-
-
-def with_places(names: Tokens, seats: Iterable[int]) -> Tokens:
-    """Returns a path with a place for the number in each of some segments."""
-    found = list(names)
-    for place, seat in zip(_PLACES, seats, strict=False):
-        name = found[seat]
-        found[seat] = _LAST_NUMBER.sub(place, name) if _LAST_NUMBER.search(name) else name + place
-    return tuple(found)
 
 
 @functools.lru_cache(maxsize=65536)
@@ -319,8 +310,13 @@ def replace_each(
 
 def reason_of(rule: Rule, *before: Entry) -> str:
     """Returns the reason of what a rule makes: the rule, after those before it."""
-    reasons = dict.fromkeys(part for entry in before if entry.reason for part in entry.reason.split("; "))
-    return "; ".join((*reasons, rule.quoted)) if reasons else rule.quoted
+    said = tuple([entry.reason for entry in before if entry.reason])
+    return _after(said, rule.quoted) if said else rule.quoted
+
+
+@functools.lru_cache(maxsize=4096)  # Asked of each leaf that two rules are for.
+def _after(reasons: tuple[str, ...], rule: str) -> str:
+    return "; ".join((*dict.fromkeys(part for reason in reasons for part in reason.split("; ")), rule))
 
 
 _HINT = (

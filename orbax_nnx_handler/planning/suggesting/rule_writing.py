@@ -25,8 +25,8 @@ from orbax_nnx_handler.planning.likeness.vocabulary import Names
 from orbax_nnx_handler.planning.rules import Copy, Fuse, Rename, Rule, Split, StackLayers, UnstackLayers
 from orbax_nnx_handler.planning.rules.entries import Entries, Entry, PathIndex
 from orbax_nnx_handler.planning.rules.inverse import leads_back
-from orbax_nnx_handler.planning.rules.rename import cuts, keeping, matches_only, rename_of
-from orbax_nnx_handler.planning.rules.rule import compiled, with_places
+from orbax_nnx_handler.planning.rules.rename import cuts, keeping, matches_only, rename_of, with_places
+from orbax_nnx_handler.planning.rules.rule import compiled
 from orbax_nnx_handler.planning.rules.stacking import stacked_in_parts, whole_parts
 from orbax_nnx_handler.planning.suggesting.whole_modules import Renamed, of_leaves, of_modules
 

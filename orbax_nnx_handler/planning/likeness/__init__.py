@@ -22,6 +22,7 @@ from orbax_nnx_handler.planning.likeness.shapes import Step, Steps
 from orbax_nnx_handler.planning.likeness.vocabulary import (
     SINGLE,
     Names,
+    arm,
     concepts,
     counts_of,
     meanings,
@@ -154,7 +155,7 @@ def _share_number(part: Names, module: Names) -> bool:
 
 def misnumbered(links: Sequence[Link], left: Iterable[Names], missing: Iterable[Names]) -> Iterator[Link]:
     """Yields links of parts and layers that numbers speak against; `left` and `missing` are no one's."""
-    yield from (*_renumbered(links), *_crossed(links, left, missing))
+    yield from (*_renumbered(links), *_crossed(links, left, missing), *_against_flow(links))
 
 
 def _renumbered(links: Iterable[Link]) -> list[Link]:
@@ -175,6 +176,24 @@ def _renumbered(links: Iterable[Link]) -> list[Link]:
         for link, ours, theirs in both
         if any(ours[word] != theirs[word] for word in alike & ours.keys() & theirs.keys())
     ]
+
+
+def _against_flow(links: Iterable[Link]) -> Iterator[Link]:
+    """Yields links of equal layers as Linen counts them, where shapes tell that it counts from the last one.
+
+    Of `Dense(n)(relu(Dense(m)(x)))` the layer that is called last is `Dense_0`.
+    """
+    held = defaultdict[object, dict[int, tuple[int, Link]]](dict)
+    for link, level in ((x, y) for x in links for y in levels(part_of(x.source))[-1:] if y.is_automatic):
+        own, number = _series(part_of(link.target))
+        if number is not None and level.number is not None and not arm(own):  # The way up may be so counted.
+            seat = part_of(link.source)[: -level.width], level.base, link.target.names[-1]
+            held[own, seat][level.number] = number, link
+    pairs = (pair for some in held.values() for pair in itertools.pairwise(some[at] for at in sorted(some)))
+    if any(one > other and x.source.shape != y.source.shape for (one, x), (other, y) in pairs):
+        for some in held.values():
+            shapes = [link.source.shape for _, link in some.values()]
+            yield from (link for _, link in some.values() if shapes.count(link.source.shape) > 1)
 
 
 @functools.lru_cache(maxsize=1 << 18)
@@ -265,9 +284,8 @@ Couples = Mapping[Names, ModulePart]
 def companions(parts: Sequence[ModulePart]) -> Couples:
     """Returns the norm of each layer: the one that names say, or a module's only one of its convolution."""
     found: dict[Names, ModulePart] = {}
-    alone, called = (
-        defaultdict[Names, tuple[list[ModulePart], list[ModulePart]]](lambda: ([], [])) for _ in range(2)
-    )
+    pairs = defaultdict[Names, tuple[list[ModulePart], list[ModulePart]]]
+    alone, called = (pairs(lambda: ([], [])) for _ in range(2))
     lists: dict[Names, list[ModulePart]] = defaultdict(list)
     for part in parts:
         if "main" in part.leaves and (part.is_layer or part.is_vector):

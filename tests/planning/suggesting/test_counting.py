@@ -719,3 +719,20 @@ def test_which_of_a_class_are_layers_is_asked_where_no_name_tells(outside):
         for at in range(len(question.choices))
     ]
     assert any(all(np.array_equal(each[path], right[path]) for path in right) for each in answers)
+
+
+@pytest.mark.parametrize("is_against", [True, False])
+def test_linens_numbers_tell_no_order_in_a_program_whose_calls_stand_inside_each_other(is_against):
+    # Of `Dense(8)(relu(Dense(16)(x)))` the layer that is called first is `Dense_1`.
+    numbers = (1, 0) if is_against else (0, 1)
+    shapes = {"fc1": (8, 16), "fc2": (16, 8), "conv1": (3, 3, 8, 8), "conv2": (3, 3, 8, 8)}
+    homes = {"Dense_0": f"fc{numbers.index(0) + 1}", "Dense_1": f"fc{numbers.index(1) + 1}"}
+    homes |= {"Conv_0": "conv1", "Conv_1": "conv2"}
+    every = [(at, own, home) for at in range(2) for own, home in homes.items()]
+    stored = filled({f"Block_{at}/{own}/kernel": shapes[home] for at, own, home in every})
+
+    found, values = proposed(stored, {f"blocks/{at}/{home}/kernel": shapes[home] for at, _, home in every})
+
+    told = {f"blocks/{at}/{home}/kernel": stored[f"Block_{at}/{own}/kernel"] for at, own, home in every}
+    check(values, {path: x for path, x in told.items() if not is_against or "conv" not in path})
+    assert bool(found.questions) is is_against

@@ -46,8 +46,7 @@ from orbax_nnx_handler.storage.saving.atomic import save_item
 from orbax_nnx_handler.storage.stores.files import Files
 from orbax_nnx_handler.storage.stores.kvstore import files_at
 from orbax_nnx_handler.storage.stores.locations import absolute, as_path, check_writable
-from orbax_nnx_handler.verifying import programs_of
-from orbax_nnx_handler.verifying.comparison import check_tolerance
+from orbax_nnx_handler.verifying import check_tolerance, programs_of
 from orbax_nnx_handler.verifying.settling import Settling
 
 _LESS_AT_ONCE = "bound what is under way at once: NNXLinenHandler(restore_concurrent_gb=1)."

@@ -9,6 +9,7 @@ import inspect
 import itertools
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
 from typing import Any, cast
 
 import jax
@@ -440,3 +441,9 @@ def programs_of(given: Any) -> Programs:
             hints=[f"pass verify=({LINEN}, {NNX}, (x,))."],
         )
     return Programs(linen=parts[0], nnx=parts[1], inputs=parts[2])
+
+
+def check_tolerance(tolerance: Any) -> None:
+    """Raises a ValueError for what is no tolerance."""
+    if tolerance is not None and not (isinstance(tolerance, Real) and float(tolerance) >= 0):
+        raise ValueError(f"tolerance is a number from 0 on, such as 1e-4, not {tolerance!r}")

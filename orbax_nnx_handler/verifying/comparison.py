@@ -5,7 +5,6 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from numbers import Real
 from typing import Any
 
 import jax.numpy as jnp
@@ -26,10 +25,16 @@ from orbax_nnx_handler.planning.suggesting.suggestion import changed
 from orbax_nnx_handler.planning.target import Target
 from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
-from orbax_nnx_handler.storage.restoring import carry_out
+from orbax_nnx_handler.storage.restoring import carry_out, locate_stored
 from orbax_nnx_handler.storage.stores.kvstore import files_at
 from orbax_nnx_handler.storage.stores.locations import as_path
-from orbax_nnx_handler.verifying import MOST_ROUNDINGS, TOLERANCE, Programs, exceeds, fewer, rounding_of
+from orbax_nnx_handler.verifying import (
+    MOST_ROUNDINGS,
+    TOLERANCE,
+    Programs,
+    check_tolerance,
+    exceeds,
+)
 from orbax_nnx_handler.verifying.first_difference import Search
 from orbax_nnx_handler.verifying.pairing import (
     by_path,
@@ -42,17 +47,24 @@ from orbax_nnx_handler.verifying.recording import run_linen
 from orbax_nnx_handler.verifying.runs import (
     Compared,
     Digits,
-    LinenRun,
     Runs,
     compare_modules,
-    depends,
-    run_linen_program,
-    run_nnx_program,
 )
 from orbax_nnx_handler.verifying.single_module import ModuleRunner
-from orbax_nnx_handler.verifying.untold import FAR, depend_on, untold, unused_leaves, whole_modules
-from orbax_nnx_handler.verifying.verification import FirstDifference, Misfilled, Verification, outputs_apart
-from orbax_nnx_handler.verifying.weights import locate_stored, on_one_device
+from orbax_nnx_handler.verifying.untold import FAR, depend_on, untold, vectors_without_effect
+from orbax_nnx_handler.verifying.verification import FirstDifference, Verification, outputs_apart
+from orbax_nnx_handler.verifying.weights import (
+    LinenRun,
+    Misfilled,
+    cast_in_one,
+    depends,
+    in_fewer_digits,
+    on_one_device,
+    run_linen_program,
+    run_nnx_program,
+    unused_leaves,
+    whole_modules,
+)
 
 
 def verify(
@@ -142,12 +154,6 @@ def verify(
     return found
 
 
-def check_tolerance(tolerance: Any) -> None:
-    """Raises a ValueError for what is no tolerance."""
-    if tolerance is not None and not (isinstance(tolerance, Real) and float(tolerance) >= 0):
-        raise ValueError(f"tolerance is a number from 0 on, such as 1e-4, not {tolerance!r}")
-
-
 def misfilled(runs: Runs, plan: RestorePlan) -> Misfilled | None:
     """Returns what is filled, or might be, from what Linen does not use, while what it calls fills nothing.
 
@@ -196,11 +202,12 @@ def proved_otherwise(
     """Returns a verification with what another plan, under which outputs are equal, proves to be wrong."""
     made = {leaf: item.recipe for leaf, item in other.restored.items() if leaf in plan.restored}
     changes = {leaf: recipe for leaf, recipe in made.items() if recipe != plan.restored[leaf].recipe}
+    rules = ", ".join(rule.quoted for rule in other.renames)
     first = FirstDifference(
         module=min(found.modules, key=lambda one: len(one.nnx.path)),
         place=shared_levels([leaf[:-1] for leaf in changes]),
         weights=tuple(plan.restored[leaf] for leaf in changes),
-        proved=f"{wrong.words}: renames=[{', '.join(rule.quoted for rule in other.renames)}]",
+        proved=f"{wrong.words}: {f'renames=[{rules}]' if rules else 'no rules are needed'}",
         changes=changes,
     )
     return dataclasses.replace(found, first=first, remarks=found.remarks[1:])
@@ -290,6 +297,10 @@ def compared(runs: Runs, plan: RestorePlan, tolerance: float | None = None) -> V
     worst = max(zip(runs.outputs, allowed, strict=True), key=lambda output: output[0].excess(output[1]))
     is_near = worst[0].relative <= worst[1]
     first = search.first() or search.set_up_otherwise(whatever=not is_near)
+    if first is not None and not (first.proved or first.settings):
+        first = dataclasses.replace(
+            first, cast=cast_in_one(first.module.outputs, runs.programs, plan, runs.runner.model)
+        )
     equal = is_near and not (first is not None and first.proved)
     return Verification(
         equal=equal,
@@ -300,6 +311,7 @@ def compared(runs: Runs, plan: RestorePlan, tolerance: float | None = None) -> V
         modules=tuple(one.found for one in runs.compared),
         first=first,
         remarks=tuple(_remarks(is_near, first, runs, plan)),
+        without_effect=tuple(vectors_without_effect(runs)) if equal else (),
     )
 
 
@@ -313,26 +325,10 @@ def _rounding(runs: Runs) -> float:
     return min(max(FAR, MOST_ROUNDINGS * runs.digits.coarse), 2 * max(right, default=0.0))
 
 
-def _in_fewer_digits(digits: Digits) -> Iterator[str]:
-    """Yields what it means that a program computes in fewer digits than float32's."""
-    found = {"linen_apply": digits.linen, "nnx_apply": digits.nnx}
-    low = {name: (call, fewer(call.outputs)) for name, call in found.items() if call is not None}
-    first = [
-        f"{name} computes in {dtype}, first {'in ' + fold_paths([call.path]) if call.path else 'at its end'}"
-        for name, (call, dtype) in low.items()
-    ]
-    if first:
-        others = [f"{name} in float32" for name in found if name not in low]
-        apart = max(rounding_of(dtype) for _, dtype in low.values())
-        yield (
-            f"{', and '.join([*first, *others])}: differences of up to {apart:g} at each module may be its "
-            "rounding, and small mistakes do not show. To prove more, let "
-            f"{' and '.join(low)} run modules made with dtype=jnp.float32."
-        )
-
-
 def _remarks(is_near: bool, first: FirstDifference | None, runs: Runs, plan: RestorePlan) -> Iterator[str]:
-    yield from _in_fewer_digits(runs.digits)
+    yield from in_fewer_digits(runs.digits.linen, runs.digits.nnx)
+    is_told = is_near or (first is not None and bool(first.proved))
+    yield from filter(None, () if is_told else (runs.calling_others,))
     if not runs.compared:
         yield "no module of the one program holds exactly the weights of a module of the other."
     if is_near and first is not None:
@@ -362,7 +358,6 @@ def _remarks(is_near: bool, first: FirstDifference | None, runs: Runs, plan: Res
             f"{fold_paths(unread)}: it returns arrays of one size in another structure than Linen's module, "
             "and which is which is not told: let it return the same."
         )
-    is_told = is_near or (first is not None and bool(first.proved))
     yield from () if is_told else called_otherwise(runs.pairs, by_path(runs.linen.calls), runs.runner.calls)
     if plan.missing:
         yield f"{counted(len(plan.missing), 'weight')} of the target not stored: a policy fills them."

@@ -12,6 +12,11 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from orbax_nnx_handler.planning.core.folding import fold_paths
 from orbax_nnx_handler.planning.core.paths import Path, natural_key, shared_levels
 from orbax_nnx_handler.planning.core.recipes import Recipe, describe, shape_of
+from orbax_nnx_handler.planning.suggesting.proved_recipes import (
+    as_stored,
+    heads_by_rotation,
+    with_features_in_order,
+)
 from orbax_nnx_handler.planning.verdict.outcomes import Restored
 from orbax_nnx_handler.verifying import (
     TOLERANCE,
@@ -26,7 +31,15 @@ from orbax_nnx_handler.verifying import (
 )
 from orbax_nnx_handler.verifying.pairing import compare_outputs
 from orbax_nnx_handler.verifying.recording import Call
-from orbax_nnx_handler.verifying.runs import Compared, called_alike, exchanges, weights_of
+from orbax_nnx_handler.verifying.runs import (
+    Compared,
+    called_alike,
+    exchanges,
+    is_padding,
+    said_of,
+    weights_of,
+    wrong_elsewhere,
+)
 from orbax_nnx_handler.verifying.single_module import (
     Alternative,
     ModuleRunner,
@@ -41,10 +54,9 @@ from orbax_nnx_handler.verifying.verification import (
     differing_settings,
     unit_name,
 )
-from orbax_nnx_handler.verifying.weights import as_stored, heads_by_rotation, with_features_in_order
 
-_MOST_TRIED, _MOST_BEFORE, _NEARER = 200, 8, 4
-_LEAST, _PASSES = 256, 3
+_MOST_TRIED, _MOST_BEFORE, _LIKELY, _NEARER = 400, 8, 24, 4
+_LEAST, _PASSES = 150, 2
 """How many calls of modules a search may make: so many, or so many runs of all of the NNX program."""
 _ROTATED = "the features of each head lie as other rotary positions pair them"
 
@@ -174,22 +186,9 @@ class Search:
                 found.setdefault(other.path, other)
         return list(found.values())
 
-    def _start(self, one: Compared) -> int:
-        """Returns the last call before those that were made in a call: when the module returned last."""
-        end = one.nnx.call.order
-        return max((call.order for call in self.runner.calls[one.path] if call.order < end), default=-1)
-
-    def _end_at(self, until: Compared, one: Compared) -> tuple[tuple[Path, int], int]:
-        """Returns which call of which module in one another is, and how many calls are made before it."""
-        start, end = self._start(one), until.nnx.call.order
-        calls = [each for path, each in self.runner.calls.items() if path[: len(one.path)] == one.path]
-        calls = [call for call in itertools.chain(*calls) if start < call.order < end]
-        before = [call for call in calls if until.path not in call.within]
-        return (until.path[len(one.path) :], sum(call.path == until.path for call in before)), len(before)
-
     def _inside(self, one: Compared) -> list[Compared]:
         """Returns the calls that were made in a call: since the module returned the last time."""
-        start, end = self._start(one), one.nnx.call.order
+        start, end = self.runner.start(one.path, one.nnx.call), one.nnx.call.order
         return [x for x in self.compared if start < x.nnx.call.order <= end and one.encloses(x)]
 
     def _difference(self, one: Compared, proof: _Proof | None) -> FirstDifference:
@@ -197,6 +196,8 @@ class Search:
         inside = self._inside(at)
         after, before = self._between(inside)
         weights = self._doubtful(at, inside)
+        told = None if proof is None else (self.runner, self.compared, at, proof.recipes, proof.other)
+        others = [*wrong_elsewhere(*told)] if told else []
         return FirstDifference(
             module=at.found,
             place=self._place(at, proof, after, before),
@@ -207,6 +208,8 @@ class Search:
             proved="" if proof is None else proof.words,
             until=None if proof is None or proof.until is None else proof.until.pair.nnx,
             changes={} if proof is None else proof.recipes,
+            elsewhere={leaf: recipe for _, _, made in others for leaf, recipe in made.items()},
+            also=said_of(others),
             layer=None if proof is None else self._layer(at),
             tried=self.tried,
             is_cut=self.is_spent,
@@ -252,8 +255,9 @@ class Search:
         doubted = [
             one
             for one in inside
-            if self._gets_other_numbers(one)
-            and not _is_padding(one, inside)
+            if one.found.inputs.compared  # Of words and floats nobody knows.
+            and self._gets_other_numbers(one)
+            and not is_padding(one, inside)
             and not any(id(other) in held and other.agrees for other in self._around(one))
         ]
         if not doubted:
@@ -296,15 +300,15 @@ class Search:
         shown = {leaf: recipe for leaf, recipe in doubtful.items() if leaf not in late}
         comparable = [x for x in inside if x.found.outputs.compared and not {*x.pair.leaves} & late]
         likes = self.runner.likes(one.path, layer, {} if until else shown)
-        ways = itertools.chain(
-            alternatives({**doubtful, **others}, likes, self.runner.shapes, late),
-            self._rotated(one, layer, [Alternative(words="", recipes={})], late),
-            exchanges(self.runner, comparable, layer),
-        )
+        plain = alternatives({**doubtful, **others}, likes, self.runner.shapes, late)
+        turned = self._rotated(one, layer, [Alternative(words="", recipes={})], late)
         before = [orders(shown, self.runner.shapes), exchanges(self.runner, comparable, layer)]
         both = self._rotated(one, layer, itertools.chain(*before), late)
+        moved, some = exchanges(self.runner, comparable, layer), _LIKELY // 2
+        first = itertools.chain(itertools.islice(plain, _LIKELY), turned, itertools.islice(moved, some))
+        ways = itertools.chain(first, itertools.islice(both, some), plain, moved, both)
         known = {frozenset[tuple[Path, Recipe]]()}  # What changes nothing, or was tried, is not tried again.
-        for way in itertools.chain(*(itertools.islice(each, _MOST_TRIED) for each in (ways, both))):
+        for way in itertools.islice(ways, _MOST_TRIED):
             made = frozenset(way.recipes.items() - doubtful.items() - others.items())
             if made in known:
                 continue
@@ -424,8 +428,12 @@ class Search:
         inputs = one.nnx.inputs if other is one else lent(one.nnx.inputs, (other or one).linen.inputs)
         if not changed and are_identical(inputs, one.nnx.inputs):
             return False  # It has been run.
-        stop, calls = (None, one.calls) if until is None else self._end_at(until, one)
-        self.spent += calls
+        stop, calls = (
+            (None, one.calls)
+            if until is None
+            else self.runner.end_at(until.path, until.nnx.call, one.path, one.nnx.call)
+        )
+        self.spent += 1 + calls  # To make its weights takes as long as a call.
         try:
             outputs = self.runner.run(one.path, layer, one.nnx.call, inputs, changed, stop)
         except Reached as reached:
@@ -440,10 +448,3 @@ class Search:
             return False
         # Of few digits, chance brings outputs near enough.
         return not (changed and found.coarse) or _NEARER * found.relative <= one.found.outputs.relative
-
-
-def _is_padding(one: Compared, inside: Sequence[Compared]) -> bool:
-    """Tells whether a step of a cell counts for nothing: others agree, and so does what is called later."""
-    agreeing = [other for other in inside if other.agrees]
-    later = (other for other in agreeing if other.nnx.call.order > one.nnx.call.order)
-    return any(other.path == one.path for other in agreeing) and any(o.path != one.path for o in later)

@@ -1,7 +1,7 @@
 """What the modules of a program are called with and what they return, while the program runs.
 
 A program is run with `jax.disable_jit`: then a scan is a loop in Python, each layer's call one of its own.
-What stays traced (`jax.vmap`, `jax.checkpoint`) is observed by a callback that sees the batched array.
+What stays traced (`jax.vmap`, `jax.checkpoint`) is observed by a callback that sees all of a batch.
 """
 
 import contextlib
@@ -230,9 +230,6 @@ def _is_checked_by_scan() -> bool:
     return False
 
 
-_PLAIN = (bool, int, float, str)
-
-
 def settings_of(module: Any) -> dict[str, Any]:
     """Returns what a module and its configuration are set to, by name: numbers, flags, texts, functions."""
     found: dict[str, Any] = {}
@@ -248,7 +245,7 @@ def settings_of(module: Any) -> dict[str, Any]:
 
 def _plain(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
-        if isinstance(value, _PLAIN):
+        if isinstance(value, bool | int | float | str):
             yield name, value
         elif isinstance(value, functools.partial):
             inner = cast("functools.partial[Any]", value)
@@ -258,7 +255,8 @@ def _plain(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 @contextlib.contextmanager
-def _exact() -> Generator[None]:
+def exact() -> Generator[None]:
+    """Lets programs run operation by operation, with exact products of matrices."""
     scan = jax.lax.scan
     jax.lax.scan = functools.partial(_scanned, scan)
     try:
@@ -337,7 +335,7 @@ def run_linen(
     def recorded(module: Any, above: Path, call: Any, args: Any, kwargs: Any) -> Any:
         return recorder.call(module, (*above, *module.path), call, args, kwargs)
 
-    with nn.intercept_methods(intercept), _exact():
+    with nn.intercept_methods(intercept), exact():
         result = function(*args)
         recorder.program(function, args[1:], result)
     return result, recorder.calls()
@@ -400,7 +398,7 @@ def run_nnx(
 
     _mark(model, ())
     try:
-        with _replaced_calls(recorded), _exact():
+        with _replaced_calls(recorded), exact():
             result = function(model, *args)
             recorder.program(function, args, result)
         return result, recorder.calls(), recorder.is_model_used

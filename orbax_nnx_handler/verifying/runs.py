@@ -5,21 +5,16 @@ import functools
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
-import flax.errors
-import jax
 import numpy as np
-from flax import nnx
 
-from orbax_nnx_handler.planning.core.errors import VerificationError
+from orbax_nnx_handler.planning.core.folding import fold_paths
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path, render
-from orbax_nnx_handler.planning.core.recipes import Recipe, shape_of
-from orbax_nnx_handler.planning.restore_plan import RestorePlan
-from orbax_nnx_handler.storage.checkpoint.checkpoint import Checkpoint
+from orbax_nnx_handler.planning.core.recipes import Recipe, reads, shape_of
+from orbax_nnx_handler.planning.suggesting.proved_recipes import carried_over, orders_of_features
 from orbax_nnx_handler.verifying import (
-    NNX,
     ROUNDING,
     TOLERANCE,
     Distance,
@@ -28,15 +23,10 @@ from orbax_nnx_handler.verifying import (
     are_the_same,
     begin_alike,
     changes_more_than_rounding,
-    compare,
     distance,
-    error_in_words,
-    exceeds,
     fewer,
-    hint_for,
     in_digits,
-    inputs_in_words,
-    opened_up,
+    lent,
     rounding_of,
     same_numbers,
     without_counterpart,
@@ -50,23 +40,14 @@ from orbax_nnx_handler.verifying.pairing import (
     compare_outputs,
     uses_of,
 )
-from orbax_nnx_handler.verifying.recording import Call, run_linen, run_nnx
+from orbax_nnx_handler.verifying.recording import Call
 from orbax_nnx_handler.verifying.single_module import Alternative, ModuleRunner
 from orbax_nnx_handler.verifying.verification import (
     ModuleComparison,
     differing_settings,
     is_called_alone,
 )
-from orbax_nnx_handler.verifying.weights import (
-    LinenWeights,
-    find_nnx,
-    flat_state,
-    is_other,
-    is_weight,
-    orders_of_features,
-    path_above,
-    restore_linen,
-)
+from orbax_nnx_handler.verifying.weights import LinenRun, whole_modules
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -227,7 +208,90 @@ def weights_of(
     return found
 
 
-_MOST_SIBLINGS = 4
+def is_padding(one: Compared, inside: Sequence[Compared]) -> bool:
+    """Tells whether a step of a cell counts for nothing: others agree, and so does what is called later."""
+    agreeing = [other for other in inside if other.agrees]
+    later = (other for other in agreeing if other.nnx.call.order > one.nnx.call.order)
+    return any(other.path == one.path for other in agreeing) and any(o.path != one.path for o in later)
+
+
+def wrong_elsewhere(
+    runner: ModuleRunner,
+    compared: Sequence[Compared],
+    one: Compared,
+    changes: Mapping[Path, Recipe],
+    other: Compared | None,
+) -> Iterator[tuple[Compared, Compared, Mapping[Path, Recipe]]]:
+    """Yields modules like one, in other layers or of other experts, in which the same is wrong as in it.
+
+    Each runs with weights made so on what Linen's is called with, for as many calls as the program has.
+
+    Args:
+        runner: Knows the recipes.
+        compared: Every call that was compared.
+        one: The module.
+        changes: What has to be otherwise in it.
+        other: The module whose weights it needs, if another's: then those after it need others' too.
+
+    Yields:
+        The module, the one that it has to be like, and its leaves that change.
+    """
+    names = _without_numbers(one.path)
+    calls = [each for each in compared if each.found.is_certain and _without_numbers(each.path) == names]
+    alike = list({each.path: each for each in reversed(calls)}.values())[::-1]
+    if any(each.pair.nnx.layer is not None or each.found.outputs.coarse for each in alike):
+        return
+    # Of layers, the first that is called in Linen is the first here.
+    in_order = sorted(alike, key=lambda each: each.linen.call.order) if other else alike
+    left = sum(map(len, runner.calls.values()))
+    for each, like in zip(alike, in_order, strict=True):
+        if each is one or each.agrees or (other and like is each) or each.calls > left:
+            continue
+        left -= each.calls
+        if other:
+            made: Mapping[Path, Recipe] = weights_of(runner, like, each, None)
+        else:
+            made = _made_alike(runner, one, each, changes)
+        try:
+            inputs = lent(each.nnx.inputs, like.linen.inputs, whatever=True)
+            outputs = runner.run(each.path, None, each.nnx.call, inputs, made) if made else []
+        # The caller's module may fail in any way when it is called outside of its program.
+        except Exception:
+            continue
+        found = compare_outputs(like.linen, each.nnx, outputs)
+        if found.compared and not changes_more_than_rounding(Distance(), found, each.calls):
+            yield each, like, made
+
+
+def said_of(others: Sequence[tuple[Compared, Compared, Any]]) -> str:
+    """Returns in which other modules the same is wrong, in words."""
+    if not others:
+        return ""
+    ones = fold_paths(one.path for one, _, _ in others)
+    likes = ", ".join(render(like.path) for _, like, _ in others[:_MOST_NAMED])
+    likes += ", ..." if len(others) > _MOST_NAMED else ""
+    moved = any(one is not like for one, like, _ in others)
+    needed = f": needed are, in this order, the weights that {likes} were given" if moved else ""
+    return f" The same is wrong in {ones}{needed}."
+
+
+def _made_alike(
+    runner: ModuleRunner, one: Compared, other: Compared, changes: Mapping[Path, Recipe]
+) -> dict[Path, Recipe]:
+    """Returns what changes in a module like one; nothing where it has other leaves."""
+    length, recipes = len(one.path), runner.recipes
+    places = {leaf: (*other.path, *leaf[length:]) for leaf in one.pair.leaves}
+    if not recipes.keys() >= {*places.values()}:
+        return {}
+    pairs = [(recipes[leaf], recipes[place]) for leaf, place in places.items()]
+    return {places[leaf]: carried_over(recipe, pairs) for leaf, recipe in changes.items() if leaf in places}
+
+
+def _without_numbers(path: Path) -> Path:
+    return tuple(key for key in path if not isinstance(key, int))
+
+
+_MOST_SIBLINGS, _MOST_NAMED = 4, 6
 
 
 def exchanges(runner: ModuleRunner, inside: Sequence[Compared], layer: int | None) -> Iterator[Alternative]:
@@ -273,15 +337,6 @@ def exchanges(runner: ModuleRunner, inside: Sequence[Compared], layer: int | Non
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LinenRun:
-    """What the Linen program did with the variables that it was called with; these are gone."""
-
-    weights: LinenWeights
-    returned: Any
-    calls: Sequence[Call]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Runs:
     """One run of each program.
 
@@ -311,6 +366,28 @@ class Runs:
     def inputs(self) -> Sequence[Any]:
         """What both were called with."""
         return self.programs.inputs
+
+    @property
+    def calling_others(self) -> str:
+        """Which modules each program calls that the other one does not, where they hold the same leaves."""
+        location, linen = self.linen.weights.location, {call.path for call in self.linen.calls}
+        ours, theirs = set[Path](), set[Path]()
+        for leaf, recipe in self.runner.recipes.items():
+            is_called = leaf[:-1] in self.runner.calls
+            if any(location[source][:-1] in linen for source in reads(recipe)) != is_called:
+                (ours if is_called else theirs).add(leaf)
+        pair = [whole_modules(some, self.runner.recipes) for some in (ours, theirs)]
+        one, other = (
+            {leaf[len(at) :] for at in each for leaf in (ours | theirs) if leaf[: len(at)] == at}
+            for each in pair
+        )
+        if not any(one) or one != other:
+            return ""
+        mine, idle = map(fold_paths, pair)
+        return (
+            f"nnx_apply runs {mine}, whose weights linen_apply does not call, and linen_apply those of "
+            f"{idle}, which nnx_apply does not run: let both run the same."
+        )
 
     @property
     def shown(self) -> set[Path]:
@@ -369,72 +446,3 @@ class Digits:
             [in_digits(array, self.dtype) for array in each] for each in (call.inputs, call.outputs)
         )
         return dataclasses.replace(call, inputs=inputs, outputs=outputs)
-
-
-def run_linen_program(checkpoint: Checkpoint, plan: RestorePlan, programs: Programs) -> LinenRun:
-    """Runs the Linen program on its variables; these are gone then."""
-    inputs, weights = programs.inputs, restore_linen(checkpoint, plan)
-    try:
-        returned, calls = run_linen(
-            programs.linen, weights.variables, *inputs, owner=lambda module: path_above(weights, module)
-        )
-    except Exception as error:
-        held = ", ".join(map(repr, weights.variables))
-        hint = (
-            f"it is called with the variables (a dict with {held}) and {inputs_in_words(inputs)}, such as "
-            "linen_model.apply, or lambda variables, x: linen_model.apply(variables, x, train=False)."
-        )
-        if isinstance(error, flax.errors.ScopeParamShapeError):
-            hint = f"the weights are for inputs of another shape than {inputs_in_words(inputs)}."
-        raise VerificationError(
-            f"linen_apply fails: {error_in_words(error)}", hints=[hint_for(error, hint)]
-        ) from error
-    weights.variables.clear()
-    return LinenRun(weights=weights, returned=returned, calls=calls)
-
-
-def depends(programs: Programs, model: Any, found: Any, weights: Mapping[Path, Any] | None = None) -> bool:
-    """Tells whether the NNX program returns something else with other weights, all or some of them."""
-    other = returned_with(programs, model, weights)
-    pairs = zip(jax.tree.leaves(opened_up(found)), jax.tree.leaves(opened_up(other)), strict=True)
-    return any(exceeds(compare([np.asarray(one)], [np.asarray(two)]), _NO_EFFECT) for one, two in pairs)
-
-
-def returned_with(programs: Programs, model: Any, weights: Mapping[Path, Any] | None) -> Any:
-    """Returns what the NNX program returns with numbers added to weights, to all of them a one."""
-
-    def changed(path: Path, leaf: Any) -> Any:
-        return leaf.replace(leaf.get_value() + (1 if weights is None else weights.get(path, 0)))
-
-    flat = [(path, changed(path, leaf) if is_weight(leaf) else leaf) for path, leaf in flat_state(model)]
-    merged = nnx.merge(nnx.graphdef(model), nnx.from_flat_state(cast(Any, flat)))
-    return run_nnx_program(programs, merged, ())[0]
-
-
-_NO_EFFECT = 1e-6
-"""What rounding alone may change."""
-
-
-def run_nnx_program(programs: Programs, model: Any, wanted: Sequence[Path]) -> tuple[Any, list[Call], bool]:
-    """Runs the NNX program on a model; returns what `run_nnx` does."""
-    inputs, own = programs.inputs, dict(flat_state(model))
-
-    def locate(module: Any, above: Path) -> Path | None:
-        variables = flat_state(module)
-        place = find_nnx(wanted, [path for path, _ in variables], above)
-        # With other weights it is no module of this model: nothing shows those that lie in its place.
-        if place is None or any(is_other(own.get((*place, *at)), leaf) for at, leaf in variables):
-            return None
-        return place
-
-    try:
-        return run_nnx(programs.nnx, model, *inputs, locate=locate)
-    except Exception as error:
-        hint = (
-            f"it is called with the restored target (a {type(model).__name__}) and "
-            f"{inputs_in_words(inputs)}, such as {NNX}. A model with dropout wants model.eval() "
-            "first, or rngs."
-        )
-        raise VerificationError(
-            f"nnx_apply fails: {error_in_words(error)}", hints=[hint_for(error, hint)]
-        ) from error

@@ -29,10 +29,10 @@ from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.verifying import Programs, agree, compare_inputs, lent
 from orbax_nnx_handler.verifying.comparison import compared, leaving_out, misfilled, run_both, tells, why_open
 from orbax_nnx_handler.verifying.pairing import by_path, compare_outputs, layers_of
-from orbax_nnx_handler.verifying.runs import Compared, LinenRun, Runs
+from orbax_nnx_handler.verifying.runs import Compared, Runs
 from orbax_nnx_handler.verifying.single_module import ModuleRunner
-from orbax_nnx_handler.verifying.verification import FirstDifference, Misfilled, Verification
-from orbax_nnx_handler.verifying.weights import on_one_device
+from orbax_nnx_handler.verifying.verification import FirstDifference, Verification
+from orbax_nnx_handler.verifying.weights import LinenRun, Misfilled, on_one_device
 
 _MOST_TOGETHER, _MOST_CALLS = 64, 3
 _MOST_RUNS, _MOST_WHOLE = 16, 6
@@ -421,6 +421,7 @@ def _words(
     if verification.equal:
         said = ", but: " + " ".join(verification.remarks) if verification.remarks else ""
         proved = "" if said else "proved by outputs: "
+        said = ". But: ".join([said, *verification.without_effect])
         return f"{proved}both programs return the same within {verification.relative:.1e}{zeros}{said}"
     first = verification.first
     if wrong and wrong.wanted:

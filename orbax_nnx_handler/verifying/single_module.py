@@ -17,13 +17,10 @@ from orbax_nnx_handler.planning.core.folding import fold_paths
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import (
-    Add,
     Concat,
     Recipe,
-    Scale,
     Shapes,
     Stack,
-    Transpose,
     describe,
     reads,
     render_reads,
@@ -31,15 +28,24 @@ from orbax_nnx_handler.planning.core.recipes import (
     simplify,
 )
 from orbax_nnx_handler.planning.core.regions import layer_of
+from orbax_nnx_handler.planning.suggesting.proved_recipes import (
+    again,
+    by_groups,
+    by_one,
+    chain,
+    divided,
+    otherwise,
+    turned,
+    undone,
+)
 from orbax_nnx_handler.storage.arithmetic import evaluate
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.storage.reading import read_values
 from orbax_nnx_handler.verifying import Array
 from orbax_nnx_handler.verifying.pairing import nearest_modules
 from orbax_nnx_handler.verifying.recording import Call, Held, arrays_by_place
-from orbax_nnx_handler.verifying.weights import again, by_groups, by_one, chain, divided, one_device
+from orbax_nnx_handler.verifying.weights import one_device
 
-_MOST_AXES = 4
 _MOST_PARTS = 4
 _MOST_GROUPS = 32
 _MOST_OTHERS = 48
@@ -78,9 +84,9 @@ def alternatives(
     exchanged = list(_exchanged(all_, shapes, late))
     likely = [pairs for pairs in exchanged if strangers.issuperset(itertools.chain(*pairs))]
     yield from (_exchange(pairs, all_) for pairs in likely)
-    undone = {leaf: way for leaf, recipe in doubtful.items() for _, way in _undone(recipe)}
-    if len(undone) > 1:
-        yield Alternative(words=f"{_names(undone)} are neither scaled nor shifted", recipes=undone)
+    plain = {leaf: way for leaf, recipe in doubtful.items() for _, way in undone(recipe)}
+    if len(plain) > 1:
+        yield Alternative(words=f"{_names(plain)} are neither scaled nor shifted", recipes=plain)
     yield from itertools.islice(joined := orders(doubtful, shapes), 5)  # Three parts have as many others.
     # One rule makes a leaf of all layers and experts, so that a mistake in it is in all of them.
     yield from (_exchange(pairs, all_) for pairs in exchanged if len(pairs) > 1 and pairs not in likely)
@@ -111,7 +117,7 @@ def _alike(doubtful: Mapping[Path, Recipe], shapes: Shapes) -> Iterator[Alternat
             rows[leaf[:at], leaf[at + 1 :], shape_of(doubtful[leaf], shapes)].append(leaf)
     for count in sorted({len(row) for row in rows.values()} - {1, 2}):
         alike = [row for row in rows.values() if len(row) == count]
-        for some, order in itertools.product([alike, *([x] for x in alike)], _otherwise(count)):
+        for some, order in itertools.product([alike, *([x] for x in alike)], otherwise(count)):
             made = {row[to]: doubtful[row[at]] for row in some for to, at in enumerate(order)}
             words = f"{fold_paths(made)} are in another order: {', '.join(map(str, order))}"
             yield Alternative(words=words, recipes=made)
@@ -199,31 +205,8 @@ def _parts_of(leaf: Path, recipe: Recipe, shapes: Shapes) -> Iterator[Iterator[A
 
 
 def _ways(recipe: Recipe, shapes: Shapes) -> Iterator[tuple[str, Recipe]]:
-    turned = _turned(recipe, shape_of(recipe, shapes))
-    return itertools.chain(_undone(recipe), turned, divided(recipe, shapes))
-
-
-def _undone(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
-    """Yields the same without what a rule multiplies it with, or adds to it."""
-    for step in chain(recipe):
-        if isinstance(step, Scale | Add):
-            word = "scaled" if isinstance(step, Scale) else "shifted"
-            yield f"not {word}", again(recipe, step, step.source)
-
-
-def _otherwise(count: int) -> Iterable[tuple[int, ...]]:
-    """Returns the orders of so many, without the one that they are in; of many, those that are likely."""
-    plain = [*range(count)]
-    if count > _MOST_PARTS:
-        return (*plain[1:], 0), (count - 1, *plain[:-1]), (*plain[::-1],)
-    return itertools.islice(itertools.permutations(plain), 1, None)
-
-
-def _turned(recipe: Recipe, shape: Shape) -> Iterator[tuple[str, Recipe]]:
-    if 2 <= len(shape) <= _MOST_AXES:
-        for order in _otherwise(len(shape)):
-            if tuple(shape[axis] for axis in order) == shape:
-                yield "transposed", Transpose(recipe, order)
+    shape = shape_of(recipe, shapes)
+    return itertools.chain(undone(recipe), turned(recipe, shape), divided(recipe, shapes))
 
 
 def orders(doubtful: Mapping[Path, Recipe], shapes: Shapes) -> Iterator[Alternative]:
@@ -234,7 +217,7 @@ def orders(doubtful: Mapping[Path, Recipe], shapes: Shapes) -> Iterator[Alternat
             continue
         together = {leaf: joint for leaf, joint in fused.items() if len(joint.sources) == count}
         groups = [[*together], *([leaf] for leaf in together if len(together) > 1)]
-        for group, order in itertools.product(groups, _otherwise(count)):
+        for group, order in itertools.product(groups, otherwise(count)):
             some = {leaf: [together[leaf].sources[at] for at in order] for leaf in group}
             recipes = {leaf: _with_parts(doubtful[leaf], together[leaf], x) for leaf, x in some.items()}
             parts = some[group[0]]
@@ -345,6 +328,18 @@ class ModuleRunner:
             raise LookupError(f"{len(calls)} calls of {count} layers")
         return [one is call for one in calls].index(True) // (len(calls) // count)
 
+    def start(self, module: Path, call: Call) -> int:
+        """Returns the last call before those that were made in a call: when the module returned last."""
+        return max((one.order for one in self.calls[module] if one.order < call.order), default=-1)
+
+    def end_at(self, until: Path, end: Call, module: Path, call: Call) -> tuple[tuple[Path, int], int]:
+        """Returns which call of which module in another one is, and how many calls are made before it."""
+        start = self.start(module, call)
+        calls = [each for path, each in self.calls.items() if path[: len(module)] == module]
+        calls = [each for each in itertools.chain(*calls) if start < each.order < end.order]
+        before = [each for each in calls if until not in each.within]
+        return (until[len(module) :], sum(each.path == until for each in before)), len(before)
+
     def likes(
         self, module: Path, layer: int | None, leaves: Mapping[Path, Recipe]
     ) -> dict[Path, Mapping[Path, Recipe]]:
@@ -378,8 +373,10 @@ class ModuleRunner:
             return None
         return shape_of(self.recipes[leaf], self.shapes)[self.axes[leaf]]
 
-    def value(self, recipe: Recipe) -> jax.Array:
-        """Returns what a recipe gives, in float32."""
+    def value(self, recipe: Recipe | Array) -> jax.Array:
+        """Returns what a recipe gives, in float32; of an array, itself."""
+        if isinstance(recipe, np.ndarray):
+            return jax.device_put(recipe, one_device())
         missing = [path for path in reads(recipe) if path not in self.values]
         if missing:
             self.values |= read_values(self.checkpoint, dict.fromkeys(missing))
@@ -391,7 +388,7 @@ class ModuleRunner:
         layer: int | None,
         call: Call,
         inputs: Sequence[Any],
-        changed: Mapping[Path, Recipe],
+        changed: Mapping[Path, Recipe | Array],
         until: tuple[Path, int] | None = None,
     ) -> list[Array]:
         """Calls a module by itself.
@@ -401,7 +398,7 @@ class ModuleRunner:
             layer: The layer, where it is scanned.
             call: The recorded call, whose other arguments are taken.
             inputs: The arrays among its arguments.
-            changed: Leaves that are made in another way, with the recipe of the layer.
+            changed: Leaves that are made in another way, with the recipe of the layer, or what they hold.
             until: Keys from it to the module within it at whose call to end, and which call that is.
 
         Returns:

@@ -1,36 +1,45 @@
 """What equal outputs do not tell: weights that they do not depend on, and inputs that show little."""
 
-import contextlib
-import dataclasses
 import itertools
+import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from orbax_nnx_handler.planning.core.folding import fold_paths
-from orbax_nnx_handler.planning.core.paths import Path, segments
-from orbax_nnx_handler.planning.likeness.vocabulary import concepts
+from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.core.recipes import Concat, Stack, reads, shape_of
 from orbax_nnx_handler.planning.restore_plan import RestorePlan
-from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.verifying import (
     MASK,
     MOST_ROUNDINGS,
     TOLERANCE,
     Array,
-    are_identical,
     are_the_same,
     compare,
     exceeds,
-    is_dataclass,
 )
-from orbax_nnx_handler.verifying.runs import Compared, Runs, depends, returned_with
+from orbax_nnx_handler.verifying.runs import Compared, Runs
+from orbax_nnx_handler.verifying.single_module import ModuleRunner
 from orbax_nnx_handler.verifying.verification import FirstDifference, outputs_apart
-from orbax_nnx_handler.verifying.weights import flat_state, is_weight, restore_linen
+from orbax_nnx_handler.verifying.weights import (
+    OF_EXPERTS,
+    depends,
+    flat_state,
+    floats_in,
+    idle_experts,
+    idle_slices,
+    is_weight,
+    is_zero_somewhere,
+    least_chosen,
+    of_expert,
+    returned_with,
+    slopes_of,
+)
 
 _FEATURES = 3
 """Axes of an array of features: example, position, feature."""
@@ -167,9 +176,11 @@ def _without_effect(runs: Runs, plan: RestorePlan) -> Iterator[str]:
     # comes of it is multiplied by nothing.
     # But those that no module shows may lie behind an argmax, each by itself.
     zeros = [*_near_zero(runs, plan)]
-    thorough = bool(zeros) or are_few(runs.inputs)
-    slopes = _slopes(runs) if has_floats and (thorough or len(runs.hidden) > _MOST_RUNS) else None
-    wholes, parts, steps = _idle(runs, slopes, plan, thorough=thorough)
+    experts = _stacks_of_experts(runs)
+    thorough = bool(zeros) or are_few(runs.inputs) or _may_be_idle(runs, experts)
+    is_asked = has_floats and (thorough or len(runs.hidden) > _MOST_RUNS)
+    slopes = slopes_of(runs.programs, runs.runner.model) if is_asked else None
+    wholes, parts, steps = _idle(runs, slopes, plan, experts if thorough else None)
     used = {path[:-1] for path in plan.restored if _is_statistic(path, plan) and path not in wholes}
     statistics = [path for path in wholes if _is_statistic(path, plan) and path[:-1] not in used]
     others = [path for path in wholes if path not in statistics]
@@ -190,9 +201,15 @@ def _without_effect(runs: Runs, plan: RestorePlan) -> Iterator[str]:
             "(argmax, rounding, top-k) or hardly. Let both programs return what comes before them too."
         )
     if parts:
-        yield f"the outputs depend on a part alone of {fold_paths(parts)}.{more if not others else ''}"
+        idle = {path: idle_experts(mask, experts) for path, mask in parts.items()}
+        for which in dict.fromkeys(filter(None, idle.values())):
+            some = [path for path in idle if idle[path] == which]
+            yield f"these inputs do not reach {which} in {fold_paths(some)}: {_UNREACHED}"
+        if left := [path for path, which in idle.items() if not which]:
+            yield f"the outputs depend on a part alone of {fold_paths(left)}.{more if not others else ''}"
 
 
+_UNREACHED = "whether their weights are right is not told. Choose inputs of more tokens, or others."
 _MORE = "Choose inputs of several examples, tokens and positions."
 _BEHIND = (
     "Weights of zero hide them, whatever the inputs are: {}. Only the comparison of single modules speaks "
@@ -206,8 +223,8 @@ _A_LITTLE = 1e-3
 
 
 def _idle(
-    runs: Runs, slopes: Mapping[Path, Array] | None, plan: RestorePlan, *, thorough: bool
-) -> tuple[list[Path], list[Path], list[Path]]:
+    runs: Runs, slopes: Mapping[Path, Array] | None, plan: RestorePlan, experts: Collection[int] | None
+) -> tuple[list[Path], Mapping[Path, Array], list[Path]]:
     """Returns weights that change nothing of the outputs, those of which a large part does not, and steps.
 
     Steps are weights of which a small change has no effect, and a large one has.
@@ -218,13 +235,13 @@ def _idle(
         ]
         steps = [group for group in quiet if depend_on(runs, _changes(runs, group, 1))]
         idle = [group for group in quiet if group not in steps]
-        return [*itertools.chain(*idle)], [], [*itertools.chain(*steps)]
+        return [*itertools.chain(*idle)], {}, [*itertools.chain(*steps)]
     least = _ROUNDED * max((float(np.abs(slope).max(initial=0)) for slope in slopes.values()), default=0.0)
     without = {path: np.abs(slope) <= least for path, slope in slopes.items() if _is_models(path, plan)}
     axes = runs.runner.axes
-    found = {path: idle_slices(path, zero, axes.get(path)) for path, zero in without.items()}
+    found = {path: idle_slices(path, zero, axes.get(path), experts or ()) for path, zero in without.items()}
     masks = {path: mask for path, mask in found.items() if mask is not None}
-    if not thorough:
+    if experts is None:
         unseen = {*runs.hidden, *_states(runs)}
         masks = {path: mask for path, mask in masks.items() if path in unseen and mask.all()}
     masks = {path: mask * _A_LITTLE for path, mask in masks.items()}
@@ -239,8 +256,110 @@ def _idle(
     steps = [path for path in wholes if path in {*runs.hidden}]
     is_any = bool(steps) and depend_on(runs, _changes(runs, steps, 1))
     steps = [path for path in steps if is_any and depend_on(runs, _changes(runs, [path], 1))]
-    parts = [path for path in found if not masks[path].all()]
+    parts = {path: masks[path] for path in found if not masks[path].all()}
     return [path for path in wholes if path not in steps], parts, steps
+
+
+def vectors_without_effect(runs: Runs) -> Iterator[str]:
+    """Yields vectors, or parts of joined ones, that no module shows: a bias of keys under a softmax.
+
+    Each is tried in the first of several layers, by runs of the smallest module around it that is compared.
+    """
+    shown: dict[Path, list[Compared]] = defaultdict(list)
+    for one in runs.compared:
+        if one.found.is_certain and one.found.outputs.compared:
+            shown[one.path].append(one)
+    told, idle = dict[object, bool](), defaultdict[Path, list[Path]](list)
+    for leaf in _small_leaves(runs):
+        depths = (depth for depth in range(len(leaf) - 1, -1, -1) if leaf[:depth] in shown)
+        calls = next((shown[leaf[:depth]] for depth in depths), None)
+        if calls is None or len(calls[0].pair.leaves) <= _OF_A_LAYER:
+            continue
+        try:
+            recipe = runs.runner.recipe(leaf, runs.runner.layer_at(calls[0].path, calls[0].nnx.call))
+        except LookupError:
+            continue
+        for at, part in enumerate(recipe.sources if isinstance(recipe, Concat | Stack) else (recipe,)):
+            name = (tuple(key for key in leaf if not isinstance(key, int)), at)
+            if name not in told:
+                told[name] = any(_is_told(runs.runner, each, leaf, at) for each in (calls[0], calls[-1]))
+            idle[leaf] += [] if told[name] else reads(part)
+    idle = {leaf: sources for leaf, sources in idle.items() if sources}
+    if idle:
+        sources = fold_paths(dict.fromkeys(itertools.chain(*idle.values())))
+        yield (
+            f"the outputs do not depend on {sources} in {fold_paths(idle)}, as they do not on a bias of "
+            "keys, which a softmax takes away: they do not tell whether that is right."
+        )
+
+
+def _small_leaves(runs: Runs) -> Iterator[Path]:
+    """Yields the leaves that are no more than vectors beside others: smaller than one of the same module."""
+    shapes, recipes = runs.runner.shapes, runs.runner.recipes
+    sizes = {leaf: math.prod(shape_of(recipe, shapes)) for leaf, recipe in recipes.items()}
+    most: dict[Path, int] = defaultdict(int)
+    for leaf, size in sizes.items():
+        most[leaf[:-1]] = max(most[leaf[:-1]], size)
+    yield from (leaf for leaf, size in sizes.items() if size < most[leaf[:-1]])
+
+
+def _is_told(runner: ModuleRunner, holder: Compared, leaf: Path, part: int) -> bool:
+    """Tells whether a call returns something else with other numbers in a leaf, or in one part of it."""
+    call = holder.nnx.call
+    try:
+        layer = runner.layer_at(holder.path, call)
+        recipe = runner.recipe(leaf, layer)
+        value, where = np.array(runner.value(recipe)), (...,)
+        if isinstance(recipe, Concat | Stack):
+            shapes = [(*shape_of(each, runner.shapes), 1) for each in recipe.sources]
+            lengths = [shape[recipe.axis] if isinstance(recipe, Concat) else 1 for shape in shapes]
+            start = sum(lengths[:part])
+            where = (*[slice(None)] * recipe.axis, slice(start, start + lengths[part]))
+        value[where] += np.random.default_rng(0).normal(size=value[where].shape)
+        found = runner.run(holder.path, layer, call, call.inputs, {leaf: value})
+    # The caller's module may fail in any way when it is called outside of its program.
+    except Exception:
+        return True
+    return exceeds(compare(call.outputs, found), TOLERANCE)
+
+
+_OF_A_LAYER = 2
+"""Leaves of a module that is a single layer, as a kernel and a bias: what it returns shows them."""
+
+
+def _stacks_of_experts(runs: Runs) -> set[int]:
+    """Returns how many experts mixtures have whose weights are stacked: several, of one length first."""
+    lengths: dict[Path, list[int]] = defaultdict(list)
+    for leaf, recipe in runs.runner.recipes.items():
+        whole, layers = shape_of(recipe, runs.runner.shapes), runs.runner.axes.get(leaf)
+        shape = [length for axis, length in enumerate(whole) if axis != layers]
+        lengths[leaf[:-1]] += shape[:1] if len(shape) == OF_EXPERTS else []
+    return {count for some in lengths.values() for count in some if some.count(count) > 1}
+
+
+def _may_be_idle(runs: Runs, stacks: Collection[int]) -> bool:
+    """Tells whether an expert may be sent nothing: the one that comes last has no effect."""
+    lists: dict[Path, set[int]] = defaultdict(set)
+    for leaf in runs.runner.recipes:
+        for at, key in enumerate(leaf):
+            if isinstance(key, int) and at:
+                lists[leaf[: at - 1]].add(key)
+    beside = {(above, len(numbers)) for above, numbers in lists.items()}
+    chosen = list[tuple[int, int, Path, int]]()
+    for path, calls in runs.runner.calls.items():
+        for array in itertools.chain(*(call.outputs for call in calls)):
+            count = (array.shape or (0,))[-1]
+            if array.ndim > 1 and (count in stacks or (path[:-1], count) in beside):
+                chosen.append((*least_chosen(array), path[:-1], count))
+    if not {count for *_, count in chosen} >= {*stacks}:
+        return True
+    rank, expert, above, count = max(chosen, key=lambda one: one[0], default=(0, 0, (), 0))
+    if rank == 0:
+        return False
+    inside = [leaf for leaf in runs.runner.recipes if leaf[: len(above)] == above]
+    changes = _changes(runs, inside, 1)
+    own = {leaf: of_expert(expert, count, leaf[len(above) + 1 :], changes[leaf]) for leaf in inside}
+    return not depend_on(runs, {leaf: change for leaf, change in own.items() if change is not None})
 
 
 def _near_zero(runs: Runs, plan: RestorePlan) -> Iterator[Path]:
@@ -299,45 +418,6 @@ def _states(runs: Runs) -> list[Path]:
     return [path for path, leaf in flat if is_weight(leaf) and not isinstance(leaf, nnx.Param)]
 
 
-def _slopes(runs: Runs) -> Mapping[Path, Array] | None:
-    """Returns how what the NNX program returns changes with each weight; None where JAX cannot tell.
-
-    Of the sum of all floats that it returns, each times a random number.
-    """
-    graph, floats, others = cast(Any, nnx.split)(runs.runner.model, _is_weight_at, ...)
-
-    def total(state: Any) -> Any:
-        arrays = floats_in(runs.programs.nnx(nnx.merge(graph, state, others), *runs.inputs))
-        keys = jax.random.split(jax.random.key(0), len(arrays))
-        pairs = zip(keys, arrays, strict=True)
-        return sum((array * jax.random.normal(key, array.shape)).sum() for key, array in pairs)
-
-    for compiled in (True, False):  # A program that looks at values cannot be compiled.
-        try:
-            with jax.disable_jit(not compiled), jax.default_matmul_precision("highest"):
-                found = cast(Any, jax.jit(jax.grad(total))(floats))
-        except Exception:  # The caller's program may have no derivative, and fail in any way.
-            continue
-        flat = cast("Iterable[tuple[Path, Any]]", nnx.to_flat_state(found))
-        return {tuple(path): np.asarray(leaf.get_value()) for path, leaf in flat}
-    return None
-
-
-def _is_weight_at(_: Any, leaf: Any) -> bool:
-    return is_weight(leaf)
-
-
-def floats_in(tree: Any) -> list[Any]:
-    """Returns the arrays of floats in what a program returns, both parts of complex numbers."""
-    found = list[Any]()
-    for leaf in jax.tree.leaves(tree, is_leaf=is_dataclass):
-        if is_dataclass(leaf):
-            found += floats_in([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
-        elif jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
-            found += [jnp.real(leaf), jnp.imag(leaf)] if jnp.iscomplexobj(leaf) else [leaf]
-    return found
-
-
 _FEW, _ENOUGH = 8, 4096
 
 
@@ -365,80 +445,3 @@ def usual_size(array: Array) -> float:
     size = np.abs(array)
     usual = size[size < MASK]
     return float((usual if usual.size else size).mean(dtype=np.float64))
-
-
-_MUCH = 1 / 2
-"""The share of a weight without an effect that is worth a word."""
-_HARDLY, _BY_CHANCE = 1e-3, 4
-"""What hardly differs from zero, and how many numbers may do so by chance."""
-
-
-def is_zero_somewhere(weight: Array, layers: int | None) -> bool:
-    """Tells whether a weight, or a slice of it along some axis, is so small that it hides what it multiplies.
-
-    Args:
-        weight: The weight.
-        layers: The axis along which layers are stacked in it, each of which counts, however few its numbers.
-    """
-    if weight.ndim < 2 and layers is None:
-        return weight.size > 0 and bool(np.abs(weight).max() < _HARDLY)
-    for axis in range(weight.ndim):
-        line = weight[tuple(slice(None) if at == axis else slice(1) for at in range(weight.ndim))]
-        if axis == layers or line.size * _BY_CHANCE <= weight.size:
-            small = np.flatnonzero(np.abs(line) < _HARDLY)  # Elsewhere a slice is not to be looked at.
-            if any(np.abs(weight.take(at, axis)).max() < _HARDLY for at in small):
-                return True
-    return False
-
-
-def idle_slices(path: Path, zero: Array, layers: int | None) -> Array | None:
-    """Returns the slices of a weight without an effect along one axis, if they are layers or a large part."""
-    if zero.all():
-        return zero if zero.size else None
-    shares = [
-        zero.all(axis=tuple(at for at in range(zero.ndim) if at != axis), keepdims=True)
-        for axis in range(zero.ndim)
-    ]
-    if layers is not None and shares[layers].any():
-        return np.broadcast_to(shares[layers], zero.shape)
-    if not zero.ndim or concepts(segments(path)) & {"embed", "token", "pos", "type"}:
-        return None  # One number, or words and positions that are not among the inputs.
-    most = max(shares, key=lambda share: share.mean())
-    return np.broadcast_to(most, zero.shape) if most.mean() >= _MUCH else None
-
-
-def whole_modules(some: Collection[Path], all_: Iterable[Path]) -> list[Path]:
-    """Returns the outermost modules of which all leaves are among some."""
-    others = {path[:depth] for path in all_ if path not in some for depth in range(len(path))}
-    each = ((path[:n] for n in range(1, len(path) + 1) if path[:n] not in others) for path in some)
-    return [*dict.fromkeys(next(modules) for modules in each)]
-
-
-def unused_leaves(
-    checkpoint: Checkpoint,
-    plan: RestorePlan,
-    groups: Sequence[Sequence[Path]],
-    run: Callable[[Any], Any],
-    returned: Any,
-) -> list[Path]:
-    """Returns which groups of stored floats a Linen program does not use: it returns the same without.
-
-    Each is tried as NaN, many at once. `run` runs the program on other variables than those that it
-    `returned` from.
-    """
-    runs = iter(range(_MOST_WITHOUT))
-
-    def unused(some: Sequence[Sequence[Path]]) -> list[Path]:
-        if not some or next(runs, None) is None:
-            return []
-        tried = [*itertools.chain(*some)]
-        variables, half = restore_linen(checkpoint, plan, tried).variables, len(some) // 2
-        with contextlib.suppress(Exception):  # The program may refuse what is no number in any way.
-            if are_identical(returned, run(variables)):
-                return tried
-        return [*unused(some[:half]), *unused(some[half:])] if half else []
-
-    return unused(groups)
-
-
-_MOST_WITHOUT = 16

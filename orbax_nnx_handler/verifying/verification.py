@@ -162,11 +162,14 @@ class FirstDifference:
         proved: What has to be otherwise: with this change alone the module returns what Linen's does.
         until: The module within it that is called with what Linen's is then, where that is what shows it.
         changes: The recipes of that change, by wanted path; of one layer, where the module is scanned.
+        elsewhere: Those of modules like it in which the same is wrong, each shown by a run of its own.
+        also: Which these are, in words.
         layer: Which layer that is.
         tried: How many other ways of making its weights were tried.
         is_cut: Whether there are more, which would take several times as long as both programs do.
         settings: What both modules call by one name and set to different values: Linen's and NNX's.
         reordered: Whether it returned the same numbers in another order.
+        cast: Which program alone computes something in fewer digits, in words.
         unlike: Inputs of the one module that the other one is called with nothing like, in words.
     """
 
@@ -179,11 +182,14 @@ class FirstDifference:
     proved: str = ""
     until: Unit | None = None
     changes: Mapping[Path, Recipe] = dataclasses.field(default_factory=dict[Path, Recipe])
+    elsewhere: Mapping[Path, Recipe] = dataclasses.field(default_factory=dict[Path, Recipe])
+    also: str = ""
     layer: int | None = None
     tried: int = 0
     is_cut: bool = False
     settings: Mapping[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict[str, tuple[Any, Any]])
     reordered: bool = False
+    cast: str = ""
     unlike: tuple[str, ...] = ()
 
     @property
@@ -198,7 +204,7 @@ class FirstDifference:
             it, does = (
                 (f"{unit_name(self.until)} is called with", "is") if self.until else ("it returns", "does")
             )
-            words = f"{self.proved}. With this change alone {it} what Linen's module {does}."
+            words = f"{self.proved}. With this change alone {it} what Linen's module {does}.{self.also}"
             return [Sentence("proved by outputs", words)]
         said = list[Line]()
         if self.after is not None or self.before is not None:
@@ -208,6 +214,8 @@ class FirstDifference:
         if self.settings:
             pairs = [f"{name} is {a!r} in Linen and {b!r} in NNX" for name, (a, b) in self.settings.items()]
             said.append(Sentence("cause", f"the modules are set up differently: {', '.join(pairs)}."))
+        if self.cast:
+            said.append(Sentence("cause", f"the code differs: {self.cast}, and the other program does not."))
         if self.unlike and not self.settings:
             more = f"{listed(self.unlike)} {'has' if len(self.unlike) == 1 else 'have'} no counterpart"
             said.append(Sentence("note", f"of the inputs {more}: the difference may come in with that."))
@@ -217,7 +225,7 @@ class FirstDifference:
             ways, are = ("one other way", "is") if self.tried == 1 else (f"{self.tried} other ways", "are")
             made = f"{ways} of making the weights in it (transposed, divided, joined, exchanged)"
             said.append(Sentence("note", f"{made} {are} wrong too{_CUT if self.is_cut else ''}."))
-        if not self.settings:
+        if not (self.settings or self.cast):
             otherwise = _CODE if self.tried or not self.weights else _WEIGHTS
             said.append(Sentence("hint", mixed_sources(self.weights) or otherwise))
         return said
@@ -227,7 +235,7 @@ class FirstDifference:
 
         Such a leaf gets those of the one that takes its own: two modules were exchanged.
         """
-        made = dict(self.changes)
+        made = {**self.changes, **self.elsewhere}
         takers = {recipe: path for path, recipe in made.items()} if self.layer is None else {}
         for leaf, item in restored.items():
             taker = takers.get(item.recipe)
@@ -257,32 +265,6 @@ _WEIGHTS = "the module does not run by itself, so its weights were not tried: ch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Misfilled:
-    """Leaves of the model that are filled from what the Linen program does not use.
-
-    Attributes:
-        wanted: The leaves, by modules of which all leaves are so; none where what is missing might be so.
-        sources: What they are filled from, by modules too.
-        unused: All stored leaves that were found not to be used.
-        instead: What it calls, of the same sizes, and nothing is filled from, by modules.
-    """
-
-    wanted: Sequence[Path]
-    sources: Sequence[Path]
-    unused: Sequence[Path]
-    instead: Sequence[Path]
-
-    @property
-    def words(self) -> str:
-        """What is wrong."""
-        wanted, sources, instead = map(fold_paths, (self.wanted, self.sources, self.instead))
-        return (
-            f"{wanted}: filled from {sources}, which the Linen program does not use, while {instead}, in "
-            "what it calls and of the same sizes, fills nothing"
-        )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Verification:
     """Whether a Linen program and an NNX program compute the same from one checkpoint.
 
@@ -302,6 +284,7 @@ class Verification:
         modules: Every module that both programs called with the same weights, in the order of the run.
         first: The first module that gets the same and returns something else; None where there is none.
         remarks: What else a reader should know.
+        without_effect: Weights on which the outputs do not depend, whatever they are, in words.
         unused: What is stored that the model is filled from, and that the Linen program does not use.
     """
 
@@ -313,6 +296,7 @@ class Verification:
     modules: tuple[ModuleComparison, ...]
     first: FirstDifference | None = None
     remarks: tuple[str, ...] = ()
+    without_effect: tuple[str, ...] = ()
     unused: tuple[Path, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -325,6 +309,7 @@ class Verification:
             "directory": self.directory,
             "first": None if self.first is None else _first_to_dict(self.first),
             "remarks": list(self.remarks),
+            "without_effect": list(self.without_effect),
             "unused": [*map(render, self.unused)],
             "modules": [module.to_dict() for module in self.modules],
         }
@@ -335,7 +320,7 @@ class Verification:
 
     def _found(self) -> list[Line]:
         told = [] if self.first is None else _told(self.first)
-        notes = [Sentence("note", remark) for remark in self.remarks]
+        notes = [Sentence("note", remark) for remark in (*self.remarks, *self.without_effect)]
         is_between = self.first is not None and not (self.first.place or self.first.proved)
         # Where no module is to blame, what a reader should know comes first: one that is called more often.
         is_first = is_between or self.unused or any(one.outputs.coarse for one in self.modules)
@@ -390,14 +375,20 @@ def _first_to_dict(first: FirstDifference) -> dict[str, Any]:
             for item in first.weights
         ],
         "proved": first.proved,
-        "changes": [
-            {"path": render(path), "stored": [*map(render, reads(recipe))], "transform": describe(recipe)}
-            for path, recipe in first.changes.items()
-        ],
+        "changes": _recipes_to_list(first.changes),
+        "elsewhere": _recipes_to_list(first.elsewhere),
         "tried": first.tried,
         "settings": {name: [repr(a), repr(b)] for name, (a, b) in first.settings.items()},
         "reordered": first.reordered,
+        "cast": first.cast,
     }
+
+
+def _recipes_to_list(recipes: Mapping[Path, Recipe]) -> list[dict[str, Any]]:
+    return [
+        {"path": render(path), "stored": [*map(render, reads(recipe))], "transform": describe(recipe)}
+        for path, recipe in recipes.items()
+    ]
 
 
 def _told(first: FirstDifference) -> list[Line]:

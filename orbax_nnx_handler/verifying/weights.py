@@ -1,15 +1,16 @@
 """Both programs' weights on one device in float32: the variables as Linen wrote them, and the model.
 
-And what each layer of a weight is made from.
+And both programs run with them, or with others.
 """
 
+import contextlib
 import dataclasses
+import functools
 import itertools
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from fractions import Fraction
-from typing import Any, TypeGuard, cast
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
+import flax.errors
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,30 +18,40 @@ from flax import nnx
 from jax.core import Tracer
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.errors import VerificationError
+from orbax_nnx_handler.planning.core.folding import fold_paths
+from orbax_nnx_handler.planning.core.lines import listed
 from orbax_nnx_handler.planning.core.paths import Path, nested, segments
-from orbax_nnx_handler.planning.core.recipes import (
-    Add,
-    Concat,
-    Read,
-    Recipe,
-    Reshape,
-    Shapes,
-    Slice,
-    Stack,
-    Transpose,
-    children,
-    reads,
-    shape_of,
-    simplify,
-)
-from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement
 from orbax_nnx_handler.planning.likeness.vocabulary import concepts
 from orbax_nnx_handler.planning.restore_plan import RestorePlan
 from orbax_nnx_handler.planning.target import flatten_target
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
-from orbax_nnx_handler.storage.reading import Job
-from orbax_nnx_handler.storage.restoring import read_jobs
+from orbax_nnx_handler.storage.restoring import (
+    LinenWeights,
+    locate_stored,
+    restore_linen,
+    widened,
+    with_lists,
+)
+from orbax_nnx_handler.verifying import (
+    MOST_ROUNDINGS,
+    NNX,
+    TOLERANCE,
+    Array,
+    Distance,
+    Programs,
+    are_identical,
+    compare,
+    error_in_words,
+    exceeds,
+    fewer,
+    hint_for,
+    inputs_in_words,
+    is_dataclass,
+    opened_up,
+    rounding_of,
+)
+from orbax_nnx_handler.verifying.recording import Call, exact, run_linen, run_nnx
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,136 +75,13 @@ def one_device() -> Sharding:
 def on_one_device(target: Any) -> dict[Path, OneDevice]:
     """Returns the restore args of every leaf of a target."""
     leaves, where = flatten_target(target).leaves, one_device()
-    return {path: OneDevice(sharding=where, dtype=_widened(leaf.dtype)) for path, leaf in leaves.items()}
-
-
-def _widened(dtype: Any) -> np.dtype[Any] | None:
-    return np.dtype(np.float32) if jnp.issubdtype(dtype, np.floating) else None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LinenWeights:
-    """The variables of a Linen program.
-
-    Attributes:
-        variables: Collections by name, as `module.apply` takes them; where the plan uses several train
-            states, one such dict for each, below the keys of its owner.
-        places: Where each stored leaf lies in them.
-        location: Where each stored leaf lies: keys of the modules, and the leaf's name.
-        of_array: The same by the identity of the array in `variables`.
-    """
-
-    variables: dict[str, Any]
-    places: Mapping[Path, Path]
-    location: Mapping[Path, Path]
-    of_array: Mapping[int, Path]
-
-
-def locate_stored(plan: RestorePlan) -> tuple[dict[Path, Path], dict[Path, Path]]:
-    """Returns where each stored leaf lies in the variables, and where among the modules."""
-    placements = plan.sides.placements
-    read = {path for item in plan.restored.values() for path in reads(item.recipe)}
-    model = [placement for placement in placements.values() if placement.section == "model"]
-    # Where nothing is read yet, for no rule is settled, all that is stored may be meant.
-    owners = {placement.owner for placement in model if placement.leaf.path in read or not read}
-    mine = [placement for placement in model if placement.owner in owners]
-    chosen = _asked_for(mine, read)
-    parents = _children([placement.path for placement in chosen])
-    # Of one that is stored flat, as flatten_dict(params, sep="/") makes it, keys are joined; else a slash is
-    # a part of a key, as Linen's weight norm has it.
-    nested_owners = {placement.owner for placement in chosen if len(placement.path) > 1}
-    places: dict[Path, Path] = {}
-    modules: dict[Path, Path] = {}
-    for placement in chosen:
-        keys = _unboxed(placement.path, parents)
-        keys = keys if placement.owner in nested_owners else segments(keys)
-        above = placement.owner if len(owners) > 1 else ()
-        places[placement.leaf.path] = (*above, placement.collection or "params", *keys)
-        modules[placement.leaf.path] = (*segments(above), *map(str, keys))
-    return places, modules
-
-
-def _asked_for(placements: Iterable[Placement], read: set[Path]) -> list[Placement]:
-    """Returns the leaves of collections that the plan reads, or that are no copy of the parameters."""
-    found: dict[tuple[Path, str | None], list[Placement]] = {}
-    for placement in placements:
-        found.setdefault((placement.owner, placement.collection), []).append(placement)
-    params = {owner: {one.path for one in ones} for (owner, name), ones in found.items() if name == "params"}
-    return [
-        one
-        for (owner, name), ones in found.items()
-        if name in FLAX_COLLECTIONS
-        or any(one.leaf.path in read for one in ones)
-        or {one.path for one in ones}.isdisjoint(params.get(owner, ()))
-        for one in ones
-    ]
-
-
-def _children(paths: Iterable[Path]) -> dict[Path, set[Any]]:
-    found: dict[Path, set[Any]] = {}
-    for path in paths:
-        found.setdefault(path[:-1], set()).add(path[-1])
-    return found
-
-
-def _unboxed(path: Path, children: Mapping[Path, set[Any]]) -> Path:
-    """Takes the level away that a partitioned box adds: `kernel/value`."""
-    boxed = len(path) > 1 and path[-1] == "value" and children[path[:-1]] == {"value"}
-    return path[:-1] if boxed else path
-
-
-def restore_linen(checkpoint: Checkpoint, plan: RestorePlan, no_numbers: Iterable[Path] = ()) -> LinenWeights:
-    """Reads the variables of the train states that a plan reads, floats as float32.
-
-    Args:
-        checkpoint: What is stored.
-        plan: The plan.
-        no_numbers: Stored leaves of floats that are filled with NaN.
-
-    Raises:
-        UnreadableLeafError: Stored bytes are absent or damaged.
-    """
-    places, location = locate_stored(plan)
-    where = one_device()
-    arrays = read_jobs(checkpoint, [_job(checkpoint, path, where) for path in places])
-    arrays |= {path: jnp.full_like(arrays[path], jnp.nan) for path in no_numbers}
-    tree = nested({place: arrays[path] for path, place in places.items()})
-    return LinenWeights(
-        variables=cast("dict[str, Any]", _with_lists(tree)),
-        places=places,
-        location=location,
-        of_array={id(arrays[path]): location[path] for path in places},
-    )
-
-
-def _job(checkpoint: Checkpoint, path: Path, where: Sharding) -> Job:
-    leaf = checkpoint.leaves[path]
-    dtype = _widened(leaf.dtype) or leaf.dtype
-    return Job(
-        path=path,
-        recipe=Read(path),
-        shape=leaf.shape,
-        dtype=cast("np.dtype[Any]", dtype),
-        sharding=where,
-    )
-
-
-def _with_lists(tree: Any) -> Any:
-    if not isinstance(tree, dict):
-        return tree
-    nodes = {key: _with_lists(node) for key, node in cast("dict[Any, Any]", tree).items()}
-    if (
-        nodes
-        and sorted(map(str, nodes)) == sorted(map(str, range(len(nodes))))
-        and all(type(key) is int for key in nodes)
-    ):
-        return [nodes[number] for number in range(len(nodes))]
-    return nodes
+    return {path: OneDevice(sharding=where, dtype=widened(leaf.dtype)) for path, leaf in leaves.items()}
 
 
 def path_above(weights: LinenWeights, module: Any) -> Path | None:
     """Returns the keys above the path of a bound Linen module, if the arrays that it was given tell."""
-    for collection in module.variables.values():
+    # A copy that is given beside the parameters is not what the module uses.
+    for _, collection in sorted(module.variables.items(), key=lambda item: item[0] != "params"):
         flat = cast(Any, jax.tree_util.tree_flatten_with_path(collection))
         for keys, array in flat[0]:
             place = weights.of_array.get(id(array))
@@ -240,207 +128,316 @@ def is_weight(leaf: Any) -> bool:
     return isinstance(leaf, nnx.Variable) and bool(jnp.issubdtype(leaf.dtype, jnp.floating))
 
 
-def orders_of_features(size: int) -> Iterator[tuple[Shape, tuple[int, ...]]]:
-    """Yields every way to divide an axis into two or three parts, with every other order of them."""
-    divisors = [length for length in range(2, size // 2 + 1) if size % length == 0]
-    yield from (((outer, size // outer), (1, 0)) for outer in divisors)
-    for outer, inner in itertools.product(divisors, divisors):
-        if size % (outer * inner) == 0 and outer * inner < size:
-            lengths = (outer, inner, size // (outer * inner))
-            yield from ((lengths, order) for order in itertools.permutations(range(3)) if order != (0, 1, 2))
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinenRun:
+    """What the Linen program did with the variables that it was called with; these are gone."""
+
+    weights: LinenWeights
+    returned: Any
+    calls: Sequence[Call]
 
 
-def with_features_in_order(
-    recipe: Recipe, axis: int, lengths: Shape, order: Sequence[int], shapes: Shapes, *, plainly: bool = True
-) -> Recipe:
-    """Returns a recipe with one axis in another order: of features that were made one, as by a flatten.
+def run_linen_program(checkpoint: Checkpoint, plan: RestorePlan, programs: Programs) -> LinenRun:
+    """Runs the Linen program on its variables; these are gone then."""
+    inputs, weights = programs.inputs, restore_linen(checkpoint, plan, one_device())
+    try:
+        returned, calls = run_linen(
+            programs.linen, weights.variables, *inputs, owner=lambda module: path_above(weights, module)
+        )
+    except Exception as error:
+        held = ", ".join(map(repr, weights.variables))
+        hint = (
+            f"it is called with the variables (a dict with {held}) and {inputs_in_words(inputs)}, such as "
+            "linen_model.apply, or lambda variables, x: linen_model.apply(variables, x, train=False)."
+        )
+        if isinstance(error, flax.errors.ScopeParamShapeError):
+            hint = f"the weights are for inputs of another shape than {inputs_in_words(inputs)}."
+        raise VerificationError(
+            f"linen_apply fails: {error_in_words(error)}", hints=[hint_for(error, hint)]
+        ) from error
+    weights.variables.clear()
+    return LinenRun(weights=weights, returned=returned, calls=calls)
+
+
+def depends(programs: Programs, model: Any, found: Any, weights: Mapping[Path, Any] | None = None) -> bool:
+    """Tells whether the NNX program returns something else with other weights, all or some of them."""
+    other = returned_with(programs, model, weights)
+    pairs = zip(jax.tree.leaves(opened_up(found)), jax.tree.leaves(opened_up(other)), strict=True)
+    return any(exceeds(compare([np.asarray(one)], [np.asarray(two)]), _NO_EFFECT) for one, two in pairs)
+
+
+def returned_with(programs: Programs, model: Any, weights: Mapping[Path, Any] | None) -> Any:
+    """Returns what the NNX program returns with numbers added to weights, to all of them a one."""
+
+    def changed(path: Path, leaf: Any) -> Any:
+        return leaf.replace(leaf.get_value() + (1 if weights is None else weights.get(path, 0)))
+
+    flat = [(path, changed(path, leaf) if is_weight(leaf) else leaf) for path, leaf in flat_state(model)]
+    merged = nnx.merge(nnx.graphdef(model), nnx.from_flat_state(cast(Any, flat)))
+    with exact():
+        return programs.nnx(merged, *programs.inputs)
+
+
+_NO_EFFECT = 1e-6
+"""What rounding alone may change."""
+
+
+def run_nnx_program(programs: Programs, model: Any, wanted: Sequence[Path]) -> tuple[Any, list[Call], bool]:
+    """Runs the NNX program on a model; returns what `run_nnx` does."""
+    inputs, own = programs.inputs, dict(flat_state(model))
+
+    def locate(module: Any, above: Path) -> Path | None:
+        variables = flat_state(module)
+        place = find_nnx(wanted, [path for path, _ in variables], above)
+        # With other weights it is no module of this model: nothing shows those that lie in its place.
+        if place is None or any(is_other(own.get((*place, *at)), leaf) for at, leaf in variables):
+            return None
+        return place
+
+    try:
+        return run_nnx(programs.nnx, model, *inputs, locate=locate)
+    except Exception as error:
+        hint = (
+            f"it is called with the restored target (a {type(model).__name__}) and "
+            f"{inputs_in_words(inputs)}, such as {NNX}. A model with dropout wants model.eval() "
+            "first, or rngs."
+        )
+        raise VerificationError(
+            f"nnx_apply fails: {error_in_words(error)}", hints=[hint_for(error, hint)]
+        ) from error
+
+
+_HARDLY, _BY_CHANCE = 1e-3, 4
+"""What hardly differs from zero, and how many numbers may do so by chance."""
+
+
+def is_zero_somewhere(weight: Array, layers: int | None) -> bool:
+    """Tells whether a weight, or a slice of it along some axis, is so small that it hides what it multiplies.
 
     Args:
-        recipe: The recipe.
-        axis: The axis of the features.
-        lengths: What it is divided into.
-        order: Which of these parts comes where.
-        shapes: The stored shapes.
-        plainly: Whether it is said in the fewest steps.
+        weight: The weight.
+        layers: The axis along which layers are stacked in it, each of which counts, however few its numbers.
     """
-    shape = shape_of(recipe, shapes)
-    divided = (*shape[:axis], *lengths, *shape[axis + 1 :])
-    turned = [*range(axis), *(axis + at for at in order), *range(axis + len(order), len(divided))]
-    made = Reshape(Transpose(Reshape(recipe, divided), tuple(turned)), shape)
-    return simplify(made, shapes) if plainly else made
+    if weight.ndim < 2 and layers is None:
+        return weight.size > 0 and bool(np.abs(weight).max() < _HARDLY)
+    for axis in range(weight.ndim):
+        line = weight[tuple(slice(None) if at == axis else slice(1) for at in range(weight.ndim))]
+        if axis == layers or line.size * _BY_CHANCE <= weight.size:
+            small = np.flatnonzero(np.abs(line) < _HARDLY)  # Elsewhere a slice is not to be looked at.
+            if any(np.abs(weight.take(at, axis)).max() < _HARDLY for at in small):
+                return True
+    return False
 
 
-def as_stored(recipe: Recipe, shapes: Shapes) -> Recipe:
-    """Returns a leaf before its axes are divided and put in another order, if it had the same shape."""
-    source = recipe
-    while isinstance(source, Reshape | Transpose):
-        source = source.source
-    return source if shape_of(source, shapes) == shape_of(recipe, shapes) else recipe
+OF_EXPERTS = 3
+"""Axes of the weights of experts: expert, feature, feature."""
 
 
-def by_groups(joint: Concat, groups: int, shapes: Shapes) -> Recipe:
-    """Returns joined parts group by group: the query, key and value of each head side by side."""
-    shape, axis, parts = shape_of(joint, shapes), joint.axis, len(joint.sources)
-    divided = (*shape[:axis], parts, groups, shape[axis] // parts // groups, *shape[axis + 1 :])
-    order = [*range(len(divided))]
-    order[axis], order[axis + 1] = axis + 1, axis
-    return Reshape(Transpose(Reshape(joint, divided), tuple(order)), shape)
+def axis_of_experts(weight: Array, experts: Collection[int]) -> int | None:
+    """Returns the axis of a weight, or of several stacked, along which its experts lie, if it has some."""
+    axes = range(weight.ndim - OF_EXPERTS + 1)
+    return next((axis for axis in axes if weight.shape[axis] in experts), None)
 
 
-def by_one(recipe: Recipe, shape: Shape) -> Iterator[tuple[str, Recipe]]:
-    """Yields a vector with one added or taken away: a norm that multiplies with 1 + scale."""
-    for constant in (1.0, -1.0) if len(shape) == 1 else ():
-        yield f"{'larger' if constant > 0 else 'smaller'} by one", Add(recipe, constant)
+def idle_experts(mask: Array, experts: Collection[int]) -> str:
+    """Returns which experts a mask is of, in words; nothing where it is of something else."""
+    axis = axis_of_experts(mask, experts)
+    if axis is None:
+        return ""
+    idle = np.moveaxis(mask, axis, 0).reshape(mask.shape[axis], -1).all(1)
+    which = ", ".join(map(str, np.flatnonzero(idle)))
+    return f"the experts {which} of {mask.shape[axis]}" if which else ""
 
 
-def refolded(recipe: Recipe, shape: Shape) -> Iterator[tuple[str, Recipe]]:
-    """Yields an axis read as two that were exchanged, as interleaved heads or parts are."""
-    for axis, length in enumerate(shape):
-        for outer in (2, 3, 4, 6, 8, 12, 16):
-            if length % outer == 0 and 1 < outer < length:
-                split = (*shape[:axis], length // outer, outer, *shape[axis + 1 :])
-                order = [*range(len(split))]
-                order[axis], order[axis + 1] = axis + 1, axis
-                yield (
-                    "in another order of its parts",
-                    Reshape(Transpose(Reshape(recipe, split), tuple(order)), shape),
-                )
+def least_chosen(routed: Array) -> tuple[int, int]:
+    """Returns the place that the expert last chosen has where it comes first, and its number."""
+    places = (-routed).argsort(-1).argsort(-1).reshape(-1, routed.shape[-1]).min(0)
+    return int(places.max()), int(places.argmax())
 
 
-_MOST_AXES = 4
+def of_expert(number: int, count: int, place: Path, change: Array) -> Array | None:
+    """Returns the part of a change that is one expert's, of so many; None where it has none."""
+    axis = axis_of_experts(change, (count,))
+    if place[:1] == (number,):
+        return change
+    if axis is None:
+        return None
+    return change * (np.arange(count) == number).reshape(count, *[1] * (change.ndim - axis - 1))
 
 
-def divided(recipe: Recipe, shapes: Shapes) -> Iterator[tuple[str, Recipe]]:
-    """Yields the same elements divided into axes in another order: heads before features, or after them."""
-    shape = shape_of(recipe, shapes)
-    for step in chain(recipe):
-        if not isinstance(step, Reshape):
+_MUCH = 1 / 2
+"""The share of a weight without an effect that is worth a word."""
+
+
+def idle_slices(path: Path, zero: Array, layers: int | None, experts: Collection[int] = ()) -> Array | None:
+    """Returns the slices of a weight without an effect along one axis: layers, experts, or a large part."""
+    if zero.all():
+        return zero if zero.size else None
+    shares = [
+        zero.all(axis=tuple(at for at in range(zero.ndim) if at != axis), keepdims=True)
+        for axis in range(zero.ndim)
+    ]
+    if layers is not None and shares[layers].any():
+        return np.broadcast_to(shares[layers], zero.shape)
+    axis = axis_of_experts(zero, experts)
+    if axis is not None and shares[axis].any():
+        return np.broadcast_to(shares[axis], zero.shape)
+    if not zero.ndim or concepts(segments(path)) & {"embed", "token", "pos", "type"}:
+        return None  # One number, or words and positions that are not among the inputs.
+    most = max(shares, key=lambda share: share.mean())
+    return np.broadcast_to(most, zero.shape) if most.mean() >= _MUCH else None
+
+
+def slopes_of(programs: Programs, model: Any) -> Mapping[Path, Array] | None:
+    """Returns how what the NNX program returns changes with each weight; None where JAX cannot tell.
+
+    Of the sum of all floats that it returns, each times a random number.
+    """
+    graph, floats, others = cast(Any, nnx.split)(model, _is_weight_at, ...)
+
+    def total(state: Any) -> Any:
+        arrays = floats_in(programs.nnx(nnx.merge(graph, state, others), *programs.inputs))
+        keys = jax.random.split(jax.random.key(0), len(arrays))
+        pairs = zip(keys, arrays, strict=True)
+        return sum((array * jax.random.normal(key, array.shape)).sum() for key, array in pairs)
+
+    for compiled in (True, False):  # A program that looks at values cannot be compiled.
+        try:
+            with jax.disable_jit(not compiled), jax.default_matmul_precision("highest"):
+                found = cast(Any, jax.jit(jax.grad(total))(floats))
+        except Exception:  # The caller's program may have no derivative, and fail in any way.
             continue
-        before = shape_of(step.source, shapes)
-        for order in itertools.permutations(range(len(before))) if len(before) <= _MOST_AXES else ():
-            yield (
-                "divided otherwise",
-                again(recipe, step, Reshape(Transpose(step.source, order), step.shape)),
-            )
-        for order in itertools.permutations(range(len(step.shape))) if len(step.shape) <= _MOST_AXES else ():
-            divided = Reshape(step.source, tuple(step.shape[axis] for axis in order))
-            back = tuple(sorted(range(len(order)), key=order.__getitem__))
-            yield "divided otherwise", again(recipe, step, Transpose(divided, back))
-    if len(shape) <= _MOST_AXES:
-        yield from refolded(recipe, shape)
+        flat = cast("Iterable[tuple[Path, Any]]", nnx.to_flat_state(found))
+        return {tuple(path): np.asarray(leaf.get_value()) for path, leaf in flat}
+    return None
 
 
-def chain(recipe: Recipe) -> Iterator[Recipe]:
-    """Yields the steps of a recipe, the last first, as long as each has one source."""
-    yield recipe
-    inner = children(recipe)
-    if len(inner) == 1:
-        yield from chain(inner[0])
+def _is_weight_at(_: Any, leaf: Any) -> bool:
+    return is_weight(leaf)
 
 
-def again(recipe: Recipe, step: Recipe, instead: Recipe) -> Recipe:
-    """Returns a chain of steps with one of them replaced."""
-    if recipe is step:
-        return instead
-    inner = again(children(recipe)[0], step, instead)
-    if isinstance(recipe, Stack | Concat):
-        return dataclasses.replace(recipe, sources=(inner,))
-    return dataclasses.replace(recipe, source=inner)
+def floats_in(tree: Any) -> list[Any]:
+    """Returns the arrays of floats in what a program returns, both parts of complex numbers."""
+    found = list[Any]()
+    for leaf in jax.tree.leaves(tree, is_leaf=is_dataclass):
+        if is_dataclass(leaf):
+            found += floats_in([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
+        elif jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+            found += [jnp.real(leaf), jnp.imag(leaf)] if jnp.iscomplexobj(leaf) else [leaf]
+    return found
 
 
-_HEAD_SIZES = (256, 192, 160, 128, 96, 80, 64, 48, 40, 32, 24, 16, 12, 8, 6, 4)
-"""How many features a head may have, of those that a matrix holds side by side."""
+def whole_modules(some: Collection[Path], all_: Iterable[Path]) -> list[Path]:
+    """Returns the outermost modules of which all leaves are among some."""
+    others = {path[:depth] for path in all_ if path not in some for depth in range(len(path))}
+    each = ((path[:n] for n in range(1, len(path) + 1) if path[:n] not in others) for path in some)
+    return [*dict.fromkeys(next(modules) for modules in each)]
 
 
-def heads_by_rotation(recipes: Mapping[Path, Recipe], shapes: Shapes) -> Iterator[Mapping[Path, Recipe]]:
-    """Yields queries and keys whose features lie in each head as other rotary positions pair them.
+def unused_leaves(
+    checkpoint: Checkpoint,
+    plan: RestorePlan,
+    groups: Sequence[Sequence[Path]],
+    run: Callable[[Any], Any],
+    returned: Any,
+) -> list[Path]:
+    """Returns which groups of stored floats a Linen program does not use: it returns the same without.
 
-    Meta's Llama and EasyLM turn neighbours, (0, 1), (2, 3); Hugging Face's and most others turn halves,
-    (0, n/2), (1, n/2 + 1). Both compute the same from features in another order.
-
-    Args:
-        recipes: How the leaves of an attention are made, or of several.
-        shapes: The stored shapes.
+    Each is tried as NaN, many at once. `run` runs the program on other variables than those that it
+    `returned` from.
     """
-    # Where rules join queries, keys and values, each part by itself.
-    parts = {
-        (leaf, at): part
-        for leaf, recipe in recipes.items()
-        for at, part in enumerate(recipe.sources if _is_joined(recipe) else (recipe,))
+    runs = iter(range(_MOST_WITHOUT))
+
+    def unused(some: Sequence[Sequence[Path]]) -> list[Path]:
+        if not some or next(runs, None) is None:
+            return []
+        tried = [*itertools.chain(*some)]
+        variables, half = restore_linen(checkpoint, plan, one_device(), tried).variables, len(some) // 2
+        with contextlib.suppress(Exception):  # The program may refuse what is no number in any way.
+            if are_identical(returned, run(variables)):
+                return tried
+        return [*unused(some[:half]), *unused(some[half:])] if half else []
+
+    return unused(groups)
+
+
+_MOST_WITHOUT = 16
+
+
+def in_fewer_digits(linen: Call | None, ours: Call | None) -> Iterator[str]:
+    """Yields what it means that programs return fewer digits than float32's, from these calls on."""
+    found = {"linen_apply": linen, "nnx_apply": ours}
+    low = {name: (call, fewer(call.outputs)) for name, call in found.items() if call is not None}
+    first = [
+        f"{name} computes in {dtype}, first {'in ' + fold_paths([call.path]) if call.path else 'at its end'}"
+        for name, (call, dtype) in low.items()
+    ]
+    if first:
+        others = [f"{name} in float32" for name in found if name not in low]
+        apart = max(rounding_of(dtype) for _, dtype in low.values())
+        yield (
+            f"{', and '.join([*first, *others])}: differences of up to {apart:g} at each module may be its "
+            "rounding, and small mistakes do not show. To prove more, let "
+            f"{' and '.join(low)} run modules made with dtype=jnp.float32."
+        )
+
+
+def cast_in_one(apart: Distance, programs: Programs, plan: RestorePlan, model: Any) -> str:
+    """Returns which program alone casts to fewer digits, where that may be all the difference."""
+    least, most = MOST_ROUNDINGS * TOLERANCE, MOST_ROUNDINGS * rounding_of("bfloat16")
+    found = _digits_inside(programs, plan, model) if least < apart.relative < most else {}
+    low = {name: dtypes.difference(*(found[x] for x in found if x != name)) for name, dtypes in found.items()}
+    return "; ".join(f"{name} casts to {listed(sorted(some))} in it" for name, some in low.items() if some)
+
+
+def _digits_inside(programs: Programs, plan: RestorePlan, model: Any) -> dict[str, set[str]]:
+    """Returns in which dtypes of fewer digits than float32's each program computes anything, by its name."""
+    places, stored = locate_stored(plan)[0], plan.sides.placements
+    dtypes = {path: widened(stored[path].leaf.dtype) or stored[path].leaf.dtype for path in places}
+    held = {at: jax.ShapeDtypeStruct(stored[path].leaf.shape, dtypes[path]) for path, at in places.items()}
+    again = nnx.merge(*nnx.split(model))  # What a program counts would be left in it.
+    traced = {
+        "linen_apply": lambda: jax.make_jaxpr(programs.linen)(with_lists(nested(held)), *programs.inputs),
+        "nnx_apply": lambda: jax.make_jaxpr(functools.partial(programs.nnx, again))(*programs.inputs),
     }
-    said = {key: _roles(part, None if _is_joined(recipes[key[0]]) else key[0]) for key, part in parts.items()}
-    asked = {key: shape_of(part, shapes) for key, part in parts.items() if said[key] & {"q", "k"}}
-    asked = {key: shape for key, shape in asked.items() if shape}
-    most = max(map(len, asked.values()), default=0)
-    if not {"q", "k"} <= frozenset().union(*(said[key] for key in asked)) or most < 2:
-        return
-    lasts = {shape[-1] for shape in asked.values()}
-    # Inputs, heads, features; else a matrix holds the heads side by side.
-    by_head = [min(lasts)] if most > 2 else []
-    if most == 2 or any(len(said[key]) > 1 for key in asked):
-        by_head += [n for n in _HEAD_SIZES if n not in by_head and all(last % n == 0 for last in lasts)]
-    for size, divided in itertools.product((n for n in by_head if n % 2 == 0), (True, False)):
-        pair = (2, size // 2) if divided else (size // 2, 2)
-        for way in _ways_to_hold(max(map(len, said.values())), min(lasts) // size):
-            places = {key: _place(shape, said[key], size, way) for key, shape in asked.items()}
-            made = {key: _turned(parts[key], place, pair, shapes) for key, place in places.items() if place}
-            if len(made) == len(asked):
-                leaves = dict.fromkeys(key[0] for key in made)
-                yield {leaf: _with_parts(leaf, recipes[leaf], made) for leaf in leaves}
+    found = dict[str, set[str]]()
+    with contextlib.suppress(Exception):  # A program that looks at values cannot be traced.
+        for name, trace in traced.items():
+            found[name] = {str(each.dtype) for each in _computed(trace().jaxpr) if fewer([each])}
+    return found if len(found) == len(traced) else {}
 
 
-def _is_joined(recipe: Recipe) -> TypeGuard[Concat | Stack]:
-    return isinstance(recipe, Concat | Stack)
+def _computed(jaxpr: Any) -> Iterator[Any]:
+    """Yields what a traced program computes, with what is computed in loops and branches."""
+    for step in jaxpr.eqns:
+        yield from (each.aval for each in step.outvars if hasattr(each.aval, "dtype"))
+        for value in step.params.values():
+            parts = cast("Sequence[Any]", value if isinstance(value, tuple | list) else [value])
+            inner = (getattr(part, "jaxpr", part) for part in parts)
+            yield from itertools.chain(*(_computed(part) for part in inner if hasattr(part, "eqns")))
 
 
-def _ways_to_hold(count: int, heads: int) -> Sequence[int | Fraction]:
-    """Returns how queries, keys and values may lie in one array.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Misfilled:
+    """Leaves of the model that are filled from what the Linen program does not use.
 
-    By an axis of their own, counted from the end; side by side, by the share of the values; 0: head by head.
+    Attributes:
+        wanted: The leaves, by modules of which all leaves are so; none where what is missing might be so.
+        sources: What they are filled from, by modules too.
+        unused: All stored leaves that were found not to be used.
+        instead: What it calls, of the same sizes, and nothing is filled from, by modules.
     """
-    fewer = [n for n in range(heads // 3, 0, -1) if count == 3 and heads % n == 0]  # Several queries a key.
-    shares = dict.fromkeys([Fraction(1, count), *(Fraction(n, heads) for n in fewer)])
-    return (-2, -3, -4, 0, *shares) if count > 1 else (0,)
 
+    wanted: Sequence[Path]
+    sources: Sequence[Path]
+    unused: Sequence[Path]
+    instead: Sequence[Path]
 
-def _place(
-    shape: Shape, roles: frozenset[str], size: int, way: int | Fraction
-) -> tuple[Shape, int, int] | None:
-    """Returns how an array is divided, on which axis its parts lie, and where queries and keys end there."""
-    *others, last = shape
-    count, heads, axis = len(roles), last // size, len(shape)
-    if last % size or "v" not in roles:
-        return None if last % size else (shape, axis - 1, last)
-    if isinstance(way, Fraction):
-        end = last - last * way
-        return (shape, axis - 1, int(end)) if end % size == 0 else None
-    if way == 0:
-        return ((*others, heads // count, count, size), axis, count - 1) if heads % count == 0 else None
-    return (shape, axis + way, count - 1) if axis >= -way and shape[way] == count else None
-
-
-def _turned(part: Recipe, place: tuple[Shape, int, int], pair: tuple[int, int], shapes: Shapes) -> Recipe:
-    """Returns queries and keys with each head's features in the other order; values stay as they are."""
-    shape, (divided, axis, end) = shape_of(part, shapes), place
-    whole = part if divided == shape else Reshape(part, divided)
-    both = whole if end == divided[axis] else Slice(whole, axis, 0, end)
-    *_, length = shape_of(both, shapes)
-    lengths = (length // math.prod(pair), *pair)
-    turned = with_features_in_order(both, len(divided) - 1, lengths, (0, 2, 1), shapes, plainly=False)
-    if both is not whole:
-        turned = Concat((turned, Slice(whole, axis, end, divided[axis] - end)), axis)
-    return turned if divided == shape else Reshape(turned, shape)
-
-
-def _roles(part: Recipe, leaf: Path | None) -> frozenset[str]:
-    """Returns whether a part holds queries, keys or values, by its leaf or what is stored; else nothing."""
-    paths = [*([leaf] if leaf is not None else []), *reads(part)[:1]]
-    said = [concepts(segments(path)[-2:-1]) & frozenset("qkv") for path in paths]
-    return next((roles for roles in sorted(said, key=len) if roles), frozenset[str]())
-
-
-def _with_parts(leaf: Path, recipe: Recipe, made: Mapping[tuple[Path, int], Recipe]) -> Recipe:
-    if not _is_joined(recipe):
-        return made[leaf, 0]
-    sources = tuple(made.get((leaf, at), part) for at, part in enumerate(recipe.sources))
-    return dataclasses.replace(recipe, sources=sources)
+    @property
+    def words(self) -> str:
+        """What is wrong."""
+        wanted, sources, instead = map(fold_paths, (self.wanted, self.sources, self.instead))
+        return (
+            f"{wanted}: filled from {sources}, which the Linen program does not use, while {instead}, in "
+            "what it calls and of the same sizes, fills nothing"
+        )

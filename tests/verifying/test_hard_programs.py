@@ -1,6 +1,7 @@
 """Programs that are hard to compare: structures, loops, heads that borrow weights, other methods."""
 
 import dataclasses
+import functools
 import pathlib
 import re
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
-from orbax_nnx_handler import UnstackLayers, Verification, VerificationError, suggest, verify
+from orbax_nnx_handler import Drop, UnstackLayers, Verification, VerificationError, suggest, verify
 from orbax_nnx_handler.planning.core.paths import render
 from orbax_nnx_handler.verifying.recording import run_linen
 from tests.processes import Forked
@@ -643,3 +644,126 @@ def test_keys_that_flatten_dict_joined_are_nested_for_the_linen_program(tmp_path
     found = verify(tmp_path / "flat", target, LinenFlat().apply, lambda model, x: model(x), (x,))
     assert found.equal, found
     assert {module.to_dict()["linen"] for module in found.modules} == {"(root)", "a", "norm"}
+
+
+class LinenNested(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.WeightNorm(nn.Dense(4, name="normed"), name="norm")(LinenFlat(name="inner")(x))
+        return nn.Dense(3, name="head")(x)
+
+
+class Nested(nnx.Module):
+    def __init__(self, rngs):
+        self.inner, self.head = Flat(rngs), nnx.Linear(4, 3, rngs=rngs)
+        self.norm = nnx.WeightNorm(nnx.Linear(7, 4, rngs=rngs), rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.norm(self.inner(x)))
+
+
+@pytest.mark.parametrize("joined", ["leaves", "modules", "some"])
+def test_keys_that_are_joined_in_a_part_of_the_tree_are_nested_for_the_linen_program(
+    tmp_path: pathlib.Path, joined: str
+):
+    x = np.random.default_rng(0).normal(size=(9, 5)).astype(np.float32)
+    variables = weights(LinenNested().init(jax.random.key(0), x))
+    for name, tree in variables.items():
+        inner = tree.pop("inner")
+        if joined == "leaves":
+            tree["inner"] = flatten_dict(inner, sep="/")
+        elif joined == "modules":
+            tree |= {f"inner/{module}": held for module, held in inner.items()}
+        else:
+            tree |= {"inner": {"a": {"bias": inner["a"].pop("bias")}}} if name == "params" else {}
+            tree |= flatten_dict({"inner": inner}, sep="/")
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "half", variables)
+    target = nnx.eval_shape(lambda: Nested(nnx.Rngs(0)))
+
+    found = verify(tmp_path / "half", target, LinenNested().apply, lambda model, x: model(x), (x,))
+
+    assert found.equal, found
+    assert {"inner/a", "inner/norm", "head"} <= {module.to_dict()["linen"] for module in found.modules}
+
+
+@pytest.fixture(scope="module")
+def averaged(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    path, params = tmp_path_factory.mktemp("averaged") / "c", Linen().init(jax.random.key(0), X)["params"]
+    averages = jax.tree.map(lambda leaf: 1.5 * leaf + 0.1, params)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, {"params": weights(params), "ema_params": averages})
+    return path
+
+
+def test_averages_in_the_place_of_the_parameters_are_told(averaged: pathlib.Path):
+    rules = [Drop("params", "not meant"), ("ema_params", "params")]
+    target = nnx.eval_shape(lambda: Port(nnx.Rngs(0)))
+
+    def of_averages(variables: Any, x: Any) -> Any:
+        return Linen().apply({"params": variables["ema_params"]}, x)
+
+    wrong = verify(averaged, target, Linen().apply, lambda model, x: model(x), (X,), renames=rules)
+    right = verify(averaged, target, of_averages, lambda model, x: model(x), (X,), renames=rules)
+
+    assert wrong.first is not None
+    assert wrong.unused == (("ema_params",),)
+    assert wrong.first.proved == (
+        "a, b: filled from ema_params, which the Linen program does not use, while params, in what it calls "
+        "and of the same sizes, fills nothing: no rules are needed"
+    )
+    assert right.equal
+    assert {module.to_dict()["linen"] for module in right.modules} >= {"ema/a", "ema/b"}
+
+
+def test_of_a_model_and_its_averages_the_programs_run_the_same_one(averaged: pathlib.Path):
+    rules = [("params", "model"), ("ema_params", "ema")]
+    target = {name: nnx.eval_shape(lambda: Port(nnx.Rngs(0))) for name in ("model", "ema")}
+    found = {
+        name: verify(
+            averaged, target, Linen().apply, lambda both, x, name=name: both[name](x), (X,), renames=rules
+        )
+        for name in target
+    }
+
+    assert found["model"].equal
+    assert {"model/a", "model/b"} <= {module.to_dict()["nnx"] for module in found["model"].modules}
+    assert found["ema"].remarks[0] == (
+        "nnx_apply runs ema, whose weights linen_apply does not call, and linen_apply those of model, which "
+        "nnx_apply does not run: let both run the same."
+    )
+
+
+class LinenCast(nn.Module):
+    is_cast: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        y = nn.Dense(4, name="a")(x)
+        y = nn.softmax(y.astype(jnp.bfloat16 if self.is_cast else y.dtype)).astype(jnp.float32)
+        return nn.Dense(4, name="b")(y)
+
+
+class Cast(nnx.Module):
+    def __init__(self, rngs, is_cast):
+        self.a, self.b = nnx.Linear(4, 4, rngs=rngs), nnx.Linear(4, 4, rngs=rngs)
+        self._is_cast = is_cast
+
+    def __call__(self, x):
+        y = self.a(x)
+        y = nnx.softmax(y.astype(jnp.bfloat16 if self._is_cast else y.dtype)).astype(jnp.float32)
+        return self.b(y)
+
+
+@pytest.mark.parametrize(("linen", "ours"), [(True, False), (False, True), (True, True)])
+def test_a_cast_inside_of_one_program_is_told_as_other_code(saved: pathlib.Path, linen: bool, ours: bool):
+    port = functools.partial(Cast, is_cast=ours)
+    found = compared(saved, LinenCast(linen).apply, port=port)
+
+    assert found.equal == (linen == ours)
+    if found.equal:
+        return
+    assert found.first is not None
+    causes = [line.text for line in found.first.sentences if line.word == "cause"]
+    name = "linen_apply" if linen else "nnx_apply"
+    assert causes == [f"the code differs: {name} casts to bfloat16 in it, and the other program does not."]

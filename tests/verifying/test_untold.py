@@ -500,3 +500,157 @@ def test_a_rule_of_which_the_outputs_tell_nothing_leaves_the_whole_likely(tmp_pa
 
     assert "tell nothing of weights that they do not depend on: sigma" in str(found)
     assert found.confidence == "likely", found
+
+
+def attended(q: Any, k: Any, v: Any, *, is_linear: bool) -> Any:
+    scores = q @ k.swapaxes(-1, -2) / 8
+    return (scores / 16 if is_linear else nn.softmax(scores)) @ v
+
+
+class LinenAttention(nn.Module):
+    is_linear: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        q, k, v = (nn.Dense(8, name=name)(x) for name in ("query", "key", "value"))
+        return nn.Dense(8, name="out")(attended(q, k, v, is_linear=self.is_linear))
+
+
+class LinenAttentions(nn.Module):
+    is_linear: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        for layer in range(2):
+            x = x + LinenAttention(self.is_linear, name=f"attention_{layer}")(x)
+        return nn.Dense(4, name="head")(x)
+
+
+class Joined(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs, is_linear: bool):
+        self.qkv, self.out = nnx.Linear(8, 24, rngs=rngs), nnx.Linear(8, 8, rngs=rngs)
+        self.is_linear = is_linear
+
+    def __call__(self, x):
+        return self.out(attended(*jnp.split(self.qkv(x), 3, -1), is_linear=self.is_linear))
+
+
+class Own(nnx.Module):
+    """Queries, keys and values in parameters of its own, which no module shows."""
+
+    def __init__(self, rngs: nnx.Rngs, is_linear: bool):
+        for name in "qkv":
+            setattr(self, f"w{name}", nnx.Param(jnp.zeros((8, 8))))
+            setattr(self, f"b{name}", nnx.Param(jnp.zeros(8)))
+        self.out, self.is_linear = nnx.Linear(8, 8, rngs=rngs), is_linear
+
+    def __call__(self, x):
+        made = (x @ getattr(self, f"w{name}")[...] + getattr(self, f"b{name}")[...] for name in "qkv")
+        return self.out(attended(*made, is_linear=self.is_linear))
+
+
+class Apart(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs, is_linear: bool):
+        self.query, self.key, self.value, self.out = (nnx.Linear(8, 8, rngs=rngs) for _ in range(4))
+        self.is_linear = is_linear
+
+    def __call__(self, x):
+        made = (each(x) for each in (self.query, self.key, self.value))
+        return self.out(attended(*made, is_linear=self.is_linear))
+
+
+class Attentions(nnx.Module):
+    def __init__(self, kind: Any, rngs: nnx.Rngs, is_linear: bool):
+        self.attention = nnx.List([kind(rngs, is_linear) for _ in range(2)])
+        self.head = nnx.Linear(8, 4, rngs=rngs)
+
+    def __call__(self, x):
+        for each in self.attention:
+            x = x + each(x)
+        return self.head(x)
+
+
+PARTS = ("query", "key", "value")
+RULES = {
+    Joined: [
+        Fuse([f"{part}/{name}" for part in PARTS], f"qkv/{name}", axis=-1) for name in ("kernel", "bias")
+    ],
+    Own: [
+        (f"{part}/{name}", f"{letter}{part[0]}")
+        for part in PARTS
+        for name, letter in {"kernel": "w", "bias": "b"}.items()
+    ],
+    Apart: [],
+}
+
+
+@pytest.mark.parametrize("is_linear", [False, True], ids=["softmax", "linear"])
+@pytest.mark.parametrize("kind", RULES)
+def test_a_bias_of_keys_that_no_module_shows_is_said_to_be_untold(
+    tmp_path: pathlib.Path, kind: Any, is_linear: bool
+):
+    linen = LinenAttentions(is_linear)
+    random = np.random.default_rng(0)
+    variables = linen.init(jax.random.key(0), INPUT)
+    variables = jax.tree.map(lambda leaf: leaf + random.normal(size=leaf.shape).astype("f") / 4, variables)
+    target = nnx.eval_shape(lambda: Attentions(kind, nnx.Rngs(0), is_linear))
+    rules = [("attention_{i}", "attention/{i}"), *RULES[kind]]
+    pair = (linen.apply, lambda model, x: model(x), (INPUT,))
+
+    found = verify(save(tmp_path, variables), target, *pair, renames=rules)
+
+    assert (found.equal, found.remarks) == (True, ())
+    if kind is Apart or is_linear:
+        assert found.without_effect == ()
+        return
+    where = "attention/{0..1}/" + {Joined: "qkv/bias", Own: "bk"}[kind]
+    (said,) = found.without_effect
+    assert said in " ".join(str(found).split())
+    assert said.startswith(f"the outputs do not depend on params/attention_{{0..1}}/key/bias in {where}, ")
+    assert "which a softmax takes away" in said
+
+
+EXPERTS, IDLE = 8, [0, 3, 6]
+
+
+class LinenSparse(nn.Module):
+    """Each token goes to two experts, whose weights are stacked in parameters of the module itself."""
+
+    @nn.compact
+    def __call__(self, x):
+        gate, up, down = (
+            self.param(name, nn.initializers.normal(1.0), (EXPERTS, 8, 8)) for name in ("gate", "up", "down")
+        )
+        return sent(x, nn.Dense(EXPERTS, name="router")(x), gate, up, down)
+
+
+def sent(x: Any, routed: Any, gate: Any, up: Any, down: Any) -> Any:
+    weight, to = jax.lax.top_k(routed, 2)
+    inner = nn.silu(jnp.einsum("btd,btkdf->btkf", x, gate[to])) * jnp.einsum("btd,btkdf->btkf", x, up[to])
+    return jnp.einsum("btkf,btkfd,btk->btd", inner, down[to], nn.softmax(weight))
+
+
+class Sparse(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.router = nnx.Linear(8, EXPERTS, rngs=rngs)
+        self.gate, self.up, self.down = (nnx.Param(jnp.zeros((EXPERTS, 8, 8))) for _ in range(3))
+
+    def __call__(self, x):
+        return sent(x, self.router(x), self.gate[...], self.up[...], self.down[...])
+
+
+@pytest.mark.parametrize("idle", [IDLE, []], ids=["some idle", "all used"])
+def test_of_many_experts_those_are_named_that_no_token_is_sent_to(tmp_path: pathlib.Path, idle: list[int]):
+    x = np.random.default_rng(0).normal(size=(4, 32, 8)).astype("f")
+    variables = LinenSparse().init(jax.random.key(0), x)
+    variables["params"]["router"]["bias"] = np.where(np.isin(np.arange(EXPERTS), idle), -50, 0).astype("f")
+    target = nnx.eval_shape(lambda: Sparse(nnx.Rngs(0)))
+
+    found = verify(save(tmp_path, variables), target, LinenSparse().apply, lambda model, x: model(x), (x,))
+
+    assert found.equal
+    said = [remark for remark in found.remarks if "experts" in remark]
+    assert bool(said) == bool(idle), found.remarks
+    assert not idle or said[0].startswith(
+        "these inputs do not reach the experts 0, 3, 6 of 8 in down, gate, up: whether their weights"
+    )

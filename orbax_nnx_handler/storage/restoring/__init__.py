@@ -2,9 +2,12 @@
 
 The few stored values that decide a verdict (counts that must fit, leftovers that must be
 zero) are read before anything else, so that a failure is known before the first weight is read.
+What a plan reads is also put together as the Linen program wrote it.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import dataclasses
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -22,8 +25,9 @@ from orbax_nnx_handler.planning.core.errors import (
     as_python,
 )
 from orbax_nnx_handler.planning.core.lines import listed
-from orbax_nnx_handler.planning.core.paths import Path, render
-from orbax_nnx_handler.planning.core.recipes import Fill, Recipe, Stack, reads
+from orbax_nnx_handler.planning.core.paths import Path, nested, render, segments
+from orbax_nnx_handler.planning.core.recipes import Fill, Read, Recipe, Stack, reads
+from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement
 from orbax_nnx_handler.planning.mapping.matches import Dropped
 from orbax_nnx_handler.planning.options import SingleReplica
 from orbax_nnx_handler.planning.restore_plan import RestorePlan
@@ -252,3 +256,159 @@ def _overlay(item: Missing, whole: jax.Array, layers: jax.Array) -> jax.Array:
 
     compiled: Any = jax.jit(put, out_shardings=item.wanted.sharding, donate_argnums=0)
     return compiled(whole, layers)
+
+
+def widened(dtype: Any) -> np.dtype[Any] | None:
+    """Returns in what a Linen program gets a leaf, if not as it is stored: a float in float32."""
+    return np.dtype(np.float32) if jnp.issubdtype(dtype, np.floating) else None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinenWeights:
+    """The variables of a Linen program.
+
+    Attributes:
+        variables: Collections by name, as `module.apply` takes them; where the plan uses several train
+            states, one such dict for each, below the keys of its owner.
+        places: Where each stored leaf lies in them.
+        location: Where each stored leaf lies: keys of the modules, and the leaf's name.
+        of_array: The same by the identity of the array in `variables`.
+    """
+
+    variables: dict[str, Any]
+    places: Mapping[Path, Path]
+    location: Mapping[Path, Path]
+    of_array: Mapping[int, Path]
+
+
+def locate_stored(plan: RestorePlan) -> tuple[dict[Path, Path], dict[Path, Path]]:
+    """Returns where each stored leaf lies in the variables, and where among the modules."""
+    placements = plan.sides.placements
+    read = {path for item in plan.restored.values() for path in reads(item.recipe)}
+    model = [placement for placement in placements.values() if placement.section == "model"]
+    # Where nothing is read yet, for no rule is settled, all that is stored may be meant.
+    owners = {placement.owner for placement in model if placement.leaf.path in read or not read}
+    mine = [placement for placement in model if placement.owner in owners]
+    chosen = _asked_for(mine, read)
+    parents, copies = _children([placement.path for placement in chosen]), _copies(chosen)
+    flat = {placement.owner for placement in chosen} - {one.owner for one in chosen if len(one.path) > 1}
+    known = {segments(placement.path) for placement in chosen}
+    places: dict[Path, Path] = {}
+    modules: dict[Path, Path] = {}
+    for placement in chosen:
+        keys = _unboxed(placement.path, parents)
+        keys = segments(keys) if placement.owner in flat else _taken_apart(keys, known)
+        above = placement.owner if len(owners) > 1 else ()
+        places[placement.leaf.path] = (*above, placement.collection or "params", *keys)
+        copy = copies.get((placement.owner, placement.collection), ())
+        modules[placement.leaf.path] = (*segments(above), *copy, *map(str, keys))
+    return places, modules
+
+
+def _taken_apart(keys: Path, known: Collection[Path]) -> Path:
+    """Returns keys without those that are several joined by slashes, as `flatten_dict(params, sep="/")` has.
+
+    A normalising wrapper has them joined in the program too: what it keeps for the weight of another layer,
+    `dense/kernel/scale`, for which that weight is stored.
+    """
+    *above, last = keys
+    weight = str(last).split("/")[:-1]
+    kept = bool(weight) and any((*segments((*above[:at],)), *weight) in known for at in range(len(keys)))
+    joined = above if kept else [*above, last]
+    apart = [part for key in joined for part in (key.split("/") if isinstance(key, str) else (key,))]
+    return (*apart, *((last,) if kept else ()))
+
+
+def _copies(placements: Iterable[Placement]) -> dict[tuple[Path, str | None], Path]:
+    """Returns what stands for each copy of the parameters, by owner and collection: a model beside theirs."""
+    found: dict[tuple[Path, str | None], set[Path]] = {}
+    for one in placements:
+        found.setdefault((one.owner, one.collection), set()).add(one.path)
+    return {
+        (owner, name): (re.sub("_?(params|batch_stats)_?", "", name) or name,)
+        for (owner, name), paths in found.items()
+        if name
+        and any(not paths.isdisjoint(found.get((owner, own), ())) for own in FLAX_COLLECTIONS)
+        and name not in FLAX_COLLECTIONS
+    }
+
+
+def _asked_for(placements: Iterable[Placement], read: set[Path]) -> list[Placement]:
+    """Returns the leaves of collections that the plan reads, or that are no copy of the parameters."""
+    found: dict[tuple[Path, str | None], list[Placement]] = {}
+    for placement in placements:
+        found.setdefault((placement.owner, placement.collection), []).append(placement)
+    params = {owner: {one.path for one in ones} for (owner, name), ones in found.items() if name == "params"}
+    return [
+        one
+        for (owner, name), ones in found.items()
+        if name in FLAX_COLLECTIONS
+        or any(one.leaf.path in read for one in ones)
+        or {one.path for one in ones}.isdisjoint(params.get(owner, ()))
+        for one in ones
+    ]
+
+
+def _children(paths: Iterable[Path]) -> dict[Path, set[Any]]:
+    found: dict[Path, set[Any]] = {}
+    for path in paths:
+        found.setdefault(path[:-1], set()).add(path[-1])
+    return found
+
+
+def _unboxed(path: Path, children: Mapping[Path, set[Any]]) -> Path:
+    """Takes the level away that a partitioned box adds: `kernel/value`."""
+    boxed = len(path) > 1 and path[-1] == "value" and children[path[:-1]] == {"value"}
+    return path[:-1] if boxed else path
+
+
+def restore_linen(
+    checkpoint: Checkpoint, plan: RestorePlan, where: Sharding, no_numbers: Iterable[Path] = ()
+) -> LinenWeights:
+    """Reads the variables of the train states that a plan reads, floats as float32.
+
+    Args:
+        checkpoint: What is stored.
+        plan: The plan.
+        where: The one device.
+        no_numbers: Stored leaves of floats that are filled with NaN.
+
+    Raises:
+        UnreadableLeafError: Stored bytes are absent or damaged.
+    """
+    places, location = locate_stored(plan)
+    arrays = read_jobs(checkpoint, [_job(checkpoint, path, where) for path in places])
+    arrays |= {path: jnp.full_like(arrays[path], jnp.nan) for path in no_numbers}
+    tree = nested({place: arrays[path] for path, place in places.items()})
+    return LinenWeights(
+        variables=cast("dict[str, Any]", with_lists(tree)),
+        places=places,
+        location=location,
+        of_array={id(arrays[path]): location[path] for path in places},
+    )
+
+
+def _job(checkpoint: Checkpoint, path: Path, where: Sharding) -> Job:
+    leaf = checkpoint.leaves[path]
+    dtype = widened(leaf.dtype) or leaf.dtype
+    return Job(
+        path=path,
+        recipe=Read(path),
+        shape=leaf.shape,
+        dtype=cast("np.dtype[Any]", dtype),
+        sharding=where,
+    )
+
+
+def with_lists(tree: Any) -> Any:
+    """Returns a tree of dicts with lists where keys are the numbers from 0 on."""
+    if not isinstance(tree, dict):
+        return tree
+    nodes = {key: with_lists(node) for key, node in cast("dict[Any, Any]", tree).items()}
+    if (
+        nodes
+        and sorted(map(str, nodes)) == sorted(map(str, range(len(nodes))))
+        and all(type(key) is int for key in nodes)
+    ):
+        return [nodes[number] for number in range(len(nodes))]
+    return nodes

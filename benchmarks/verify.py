@@ -3,7 +3,8 @@
 A decoder of two sizes, its layers scanned in Linen and a list in NNX, and a decoder with mixtures of experts.
 The forward passes run as `verify` runs them, operation by operation, with nothing recorded and nothing
 compared; what `verify` takes beside them is its own: restoring both, recording, comparing. Once with right
-rules, and once with each of several mistakes in them, which is searched for.
+rules, and once with each of several mistakes in them, or in the code of the NNX program, which is searched
+for.
 """
 
 import dataclasses
@@ -49,27 +50,31 @@ class _LinenDecoder(nn.Module):
         return nn.Dense(1024, name="head")(x)
 
 
-def _attended(q: Any, k: Any, v: Any) -> Any:
+def _attended(q: Any, k: Any, v: Any, scale: float = 1 / 8) -> Any:
     q, k, v = (x.reshape(*x.shape[:2], -1, 64) for x in (q, k, v))
-    scores = nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) / 8)
+    scores = nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) * scale)
     return jnp.einsum("bhqk,bkhd->bqhd", scores, v).reshape(*q.shape[:2], -1)
 
 
 class _Block(nnx.Module):
-    def __init__(self, width: int, rngs: nnx.Rngs) -> None:
+    def __init__(self, width: int, rngs: nnx.Rngs, scale: float, activation: Callable[[Any], Any]) -> None:
+        self.scale, self.activation = scale, activation
         self.norm1, self.norm2 = nnx.LayerNorm(width, rngs=rngs), nnx.LayerNorm(width, rngs=rngs)
         self.qkv, self.out = nnx.Linear(width, 3 * width, rngs=rngs), nnx.Linear(width, width, rngs=rngs)
         self.up, self.down = nnx.Linear(width, 4 * width, rngs=rngs), nnx.Linear(4 * width, width, rngs=rngs)
 
     def __call__(self, x: Any) -> Any:
-        x = x + self.out(_attended(*jnp.split(self.qkv(self.norm1(x)), 3, axis=-1)))
-        return x + self.down(nnx.gelu(self.up(self.norm2(x))))
+        x = x + self.out(_attended(*jnp.split(self.qkv(self.norm1(x)), 3, axis=-1), self.scale))
+        return x + self.down(self.activation(self.up(self.norm2(x))))
 
 
 class _Decoder(nnx.Module):
-    def __init__(self, layers: int, width: int, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, layers: int, width: int, scale: float = 1 / 8, activation: Callable[[Any], Any] = nnx.gelu
+    ) -> None:
+        rngs = nnx.Rngs(0)
         self.embed, self.head = nnx.Embed(1024, width, rngs=rngs), nnx.Linear(width, 1024, rngs=rngs)
-        self.blocks = nnx.List([_Block(width, rngs) for _ in range(layers)])
+        self.blocks = nnx.List([_Block(width, rngs, scale, activation) for _ in range(layers)])
 
     def __call__(self, tokens: Any) -> Any:
         x = self.embed(tokens)
@@ -115,21 +120,23 @@ class _Expert(nnx.Module):
 
 
 class _Mixture(nnx.Module):
-    def __init__(self, width: int, rngs: nnx.Rngs) -> None:
+    def __init__(self, width: int, rngs: nnx.Rngs, chosen: Callable[[Any], Any]) -> None:
         self.norm = nnx.RMSNorm(width, rngs=rngs)
         self.router = nnx.Linear(width, _EXPERTS, use_bias=False, rngs=rngs)
         self.experts = nnx.List([_Expert(width, rngs) for _ in range(_EXPERTS)])
+        self.chosen = chosen
 
     def __call__(self, x: Any) -> Any:
         x = self.norm(x)
-        chosen = nnx.softmax(self.router(x))
+        chosen = self.chosen(self.router(x))
         return sum(expert(x) * chosen[..., at, None] for at, expert in enumerate(self.experts))
 
 
 class _Mixtures(nnx.Module):
-    def __init__(self, layers: int, width: int, rngs: nnx.Rngs) -> None:
+    def __init__(self, layers: int, width: int, chosen: Callable[[Any], Any] = nnx.softmax) -> None:
+        rngs = nnx.Rngs(0)
         self.embed, self.head = nnx.Embed(_WORDS, width, rngs=rngs), nnx.Linear(width, _WORDS, rngs=rngs)
-        self.blocks = nnx.List([_Mixture(width, rngs) for _ in range(layers)])
+        self.blocks = nnx.List([_Mixture(width, rngs, chosen) for _ in range(layers)])
 
     def __call__(self, tokens: Any) -> Any:
         x = self.embed(tokens)
@@ -150,12 +157,14 @@ class _Case:
         make: Builds the NNX program.
         rules: The right rules.
         mistakes: Rules with a mistake, and the module that has to be named, by what is wrong.
+        faults: The same for programs whose code differs.
     """
 
     linen: nn.Module
     make: Callable[[], nnx.Module]
     rules: Rules
     mistakes: Mapping[str, tuple[Rules, str]]
+    faults: Mapping[str, tuple[Callable[[], nnx.Module], str]]
 
 
 def _decoder(layers: int, width: int) -> _Case:
@@ -169,11 +178,15 @@ def _decoder(layers: int, width: int) -> _Case:
     shifted = Split("layers", further, axis=0, drop_axis=True)
     return _Case(
         linen=_LinenDecoder(layers, width),
-        make=lambda: _Decoder(layers, width, nnx.Rngs(0)),
+        make=lambda: _Decoder(layers, width),
         rules=rules(unstacked, "query", "key", "value"),
         mistakes={
             "parts of a fuse in another order": (rules(unstacked, "key", "query", "value"), "blocks/0/qkv"),
             "layers shifted by one": (rules(shifted, "query", "key", "value"), "blocks/0"),
+        },
+        faults={
+            "another scale in attention": (lambda: _Decoder(layers, width, scale=1 / 7), "blocks/0"),
+            "another activation": (lambda: _Decoder(layers, width, activation=nnx.relu), "blocks/0"),
         },
     )
 
@@ -191,7 +204,7 @@ def _mixtures(layers: int, width: int) -> _Case:
 
     return _Case(
         linen=_LinenMixtures(layers, width),
-        make=lambda: _Mixtures(layers, width, nnx.Rngs(0)),
+        make=lambda: _Mixtures(layers, width),
         rules=rules("gate", "up"),
         mistakes={
             "two weights of all experts exchanged": (rules("up", "gate"), "blocks/0/experts/0"),
@@ -200,6 +213,8 @@ def _mixtures(layers: int, width: int) -> _Case:
                 "blocks/0/experts/0/down",
             ),
         },
+        # Linen has no module that is a block, with the norm in it.
+        faults={"experts chosen otherwise": (lambda: _Mixtures(layers, width, nnx.sigmoid), "(root)")},
     )
 
 
@@ -238,9 +253,12 @@ def _measure(folder: pathlib.Path, title: str, case: _Case) -> dict[str, dict[st
     passes, passes_cpu, (expected, found) = _seconds(forward)
     np.testing.assert_allclose(expected, found, rtol=1e-3, atol=1e-3)
     rows = dict[str, dict[str, Any]]()
-    for name, (rules, path) in {"right rules": (case.rules, ""), **case.mistakes}.items():
+    runs = {name: (case.make, *given) for name, given in case.mistakes.items()}
+    runs |= {name: (make, case.rules, path) for name, (make, path) in case.faults.items()}
+    for name, (make, rules, path) in {"right rules": (case.make, case.rules, ""), **runs}.items():
+        target = nnx.eval_shape(make)
         seconds, cpu, found = _seconds(
-            lambda rules=rules: verify(
+            lambda target=target, rules=rules: verify(
                 folder / "checkpoint", target, linen.apply, run, (tokens,), renames=rules
             )
         )

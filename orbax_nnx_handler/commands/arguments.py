@@ -185,7 +185,7 @@ def add_rules(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         help="a list of rules in a Python file (NAME: RULES if it is left out), such as `orbax-nnx suggest "
-        "--write` writes; may be repeated",
+        "--write` writes, or a function without arguments that returns one; may be repeated",
     )
     parser.add_argument(
         "--rename",
@@ -205,9 +205,9 @@ def rules_of(arguments: argparse.Namespace) -> list[Rule]:
     """
     found = list[Rule]()
     for text in arguments.rules:
-        value = load_value(text, "RULES", may_be=lambda found: isinstance(found, list | tuple))
+        value: Any = load_value(text, "RULES", may_be=lambda found: isinstance(found, list | tuple))
         try:
-            found += as_rules(value)
+            found += as_rules(cast(Any, value() if callable(value) else value))
         # What the file holds may be anything.
         except Exception as error:
             raise UsageError(f"--rules {text} is no list of rules: {told(error)}") from error

@@ -164,6 +164,7 @@ def _rearranged(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Conver
         layout = layouts.candidates(checkpoint.leaves, arguments.layout)[0]
     else:
         layout = reading_of(checkpoint.leaves, arguments.layout)
+        _check_form(layout, checkpoint, arguments.layout)
     leaves = every_leaf(checkpoint.leaves, layout)
     empty = {p: _EMPTY.get(t) for p, t in checkpoint.nodes.items() if p not in checkpoint.leaves}
     left_out: dict[str, list[Path]] = {}
@@ -192,6 +193,22 @@ def _rearranged(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Conver
         ),
         title=layout.title,
         left_out=left_out,
+    )
+
+
+def _check_form(layout: Layout, checkpoint: Checkpoint, named: str) -> None:
+    """Raises where the layout was named and the tree has not its form: nothing would be moved.
+
+    Raises:
+        RestoreError: Says what it looks like.
+    """
+    if named == "auto" or layout is layouts.UNNAMED or layout.fits(checkpoint.leaves):
+        return
+    looks = " or ".join(one.title for one in layouts.candidates(checkpoint.leaves, "auto")[:3])
+    raise RestoreError(
+        f"{checkpoint.directory} does not have the form of {layout.title}, as --layout {named} asks: it "
+        f"looks like {looks}.",
+        hints=["leave --layout out: it is found out from the metadata."],
     )
 
 

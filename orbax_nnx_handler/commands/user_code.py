@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import importlib
 import importlib.util
+import inspect
 import pathlib
 import sys
 import traceback
@@ -75,8 +76,9 @@ def load_factory(text: str) -> Factory:
         raise UsageError(f"{text!r} is no MODULE:FACTORY, such as model.py:make or 'model:make(layers=12)'.")
     names, args, kwargs = _parse_call(text, call)
     found = _member(place, names, callable)
-    if not callable(found):
-        raise UsageError(f"{text} is a {type(found).__name__}, not a function.")
+    if not callable(found) or isinstance(found, nnx.Module):  # A model is called with inputs.
+        what = f"{text} is no function, but of type {type(found).__name__}"
+        raise UsageError(f"{what}; a target is what a function returns: def make(): return ...")
     return Factory(text, found, args, kwargs)
 
 
@@ -203,7 +205,8 @@ def _load_module(place: str) -> ModuleType:
 
 
 def _is_installed(file: str) -> bool:
-    return "site-packages" in file or file.startswith(("<frozen", _OWN)) or "/importlib/" in file
+    # `<string>`: what a dataclass writes for itself.
+    return "site-packages" in file or file.startswith(("<", _OWN)) or "/importlib/" in file
 
 
 def _load_file(file: pathlib.Path) -> ModuleType:
@@ -240,6 +243,7 @@ def _abstract(make: Callable[[], Any]) -> Any:
 
     def traced() -> Any:
         made = make()
+        _check_target(made)
         if not _is_abstract_state(made):
             return made
         # `nnx.eval_shape` would take its Variables apart and build them anew, one by one.
@@ -250,6 +254,21 @@ def _abstract(make: Callable[[], Any]) -> Any:
     if states:
         return states[0]
     return target if jax.tree.leaves(target) else None
+
+
+def _check_target(made: Any) -> None:
+    """Raises where a factory returns what holds no arrays at all, which JAX would tell in its own words.
+
+    Raises:
+        TypeError: It is no module, state or tree.
+    """
+    if inspect.iscoroutine(made):
+        made.close()  # Nobody will await it.
+    leaves = jax.tree.leaves(made)
+    if len(leaves) == 1 and leaves[0] is made and not hasattr(made, "shape"):
+        raise TypeError(
+            f"it returns a value of type {type(made).__name__}, no module, state or tree of arrays"
+        )
 
 
 def _is_abstract_state(made: Any) -> bool:

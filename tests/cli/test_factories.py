@@ -48,7 +48,13 @@ def test_weights_only_leaves_optimizer_and_step_out() -> None:
         ("make", "'make' is no MODULE:FACTORY, such as model.py:make or 'model:make(layers=12)'."),
         ("no/such.py:make", "there is no file no/such.py."),
         ("no_such_module:make", "no_such_module cannot be imported: No module named 'no_such_module'"),
-        (f"{MODEL}:A_NUMBER", f"{MODEL}:A_NUMBER is a int, not a function."),
+        (
+            f"{MODEL}:A_NUMBER",
+            (
+                f"{MODEL}:A_NUMBER is no function, but of type int; a target is what a function returns: "
+                "def make(): return ..."
+            ),
+        ),
         (
             f"{MODEL}:nothing",
             f"{MODEL} has no nothing; it has: {', '.join(FUNCTIONS)}.",

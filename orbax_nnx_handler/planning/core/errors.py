@@ -76,6 +76,7 @@ Kind = Literal[
     "RandomLayout",
     "RuleOfLayers",
     "ScannedOnOneSide",
+    "OwnStep",
     "SecondStep",
     "SizesOfRule",
     "NestedStacks",

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cached_property
 
-from orbax_nnx_handler.planning.core.dtypes import is_count_dtype, name_of
 from orbax_nnx_handler.planning.core.errors import (
     AmbiguousMappingError,
     Cause,
@@ -17,14 +16,12 @@ from orbax_nnx_handler.planning.core.errors import (
     ShapeMismatchError,
     UnexpectedParamError,
     UnreadableLeafError,
-    as_python,
     error_of_kinds,
     of_memory,
 )
 from orbax_nnx_handler.planning.core.folding import fold
 from orbax_nnx_handler.planning.core.lines import Line, Sentence, align, aligned, counted, joined, lines_of
 from orbax_nnx_handler.planning.core.paths import Path, render
-from orbax_nnx_handler.planning.core.recipes import reads
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence
 from orbax_nnx_handler.planning.diagnosis.layer_differences import (
     find_layer_counts,
@@ -54,12 +51,14 @@ from orbax_nnx_handler.planning.diagnosis.passed_rules import (
     find_another_model,
     find_dropped,
     find_given_layout,
+    find_own_steps,
     find_replicated,
     find_rules_of_layers,
     find_sizes_of_rules,
     find_stuck_moments,
     find_unneeded,
     find_unused_parts,
+    of_numbers,
 )
 from orbax_nnx_handler.planning.diagnosis.rearranged import (
     find_flat_keys,
@@ -85,10 +84,8 @@ from orbax_nnx_handler.planning.diagnosis.ways import (
     search_hint,
     suggest_hint,
 )
-from orbax_nnx_handler.planning.rules import Cast
 from orbax_nnx_handler.planning.verdict.outcomes import (
     IN_MEMORY,
-    Mismatched,
     Verdict,
     closest_row,
     look,
@@ -121,6 +118,7 @@ _FINDERS: tuple[_Finder, ...] = (
     find_shifted,
     find_layer_counts,
     find_scanned,
+    find_own_steps,
     find_collections,
     find_optimizers,
     find_no_optimizer,
@@ -407,40 +405,11 @@ def _general(evidence: Evidence, explained: Collection[Path], causes: Sequence[C
         yield LOOK
     if "shape" in {item.kind for item in left if item not in arranged}:
         yield Hint("a weight is never cut, padded or reshaped: build the target with the stored shapes.")
-    yield from _of_numbers(left)
+    yield from of_numbers(left)
     if "key" in kinds:
         yield Hint("build the target with random keys of the stored implementation and shape.")
     if verdict.unexpected_policy == "error" and any(path not in explained for path in verdict.unexpected):
         yield Hint('pass unexpected="warn" if nobody needs what is left over.', {"unexpected": "warn"})
-
-
-def _of_numbers(mismatched: Iterable[Mismatched]) -> Iterable[Hint]:
-    """Yields the way out where kinds of numbers differ."""
-    # A mismatch with a detail says itself what to do.
-    kinds_of_number = [item for item in mismatched if item.kind == "dtype" and not item.detail]
-    widths = [
-        item for item in kinds_of_number if is_count_dtype(item.wanted.dtype) and "int" in item.stored_dtype
-    ]
-    if widths:
-        yield _widths(widths)
-    if len(widths) < len(kinds_of_number):
-        yield Hint(
-            "integers, booleans, floats and complex numbers never become each other: give the target's leaf "
-            "the stored kind."
-        )
-
-
-def _widths(mismatched: Iterable[Mismatched]) -> Hint:
-    """Returns the rules by which integers become those of another width, value by value checked."""
-    casts = {
-        render(path): Cast(render(path), name_of(item.wanted.dtype))
-        for item in mismatched
-        for path in reads(item.recipe)
-    }
-    rules = list(casts.values())
-    shown = as_python(rules[:_SHOWN]) if len(rules) <= _SHOWN else as_python(rules[:1])[:-1] + ", ...]"
-    words = f"integers of another width are a rule, which refuses a value that does not fit: renames={shown}."
-    return Hint(words, {"renames": rules})
 
 
 def _checkpoint(verdict: Verdict) -> str:

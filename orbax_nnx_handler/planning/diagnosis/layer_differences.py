@@ -427,21 +427,20 @@ def _is_open(evidence: Evidence, path: Path) -> bool:
 def _shifted(
     group: str, pattern: str, stored: int, wanted: int, count: int, paths: tuple[Path, ...]
 ) -> Cause:
-    there, here = (f"{first} to {first + count - 1}" for first in (stored, wanted))
+    there, here = (f"{at} to {at + count - 1}" for at in (stored, wanted))
     old, new = (pattern.replace("{}", f"{{i + {first}}}" if first else "{i}") for first in (stored, wanted))
-    renames = [
-        (pattern.replace("{}", str(stored + at)), pattern.replace("{}", str(wanted + at)))
-        for at in range(count)
-    ]
+    sides = ([pattern.replace("{}", str(at + i)) for i in range(count)] for at in (stored, wanted))
+    renames = list(zip(*sides, strict=True))
+    text = f"the {count} layers of {group!r} are numbered {there} in the checkpoint and {here} in the target."
+    words = f'if they are the same layers, pass renames=[(f"{old}", f"{new}") for i in range({count})].'
+    if count == 1:
+        text = f"the one layer of {group!r} is number {stored} in the checkpoint and {wanted} in the target."
+        words = f"if it is the same layer, pass renames={renames!r}."
     return Cause(
         kind="LayersShifted",
-        text=f"the {counted(count, 'layer')} of {group!r} are numbered {there} in the checkpoint and {here} "
-        "in the target.",
+        text=text,
         paths=paths,
-        way=Hint(
-            f'if they are the same layers, pass renames=[(f"{old}", f"{new}") for i in range({count})].',
-            {"renames": renames},
-        ),
+        way=Hint(words, {"renames": renames}),
         facts={"group": group, "stored": stored, "wanted": wanted, "count": count},
     )
 

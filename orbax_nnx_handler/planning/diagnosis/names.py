@@ -28,10 +28,8 @@ from orbax_nnx_handler.planning.core.paths import (
     spelled,
     without_box,
 )
-from orbax_nnx_handler.planning.core.recipes import reads
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, unnumbered
-from orbax_nnx_handler.planning.diagnosis.optimizers import statistics_of_both
-from orbax_nnx_handler.planning.diagnosis.ways import search_hint
+from orbax_nnx_handler.planning.diagnosis.ways import search_hint, weights_alone
 from orbax_nnx_handler.planning.layouts.layout import (
     FLAX_COLLECTIONS,
     STATISTICS,
@@ -43,6 +41,7 @@ from orbax_nnx_handler.planning.mapping.layer_paths import Group, layer_paths
 from orbax_nnx_handler.planning.rules import as_rules
 from orbax_nnx_handler.planning.rules.rule import Pattern
 from orbax_nnx_handler.planning.target.roles import is_named
+from orbax_nnx_handler.planning.verdict.replaced_weights import statistics_kept_once
 
 _MOST_RULES = 6
 """More renames than this are a matter for `suggest`."""
@@ -113,6 +112,7 @@ def _is_safe(evidence: Evidence, changes: set[Change], sources: Mapping[Path, To
     return not any(name in old for tokens in others for name in tokens)
 
 
+_UNTOLD = ", but no name says that they are the same"
 _SAME, _MEANT = "they are the same", "that is what you want"
 _NAMES = 4
 _MOST_ALIKE = 0.75
@@ -212,16 +212,18 @@ def find_other_names(evidence: Evidence) -> Iterable[Cause]:
     explained = [path for path in missing if _look(evidence.missing[path].wanted) in alike]
     sources = [path for path, item in free.items() if _look(item.leaf) in alike]
     names = sorted({part for path in sources for part in segments(path) if _AUTOMATIC.fullmatch(part)})
-    only = "only names differ"
+    changes = renames(evidence, explained, sources)
+    told = len(explained) if changes or not evidence.is_searched else len(evidence.links.keys() & explained)
+    only = ": only names differ"
     if names:
         shown = ", ".join(names[:_NAMES]) + (", ..." if len(names) > _NAMES else "")
-        only = f"the stored ones carry names that Linen gave ({shown})"
+        only = f"; the stored ones carry names that Linen gave ({shown})"
+    elif told < len(explained):
+        only = f", and for {told} of them names or shapes tell which it is" if told else _UNTOLD
     found = _for_each(alike.total(), len(missing))
-    changes = renames(evidence, explained, sources)
     yield Cause(
         kind="OtherNames",
-        text=f"{found} there is an unexpected stored leaf of the same shape and dtype"
-        f"{';' if names else ':'} {only}.",
+        text=f"{found} there is an unexpected stored leaf of the same shape and dtype{only}.",
         paths=(*evidence.with_moments(explained), *sources),
         way=_pass_if(_SAME, changes) if changes else search_hint(evidence),
         facts={
@@ -265,34 +267,17 @@ def find_copies(evidence: Evidence) -> Iterable[Cause]:
 
 def _statistics_kept_once(evidence: Evidence) -> Iterable[Cause]:
     """Yields statistics that are missing of a copy whose parameters are restored."""
-    lost: dict[tuple[Path, Path], list[Path]] = defaultdict(list)
-    for path in (p for p in evidence.missing_weights if evidence.weights[p].collection in STATISTICS):
-        levels = (path[:depth] for depth in range(1, len(path)))
-        found = ((level, copy) for level in levels if (copy := _copy_of(evidence, level)) is not None)
-        if (pair := next(found, None)) is not None:
-            lost[pair].append(path)
-    for (owner, above), paths in lost.items():
-        rules = statistics_of_both(evidence, owner, above, paths)
+    for owner, paths, rules in statistics_kept_once(evidence.verdict, evidence.missing_weights):
         where = listed([repr(rule.pattern) for rule in rules])
-        if rules:
-            yield Cause(
-                kind="CopyRenamed",
-                text=f"the parameters of the wanted {render(owner)!r} are those of a copy, and its "
-                f"{counted(len(paths), 'statistic')} would be in {where}, which is stored once, for averages "
-                "and what they are of.",
-                paths=tuple(paths),
-                way=Hint(f"if both use the same, pass renames={as_python(rules)}.", {"renames": rules}),
-                facts={"stored": where, "wanted": render(owner), "count": len(paths)},
-            )
-
-
-def _copy_of(evidence: Evidence, level: Path) -> Path | None:
-    """Returns the train state of which all that is restored below a level is a copy."""
-    made = (item.recipe for path, item in evidence.restored.items() if path[: len(level)] == level)
-    sources = [evidence.stored_weights.get(source) for recipe in made for source in reads(recipe)]
-    held = {(x.owner, x.collection in FLAX_COLLECTIONS) for x in sources if x is not None}
-    above, is_own = held.pop() if len(held) == 1 else ((), True)
-    return above if not is_own else above[:-1] if above else None
+        yield Cause(
+            kind="CopyRenamed",
+            text=f"the parameters of the wanted {render(owner)!r} are those of a copy, and its "
+            f"{counted(len(paths), 'statistic')} would be in {where}, which is stored once, for averages "
+            "and what they are of.",
+            paths=tuple(paths),
+            way=Hint(f"if both use the same, pass renames={as_python(rules)}.", {"renames": rules}),
+            facts={"stored": where, "wanted": render(owner), "count": len(paths)},
+        )
 
 
 def _in_another_collection(evidence: Evidence) -> Iterable[Cause]:
@@ -346,18 +331,29 @@ def _only_a_copy(evidence: Evidence) -> Iterable[Cause]:
         depth = at + 1 + (first[at + 1] == "params")
         level = first[:depth]
         stored = {_end(segments(path)[depth:]): path for path in free if segments(path)[:depth] == level}
-        met = [path for path in evidence.missing_weights if _below_model(evidence, path) in stored]
-        if len(stored) == len(free) and met:
+        lost = evidence.missing_weights
+        if len(stored) == len(free) and any(_below_model(evidence, path) in stored for path in lost):
             what = "averages" if "ema" in words_of(name) else "a copy"
             yield Cause(
                 kind="OnlyACopy",
                 text=f"all parameters that are stored lie below {name!r}, the name of {what}; "
                 "a copy is used only where the target or a rule names it.",
-                paths=(*evidence.with_moments(met), *free),
-                way=_pass_if(_MEANT, [("/".join(level), "params")]),
+                # Of what has another name in it the next plan tells, behind the rule.
+                paths=(*evidence.with_moments(lost), *free),
+                way=_of_the_copy(evidence, [("/".join(level), "params")]),
                 facts={"stored": "/".join(level), "count": len(stored)},
             )
             return
+
+
+def _of_the_copy(evidence: Evidence, rules: Sequence[Change]) -> Hint:
+    """Returns the way to a copy that is all that is stored: what trained the parameters did not train it."""
+    found = evidence.restored_under([*evidence.verdict.renames, *as_rules(rules)])
+    left = evidence.restored.keys() - (found or evidence.restored).keys()
+    if not left or any(evidence.role(path) == "model" for path in left):
+        return _pass_if(_MEANT, rules)
+    why = "the stored optimizer is of parameters that are not stored, and is left"
+    return Hint(f"if {_MEANT}, pass renames={list(rules)!r}; {why}: {weights_alone(evidence)}")
 
 
 def _named_otherwise(evidence: Evidence) -> Iterable[Cause]:

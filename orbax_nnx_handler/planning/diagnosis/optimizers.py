@@ -24,7 +24,8 @@ from orbax_nnx_handler.planning.diagnosis.passed_rules import follow_weights
 from orbax_nnx_handler.planning.diagnosis.ways import selecting, weights_alone
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, STATISTICS, Placement, field_of
 from orbax_nnx_handler.planning.mapping.optimizer_states import split
-from orbax_nnx_handler.planning.rules import Copy, Rename, Rule, as_rules
+from orbax_nnx_handler.planning.rules import Rule, as_rules
+from orbax_nnx_handler.planning.verdict.replaced_weights import statistics_of_both
 
 
 def find_optimizers(evidence: Evidence) -> Iterable[Cause]:
@@ -141,7 +142,7 @@ def _network_move(
     whole = [(spelled(field), spelled((*owner, kind))) for field, kind in kinds.items()]
     short = [(spelled(field), spelled(owner)) for field in fields]
     is_whole = not STATISTICS.isdisjoint(kinds.values())
-    shared = [] if is_whole else statistics_of_both(evidence, owner, place[:-1], wanted)
+    shared = [] if is_whole else statistics_of_both(evidence.verdict, owner, place[:-1], wanted)
     whole += shared
     move = _Move(
         owner=owner,
@@ -164,27 +165,6 @@ def _network_move(
     if lost and held and _are_restored(evidence, [state]):
         return state
     return move if _are_restored(evidence, [move]) else dataclasses.replace(move, rules=whole)
-
-
-def statistics_of_both(
-    evidence: Evidence, owner: Path, above: Path, lost: Iterable[Path]
-) -> list[Copy | Rename]:
-    """Returns the rules that give a network the statistics which are stored once for it and for another.
-
-    A program that averages its parameters runs both on one `batch_stats`.
-
-    Args:
-        evidence: The verdict.
-        owner: Where the network is wanted.
-        above: The stored train state in which its parameters are a copy.
-        lost: What is missing of the network.
-    """
-    kinds = STATISTICS.intersection(evidence.weights[path].collection or "" for path in lost)
-    every = (item for item in evidence.stored_weights.values() if item.collection in kinds)
-    fields = sorted({field_of(item) for item in every if item.owner == above}) if owner else []
-    others = (path for path, item in evidence.weights.items() if item.collection in kinds)
-    rule = Copy if any(path[: len(owner)] != owner for path in others) else Rename
-    return [rule(spelled(field), spelled(owner)) for field in fields]
 
 
 def _whose(evidence: Evidence, lost: Iterable[Path]) -> Iterable[Cause]:

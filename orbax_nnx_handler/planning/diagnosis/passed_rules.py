@@ -1,14 +1,15 @@
 """What was passed and stands in the way: another model, several states in one, a layout, rules.
 
 Rules that drop or make what the target does not want, and moments that cannot follow what a rule does to
-their parameters.
+their parameters. And what is of another kind than it is wanted: numbers, texts, a step for a model's number.
 """
 
 import dataclasses
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from orbax_nnx_handler.planning import layouts
+from orbax_nnx_handler.planning.core.dtypes import is_count_dtype, name_of
 from orbax_nnx_handler.planning.core.errors import Cause, Hint, UnknownLayoutError, as_python
 from orbax_nnx_handler.planning.core.folding import fold_paths
 from orbax_nnx_handler.planning.core.leaves import Shape, differing_axes
@@ -27,9 +28,9 @@ from orbax_nnx_handler.planning.diagnosis.ways import (
 from orbax_nnx_handler.planning.likeness.shapes import ways
 from orbax_nnx_handler.planning.mapping.matches import Discarded
 from orbax_nnx_handler.planning.mapping.moments import StuckMoment
-from orbax_nnx_handler.planning.rules import Drop, Fuse, Repeat, Reshape, Rule, ScanAxis, Split
+from orbax_nnx_handler.planning.rules import Cast, Drop, Fuse, Repeat, Reshape, Rule, ScanAxis, Split
 from orbax_nnx_handler.planning.rules.stacking import stacking_otherwise
-from orbax_nnx_handler.planning.verdict.outcomes import Mismatched
+from orbax_nnx_handler.planning.verdict.outcomes import Mismatched, dtype_name
 
 _FEW = 0.25
 _TRIED = 6
@@ -347,3 +348,59 @@ def other_axis(evidence: Evidence, group: Tokens, lost: Collection[Path]) -> Hin
         if helping:
             return Hint(f"pass {' or '.join(map(str, helping))} instead of {rule}.")
     return None
+
+
+def find_own_steps(evidence: Evidence) -> Iterable[Cause]:
+    """Yields a number of the target's model that is called as the stored step, which is not read for it."""
+    placements = evidence.sides.placements
+    steps = {path for path, item in placements.items() if item.section == "step"}
+    steps -= {path for item in evidence.restored.values() for path in reads(item.recipe)}
+    for path in evidence.missing_weights if steps else ():
+        wanted = evidence.missing[path].wanted
+        if path != ("step",) or wanted.shape or wanted.kind is None:
+            continue
+        stored = listed([repr(render(step)) for step in sorted(steps, key=render)])
+        yield Cause(
+            kind="OwnStep",
+            text=f"the wanted {render(path)!r} is a number of a model, by its type {wanted.kind.__name__}, "
+            f"and the stored {stored} is the train state's step.",
+            paths=(path,),
+            way=Hint(
+                f"if they are the same, make {render(path)!r} an nnx.OptState in the target, or set it in "
+                "the program."
+            ),
+            filters=selecting(evidence, [path]),
+            may_be_initialised=True,
+            facts={"stored": stored, "wanted": render(path)},
+        )
+
+
+def of_numbers(mismatched: Iterable[Mismatched]) -> Iterable[Hint]:
+    """Yields the way out where kinds of numbers differ, or no numbers are stored."""
+    # A mismatch with a detail says itself what to do.
+    kinds = [item for item in mismatched if item.kind == "dtype" and not item.detail]
+    texts = [item for item in kinds if item.stored_dtype == dtype_name(None)]
+    if texts:
+        rules = _on_sources(texts, lambda path, _: Drop(path, "no array"))
+        words = "a text is no weight: restore another step, or leave it behind, so that the weight is missing"
+        yield Hint(f"{words}, with renames={_short(rules)}.", {"renames": rules})
+    widths = [item for item in kinds if is_count_dtype(item.wanted.dtype) and "int" in item.stored_dtype]
+    if widths:
+        rules = _on_sources(widths, lambda path, item: Cast(path, name_of(item.wanted.dtype)))
+        words = "integers of another width are a rule, which refuses a value that does not fit"
+        yield Hint(f"{words}: renames={_short(rules)}.", {"renames": rules})
+    if len(widths) + len(texts) < len(kinds):
+        yield Hint(
+            "integers, booleans, floats and complex numbers never become each other: give the target's leaf "
+            "the stored kind."
+        )
+
+
+def _on_sources(mismatched: Iterable[Mismatched], rule: Callable[[str, Mismatched], Rule]) -> list[Rule]:
+    """Returns a rule for each stored leaf that some are made from."""
+    pairs = ((render(path), item) for item in mismatched for path in reads(item.recipe))
+    return list({path: rule(path, item) for path, item in pairs}.values())
+
+
+def _short(rules: Sequence[Rule]) -> str:
+    return as_python(rules) if len(rules) <= _TRIED else as_python(rules[:1])[:-1] + ", ...]"

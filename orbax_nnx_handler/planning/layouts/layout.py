@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Literal
 
 from orbax_nnx_handler.planning.core.leaves import FACTORED, MOMENTS, StoredLeaf, derived, record
@@ -376,3 +376,20 @@ def field_of(item: Placement) -> Path:
     """Returns the keys of the field of a train state that a leaf lies in."""
     whole, depth = item.leaf.path, len(item.leaf.path) - len(item.path)
     return whole if item.section == "step" else whole[:depth]
+
+
+def lies_in(item: Placement, fields: Collection[Path]) -> Path | None:
+    """Returns the innermost of some fields that a leaf lies in, or is."""
+    path = item.leaf.path
+    return next((path[:at] for at in range(len(path), 0, -1) if path[:at] in fields), None)
+
+
+def in_its_field(item: Placement, fields: Mapping[Path, tuple[Section, str | None, Path]]) -> Placement:
+    """Returns a leaf as a part of the train state that its field is said to be of."""
+    field = lies_in(item, fields)
+    if field is None:
+        return item
+    path, (section, collection, owner) = item.leaf.path, fields[field]
+    return dataclasses.replace(
+        item, section=section, collection=collection, owner=owner, path=path[len(field) :] or path
+    )

@@ -44,6 +44,7 @@ class Leaf:
         source: Its path on disk or in the target.
         made: Whether NNX fuses a cell's gates into it; the last two names are NNX's then.
         done: What settled rules have done with its shape, in order.
+        called: Its whole path as settled rules call it; nothing where they leave it as it is.
     """
 
     names: Names
@@ -53,6 +54,7 @@ class Leaf:
     source: Path
     made: bool = False
     done: tuple[str, ...] = ()
+    called: Names = ()
 
     @property
     def part(self) -> tuple[Path, Names]:
@@ -71,8 +73,7 @@ class ModulePart:
 
     Attributes:
         names: Its path.
-        leaves: Its leaves by what they are: `main` (kernel, scale, embedding), `bias`, `mean`, `var`,
-            or a name of their own.
+        leaves: Its leaves by what they are: `main` (kernel, scale, embedding), `bias`, or another name.
         unsaid: What its name does not say among those beside it: `V` beside `U` and `W` is no value.
     """
 

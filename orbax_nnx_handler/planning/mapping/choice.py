@@ -1,6 +1,7 @@
 """Which of the possible readings of a stored tree a restore goes by; two that are as good are an error."""
 
 import dataclasses
+import difflib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from orbax_nnx_handler.planning.core.errors import (
     UnusedRuleError,
 )
 from orbax_nnx_handler.planning.core.folding import ranges
+from orbax_nnx_handler.planning.core.leaves import WantedLeaf
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, render, segments
 from orbax_nnx_handler.planning.core.recipes import Read, reads, render_reads
 from orbax_nnx_handler.planning.layouts.layout import Stored, is_of_parameters
@@ -24,7 +26,7 @@ from orbax_nnx_handler.planning.mapping.matches import CompetingSources, Unclear
 from orbax_nnx_handler.planning.mapping.optimizer_pairs import UndecidedState
 from orbax_nnx_handler.planning.mapping.roots import strip
 from orbax_nnx_handler.planning.options import RestoreOptions
-from orbax_nnx_handler.planning.rules import Copy, Drop, Rename, ScanAxis
+from orbax_nnx_handler.planning.rules import Copy, Drop, Rename, Rule, ScanAxis
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.rules.rule import shared_ends
 from orbax_nnx_handler.planning.target.roles import WEIGHTS, Wanted, of_role
@@ -58,8 +60,13 @@ def _source(mapping: LeafMapping, path: Path) -> str:
     return render_reads(found.recipe) if found else "(missing)"
 
 
-def faults_of(mapping: LeafMapping) -> Iterable[RestoreError]:
-    """Yields what is wrong with a mapping itself, whatever the policy."""
+def faults_of(mapping: LeafMapping, missing: Sequence[WantedLeaf] = ()) -> Iterable[RestoreError]:
+    """Yields what is wrong with a mapping itself, whatever the policy.
+
+    Args:
+        mapping: The mapping.
+        missing: The wanted leaves that nothing is found for, of which a rule may have one nearly by name.
+    """
     if mapping.rivals:
         yield competing(mapping.rivals, _outside_optimizers(mapping))
     for group in mapping.unclear:
@@ -69,7 +76,7 @@ def faults_of(mapping: LeafMapping) -> Iterable[RestoreError]:
     strange = [item for item in mapping.without_variable if item.shape not in (None, item.leaf.shape)]
     if strange:
         yield _strange(strange)
-    idle = _idle_rules(mapping)
+    idle = _idle_rules(mapping, missing)
     if idle is not None:
         yield idle
     shared = _read_twice(mapping)
@@ -293,7 +300,7 @@ def _strange(leaves: Sequence[WithoutVariable]) -> ShapeMismatchError:
     )
 
 
-def _idle_rules(mapping: LeafMapping) -> UnusedRuleError | None:
+def _idle_rules(mapping: LeafMapping, missing: Sequence[WantedLeaf]) -> UnusedRuleError | None:
     """Returns the error for rules whose every result is no wanted leaf."""
     if not mapping.applied.made:
         return None
@@ -318,16 +325,36 @@ def _idle_rules(mapping: LeafMapping) -> UnusedRuleError | None:
     rows = [
         f"  {rule}: {render_reads(entry.recipe)} becomes {render(entry.segments)}" for rule, entry in idle
     ]
+    meant = [new for rule, entry in idle if (new := _nearly(rule, entry, missing)) is not None]
+    hint = "a rule writes the wanted path as the target spells it; correct it, add to it or take it out."
+    if len(meant) == len(idle):
+        hint = f"if that is meant, write {', '.join(map(str, meant))}."
     error = UnusedRuleError(
         f"{'1 rule leads' if len(idle) == 1 else f'{len(idle)} rules lead'} to no wanted leaf:\n"
         + "\n".join(rows),
         paths=[entry.sources[0] for _, entry in idle],
-        hints=[
-            "a rule writes the wanted path as the target spells it; correct it, add to it or take it out."
-        ],
+        hints=[hint],
     )
     error.rules = [rule for rule, _ in idle]
     return error
+
+
+def _nearly(rule: Rule, entry: Entry, missing: Sequence[WantedLeaf]) -> Rename | None:
+    """Returns a rename with the one name corrected in which what it makes is not quite a missing leaf."""
+    if not isinstance(rule, Rename) or rule.regex:
+        return None
+    written, made = rule.replacement.split("/"), entry.segments
+    changes = set[tuple[str, str]]()
+    for leaf in missing:
+        names = segments(leaf.path)[-len(made) :]
+        differing = [pair for pair in zip(made, names, strict=False) if pair[0] != pair[1]]
+        if len(names) == len(made) and len(differing) == 1 and leaf.shape == entry.shape:
+            changes |= {(old, new) for old, new in differing if difflib.get_close_matches(new, [old])}
+    if len(changes) != 1:
+        return None
+    ((old, new),) = changes
+    corrected = [new if name == old else name for name in written]
+    return Rename(rule.pattern, "/".join(corrected)) if corrected != written else None
 
 
 def best_mappings(

@@ -388,12 +388,13 @@ def _add_steps(
     """
     ends = {item.tokens[-1:] for item in steps}
     named = {path: entry.whole for entry in entries if entry.named for path in entry.sources}
-    near = [item for item in placements if canonical(item.leaf.path[-1:])[-1:] in ends]
+    at = {item.leaf.path: canonical(named.get(item.leaf.path, item.leaf.path)) for item in placements}
+    near = [item for item in placements if at[item.leaf.path][-1:] in ends]
     # Without collections, the step of an optimizer that keeps nothing else looks like a number of a model's.
     read = {path for each in found.values() for path in reads(each.recipe)}
     own = [item for item in near if item.section != "model" or item.collection is None]
     paths = (item.leaf.path for item in own if item.leaf.path not in read)
-    whole = {canonical(named.get(path, path)): path for path in paths}
+    whole = {at[path]: path for path in paths}
     aside = {without_aux(item.leaf.path): item.leaf.path for item in near if item.section == "aux"}
     for item in steps:
         if (item.leaf.kind is None or item.owner) and item.tokens in whole:

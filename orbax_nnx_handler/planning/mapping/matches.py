@@ -1,13 +1,14 @@
 """What the mapping finds: where each wanted leaf comes from, what that rests on, and what stays open."""
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from orbax_nnx_handler.planning.core.errors import AmbiguousMappingError, Hint
 from orbax_nnx_handler.planning.core.folding import Row
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf, record
-from orbax_nnx_handler.planning.core.lines import aligned, counted
+from orbax_nnx_handler.planning.core.lines import aligned, counted, listed
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, numbers_below, render, segments
 from orbax_nnx_handler.planning.core.recipes import Fill, Read, Recipe, reads, render_reads, shape_of
 from orbax_nnx_handler.planning.layouts.layout import Placement, Section, Stored
@@ -213,7 +214,7 @@ def competing(rivals: Sequence[CompetingSources], stored: Iterable[Path]) -> Amb
     return AmbiguousMappingError(
         f"{leaves} claimed by several stored leaves:\n{_claims(rivals)}",
         paths=[rival.wanted.leaf.path for rival in rivals],
-        hints=_of_collections(rivals) or [_one_left_behind(rivals, stored)],
+        hints=_spelt_alike(rivals) or _of_collections(rivals) or [_one_left_behind(rivals, stored)],
     )
 
 
@@ -227,6 +228,20 @@ def _claims(rivals: Sequence[CompetingSources]) -> str:
             rows.append(f"    <- {source} {entry.shape}{rule}")
             folded.append(Row(rival.wanted.leaf.path, (str(entry.shape), rule.strip()), source))
     return "\n".join(rows) if len(rivals) <= _LISTED else aligned(folded)
+
+
+def _spelt_alike(rivals: Sequence[CompetingSources]) -> Sequence[Hint]:
+    """Returns the way out where several stored paths are spelled alike: no rule tells them apart."""
+    for rival in rivals:
+        read = dict.fromkeys(path for entry in rival.entries for path in reads(entry.recipe))
+        spelt = defaultdict[Tokens, list[Path]](list)
+        for path in read:
+            spelt[segments(path)].append(path)
+        for alike in (paths for paths in spelt.values() if len(paths) > 1):
+            keys = listed([str(path) for path in alike])
+            words = f"{render(alike[0])} is stored at several keys, {keys}, and no rule tells which is meant"
+            return [Hint(f"{words}: take the others out of the tree, or call them otherwise.")]
+    return ()
 
 
 def _of_collections(rivals: Sequence[CompetingSources]) -> Sequence[Hint]:

@@ -1,10 +1,9 @@
 """Train states on both sides, and which wanted one is which stored one.
 
-A train state is a model's collections, its optimizer and its step, below one
-owner path. An optimizer and a step are never lent to another train state, also
-where only one is stored or only one is wanted (law 3): pairs are made by owner
-path alone, or because there is one train state on either side and no name
-speaks against it.
+A train state is a model's collections, its optimizer and its step, below one owner path. An optimizer and
+a step are never lent to another train state, also where only one is stored or only one is wanted (law 3):
+pairs are made by owner path alone, or because there is one train state on either side and no name speaks
+against it.
 """
 
 import dataclasses
@@ -16,7 +15,9 @@ from orbax_nnx_handler.planning.layouts.layout import (
     FLAX_COLLECTIONS,
     Placement,
     Section,
+    in_its_field,
     is_copy_beside,
+    lies_in,
 )
 from orbax_nnx_handler.planning.mapping.optimizer_states import parted_by_rules
 from orbax_nnx_handler.planning.mapping.roots import (
@@ -194,7 +195,7 @@ def _fields_of_networks(
     moved = [entry for entry in moved if entry.placed is not None and len(entry.sources) == 1]
     if not moved:
         return placements  # Nearly every plan.
-    found: dict[Path, tuple[Section, str | None, Path]] = {}
+    found: dict[Path, tuple[Section, str | None, Path]] = _steps_by_rules(placements, moved, wanted)
     networks = {entry.prefix[:-1] for entry in applied.entries if entry.section == "model" and entry.prefix}
     # Beside the attribute that holds the optimizer lies what it trains.
     networks |= {segments(item.owner[:-1]) for item in of_role(wanted, "optimizer")}
@@ -206,7 +207,7 @@ def _fields_of_networks(
             if field := _without_end(entry.sources[0], names[len(above) + 1 :]):
                 found[field] = ("optimizer", None, next(own, above))
     trained = {owner for _, _, owner in found.values()}
-    moments = [item.leaf.path for item in placements if found and _field_of(item, found)]
+    moments = [item.leaf.path for item in placements if found and lies_in(item, found)]
     weights: dict[tuple[Path, str], dict[Path, Path]] = defaultdict(dict)
     for entry in moved if found else ():
         names, path = entry.whole, entry.sources[0]
@@ -226,7 +227,22 @@ def _fields_of_networks(
         # Where rules rename every weight, the moments still have their stored names.
         above = {*filter(None, fields.values())} or _above_parameters([*fields], moments, others)
         found |= {field: ("model", own, owner) for field in above if (own := _collection(field, level))}
-    return [_in_field(item, found) for item in placements] if found else placements
+    return [in_its_field(item, found) for item in placements] if found else placements
+
+
+def _steps_by_rules(
+    placements: Sequence[Placement], moved: Iterable[Entry], wanted: Sequence[Wanted]
+) -> dict[Path, tuple[Section, str | None, Path]]:
+    """Returns the numbers that rules call as a train state's step is called; not a model's own number."""
+    own = {segments(item.owner): item.owner for item in placements if item.section == "model"}
+    taken = {item.tokens for item in of_role(wanted, "model")}
+    taken |= {canonical((*item.owner, "step")) for item in placements if item.section == "step"}
+    return {
+        entry.sources[0]: ("step", None, own[entry.whole[:-1]])
+        for entry in (moved if of_role(wanted, "step") else ())
+        if entry.whole[-1] == "step" and not entry.shape and entry.whole[:-1] in own
+        if canonical(entry.whole) not in taken
+    }
 
 
 def _above_parameters(paths: Iterable[Path], moments: Iterable[Path], others: Iterable[Path]) -> list[Path]:
@@ -251,21 +267,6 @@ def _collection(field: Path, level: str) -> str | None:
 def _without_end(path: Path, end: Path) -> Path:
     """Returns the keys of a stored path above its last ones, or nothing where they are not at its end."""
     return path[: -len(end)] if segments(path[-len(end) :]) == end else ()
-
-
-def _field_of(item: Placement, fields: Collection[Path]) -> Path | None:
-    path = item.leaf.path
-    return next((path[:at] for at in range(len(path), 0, -1) if path[:at] in fields), None)
-
-
-def _in_field(item: Placement, found: Mapping[Path, tuple[Section, str | None, Path]]) -> Placement:
-    field = _field_of(item, found)
-    if field is None:
-        return item
-    path, (section, collection, owner) = item.leaf.path, found[field]
-    return dataclasses.replace(
-        item, section=section, collection=collection, owner=owner, path=path[len(field) :] or path
-    )
 
 
 def _as_target_spells(applied: RulesApplied, wanted: Sequence[Wanted]) -> RulesApplied:

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import math
-import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
@@ -33,9 +32,10 @@ from orbax_nnx_handler.planning.core.recipes import (
     substitute,
 )
 from orbax_nnx_handler.planning.rules import Rename, Rule, apply_rules, invert
-from orbax_nnx_handler.planning.rules.entries import Entries, Entry
-from orbax_nnx_handler.planning.rules.rename import has_inverse
-from orbax_nnx_handler.planning.rules.rule import Pattern, Span, compiled
+from orbax_nnx_handler.planning.rules.entries import Entry
+from orbax_nnx_handler.planning.rules.rename import leads_back, unclear_undone
+
+__all__ = ["Undone", "inverse", "leads_back", "undo_rules"]
 
 _Known = tuple[Recipe, Recipe]
 """A recipe over stored leaves, and its value as a recipe over wanted ones."""
@@ -202,9 +202,11 @@ def undo_rules(
     """
     paths = own or {}
     after: Sequence[Entry] = [_apart(entry, paths.get(entry.sources[0])) for entry in entries]
+    done: list[tuple[Rule, Sequence[Entry]]] = []
     for rule in invert(rules):
         moved = rule.apply(beside) if isinstance(rule, Rename) else None
-        after = _applied(rule, after, may_miss=moved is not None and moved.matched > 0)
+        done.append((rule, after))
+        after = _applied(done, may_miss=moved is not None and moved.matched > 0)
         beside = beside if moved is None else moved.entries
     stored: dict[Path, Entry] = {}
     for entry in after:
@@ -229,24 +231,18 @@ _UNCLEAR = (
 )
 
 
+_OF_THE_RESTORE = "rules are those of the restore, each from a stored name to one that the state has."
+
+_MEETS_EVERY = (
+    "undone, a rule meets every leaf of the name that it wrote: name more of the path on both sides, or save "
+    "with the plan or the report of the restore in the place of the rules."
+)
+
+
 _UNCLEAR_IN_PATH = (
     'name more of the path on both sides, as ("params/word_embed", "params/embedding") does for '
     "params/embedding/embedding, or save with the plan or the report of the restore instead."
 )
-
-
-def _unclear(back: Rename, met: Mapping[tuple[str, ...], Sequence[Span]]) -> tuple[str, ...]:
-    """Returns a path of which the rename back does not tell which name in it was another one, if any.
-
-    Args:
-        back: The rename from what was written to what was stored.
-        met: Each whole path that it rewrites, with where.
-    """
-    if back.pattern.replace("/", "_") == back.replacement.replace("/", "_"):
-        return ()  # Lists as Linen spells them, in lists too.
-    twice = next((names for names, spans in met.items() if len(spans) > 1), ())
-    leaves = [names for names, spans in met.items() if spans[-1].stop == len(names)]
-    return twice or (leaves[0] if 0 < len(leaves) < len(met) else ())
 
 
 class _Number(str):
@@ -255,11 +251,16 @@ class _Number(str):
     name: str
 
 
-def _applied(rule: Rule, entries: Sequence[Entry], *, may_miss: bool) -> Sequence[Entry]:
+def _applied(done: Sequence[tuple[Rule, Sequence[Entry]]], *, may_miss: bool) -> Sequence[Entry]:
     """Applies a rule to paths as NNX spells them (`layers/0`); where it does not match, as Linen does.
 
     What the rule writes stays as it stands there, and so does everything else.
+
+    Args:
+        done: The rules so far, this one last, each with what it is applied to.
+        may_miss: Whether it may match nothing.
     """
+    rule, entries = done[-1]
     applied = rule.apply(entries)
     if applied.matched and not isinstance(rule, Rename):
         return applied.entries
@@ -267,7 +268,7 @@ def _applied(rule: Rule, entries: Sequence[Entry], *, may_miss: bool) -> Sequenc
     joined = [_respelled(entries[at], _joined(entries[at].segments)) for at in left]
     again = rule.apply(joined)
     if not (applied.matched or again.matched or may_miss):
-        raise RuleError(f"the rule that saves, {rule}, matches no leaf of the state.", hints=[_UNCLEAR])
+        raise _unmatched(rule, done)
     # What did not match keeps its numbers apart for the rules to come.
     known = {id(entry): entries[at] for at, entry in zip(left, joined, strict=True)}
     after = [known.get(id(entry)) or _apart(entry, None) for entry in again.entries]
@@ -275,7 +276,7 @@ def _applied(rule: Rule, entries: Sequence[Entry], *, may_miss: bool) -> Sequenc
         return after
     met = [entry for entry, new in zip(entries, applied.entries, strict=True) if new is not entry]
     met += [entry for entry, new in zip(joined, again.entries, strict=True) if new is not entry]
-    if unclear := _unclear(rule, {entry.whole: rule.spans(entry) for entry in met}):
+    if unclear := unclear_undone(rule, {entry.whole: rule.spans(entry) for entry in met}):
         raise RuleError(
             f"{rule.inverse()} cannot be undone: it may have written {rule.pattern} in several places of "
             f"{render(unclear)}, or as a module as well as a leaf, and nothing tells where it has.",
@@ -286,6 +287,28 @@ def _applied(rule: Rule, entries: Sequence[Entry], *, may_miss: bool) -> Sequenc
     for at, entry in zip(left, after, strict=True):
         changed[at] = entry
     return changed
+
+
+def _unmatched(rule: Rule, done: Sequence[tuple[Rule, Sequence[Entry]]]) -> RuleError:
+    """Returns the error for a rule that saves nothing: another one took it, or the state has no such name.
+
+    Args:
+        rule: The rule.
+        done: The rules so far, each with what it was applied to.
+    """
+
+    def matches(one: Rule, entries: Sequence[Entry]) -> bool:
+        joined = [_respelled(entry, _joined(entry.segments)) for entry in entries]
+        return any(one.apply(some).matched for some in (entries, joined))
+
+    why, hint, entries = "", _OF_THE_RESTORE, done[-1][1]
+    # Rules that led to one name: undone first, another one takes all that has it.
+    if taken := [before for before, found in done[:-1] if matches(rule, found)]:
+        why = f": {taken[-1]}, which undoes a rule behind it, takes all that it is for"
+        hint = _UNCLEAR
+    elif isinstance(rule, Rename) and matches(rule.inverse(), entries):
+        hint = f"{_OF_THE_RESTORE[:-1]}: write {rule}."
+    return RuleError(f"the rule that saves, {rule}, matches no leaf of the state{why}.", hints=[hint])
 
 
 def _apart(entry: Entry, own: Path | None) -> Entry:
@@ -383,12 +406,12 @@ def _check_way_back(
             copies[path] = simplify(way, shapes)
         elif found is None or way is None or not _is_same(way, path, found.shape, shapes):
             lost.append(render(entry.segments))
-    lost += [render(entry.segments) for entry in back.values()]
+    lost = lost or [render(entry.segments) for entry in back.values()]
     if lost:
         listed = "\n".join(f"  {name}" for name in lost[:20])
         raise RuleError(
             f"what these rules save, they would not restore: {len(lost)} leaves end elsewhere:\n{listed}",
-            hints=["undone, a rule meets every leaf of that name; name more of the path in it."],
+            hints=[_MEETS_EVERY],
         )
     return copies
 
@@ -400,51 +423,3 @@ def _key(entry: Entry) -> EntryKey:
 def _is_same(recipe: Recipe, path: Path, shape: Shape, shapes: Mapping[Path, Shape]) -> bool:
     """Tells whether a recipe gives the leaf at `path`, element for element."""
     return shape == shapes[path] and simplify(recipe, shapes) == Read(path)
-
-
-def leads_back(rule: Rename, before: Sequence[Entry], after: Entries) -> bool:
-    """Tells whether the rename back makes of some entries what a rename has made them from.
-
-    Args:
-        rule: The rename.
-        before: The entries before it.
-        after: The same after it, in the same order.
-    """
-    left, right = compiled(rule.pattern), compiled(rule.replacement)
-    if not has_inverse(rule, left, right):
-        return False
-    found = set(right.among(after))
-    spans = {names: some for at in found if (some := [*right.spans(names := after[at].whole)])}
-    if _unclear(Rename(rule.replacement, rule.pattern), spans):
-        return False
-    if _NUMBER_AT_END.search(rule.replacement):
-        # A save reads `norm_1` into `norm/1` too, which Linen may have joined.
-        kept = (at for at in right.among(after, _joined_of) if after[at] is before[at])
-        joined = ((_joined_of(after[at]), after[at].whole) for at in kept)
-        if any(names != whole and any(right.spans(names)) for names, whole in joined):
-            return False
-    return all(
-        before[at].whole == _replaced(spans.get(names := after[at].whole, ()), left, names)
-        for at in found | after.changed.keys()
-    )
-
-
-_NUMBER_AT_END = re.compile(r"_([0-9]+|\{\w+\})(/|$)")
-
-
-def _joined_of(entry: Entry) -> tuple[str, ...]:
-    found: list[str] = []
-    for name in entry.whole:
-        if name.isdecimal() and found:
-            found[-1] += f"_{name}"
-        else:
-            found.append(name)
-    return tuple(found)
-
-
-def _replaced(spans: Iterable[Span], replacement: Pattern, names: tuple[str, ...]) -> tuple[str, ...]:
-    found, at = list[str](), 0
-    for span in spans:
-        found += (*names[at : span.start], *replacement.fill(span.bindings))
-        at = span.stop
-    return (*found, *names[at:])

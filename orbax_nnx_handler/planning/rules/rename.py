@@ -382,3 +382,68 @@ def with_places(names: Names, seats: Iterable[int]) -> Names:
         name = found[seat]
         found[seat] = _LAST_NUMBER.sub(place, name) if _LAST_NUMBER.search(name) else name + place
     return tuple(found)
+
+
+# Whether the way back is clear.
+
+
+def unclear_undone(back: Rename, met: Mapping[tuple[str, ...], Sequence[Span]]) -> tuple[str, ...]:
+    """Returns a path of which the rename back does not tell which name in it was another one, if any.
+
+    Args:
+        back: The rename from what was written to what was stored.
+        met: Each whole path that it rewrites, with where.
+    """
+    if back.pattern.replace("/", "_") == back.replacement.replace("/", "_"):
+        return ()  # Lists as Linen spells them, in lists too.
+    twice = next((names for names, spans in met.items() if len(spans) > 1), ())
+    leaves = [names for names, spans in met.items() if spans[-1].stop == len(names)]
+    return twice or (leaves[0] if 0 < len(leaves) < len(met) else ())
+
+
+def leads_back(rule: Rename, before: Sequence[Entry], after: Entries) -> bool:
+    """Tells whether the rename back makes of some entries what a rename has made them from.
+
+    Args:
+        rule: The rename.
+        before: The entries before it.
+        after: The same after it, in the same order.
+    """
+    left, right = compiled(rule.pattern), compiled(rule.replacement)
+    if not has_inverse(rule, left, right):
+        return False
+    found = set(right.among(after))
+    spans = {names: some for at in found if (some := [*right.spans(names := after[at].whole)])}
+    if unclear_undone(Rename(rule.replacement, rule.pattern), spans):
+        return False
+    if _NUMBER_AT_END.search(rule.replacement):
+        # A save reads `norm_1` into `norm/1` too, which Linen may have joined.
+        kept = (at for at in right.among(after, _joined_of) if after[at] is before[at])
+        joined = ((_joined_of(after[at]), after[at].whole) for at in kept)
+        if any(names != whole and any(right.spans(names)) for names, whole in joined):
+            return False
+    return all(
+        before[at].whole == _replaced(spans.get(names := after[at].whole, ()), left, names)
+        for at in found | after.changed.keys()
+    )
+
+
+_NUMBER_AT_END = re.compile(r"_([0-9]+|\{\w+\})(/|$)")
+
+
+def _joined_of(entry: Entry) -> tuple[str, ...]:
+    found: list[str] = []
+    for name in entry.whole:
+        if name.isdecimal() and found:
+            found[-1] += f"_{name}"
+        else:
+            found.append(name)
+    return tuple(found)
+
+
+def _replaced(spans: Iterable[Span], replacement: Pattern, names: tuple[str, ...]) -> tuple[str, ...]:
+    found, at = list[str](), 0
+    for span in spans:
+        found += (*names[at : span.start], *replacement.fill(span.bindings))
+        at = span.stop
+    return (*found, *names[at:])

@@ -15,7 +15,7 @@ from functools import cached_property, partial
 from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.paths import Path, levels, segments, shared_levels
 from orbax_nnx_handler.planning.core.recipes import reads
-from orbax_nnx_handler.planning.layouts.layout import Stored, is_copy_beside, words_of
+from orbax_nnx_handler.planning.layouts.layout import STATISTICS, Stored, is_copy_beside, words_of
 from orbax_nnx_handler.planning.likeness.vocabulary import Names, concepts, telling, words
 from orbax_nnx_handler.planning.mapping.networks import layers_in_turns
 from orbax_nnx_handler.planning.options import RestoreOptions
@@ -34,6 +34,7 @@ from orbax_nnx_handler.planning.suggesting.suggestion import (
     Proposal,
     Suggestion,
     Tried,
+    asking_too,
     behind,
     changed,
     changes_nothing,
@@ -41,6 +42,7 @@ from orbax_nnx_handler.planning.suggesting.suggestion import (
 from orbax_nnx_handler.planning.suggesting.unlike_names import says_nothing, unlike_networks
 from orbax_nnx_handler.planning.target import Target
 from orbax_nnx_handler.planning.target.roles import Order, creation_order, of_role, order_of
+from orbax_nnx_handler.planning.verdict.replaced_weights import open_statistics
 
 __all__ = [
     "BY_NUMBER",
@@ -72,7 +74,8 @@ def propose(
     Raises:
         RestoreError: No layout fits, the rules do not, or the trees are nested too deep.
     """
-    found = _OfNetworks(target, stored, options, order or {}).by_network()
+    proposing = _OfNetworks(target, stored, options, order or {})
+    found = proposing.asking_of_statistics(proposing.by_network())
     return dataclasses.replace(found, is_given=bool(options.renames))
 
 
@@ -115,6 +118,17 @@ class _OfNetworks(Proposing):
         made = _asked_whole(whole, told, [x.leaf.path for x in self._model]) if whole else told
         return made if unlike else min(made, found, key=_open_ends)
 
+    def asking_of_statistics(self, found: Suggestion) -> Suggestion:
+        """Returns a proposal that asks whether statistics which are stored once are a copy's as well."""
+        left = {*found.unmatched_wanted}
+        if STATISTICS.isdisjoint(item.collection for item in self._model if item.leaf.path in left):
+            return found
+        verdict = self._judged((), dict.fromkeys(found.renames, ()), 0, ()).verdict or self._base
+        for owner, paths, rules in open_statistics(verdict, found.unmatched_wanted):
+            for rule, field in ((rule, tuple(rule.pattern.split("/"))) for rule in rules):
+                found = asking_too(found, rule, (field, owner), self._below([field]), paths)
+        return found
+
     @cached_property
     def _networks(self) -> list[Names]:
         """The keys below which networks with params of their own lie."""
@@ -134,7 +148,9 @@ class _OfNetworks(Proposing):
     @cached_property
     def _named(self) -> dict[Names, Names]:
         """The stored networks that are called by the words of one wanted network, in any order."""
-        called = [{x: _words_of(x) for x in side} for side in (self._networks, self._roots)]
+        called = [
+            {x: {*itertools.chain(*map(words_of, x))} for x in side} for side in (self._networks, self._roots)
+        ]
         pairs = [(x, y) for x, y in itertools.product(*called) if called[0][x] == called[1][y] != set()]
         counts = Counter(x for x, _ in pairs), Counter(y for _, y in pairs)
         return {x: y for x, y in pairs if counts[0][x] == counts[1][y] == 1}
@@ -206,7 +222,8 @@ class _OfNetworks(Proposing):
             other = self._behind(*keys) if len(plain) == len(keys) else self._among(plain, *plain)
             others = [each for each in (*self._by_network(keys, other), other) if not each.problem]
             others = [each for each in others if not _mixes(each, keys, self._called)]
-            found = min([*others, found if found.proposals else _asking(other, found)], key=_open_ends)
+            asked = dataclasses.replace(found, questions=other.questions, settle=other.settle)
+            found = min([*others, found if found.proposals else asked], key=_open_ends)
         return found if one is None or found.confidence != "open" else one
 
     def _alike(self, entries: Iterable[Entry]) -> Mapping[str, Suggestion]:
@@ -290,10 +307,6 @@ def _renames(pairs: Iterable[tuple[Names, Names]]) -> list[Rename]:
     return [Rename("/".join(key), "/".join(to)) for key, to in pairs if key != to]
 
 
-def _words_of(names: Iterable[str]) -> set[str]:
-    return set[str]().union(*map(words_of, names))
-
-
 def _asked_whole(
     readings: Mapping[tuple[tuple[Names, Names], ...], Suggestion], told: Suggestion, model: Iterable[Path]
 ) -> Suggestion:
@@ -329,11 +342,6 @@ def _asked_whole(
 def _open_ends(found: Suggestion) -> tuple[bool, int]:
     """Returns how far a proposal is from a whole one: whether a plan speaks against it, what is open."""
     return bool(found.problem), len(found.unmatched_wanted)
-
-
-def _asking(other: Suggestion, found: Suggestion) -> Suggestion:
-    """Returns a proposal with the questions of another one, which says more of the stored names."""
-    return dataclasses.replace(found, questions=other.questions, settle=other.settle)
 
 
 def _one_of(networks: Mapping[str, Suggestion], found: Suggestion) -> Suggestion | None:

@@ -152,7 +152,7 @@ def apart_from_copies(links: Sequence[Link], stored: Sequence[Leaf]) -> tuple[li
 
     kinds: dict[str, list[Link]] = defaultdict(list)
     for link in links:
-        names, is_stored = link.target.names[:-1], any(is_copied(leaf.source) for leaf in link.stored)
+        names, is_stored = link.target.names[:-1], any(is_copied(x.called or x.source) for x in link.stored)
         sides = names, link.source.names[:-1]
         said_copies = [name for name in names if name in copies and is_copy_level(name)]
         said = words("/".join(link.source.names)) if said_copies else ()  # RAFT's `mask` is a `mask_head`.

@@ -133,6 +133,7 @@ def _leaf(entry: Entry, names: Names) -> Leaf:
         number=number_of(entry.cast or entry.dtype),
         source=entry.sources[0],
         done=steps_in(entry.recipe),
+        called=entry.whole if entry.named else (),
     )
 
 

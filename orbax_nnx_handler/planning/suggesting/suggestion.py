@@ -253,6 +253,25 @@ class Suggestion:
         return f"{said}; {left} open" + (f", {among}" if asked else "") if left else said
 
 
+def asking_too(
+    found: Suggestion, rule: Rule, parts: tuple[Path, Path], stored: Iterable[Path], wanted: Iterable[Path]
+) -> Suggestion:
+    """Returns a proposal that asks whether a stored part becomes a wanted one too, by a rule behind it."""
+
+    def settled(answers: Answers, changes: Sequence[Remade]) -> tuple[Rule, ...]:
+        return (*found.answered(answers[:-1], changes), *([] if answers[-1] is None else [rule]))
+
+    question = Question(
+        wanted=tuple(wanted),
+        stored=tuple(stored),
+        parts=((parts[0],), (parts[1],)),
+        about="which",
+        choices=(f"{' -> '.join(map(spelled, parts))} too",),
+        settle=lambda _: (*found.renames, rule),
+    )
+    return dataclasses.replace(found, questions=(*found.questions, question), settle=settled)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tried:
     """Rules with what a plan makes of them.

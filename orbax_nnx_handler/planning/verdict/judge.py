@@ -267,7 +267,7 @@ def judge(
         faults=(
             *faults,
             *mapping.faults,
-            *faults_of(mapping),
+            *faults_of(mapping, [missing[path].wanted for path in missing]),
             *claims_of_shared(wanted, mapping, target.aliases() if unused else {}, unused),
             *((_error_of(broken_laws, options.renames),) if broken_laws else ()),
             *indivisible(target.leaves.values()),

@@ -37,6 +37,7 @@ from orbax_nnx_handler.planning.verdict.outcomes import (
     Mismatched,
     Missing,
     Restored,
+    dtype_name,
 )
 
 Outcome = Restored | Missing | Mismatched | Defaulted
@@ -141,6 +142,8 @@ class LeafVerdicts:
     def _compare(self, item: Wanted, found: Found) -> Restored | Missing | Mismatched:
         sources = [self.stored[path] for path in dict.fromkeys(reads(found.recipe))]
         shape = self.mapping.shapes[item.leaf.path]
+        if any(leaf.dtype is None for leaf in sources):  # Texts.
+            return _mismatch(item, found, "dtype", sources[0].shape, dtype_name(None))
         if shape is None:  # The recipe does not come out.
             return _mismatch(item, found, "shape", sources[0].shape, str(sources[0].dtype))
         if is_key(item.leaf.dtype) or any(leaf.key_impl for leaf in sources):
@@ -160,13 +163,9 @@ class LeafVerdicts:
         is_count = item.is_count
         casts: list[CastKind | None] = [cast_between(dtype, item.leaf.dtype, is_count) for dtype in dtypes]
         kept = self.options.dtype == "stored" and not item.leaf.dtype_is_chosen
-        if (
-            (len(casts) < len(sources) and not by_rule)
-            or None in casts
-            or (by_rule and not kept and casts != ["same"])
-        ):
+        if None in casts or (by_rule and not kept and casts != ["same"]):
             strange = next((d for d, c in zip(dtypes, casts, strict=True) if c is None), None)
-            held = str(strange or by_rule or "not an array")
+            held = str(strange or by_rule)
             return _mismatch(item, found, "dtype", item.leaf.shape, held, found.reason if by_rule else "")
         scales = () if by_rule or kept or computes(found.recipe) else self._scales(item, sources)
         if scales:
@@ -358,13 +357,24 @@ class UnfitName(str):
     """Why a leaf cannot be read that is whole: it has a name that its store does not keep apart."""
 
     __slots__ = ()
+    way = "save it where it was written, under other names or with use_ocdbt=True."
+
+
+class SharedName(UnfitName):
+    """Why a leaf cannot be read that had the name of another one when both were saved."""
+
+    __slots__ = ()
+    way = (
+        "Orbax joins the keys of a path by dots, and kept one of these leaves alone: save them where they "
+        "were written, under names that differ then too."
+    )
 
 
 def unreadable(lost: Mapping[Path, str]) -> UnreadableLeafError:
     """Returns the error that lists leaves whose arrays cannot be found."""
     hint = "a part of it is damaged, or was not copied: copy it again, or restore another step."
-    if all(isinstance(reason, UnfitName) for reason in lost.values()):
-        hint = "save it where it was written, under other names or with use_ocdbt=True."
+    ways = {reason.way if isinstance(reason, UnfitName) else hint for reason in lost.values()}
+    hint = ways.pop() if len(ways) == 1 else hint
     what = counted(len(lost), "leaf whose array", "leaves whose arrays")
     return _listing(lost, f"names {what} cannot be read", hint)
 

@@ -1,4 +1,7 @@
-"""What was kept of weights that a rule has replaced is left: moments, steps, statistics (laws 3 and 8)."""
+"""What was kept of weights that a rule has replaced is left: moments, steps, statistics (laws 3 and 8).
+
+Last: statistics that are stored once, and wanted of a model and of its averages.
+"""
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
@@ -10,14 +13,23 @@ from orbax_nnx_handler.planning.core.paths import (
     Tokens,
     canonical,
     shared_levels,
+    spelled,
     trained_by,
     without_box,
 )
 from orbax_nnx_handler.planning.core.recipes import Add, Read, Recipe, reads
-from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement, is_copy_level
+from orbax_nnx_handler.planning.layouts.layout import (
+    FLAX_COLLECTIONS,
+    STATISTICS,
+    Placement,
+    field_of,
+    is_copy_level,
+)
+from orbax_nnx_handler.planning.rules import Copy, Rename
 from orbax_nnx_handler.planning.target.roles import Wanted
 from orbax_nnx_handler.planning.verdict.claims import stored_name
 from orbax_nnx_handler.planning.verdict.elements import common_end
+from orbax_nnx_handler.planning.verdict.outcomes import Verdict
 from orbax_nnx_handler.planning.verdict.states import Claim, labels_of, slot_of
 
 
@@ -254,3 +266,79 @@ def _is_changed(recipe: Recipe) -> bool:
     while isinstance(recipe, Add):
         recipe = recipe.source
     return not isinstance(recipe, Read)
+
+
+# Statistics that are stored once, and wanted of a model and of its averages.
+
+
+def statistics_kept_once(
+    verdict: Verdict, missing: Iterable[Path]
+) -> Iterator[tuple[Path, list[Path], list[Copy | Rename]]]:
+    """Yields wanted copies whose parameters are restored, their missing statistics, and rules for them."""
+    held = {item.path for item in _copies_left(verdict)}
+    for (owner, above), paths in _lost_statistics(verdict, missing).items():
+        is_copied = any(path[len(owner) :] in held for path in paths)
+        if not is_copied and (rules := statistics_of_both(verdict, owner, above, paths)):
+            yield owner, paths, rules
+
+
+def open_statistics(
+    verdict: Verdict, missing: Sequence[Path]
+) -> Iterator[tuple[Path, Sequence[Path], Sequence[Copy | Rename]]]:
+    """Yields those, and where a copy of the statistics lies unused: `ema_batch_stats` beside `ema_params`."""
+    yield from statistics_kept_once(verdict, missing)
+    held = {(item.path, item.leaf.shape): field_of(item) for item in _copies_left(verdict)}
+    for (owner, _), paths in _lost_statistics(verdict, missing).items():
+        ends = ((path[len(owner) :], verdict.sides.wanted[path].leaf.shape) for path in paths)
+        fields = {held.get(end, ()) for end in ends}
+        if () not in fields:
+            yield owner, paths, [Rename(spelled(field), spelled(owner)) for field in sorted(fields)]
+
+
+def _lost_statistics(verdict: Verdict, missing: Iterable[Path]) -> Mapping[tuple[Path, Path], list[Path]]:
+    """Returns the missing statistics of each wanted copy, and the stored train state of which it is one."""
+    lost: dict[tuple[Path, Path], list[Path]] = defaultdict(list)
+    for path in (p for p in missing if verdict.sides.wanted[p].collection in STATISTICS):
+        owners = ((path[:depth], _copy_of(verdict, path[:depth])) for depth in range(1, len(path)))
+        if (pair := next(((at, above) for at, above in owners if above is not None), None)) is not None:
+            lost[pair].append(path)
+    return lost
+
+
+def _copies_left(verdict: Verdict) -> Iterator[Placement]:
+    """Yields the leaves of stored copies that nothing is made of."""
+    for path in (*verdict.unexpected, *verdict.skipped):
+        item = verdict.sides.placements.get(path)
+        if item is not None and item.section == "model" and item.collection not in FLAX_COLLECTIONS:
+            yield item
+
+
+def statistics_of_both(
+    verdict: Verdict, owner: Path, above: Path, lost: Iterable[Path]
+) -> list[Copy | Rename]:
+    """Returns the rules that give a network the statistics which are stored once for it and for another.
+
+    A program that averages its parameters runs both on one `batch_stats`.
+
+    Args:
+        verdict: The verdict under the rules so far.
+        owner: Where the network is wanted.
+        above: The stored train state in which its parameters are a copy.
+        lost: What is missing of the network.
+    """
+    wanted = {path: item for path, item in verdict.sides.wanted.items() if item.role == "model"}
+    kinds = STATISTICS.intersection(wanted[path].collection or "" for path in lost if path in wanted)
+    every = (x for x in verdict.sides.placements.values() if x.section == "model" and x.collection in kinds)
+    fields = sorted({field_of(item) for item in every if item.owner == above}) if owner else []
+    others = (path for path, item in wanted.items() if item.collection in kinds)
+    rule = Copy if any(path[: len(owner)] != owner for path in others) else Rename
+    return [rule(spelled(field), spelled(owner)) for field in fields]
+
+
+def _copy_of(verdict: Verdict, level: Path) -> Path | None:
+    """Returns the train state of which all that is restored below a level is a copy."""
+    made = (item.recipe for path, item in verdict.restored.items() if path[: len(level)] == level)
+    sources = [verdict.sides.placements.get(source) for recipe in made for source in reads(recipe)]
+    held = {(x.owner, x.collection in FLAX_COLLECTIONS) for x in sources if x and x.section == "model"}
+    above, is_own = held.pop() if len(held) == 1 else ((), True)
+    return above if not is_own else above[:-1] if above else None

@@ -26,6 +26,7 @@ from orbax_nnx_handler.planning.core.errors import NotACheckpointError
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.layouts.linen import AUX
+from orbax_nnx_handler.planning.verdict.leaf_verdicts import SharedName
 from orbax_nnx_handler.storage import naming_shortage, paused_collection
 from orbax_nnx_handler.storage.checkpoint import FieldError, hugging_face, npz, optional_object, parse_object
 from orbax_nnx_handler.storage.checkpoint.checkpoint import (
@@ -317,9 +318,8 @@ def _misnamed(names: Mapping[Path, str]) -> dict[Path, str]:
         sharing[name].append(path)
     for name, paths in sharing.items():
         if len(paths) > 1:
-            lost |= dict.fromkeys(
-                paths, f"{len(paths)} leaves have one array, {name!r}: it holds only one of them"
-            )
+            why = SharedName(f"{len(paths)} leaves have one array, {name!r}: it holds only one of them")
+            lost |= dict.fromkeys(paths, why)
     return lost
 
 

@@ -15,6 +15,7 @@ from orbax_nnx_handler.planning.core.errors import Hint, NotACheckpointError
 from orbax_nnx_handler.planning.core.paths import printable
 from orbax_nnx_handler.storage.checkpoint.directories import (
     COMMIT_FILE,
+    CONFIG_FILE,
     STEP_FILE,
     absent_indices,
     archives_in,
@@ -332,11 +333,15 @@ def _near(path: epath.Path, files: Files) -> Hint:
     return _weights(path, files) or _below(path, files) or _foreign(path, files) or _around(path, files)
 
 
+_DOWNLOAD = "download or copy flax_model.msgpack or model.safetensors too."
+
+
 def _foreign(path: epath.Path, files: Files) -> Hint | None:
     """Returns what to do with another framework's weights: a checkpoint beside them is another model's."""
     names = [name for name in files.entries(path) if name.endswith((*_PYTORCHS, *_TENSORFLOWS))]
     if not names:
-        return None
+        is_described = CONFIG_FILE in files.entries(path)
+        return Hint(f"{CONFIG_FILE} is there without weights: {_DOWNLOAD}") if is_described else None
     whose = "PyTorch's" if names[0].endswith(_PYTORCHS) else "TensorFlow's"
     return Hint(
         f"{names[0]} holds {whose} weights, which are not read: save them as safetensors, or as Flax weights "

@@ -68,6 +68,9 @@ def regroup(
         what = ("optimizer leaf is", "optimizer leaves are", "not arranged as optax arranges them")
         raise refusal(*what, foreign, _WITHOUT_MOMENTS)
     owner, collection, below = _place_of(leaves, group)
+    if not below:
+        hints = _no_layers(leaves, group or ("",)).hints
+        raise RestoreError(f"{'/'.join(group)!r} names no group of layers.", hints=hints)
     mine = [leaf for leaf in leaves if owner in ((), leaf.owner) and collection in (None, leaf.collection)]
     paths = {leaf.path for leaf in mine}
     wanted = [leaf for leaf in leaves if leaf.path not in paths]

@@ -8,11 +8,13 @@ import pytest
 from flax import nnx, serialization
 
 from orbax_nnx_handler import (
+    AmbiguousMappingError,
     NNXLinenHandler,
     NNXLinenSave,
     RestoreError,
     UnreadableLeafError,
     cli,
+    from_linen,
     plan_restore,
     restore,
     save,
@@ -94,9 +96,29 @@ def test_leaves_of_a_tree_that_share_an_array_are_unreadable(tmp_path) -> None:
 
     with pytest.raises(UnreadableLeafError, match=r"2 leaves have one array, 'params\.a\.b'"):
         restore(tmp_path / "in", state({"a.b": ONE, "a": {"b": OTHER}, "c": ONE}))
+    with pytest.raises(
+        UnreadableLeafError, match=r"hint: Orbax joins the keys of a path by dots, and kept one"
+    ):
+        restore(tmp_path / "in", state({"a": {"b": OTHER}}), unexpected="ignore")
     plan = plan_restore(tmp_path / "in", state({"c": ONE}), unexpected="ignore")
 
     assert list(plan.restored) == [("c",)]
+
+
+def test_two_keys_that_are_spelled_alike_are_shown_with_the_way_out() -> None:
+    stored = {"d/kernel": ONE, "d": {"kernel": OTHER}}
+    target = state({"d": {"kernel": OTHER}})
+
+    with pytest.raises(AmbiguousMappingError) as caught:
+        from_linen({"params": stored}, target)
+
+    (hint,) = caught.value.hints
+    assert hint.words == (
+        "params/d/kernel is stored at several keys, ('params', 'd', 'kernel') and ('params', 'd/kernel'), "
+        "and no rule tells which is meant: take the others out of the tree, or call them otherwise."
+    )
+    del stored["d/kernel"]
+    np.testing.assert_array_equal(from_linen({"params": stored}, target)["d"]["kernel"].get_value(), OTHER)
 
 
 @pytest.mark.parametrize(

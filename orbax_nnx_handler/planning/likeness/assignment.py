@@ -5,12 +5,13 @@ import functools
 import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 
 from orbax_nnx_handler.planning.core.leaves import Shape, permuted
 from orbax_nnx_handler.planning.core.paths import Level
 from orbax_nnx_handler.planning.likeness.highest_sums import MOST_PAIRS
-from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart
+from orbax_nnx_handler.planning.likeness.links import Findings, Link
+from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, part_of
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart
 from orbax_nnx_handler.planning.likeness.shapes import Step, Way, is_vector, transposed, ways
 from orbax_nnx_handler.planning.likeness.vocabulary import (
@@ -255,9 +256,6 @@ def _counts_through(one: NamedPart, other: NamedPart) -> bool:
     return is_automatic and max(sizes) < math.prod(sizes) <= len(counted[0])
 
 
-# Many at once.
-
-
 # What is compared.
 
 
@@ -379,3 +377,71 @@ def _by_template(parts: Sequence[NamedPart]) -> Mapping[Names, Mapping[Names, in
         if len(numbers := counts_of(path)) > 1:
             found[tuple("#" if word.isdecimal() else word for word in words(path))][numbers] = at
     return found
+
+
+# The ways of a U-Net.
+
+_SPELLINGS = {
+    "down": ("in input", "enc encoder", "down downs downblock downblocks"),
+    "mid": ("mid middle bottleneck midblock",),
+    "up": ("out output", "dec decoder", "up ups upblock upblocks"),
+}
+"""Words of modules on the way down, in the middle, and on the way up: what tells more comes last."""
+_EVERY = ((way, *each) for way, several in _SPELLINGS.items() for each in enumerate(several))
+_WAYS = {word: (way, rank) for way, rank, spellings in _EVERY for word in spellings.split()}
+_Match = Callable[[Sequence[Leaf], Sequence[Leaf]], Findings]
+
+
+def with_ways_apart(wanted: Sequence[Leaf], stored: Sequence[Leaf], match: _Match) -> Findings:
+    """Matches what both sides have on each way of a U-Net by itself, then what is on none, or left of one.
+
+    What is called a part of the middle is no part of the way down, whatever shapes say.
+    """
+    ours, theirs = _by_way(wanted), _by_way(stored)
+    if not (ours and theirs):
+        return match(wanted, stored)
+    found, own = Findings(), {id(x): way for y in (ours, theirs) for way, held in y.items() for x in held}
+    for way, held in ours.items():
+        found.add(match(held, theirs[way]))
+    used = {leaf.part for link in found.every for leaf in (*link.wanted, *link.stored)}
+    rest = match(*([leaf for leaf in side if leaf.part not in used] for side in (wanted, stored)))
+
+    def is_within(link: Link) -> bool:
+        return len({own.get(id(leaf)) for leaf in (*link.wanted, *link.stored)} - {None}) < 2
+
+    ties = [tie for tie in rest.ties if all(map(is_within, itertools.chain(*tie.readings)))]
+    found.add(dataclasses.replace(rest, links=[*filter(is_within, rest.links)], ties=ties))
+    return found
+
+
+def _by_way(leaves: Sequence[Leaf]) -> Mapping[str, list[Leaf]]:
+    """Returns what is on each way of U-Nets; nothing where no modules beside each other say all three.
+
+    An `encoder` is the way down only where nothing beside it says `down`.
+    """
+    found = defaultdict[str, list[Leaf]](list)
+    if not any(_way(name)[0] == "mid" for name in {name for leaf in leaves for name in leaf.names}):
+        return found  # Nearly every model.
+    ranks = defaultdict[Names, dict[str, int]](dict)
+    parts = {part: _ways_around(part) for part in map(part_of, leaves)}
+    # A layer of a network leads up or down, too.
+    for above, way, rank in ((x[:at], y, z) for x, held in parts.items() for at, y, z in held if x[at + 1 :]):
+        ranks[above][way] = max(rank, ranks[above].get(way, 0))
+    nets = {above: held for above, held in ranks.items() if len(held) == len(_SPELLINGS)}
+    for leaf in leaves if nets else ():
+        part = part_of(leaf)
+        held = (way for at, way, rank in parts[part] if nets.get(part[:at], {}).get(way) == rank)
+        if way := next(held, None):
+            found[way].append(leaf)
+    return found
+
+
+def _ways_around(part: Names) -> list[tuple[int, str, int]]:
+    """Returns which segments of a path say a way, and how much that tells: `in_blocks/0`, not `conv_in`."""
+    said = ((at, *_way(name)) for at, name in enumerate(part))
+    return [x for x in said if x[1] and (x[1] == "mid" or x[2] or counts_of("/".join(part[x[0] :][:2])))]
+
+
+@functools.lru_cache(maxsize=65536)
+def _way(name: str) -> tuple[str, int]:
+    return next((_WAYS[word] for word in words(name) if word in _WAYS), ("", 0))

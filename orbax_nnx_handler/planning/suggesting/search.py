@@ -13,7 +13,13 @@ from orbax_nnx_handler.planning.core.paths import Path, Tokens, segments
 from orbax_nnx_handler.planning.core.recipes import Read, reads, shape_of
 from orbax_nnx_handler.planning.layouts.layout import repeats_beside
 from orbax_nnx_handler.planning.likeness.arrangements import as_fused
-from orbax_nnx_handler.planning.likeness.assignment import Fit, fit_of, may_be, sizes_of_few
+from orbax_nnx_handler.planning.likeness.assignment import (
+    Fit,
+    fit_of,
+    may_be,
+    sizes_of_few,
+    with_ways_apart,
+)
 from orbax_nnx_handler.planning.likeness.joined_parts import is_table, tied
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie, leads, settle_turns
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, module_parts, part_of
@@ -428,7 +434,11 @@ def _match_whole(context: Context) -> Findings:
     """
 
     def matched(given: Context) -> Findings:
-        return with_counted_parts(match_context(given), given.wanted, given.stored, given.order)
+        def match(wanted: Sequence[Leaf], stored: Sequence[Leaf]) -> Findings:
+            return match_context(dataclasses.replace(given, wanted=wanted, stored=stored))
+
+        found = with_ways_apart(given.wanted, given.stored, match)
+        return with_counted_parts(found, given.wanted, given.stored, given.order)
 
     found, count = matched(context), None
     while (odd := contradicted(found.links)) or found.ties:

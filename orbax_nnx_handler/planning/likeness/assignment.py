@@ -400,6 +400,9 @@ def with_ways_apart(wanted: Sequence[Leaf], stored: Sequence[Leaf], match: _Matc
     ours, theirs = _by_way(wanted), _by_way(stored)
     if not (ours and theirs):
         return match(wanted, stored)
+    if all("dec" in concepts(side["up"][0].names) for side in (ours, theirs)):
+        for side in (ours, theirs):  # Which level is which of a decoder, its encoder may tell.
+            side["down"] += side.pop("up")
     found, own = Findings(), {id(x): way for y in (ours, theirs) for way, held in y.items() for x in held}
     for way, held in ours.items():
         found.add(match(held, theirs[way]))
@@ -414,7 +417,7 @@ def with_ways_apart(wanted: Sequence[Leaf], stored: Sequence[Leaf], match: _Matc
     return found
 
 
-def _by_way(leaves: Sequence[Leaf]) -> Mapping[str, list[Leaf]]:
+def _by_way(leaves: Sequence[Leaf]) -> dict[str, list[Leaf]]:
     """Returns what is on each way of U-Nets; nothing where no modules beside each other say all three.
 
     An `encoder` is the way down only where nothing beside it says `down`.

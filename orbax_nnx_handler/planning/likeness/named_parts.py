@@ -136,7 +136,7 @@ class _Context:
         self._is_deformable = {"sampling", "cross"} <= {word for part in parts for word in part.said}
         said = concepts(base for _, base, _ in self._families)
         is_image = any(len(shape) > 3 for held in self._matrices.values() for shape in held)
-        self._way_up = {"dec", *({"up"} if said & {"down", "enc"} else ())} & said if is_image else set[str]()
+        self._way_up = {"up", "dec"} & said if is_image and said & {"down", "enc"} else set[str]()
         has_actor = not self._has_attention and any("actor" in part.said for part in parts)
         self._values = {"v": "critic" if has_actor else "v"}  # The value of a state.
         # In `nn.Dense(4)(nn.relu(nn.Dense(8)(x)))` Linen numbers the last layer first.

@@ -392,7 +392,7 @@ _WAYS = {word: (way, rank) for way, rank, spellings in _EVERY for word in spelli
 _Match = Callable[[Sequence[Leaf], Sequence[Leaf]], Findings]
 
 
-def with_ways_apart(wanted: Sequence[Leaf], stored: Sequence[Leaf], match: _Match) -> Findings:
+def ways_apart(wanted: Sequence[Leaf], stored: Sequence[Leaf], match: _Match) -> Findings:
     """Matches what both sides have on each way of a U-Net by itself, then what is on none, or left of one.
 
     What is called a part of the middle is no part of the way down, whatever shapes say.

@@ -13,13 +13,7 @@ from orbax_nnx_handler.planning.core.paths import Path, Tokens, segments
 from orbax_nnx_handler.planning.core.recipes import Read, reads, shape_of
 from orbax_nnx_handler.planning.layouts.layout import repeats_beside
 from orbax_nnx_handler.planning.likeness.arrangements import as_fused
-from orbax_nnx_handler.planning.likeness.assignment import (
-    Fit,
-    fit_of,
-    may_be,
-    sizes_of_few,
-    with_ways_apart,
-)
+from orbax_nnx_handler.planning.likeness.assignment import Fit, fit_of, may_be, sizes_of_few, ways_apart
 from orbax_nnx_handler.planning.likeness.joined_parts import is_table, tied
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie, leads, settle_turns
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, module_parts, part_of
@@ -434,10 +428,10 @@ def _match_whole(context: Context) -> Findings:
     """
 
     def matched(given: Context) -> Findings:
-        def match(wanted: Sequence[Leaf], stored: Sequence[Leaf]) -> Findings:
-            return match_context(dataclasses.replace(given, wanted=wanted, stored=stored))
+        def match(ours: Sequence[Leaf], theirs: Sequence[Leaf]) -> Findings:
+            return match_context(dataclasses.replace(given, wanted=ours, stored=theirs))
 
-        found = with_ways_apart(given.wanted, given.stored, match)
+        found = ways_apart(given.wanted, given.stored, match)
         return with_counted_parts(found, given.wanted, given.stored, given.order)
 
     found, count = matched(context), None

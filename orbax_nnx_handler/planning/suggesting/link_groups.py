@@ -244,6 +244,13 @@ def by_module(links: Iterable[Link]) -> Mapping[object, list[Link]]:
     return found
 
 
+def outermost_apart(parts: Sequence[Names]) -> list[Names]:
+    """Returns the outermost modules by which parts are told apart, or these."""
+    first, count = len(shared_levels(parts, own=1)) + 1, len({*parts})
+    each = ([part[:depth] for part in parts] for depth in range(first, max(map(len, parts)) + 1))
+    return next((modules for modules in each if len({*modules}) == count), [*parts])
+
+
 def possible_roots(links: Sequence[Link], roots: Roots, *, is_alone: bool) -> Iterator[tuple[int, Names]]:
     """Yields where the model may sit in the target, and the stored levels that go by themselves."""
     shared = shared_levels([leaf.names for link in links for leaf in link.wanted], own=1)

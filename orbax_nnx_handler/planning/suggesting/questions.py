@@ -29,7 +29,7 @@ from orbax_nnx_handler.planning.likeness.vocabulary import (
     words,
 )
 from orbax_nnx_handler.planning.rules import Rule
-from orbax_nnx_handler.planning.suggesting.link_groups import by_module
+from orbax_nnx_handler.planning.suggesting.link_groups import by_module, outermost_apart
 from orbax_nnx_handler.planning.suggesting.unlike_names import why_unlike
 
 About = Literal["which", "how", "transposed"]
@@ -274,9 +274,8 @@ def by_modules(ties: Iterable[Tie]) -> Iterator[Tie]:
 
 
 def _module_pairs(reading: Iterable[Link]) -> _ModulePairs:
-    parts = [[part_of(leaf) for leaf in (link.target, link.source)] for link in reading]
-    depths = [len(shared_levels(side, own=1)) + 1 for side in zip(*parts, strict=True)]
-    return frozenset((one[: depths[0]], other[: depths[1]]) for one, other in parts)
+    parts = [(part_of(link.target), part_of(link.source)) for link in reading]
+    return frozenset(zip(*map(outermost_apart, zip(*parts, strict=True)), strict=True))
 
 
 def as_questions(found: Findings, odd: Mapping[Path, Link]) -> Findings:

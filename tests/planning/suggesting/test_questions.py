@@ -13,7 +13,16 @@ from orbax_nnx_handler.planning.likeness.module_parts import Leaf
 from orbax_nnx_handler.planning.likeness.shapes import Way, ways
 from orbax_nnx_handler.planning.suggesting.questions import Choice, held_by
 from tests.planning.plans import params
-from tests.planning.suggesting.proposals import DENSE, OTHER, arrays, filled, proposal, proposed, restored
+from tests.planning.suggesting.proposals import (
+    DENSE,
+    OTHER,
+    arrays,
+    check,
+    filled,
+    proposal,
+    proposed,
+    restored,
+)
 
 NORM = {"scale": (8,), "bias": (8,)}
 
@@ -315,3 +324,20 @@ def test_the_first_answers_keep_the_order_of_lists():
         for (tower, head), at in itertools.product(zip(("box", "cls"), order, strict=True), range(4)):
             source = stored[f"{tower}_tower/conv_{at}/kernel"]
             np.testing.assert_array_equal(values[f"{head}_head/conv/{3 * at}/kernel"], source)
+
+
+def test_the_first_answer_keeps_the_order_of_blocks_in_several_stages():
+    """Of all ways by which the blocks of stages may be each other's, the order of numbers comes first."""
+    names, stored, wanted = ("conv1/kernel", "conv2/kernel", "bn1/scale", "bn2/scale"), {}, {}
+    for stage, branch, block, name in itertools.product((2, 3), (0, 1), (0, 1), names):
+        width = (4, 8)[branch]
+        shape = (width,) if name.startswith("bn") else (3, 3, width, width)
+        stored[f"stage{stage}_branch{branch}_block{block}/{name}"] = shape
+        wanted[f"stage{stage}/0/branches/{branch}/{block}/{name}"] = shape
+    values = filled(stored)
+
+    found, _ = proposed(values, wanted)
+    answered = restored(values, wanted, found.answered([0] * len(found.questions)))
+
+    assert len(found.questions) == 2
+    check(answered, dict(zip(wanted, values.values(), strict=True)))

@@ -440,10 +440,11 @@ def _against(pairs: _Pairing, names: Sequence[Sequence[Names]]) -> tuple[int, fl
 
 
 def _order_of(one: Names, other: Names) -> int:
-    """Returns -1 where the first of two parts comes first by its numbers or words, 1 where it is the last."""
-    numbers = [[*map(int, counts_of("/".join(names)))] for names in (one, other)]
-    said = [concepts(names[-1:]) for names in (one, other)]
+    """Returns -1 where the first of two parts comes first by the numbers or words that differ, 1 for last."""
+    names = next(((x, y) for x, y in zip(one, other, strict=False) if x != y), ("", ""))
+    numbers, said = [[*map(int, counts_of(name))] for name in names], [concepts([name]) for name in names]
     places = [place for each in said if (place := component(each)) is not None]
     places = places if len(places) == 2 else [0.0, 0.0]
-    first, last = zip(numbers, places, map(order_word, said), strict=True)
+    numbers = numbers if len(numbers[0]) == len(numbers[1]) else [[0], [0]]
+    first, last = zip(numbers, ["dec" in each for each in said], places, map(order_word, said), strict=True)
     return (first > last) - (first < last)

@@ -341,3 +341,16 @@ def test_the_first_answer_keeps_the_order_of_blocks_in_several_stages():
 
     assert len(found.questions) == 2
     check(answered, dict(zip(wanted, values.values(), strict=True)))
+
+
+def test_the_first_answer_keeps_the_order_of_an_encoder_and_a_decoder():
+    """Numbers of one module tell nothing of another one, nor of a part that has none."""
+    names = ("encoder/fc2", "encoder/fc_mu", "encoder/fc_logvar", "decoder/fc1", "decoder/fc2")
+    values = filled({f"Dense_{at}/kernel": (4, 4) for at in range(len(names))})
+    wanted = dict.fromkeys((f"{name}/kernel" for name in names), (4, 4))
+
+    found, _ = proposed(values, wanted)
+    answered = restored(values, wanted, found.answered([0] * len(found.questions)))
+
+    assert found.questions
+    check(answered, dict(zip(wanted, values.values(), strict=True)))

@@ -145,6 +145,7 @@ _APART = (
 )
 _EXCLUSIVE = tuple(frozenset(words.split()) for words in _APART.split(", "))
 """Words of which one never becomes another."""
+_EXCLUDING = {word: [x for x in _EXCLUSIVE if word in x] for word in frozenset[str]().union(*_EXCLUSIVE)}
 
 _PARAMETERS = {
     "main": "kernel weight weights w scale gamma embedding embeddings table",
@@ -156,8 +157,7 @@ PARAMETER = {spelling: kind for kind, names in _PARAMETERS.items() for spelling 
 ENDING = re.compile(r"(.+)_(kernel|weights?|bias|scale)")
 """A parameter with what it is called as its own, and at the end of a name: `gate_up_proj_bias`."""
 
-PYTORCHS = frozenset(("weight", "weights", "w"))
-"""Names under which a program may keep outputs before inputs."""
+PYTORCHS = frozenset(("weight", "weights", "w"))  # Programs may keep outputs before inputs under these.
 
 SINGLE = frozenset(("layers", "layer", "blocks", "block", "h", "stages", "stage", "resblocks"))
 """Names under which a lone number is the only layer of a model."""
@@ -165,12 +165,11 @@ SINGLE = frozenset(("layers", "layer", "blocks", "block", "h", "stages", "stage"
 RESTS = frozenset(("remainder", "remaining", "rest", "tail", "last"))
 """Names of the last layers of a list, which a program keeps apart from it."""
 
-MARGIN = 0.75
-"""By how much one pairing must be better than every other one."""
+MARGIN = 0.75  # By how much one pairing must be better than every other one.
 
-STRONG = frozenset(["q", "k", "v", "o", "up", "gate", "down"])
-"""The parts of attention and of a gated network."""
+STRONG = frozenset(["q", "k", "v", "o", "up", "gate", "down"])  # Parts of attention, of a gated network.
 
+_NOTHING: Concepts = frozenset()
 _KNOWN, _LONGEST = frozenset(word for x in _SPELLINGS for word in x.split()), max(map(len, _PHRASES))
 _MEANING = {x: tuple(said.split()) for said, spellings in _SPELLINGS.items() for x in spellings.split()}
 _WORD = re.compile(
@@ -211,7 +210,7 @@ def _singular(word: str) -> str:
 
 def concepts(names: Iterable[str]) -> Concepts:
     """Returns all that some names say."""
-    return frozenset[str]().union(*map(meanings, names))
+    return _NOTHING.union(*map(meanings, names))
 
 
 SAID_BY = {"scale": concepts(["norm"]), "gamma": concepts(["norm"]), "embedding": concepts(["embed"])}
@@ -221,7 +220,8 @@ SAID_BY = {"scale": concepts(["norm"]), "gamma": concepts(["norm"]), "embedding"
 @functools.lru_cache(maxsize=65536)
 def exclude(one: Concepts, other: Concepts) -> bool:
     """Tells whether two names mean parts of which one is never the other: `pre` and `post`, `q` and `k`."""
-    return any(one & group and other & group and not one & other & group for group in _EXCLUSIVE)
+    groups = (group for word in one for group in _EXCLUDING.get(word, ()))
+    return any(not other.isdisjoint(group) and (one & other).isdisjoint(group) for group in groups)
 
 
 def telling(words: Sequence[frozenset[str]]) -> list[frozenset[str]]:

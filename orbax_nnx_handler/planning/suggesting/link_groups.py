@@ -137,12 +137,11 @@ def _layouts(link: Link) -> tuple[_Window, list[Order]]:
 
     Outputs come first in all libraries that do not keep Linen's order; of a transposed one in some.
     """
-    names, shape = (*link.target.names, *link.source.names), link.source.shape
-    *lengths, _, _ = shape if len(shape) > 2 else (0, 0)
-    said = concepts(names)
+    shape = link.source.shape
+    if len(shape) < 3 or link.source.names[-1] != "kernel" or link.target.names[-1] == "kernel":
+        return (), []  # Nearly every leaf.
+    lengths, said = shape[:-2], concepts((*link.target.names, *link.source.names))
     if not (len(lengths) > 1 and len({*lengths}) == 1) and said.isdisjoint(("conv", "deconv")):
-        return (), []
-    if link.source.names[-1] != "kernel" or link.target.names[-1] == "kernel" or not lengths:
         return (), []
     *space, into, out = range(len(shape))
     ends = ((), (into,), (out,), (into, out), (out, into))

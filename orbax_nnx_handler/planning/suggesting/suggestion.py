@@ -97,15 +97,17 @@ def _told_by_order(links: Sequence[Link]) -> Collection[Path]:
     """
     found, shifts = defaultdict[object, set[Path]](set), defaultdict[object, dict[Path, int]](dict)
     for link in links:
-        ours = {level.base for level in levels(link.target.names)}
-        theirs = levels(link.source.names)
-        if any(level.is_automatic and level.base not in ours for level in theirs):
-            names = tuple(level.base if level.is_automatic else level for level in theirs)
-            found[names, link.source.shape, link.source.number].add(link.source.source)
-        for (one, at, within), (other, to, inside) in zip(
-            lists_around(link.target.names)[:1], lists_around(link.source.names)[:1], strict=False
-        ):
-            shifts[one, within, other, inside, link.source.shape][link.source.source] = to - at
+        target, source, theirs = link.target, link.source, levels(link.source.names)
+        if automatic := {level.base for level in theirs if level.is_automatic}:
+            ours = {level.base for level in levels(target.names)}
+            if not automatic <= ours:
+                names = tuple(level.base if level.is_automatic else level for level in theirs)
+                found[names, source.shape, source.number].add(source.source)
+        if inner := lists_around(source.names)[:1]:
+            for (one, at, within), (other, to, inside) in zip(
+                lists_around(target.names), inner, strict=False
+            ):
+                shifts[one, within, other, inside, source.shape][source.source] = to - at
     ranked = [{*several} for several in shifts.values() if len({*several.values()}) > 1]
     return {path for paths in (*found.values(), *ranked) if len(paths) > 1 for path in paths}
 

@@ -183,17 +183,17 @@ def _against_flow(links: Iterable[Link]) -> Iterator[Link]:
 
     Of `Dense(n)(relu(Dense(m)(x)))` the layer that is called last is `Dense_0`.
     """
-    held = defaultdict[object, dict[int, tuple[int, Link]]](dict)
+    held = defaultdict[object, dict[tuple[int, int], list[Link]]](lambda: defaultdict(list))
     for link, level in ((x, y) for x in links for y in levels(part_of(x.source))[-1:] if y.is_automatic):
         own, number = _series(part_of(link.target))
         if number is not None and level.number is not None and not arm(own):  # The way up may be so counted.
-            seat = part_of(link.source)[: -level.width], level.base, link.target.names[-1]
-            held[own, seat][level.number] = number, link
-    pairs = (pair for some in held.values() for pair in itertools.pairwise(some[at] for at in sorted(some)))
-    if any(one > other and x.source.shape != y.source.shape for (one, x), (other, y) in pairs):
-        for some in held.values():
-            shapes = [link.source.shape for _, link in some.values()]
-            yield from (link for _, link in some.values() if shapes.count(link.source.shape) > 1)
+            held[own, part_of(link.source)[: -level.width], level.base][level.number, number].append(link)
+    groups = [{at: [x.source.shape for x in some[at]] for at in sorted(some)} for some in held.values()]
+    pairs = (pair for shapes in groups for pair in itertools.pairwise(shapes.items()))
+    if any(one[1] > other[1] and x != y for (one, x), (other, y) in pairs):
+        for some, shapes in zip(held.values(), groups, strict=True):
+            alike = (at for at, x in shapes.items() if [*shapes.values()].count(x) > 1)
+            yield from (link for at in alike for link in some[at])
 
 
 @functools.lru_cache(maxsize=1 << 18)

@@ -108,8 +108,7 @@ class _Context:
             if part.levels and part.levels[-1].number is not None and "main" in part.leaves:
                 self._shapes[part.family][part.levels[-1].number] = part.leaves["main"].shape
             self._matrices[part.module].update(leaf.shape for leaf in part.leaves.values())
-            if len(part.own & _QKV) == 1 and not part.is_norm:
-                self._single[part.module] |= part.own
+            self._single[part.module] |= part.own if len(part.own & _QKV) == 1 and not part.is_norm else set()
             self._bases[part.module].update(level.base for level in part.levels[-1:])
             if "main" in part.leaves and not (part.is_norm or part.own & STRONG - {"v"}):  # DBRX's `v1`.
                 self._unknown[part.module, math.prod(part.leaves["main"].shape)].add(part.family[1])
@@ -121,7 +120,12 @@ class _Context:
                 if "conv" in below or not (part.is_vector or below & {"attn", "mlp", "q", "k", "v", "o"}):
                     self._mixed.add(names)
         self._families = {key: tuple(sorted(numbers)) for key, numbers in families.items()}
-        self._around = {module: concepts(bases) for module, bases in self._bases.items()}
+        sides = {at: {x[0] for x in held if () != x[:1] == x[1:]} for at, held in self._matrices.items()}
+        self._triples = {at: {3 * side**2 for side in held} for at, held in sides.items()}
+        # PyTorch's attention, directly in a block: its `in_proj` holds three matrices like its `out_proj`.
+        fused = (x for x in parts if x.names[-1:] == ("in_proj",) and x.main_size in self._triples[x.module])
+        torchs = {x.module for x in fused if "out_proj" in self._bases[x.module]}
+        self._around = {at: concepts((*x, *["qkv"] * (at in torchs))) for at, x in self._bases.items()}
         # BERT has a `self` in its `crossattention`, too.
         self._empty = {"self"} if sum(names[-1] == "self" for names in self._held) > 1 else set[str]()
         called = [x for x in self._held if "attn" in meanings(levels(x)[-1].base) or x[-1] in ("sa", "ca")]
@@ -131,14 +135,14 @@ class _Context:
         self._unsaid = {"attn"} if len(unsaid) > 1 else set[str]()
         self._lacks_output = any(self._held[names].isdisjoint({"o", "out"}) for names in self._attentions)
         self._holding = Counter(x[:depth] for x in self._attentions for depth in range(len(x) + 1))
-        self._has_attention = any("attn" in part.said or part.own >= _QKV for part in parts)
+        self._has_attention = bool(torchs) or any("attn" in x.said or x.own >= _QKV for x in parts)
         # Deformable DETR numbers the norm of its cross attention first, RT-DETR that of its self attention.
         self._is_deformable = {"sampling", "cross"} <= {word for part in parts for word in part.said}
         said = concepts(base for _, base, _ in self._families)
         is_image = any(len(shape) > 3 for held in self._matrices.values() for shape in held)
         self._way_up = {"up", "dec"} & said if is_image and said & {"down", "enc"} else set[str]()
         has_actor = not self._has_attention and any("actor" in part.said for part in parts)
-        self._values = {"v": "critic" if has_actor else "v"}  # The value of a state.
+        self._values = {"v": "critic"} if has_actor else {}  # The value of a state.
         # In `nn.Dense(4)(nn.relu(nn.Dense(8)(x)))` Linen numbers the last layer first.
         counted = {x: [of[n] for n in sorted(of)] for x, of in self._shapes.items() if x[1][:1].isupper()}
         backwards = {at for (at, _), x in counted.items() if not follow(*x) and follow(*x[::-1])}
@@ -182,16 +186,14 @@ class _Context:
 
     def _surroundings(self, part: ModulePart) -> set[str]:
         """Returns what the modules around a part hold: an attention, a gated network."""
-        if "attn" in part.said:
-            return {"attn"}
-        for names in containers(part):
+        for names in containers(part) if "attn" not in part.said else ():
             is_whole = names not in self._mixed
             is_attention = {"q", "k"} <= self._held[names] or (is_whole and "attn" in self._below[names])
             is_network = (is_whole or is_attention) and "mlp" in self._below[names]
             if is_attention or is_network:
                 kind = {"attn", *({"cross"} & self._below[names])} if is_attention else {"mlp"}
                 return kind if is_attention != is_network else set()
-        return set()
+        return {"attn"} & part.said
 
     def _other_attention(self, part: ModulePart) -> set[str]:
         """Returns what an attention is whose neighbours all say it: `attn` beside `cross_attn`."""
@@ -224,8 +226,7 @@ class _Context:
         if is_untold or (part.is_norm and part.own >= {"k", "v"}):
             return (), ""
         named = [tuple(x for x in meanings(last) if x in group) for group in (_QKV, ("gate", "up"))]
-        # ERNIE's `up_gate_proj` has the gate first.
-        return next((x for x in named if len(x) > 1 and x != ("up", "gate")), ()), ""
+        return next((x for x in named if len(x) > 1 and x != ("up", "gate")), ()), ""  # Not ERNIE's.
 
     def _untold(self, part: ModulePart) -> tuple[str, ...]:
         last, bias = part.levels[-1].base if part.levels else "", part.leaves.get("bias")
@@ -241,8 +242,7 @@ class _Context:
         """Returns an attention's roles that sizes alone tell: of `Dense_0`, `linear_0`, `att_proj`."""
         last, shapes = part.levels[-1] if part.levels else Level(""), self._shapes[part.family]
         if [*part.own] == ["attn"] and self._around[part.module].isdisjoint(_QKV):
-            thirds = (x for x in self._matrices[part.module] if 3 * math.prod(x) == part.main_size)
-            return COMPUTED[3.0, 1.0][0] if any(len(x) == 2 and x[0] == x[1] for x in thirds) else ()
+            return COMPUTED[3.0, 1.0][0] if part.main_size in self._triples[part.module] else ()
         if last.number not in shapes or meanings(last.base) or "attn" not in part.said:
             return ()
         sizes = [math.prod(shapes[number]) for number in sorted(shapes) if len(shapes[number]) == 2]
@@ -285,10 +285,10 @@ class _Context:
         is_either = bool(own & {"out"}) and self._lacks_output  # Beside `attention/query`, of either.
         if "mlp" in said or (self._has_attention and not (part.is_vector or is_either)):
             # `net/0/proj`: the number above tells the place, not the name.
-            is_counted = len(part.levels) > 1 and part.levels[-2].number is not None
+            is_counted = any(level.number is not None for level in part.levels[-2:-1])
             # What is as large beside them may be either, if its name does not tell.
-            unknown = self._unknown[part.module, part.main_size] - {last.base}
-            are_told = self._are_in_turn(part, family) and not unknown
+            is_known = self._unknown[part.module, part.main_size] <= {last.base}
+            are_told = is_known and self._are_in_turn(part, family)
             self._resolve_mlp(said, own, family if are_told else (), last, is_counted)
         return ""
 

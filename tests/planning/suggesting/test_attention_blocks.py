@@ -542,3 +542,34 @@ def test_queries_keys_and_values_of_modules_that_both_sides_count_alike_become_o
 
     # Of two counts that overlap nothing tells here which begins where.
     check(values, expected if is_told else {})
+
+
+@pytest.mark.parametrize("width", [8, 16])
+@pytest.mark.parametrize("names", [("wq", "wk", "wv", "wo"), ("query", "key", "value", "out")])
+def test_the_array_of_pytorchs_attention_is_one_also_directly_in_a_block(width, names):
+    shapes, expected = {}, {}
+    for at in range(2):
+        shapes |= {f"layer_{at}/{name}/kernel": (8, 8) for name in names}
+        shapes |= {f"layer_{at}/ffn_1/kernel": (8, width), f"layer_{at}/ffn_2/kernel": (width, 8)}
+    stored = filled(shapes)
+    for at in range(2):
+        each = {name: stored[f"layer_{at}/{name}/kernel"] for name in (*names, "ffn_1", "ffn_2")}
+        fused = np.concatenate([each[name] for name in names[:3]], axis=1)
+        layers = fused, each[names[3]], each["ffn_1"], each["ffn_2"]
+        for name, value in zip(("in_proj", "out_proj", "linear1", "linear2"), layers, strict=True):
+            expected[f"layers/{at}/{name}/kernel"] = value
+
+    _, values = proposed(stored, {path: value.shape for path, value in expected.items()})
+
+    check(values, expected)
+
+
+def test_what_is_called_as_pytorchs_array_is_none_where_it_is_not_as_large_as_three_outputs():
+    shapes = {f"layer_{at}/{name}/kernel": (8, 8) for at in range(2) for name in ("wq", "wk", "wv", "wo")}
+    wanted = {f"layers/{at}/in_proj/kernel": (8, 32) for at in range(2)}
+
+    _, values = proposed(
+        filled(shapes), wanted | {f"layers/{at}/out_proj/kernel": (16, 8) for at in range(2)}
+    )
+
+    assert values == {}

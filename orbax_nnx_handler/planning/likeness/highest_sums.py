@@ -1,19 +1,25 @@
 """Which pairs of the parts of two sides together have the highest score.
 
 Each part is in one pair at most. A pair stands only where every other way to pair the parts is worse by a
-margin: what is nearly as likely is asked about.
+margin: what is nearly as likely is asked about. Last, layers that a program may have counted from the last.
 """
 
+import dataclasses
 import itertools
 import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence, Set
 from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
 
-from orbax_nnx_handler.planning.likeness.vocabulary import MARGIN
+from orbax_nnx_handler.planning.core.leaves import with_fields
+from orbax_nnx_handler.planning.core.paths import levels
+from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie
+from orbax_nnx_handler.planning.likeness.module_parts import part_of
+from orbax_nnx_handler.planning.likeness.vocabulary import MARGIN, Names
 
 MOST_PAIRS = 10_000
 """A hundred parts of one shape on either side are no block of a model that names could tell apart."""
@@ -125,3 +131,48 @@ def merged(groups: Iterable[frozenset[tuple[int, int]]]) -> list[frozenset[tuple
             found[large] |= pairs
         owner |= dict.fromkeys(keys, large)
     return [frozenset(group) for group in found.values()]
+
+
+# Layers that are counted from the last one.
+
+
+def with_either_count(found: Findings) -> Findings:
+    """Returns what is known, asked also whether Linen has counted the equal layers of modules from the last.
+
+    Of `Dense(n)(relu(Dense(n)(x)))` it counts so, in all modules of the class. Where it is open which of
+    these is which, no question would have the right answer. Not where some module of the class is known.
+    """
+    known = {_class_of(part_of(link.source)) for link in (found.links if found.ties else ())}
+    ties = list[Tie]()
+    for tie in found.ties:
+        others = (_counted_back(reading, known) for reading in tie.readings)
+        more = (other for other in others if other and other not in tie.readings)
+        ties.append(dataclasses.replace(tie, readings=(*tie.readings, *more)))
+    return dataclasses.replace(found, ties=ties)
+
+
+def _counted_back(reading: Sequence[Link], known: Set[Names]) -> tuple[Link, ...]:
+    """Returns a reading with the equal layers of several modules in reverse; nothing where they differ."""
+    modules = defaultdict[tuple[object, ...], dict[int, tuple[int, Link]]](dict)
+    for link in reading:
+        part = part_of(link.source)
+        if not part or link.joint is not None or link.layers is not None or _class_of(part) in known:
+            return ()
+        if not (last := levels(part)[-1]).is_automatic:
+            return ()
+        depth = len(part) - last.width
+        kind = link.source.names[len(part) :], link.source.shape, part_of(link.target)[:-1]
+        modules[part[:depth], last.base, kind][last.number or 0] = depth, link
+    if len({home for home, *_ in modules}) < 2 or min(map(len, modules.values())) < 2:
+        return ()
+    made = list[Link]()
+    for held in modules.values():
+        order = [held[number] for number in sorted(held)]
+        for (depth, link), (_, other) in zip(order, reversed(order), strict=True):
+            seats = tuple(seat for seat in link.levels if seat[0] < depth)
+            made.append(with_fields(link, stored=other.stored, levels=seats))
+    return tuple(made)
+
+
+def _class_of(part: Names) -> Names:
+    return tuple(level.base for level in levels(part))

@@ -14,6 +14,7 @@ from orbax_nnx_handler.planning.core.recipes import Read, reads, shape_of
 from orbax_nnx_handler.planning.layouts.layout import repeats_beside
 from orbax_nnx_handler.planning.likeness.arrangements import as_fused
 from orbax_nnx_handler.planning.likeness.assignment import Fit, fit_of, may_be, sizes_of_few, ways_apart
+from orbax_nnx_handler.planning.likeness.highest_sums import with_either_count
 from orbax_nnx_handler.planning.likeness.joined_parts import is_table, tied
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie, leads, settle_turns
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, module_parts, part_of
@@ -81,7 +82,7 @@ def search(wanted: Sequence[Leaf], stored: Sequence[Leaf], order: Mapping[Tokens
     left = {part_of(leaf) for leaf in stored} - used, {part_of(leaf) for leaf in wanted} - made
     twice = {link.target.source: link for link in wanted_twice(found, wanted, *sides)}
     odd = {**coincidences(found.links, *left, sides), **twice}
-    found = with_modules_asked(as_questions(found, odd), wanted, stored)
+    found = with_modules_asked(with_either_count(as_questions(found, odd)), wanted, stored)
     plain, copies = apart_from_copies((found := with_moved_axes(found)).links, stored)
     found.ties.extend(copies)
     settled, turns = settle_turns(plain)

@@ -405,3 +405,22 @@ def test_what_rules_say_of_an_order_is_not_asked_again():
 
     assert not found.questions
     assert not found.unmatched_wanted
+
+
+def test_where_it_is_open_which_module_is_which_linen_may_have_counted_their_layers_from_the_last():
+    stored, wanted, truth = case(
+        *(
+            (f"Mlp_{2 * block + at}/Dense_{1 - layer}", f"blocks/{block}/{name}_mlp/lin{layer + 1}", DENSE)
+            for block in range(2)
+            for at, name in enumerate(("token", "channel"))
+            for layer in range(2)
+        )
+    )
+    values = filled(stored)
+
+    found, settled = proposed(values, wanted)
+
+    assert settled == {}
+    (question,) = found.questions
+    made = [restored_by(values, wanted, rules) for rules in question.alternatives]
+    assert sum(all(np.array_equal(x[aim], values[path]) for aim, path in truth.items()) for x in made) == 1

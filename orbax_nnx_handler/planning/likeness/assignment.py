@@ -92,7 +92,7 @@ def fit_of(one: NamedPart, other: NamedPart) -> Fit | None:
 
 
 def _lone_bias(one: NamedPart, other: NamedPart) -> tuple[Leaf, Leaf, tuple[Way, ...]] | None:
-    """Returns a parameter that is called a bias of something (`gating_bias`) with one that is not."""
+    """Returns a parameter called a bias of something (`gating_bias`, `rel_bias`) with one that is not."""
     if len(one.part.leaves) > 1 or len(other.part.leaves) > 1:
         return None
     (left,), (right,) = one.part.leaves.values(), other.part.leaves.values()
@@ -102,7 +102,7 @@ def _lone_bias(one: NamedPart, other: NamedPart) -> tuple[Leaf, Leaf, tuple[Way,
     ):
         return None
     are_alike = left.shape == right.shape or (is_vector(left.shape) and is_vector(right.shape))
-    found = _ways(left, right, one, other) if are_alike else ()
+    found = _ways(left, right, one, other) if are_alike or (_is_table(one) and _is_table(other)) else ()
     return (left, right, found) if found else None
 
 

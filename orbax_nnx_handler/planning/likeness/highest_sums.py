@@ -1,7 +1,8 @@
 """Which pairs of the parts of two sides together have the highest score.
 
 Each part is in one pair at most. A pair stands only where every other way to pair the parts is worse by a
-margin: what is nearly as likely is asked about. Last, layers that a program may have counted from the last.
+margin: what is nearly as likely is asked about. Then, which runs of modules in turn are each other's;
+last, layers that a program may have counted from the last.
 """
 
 import dataclasses
@@ -18,8 +19,8 @@ import numpy as np
 from orbax_nnx_handler.planning.core.leaves import with_fields
 from orbax_nnx_handler.planning.core.paths import levels
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie
-from orbax_nnx_handler.planning.likeness.module_parts import part_of
-from orbax_nnx_handler.planning.likeness.vocabulary import MARGIN, Names
+from orbax_nnx_handler.planning.likeness.module_parts import Leaf, part_of, part_sizes
+from orbax_nnx_handler.planning.likeness.vocabulary import MARGIN, Names, arm, concepts, exclude, likeness
 
 MOST_PAIRS = 10_000
 """A hundred parts of one shape on either side are no block of a model that names could tell apart."""
@@ -131,6 +132,87 @@ def merged(groups: Iterable[frozenset[tuple[int, int]]]) -> list[frozenset[tuple
             found[large] |= pairs
         owner |= dict.fromkeys(keys, large)
     return [frozenset(group) for group in found.values()]
+
+
+# Modules in turn.
+
+
+Module = tuple[Names, list[Leaf]]
+
+
+Run = dict[tuple[int, str, int], Module]
+"""Modules beside each other, or those in a list, by the number in the list, the name and its number."""
+
+
+def in_turn(wanted: Sequence[Leaf], stored: Sequence[Leaf], above: Sequence[int]) -> list[list[Module]]:
+    """Returns modules that both sides compute one after the other, each as large as the one in its place.
+
+    `input_blocks/{0..11}/{0..2}` are `down_blocks_{0..2}/{resnets,attentions,downsamplers}_{0..1}`: which of
+    several names comes next, sizes tell.
+    """
+    ours, theirs = _runs(wanted, above[0]), _runs(stored, above[1])
+    scores, found = dict[tuple[int, int], float](), dict[tuple[int, int], list[list[Module]]]()
+    alike: dict[tuple[bool, int], list[int]] = defaultdict(list)
+    for to, (_, other) in enumerate(theirs):
+        for length in range(len(other) - 1, len(other) + 2):
+            alike[not _is_counted(other), length].append(to)  # Of one side alone numbers tell the order.
+    near = [(at, to) for at, (_, x) in enumerate(ours) for to in alike[_is_counted(x), len(x)]]
+    for at, to in near if len(near) <= MOST_PAIRS else ():
+        (names, run), (others, other) = ours[at], theirs[to]
+        pairs = _one_by_one(run, other) if _is_counted(run) else [x[::-1] for x in _one_by_one(other, run)]
+        are_modules = sum(len({leaf.names[:-1] for leaf in held}) > 1 for (_, held), _ in pairs) > 1
+        is_known = not any(exclude(concepts(one), concepts(two)) for (one, _), (two, _) in pairs)
+        if are_modules and arm(names) * arm(others) >= 0 and is_known:
+            found[at, to], scores[at, to] = pairs, 20 + likeness(concepts(names), concepts(others))
+    return [pair for best in best_pairs(scores) for pair in found[best]]
+
+
+def _runs(leaves: Iterable[Leaf], above: int) -> list[tuple[Names, Run]]:
+    found: dict[tuple[Names, bool], Run] = defaultdict(dict)
+    for leaf in leaves:
+        path, end = levels(leaf.names), 0
+        for level, inner in itertools.pairwise(path):
+            end += level.width
+            if end <= above:
+                continue
+            names, number = (*leaf.names[: end - level.width], level.base), level.number or 0
+            key, deeper = (number, inner.base, inner.number or 0), leaf.names[: end + inner.width]
+            found[names, True].setdefault(key, (deeper, []))[1].append(leaf)
+            if level.number is not None:
+                key = (0, "", number)
+                found[names, False].setdefault(key, (leaf.names[:end], []))[1].append(leaf)
+                break
+    # What holds leaves beside its modules is no run of them.
+    return [
+        (names, run)
+        for (names, _), run in found.items()
+        if all(held[0].names != at for at, held in run.values())
+    ]
+
+
+def _one_by_one(run: Run, other: Run) -> list[list[Module]]:
+    """Returns the pairs of a run of which only numbers tell the order, and of another one."""
+    keys = sorted(run, key=lambda key: (key[0], key[2]))
+    if len(keys) == len(other) + 1 and len({leaf.names[:-1] for leaf in run[keys[0]][1]}) == 1:
+        keys = keys[1:]  # What leads in lies beside the list elsewhere.
+    if len(keys) != len(other):
+        return []
+    left: dict[int, dict[str, list[Module]]] = defaultdict(lambda: defaultdict(list))
+    for key in sorted(other, key=lambda key: key[::2], reverse=True):
+        left[key[0]][key[1]].append(other[key])
+    pairs: list[list[Module]] = []
+    for key in keys:
+        first = next(left[number] for number in sorted(left) if any(left[number].values()))
+        size = sum(part_sizes(run[key][1]))
+        heads = [held for held in first.values() if held and sum(part_sizes(held[-1][1])) == size]
+        if len(heads) != 1:
+            return []
+        pairs.append([run[key], heads[0].pop()])
+    return pairs
+
+
+def _is_counted(run: Run) -> bool:
+    return len({key[:2] for key in run}) == len({key[0] for key in run})
 
 
 # Layers that are counted from the last one.

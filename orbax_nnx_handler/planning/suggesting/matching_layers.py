@@ -11,6 +11,7 @@ from orbax_nnx_handler.planning.core.folding import same_numbers
 from orbax_nnx_handler.planning.core.leaves import with_fields
 from orbax_nnx_handler.planning.core.paths import Tokens, levels
 from orbax_nnx_handler.planning.likeness import modules_beside, sizes_of, told_by_names
+from orbax_nnx_handler.planning.likeness.highest_sums import in_turn
 from orbax_nnx_handler.planning.likeness.links import Findings, LayerPair, Layers, Link, Tie, in_all_layers
 from orbax_nnx_handler.planning.likeness.module_parts import (
     Leaf,
@@ -40,9 +41,9 @@ from orbax_nnx_handler.planning.suggesting.series import (
 )
 from orbax_nnx_handler.planning.suggesting.stacks import (
     Share,
+    counted_through,
     in_any_order,
     in_stacks,
-    in_turn,
     kinds_of,
     lists_in_lists,
     shared_in,
@@ -114,10 +115,9 @@ class _Matching:
         self._match([pair for pair in paired_series(*self._series(1)) if is_reversed(*pair)])
         self._match_stacks()
         self._match(self._paired())  # Where stacks took all others, one list is left on either side.
-        for several in equal_series(*self._left()):
+        for several in (*equal_series(*self._left()), *counted_through(*self._left())):
             self._match_or_ask(several)
-        # Of lists of other lengths no number tells which layer is which.
-        pairs = itertools.product(*self._left())
+        pairs = itertools.product(*self._left())  # Of lists of other lengths no number tells the layer.
         other = [x for y, x in pairs if have_equal_layers(x, y) and len(x.members) != len(y.members)]
         unlike = {id(leaf) for one in other for leaf in one.leaves}
         stored = [leaf for leaf in self._free(1) if id(leaf) not in unlike]

@@ -1,22 +1,22 @@
 """Stacks: what of the other side holds the layers of a group along an axis, or every second, third, ….
 
-Then, modules that both sides keep stacked: one layer tells how each array of all of them is made.
-Last, modules in turn.
+Then, lists that the other side counts through as one. Last, modules that both sides keep stacked: one layer
+tells how each array of all of them is made.
 """
 
 import dataclasses
 import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.leaves import Shape, with_fields
 from orbax_nnx_handler.planning.core.paths import levels
 from orbax_nnx_handler.planning.likeness import share_word, sizes_of, with_layers
 from orbax_nnx_handler.planning.likeness.arrangements import moves
-from orbax_nnx_handler.planning.likeness.highest_sums import MOST_PAIRS, best_pairs
+from orbax_nnx_handler.planning.likeness.highest_sums import best_pairs
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, settle_turns
-from orbax_nnx_handler.planning.likeness.module_parts import Leaf, Stacks, depth_of, leaves_below, part_sizes
+from orbax_nnx_handler.planning.likeness.module_parts import Leaf, Stacks, depth_of, leaves_below
 from orbax_nnx_handler.planning.likeness.shapes import Steps, Way, without_axis
 from orbax_nnx_handler.planning.likeness.vocabulary import (
     MARGIN,
@@ -261,6 +261,53 @@ def _likeliest_axis(series: Series, leaves: Sequence[Leaf], axes: Sequence[int])
     return (fitting or axes)[0] if len(fitting or axes) == 1 else -1
 
 
+# Lists that the other side counts through.
+
+
+def counted_through(ours: Sequence[Series], theirs: Sequence[Series]) -> Iterator[list[Pairs]]:
+    """Yields the ways in which the layers of a list are those of a few lists, each of these in its order.
+
+    `Cell_{0..3}` are `forward/{0..1}` and `backward/{0..1}`: in turns, one list after the other, or mixed.
+    """
+    for side, (groups, others) in enumerate(((ours, theirs), (theirs, ours))):
+        for one in groups:
+            lists = [x for x in others if have_equal_layers(one, x) and not exclude(one.said, x.said)]
+            is_whole = 1 < len(lists) <= _FEW and sum(len(x.members) for x in lists) == len(one.members)
+            if is_whole and [x for x in groups if have_equal_layers(one, x)] == [one]:
+                yield [_through(one, lists, order, side) for order in _mixed([len(x.members) for x in lists])]
+
+
+_FEW, _MOST_ORDERS = 3, 24
+
+
+def _mixed(lengths: Sequence[int]) -> list[tuple[int, ...]]:
+    """Returns the orders in which lists may be counted as one, by the list of each number.
+
+    Of very many only those in turns, and one list after the other.
+    """
+    starts = [*itertools.permutations(range(len(lengths)))]
+    turns = [tuple(at for step in range(max(lengths)) for at in x if step < lengths[at]) for x in starts]
+    after = [tuple(at for at in x for _ in range(lengths[at])) for x in starts]
+    count = math.factorial(sum(lengths)) // math.prod(map(math.factorial, lengths))
+    return [*dict.fromkeys([*turns, *after, *(_every_mix(lengths) if count <= _MOST_ORDERS else ())])]
+
+
+def _every_mix(left: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    for first in [at for at, count in enumerate(left) if count]:
+        rest = [count - (at == first) for at, count in enumerate(left)]
+        yield from ((first, *more) for more in _every_mix(rest))
+    if not any(left):
+        yield ()
+
+
+def _through(series: Series, lists: Sequence[Series], order: Sequence[int], side: int) -> Pairs:
+    """Returns the layers of a list, which is wanted (0) or stored (1), with those of lists in an order."""
+    ones = [alone(series.place(at), series.members[at], 0) for at in series.numbers]
+    left = [iter([alone(x.place(at), x.members[at], 1) for at in x.numbers]) for x in lists]
+    pairs = [(one, next(left[at])) for one, at in zip(ones, order, strict=True)]
+    return [(other, one) for one, other in pairs] if side else pairs
+
+
 # Modules that both sides keep stacked.
 
 
@@ -367,84 +414,3 @@ def _in_stack(
     if joint is not None:
         joint = dataclasses.replace(joint, axis=joint.axis + 1, parts=made_ways)
     return with_fields(link, wanted=ours, stored=theirs, ways=made_ways, joint=joint, after=after)
-
-
-# Modules in turn.
-
-
-Module = tuple[Names, list[Leaf]]
-
-
-Run = dict[tuple[int, str, int], Module]
-"""Modules beside each other, or those in a list, by the number in the list, the name and its number."""
-
-
-def in_turn(wanted: Sequence[Leaf], stored: Sequence[Leaf], above: Sequence[int]) -> list[list[Module]]:
-    """Returns modules that both sides compute one after the other, each as large as the one in its place.
-
-    `input_blocks/{0..11}/{0..2}` are `down_blocks_{0..2}/{resnets,attentions,downsamplers}_{0..1}`: which of
-    several names comes next, sizes tell.
-    """
-    ours, theirs = _runs(wanted, above[0]), _runs(stored, above[1])
-    scores, found = dict[tuple[int, int], float](), dict[tuple[int, int], list[list[Module]]]()
-    alike: dict[tuple[bool, int], list[int]] = defaultdict(list)
-    for to, (_, other) in enumerate(theirs):
-        for length in range(len(other) - 1, len(other) + 2):
-            alike[not _is_counted(other), length].append(to)  # Of one side alone numbers tell the order.
-    near = [(at, to) for at, (_, x) in enumerate(ours) for to in alike[_is_counted(x), len(x)]]
-    for at, to in near if len(near) <= MOST_PAIRS else ():
-        (names, run), (others, other) = ours[at], theirs[to]
-        pairs = _one_by_one(run, other) if _is_counted(run) else [x[::-1] for x in _one_by_one(other, run)]
-        are_modules = sum(len({leaf.names[:-1] for leaf in held}) > 1 for (_, held), _ in pairs) > 1
-        is_known = not any(exclude(concepts(one), concepts(two)) for (one, _), (two, _) in pairs)
-        if are_modules and arm(names) * arm(others) >= 0 and is_known:
-            found[at, to], scores[at, to] = pairs, 20 + likeness(concepts(names), concepts(others))
-    return [pair for best in best_pairs(scores) for pair in found[best]]
-
-
-def _runs(leaves: Iterable[Leaf], above: int) -> list[tuple[Names, Run]]:
-    found: dict[tuple[Names, bool], Run] = defaultdict(dict)
-    for leaf in leaves:
-        path, end = levels(leaf.names), 0
-        for level, inner in itertools.pairwise(path):
-            end += level.width
-            if end <= above:
-                continue
-            names, number = (*leaf.names[: end - level.width], level.base), level.number or 0
-            key, deeper = (number, inner.base, inner.number or 0), leaf.names[: end + inner.width]
-            found[names, True].setdefault(key, (deeper, []))[1].append(leaf)
-            if level.number is not None:
-                key = (0, "", number)
-                found[names, False].setdefault(key, (leaf.names[:end], []))[1].append(leaf)
-                break
-    # What holds leaves beside its modules is no run of them.
-    return [
-        (names, run)
-        for (names, _), run in found.items()
-        if all(held[0].names != at for at, held in run.values())
-    ]
-
-
-def _one_by_one(run: Run, other: Run) -> list[list[Module]]:
-    """Returns the pairs of a run of which only numbers tell the order, and of another one."""
-    keys = sorted(run, key=lambda key: (key[0], key[2]))
-    if len(keys) == len(other) + 1 and len({leaf.names[:-1] for leaf in run[keys[0]][1]}) == 1:
-        keys = keys[1:]  # What leads in lies beside the list elsewhere.
-    if len(keys) != len(other):
-        return []
-    left: dict[int, dict[str, list[Module]]] = defaultdict(lambda: defaultdict(list))
-    for key in sorted(other, key=lambda key: key[::2], reverse=True):
-        left[key[0]][key[1]].append(other[key])
-    pairs: list[list[Module]] = []
-    for key in keys:
-        first = next(left[number] for number in sorted(left) if any(left[number].values()))
-        size = sum(part_sizes(run[key][1]))
-        heads = [held for held in first.values() if held and sum(part_sizes(held[-1][1])) == size]
-        if len(heads) != 1:
-            return []
-        pairs.append([run[key], heads[0].pop()])
-    return pairs
-
-
-def _is_counted(run: Run) -> bool:
-    return len({key[:2] for key in run}) == len({key[0] for key in run})

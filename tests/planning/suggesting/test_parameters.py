@@ -1,5 +1,6 @@
 """Which parameters make one part: a scale with its shift, a kernel with its bias, a norm and no token."""
 
+import numpy as np
 import pytest
 
 from tests.planning.suggesting.proposals import check, filled, proposed, restored
@@ -110,6 +111,22 @@ def test_the_level_of_a_box_is_no_name_of_a_leaf(shapes, made):
         path: stored[source].transpose(axes) if axes else stored[source]
         for path, (source, axes) in made.items()
     }
+
+    _, values = proposed(stored, {path: x.shape for path, x in expected.items()})
+
+    check(values, expected)
+
+
+@pytest.mark.parametrize("name", ["rel_bias", "relpos_bias", "pos_bias"])
+@pytest.mark.parametrize("is_turned", [True, False])
+def test_biases_of_relative_positions_may_have_heads_first_or_last_under_any_name(name, is_turned):
+    towers = {"encoder": "enc", "decoder": "dec"}
+    stored = filled(
+        {f"{x}/relpos_bias/rel_embedding": (3, 7) for x in towers} | {"encoder/fc/kernel": (8, 8)}
+    )
+    tables = {f"{towers[x]}/{name}": stored[f"{x}/relpos_bias/rel_embedding"] for x in towers}
+    expected = {path: np.transpose(x) if is_turned else x for path, x in tables.items()}
+    expected["enc/fc/kernel"] = stored["encoder/fc/kernel"]
 
     _, values = proposed(stored, {path: x.shape for path, x in expected.items()})
 

@@ -133,6 +133,31 @@ def test_gates_that_a_target_keeps_apart_too_are_not_fused():
     assert [tuple(rule) for rule in map(_pair, found.renames)] == [("lstm", "cell")]
 
 
+@pytest.mark.parametrize(("count", "answers"), [(2, 6), (3, 20), (5, 4)])
+@pytest.mark.parametrize("is_in_turns", [True, False])
+def test_cells_that_linen_counts_through_are_asked_about_where_both_directions_are_lists(
+    count, answers, is_in_turns
+):
+    places = [(at, way) for at in range(count) for way in ("forward", "backward")]
+    places = places if is_in_turns else sorted(places, key=lambda place: place[1])
+    cells = {f"LSTMCell_{n}": f"{way}_rnn/{at}/cell" for n, (at, way) in enumerate(places)}
+    stored = filled({path: x for cell in cells for path, x in lstm(cell, 4, 4).items()})
+    expected = {}
+    for cell, aim in cells.items():
+        expected[f"{aim}/dense_i/kernel"] = fused(stored, cell, "i", LSTM)
+        expected[f"{aim}/dense_h/kernel"] = fused(stored, cell, "h", LSTM)
+        expected[f"{aim}/dense_h/bias"] = fused(stored, cell, "h", LSTM, "bias")
+    wanted = {path: value.shape for path, value in expected.items()}
+
+    found, values = proposed(stored, wanted)
+
+    assert values == {}
+    (question,) = found.questions
+    made = [restored(stored, wanted, rules) for rules in question.alternatives]
+    assert len(made) == answers
+    assert any(all(np.array_equal(each[path], expected[path]) for path in expected) for each in made)
+
+
 def _nested(flat):
     found = {}
     for path, value in flat.items():

@@ -8,12 +8,14 @@ import pytest
 from flax import nnx, traverse_util
 
 from orbax_nnx_handler import Rename, RestoreError, from_linen, suggest
+from orbax_nnx_handler.planning.likeness import highest_sums
 from orbax_nnx_handler.planning.likeness.assignment import fit_of
+from orbax_nnx_handler.planning.likeness.highest_sums import in_turn
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf
 from orbax_nnx_handler.planning.rules.entries import Entry
-from orbax_nnx_handler.planning.suggesting import matching_parts, series, stacks
+from orbax_nnx_handler.planning.suggesting import matching_parts, series
 from orbax_nnx_handler.planning.suggesting.series import are_alike, paired_series, series_of
-from orbax_nnx_handler.planning.suggesting.stacks import in_turn, shared_in
+from orbax_nnx_handler.planning.suggesting.stacks import shared_in
 from tests.planning.suggesting.pairs import nested, target_of
 from tests.planning.suggesting.proposals import abstract, check, filled, proposed, restored
 from tests.sampled import sampled
@@ -527,8 +529,8 @@ def test_what_the_names_of_many_lists_say_is_asked_once_of_each(monkeypatch):
 
 def test_hundreds_of_modules_that_lie_in_turn_are_not_compared_with_each_other(monkeypatch):
     asked = []
-    sizes = stacks.part_sizes
-    monkeypatch.setattr(stacks, "part_sizes", lambda leaves: asked.append(leaves) or sizes(leaves))
+    sizes = highest_sums.part_sizes
+    monkeypatch.setattr(highest_sums, "part_sizes", lambda leaves: asked.append(leaves) or sizes(leaves))
     sides = [
         [leaf(f"{side}{tower}x/{part}/fc/kernel", (4, 4)) for tower in range(200) for part in parts]
         for side, parts in (("a", ("block_0", "block_1")), ("b", ("left", "right")))

@@ -15,7 +15,7 @@ Concepts = frozenset[str]
 
 _SPELLINGS = {
     "attn": "attention attn att mha xattention attentions",
-    "attn self": "selfattention selfattn",
+    "attn self": "selfattention selfattn msa mhsa",
     "attn cross": "crossattention crossattn xattn encdecattention encoderattention",
     "self": "self",
     "cross": "cross encdec",
@@ -113,8 +113,8 @@ _TOGETHER = (
     "sa layer norm: self attn norm, r w: rel content, r r: rel pos, g encoder: goal enc, conv pw: conv pw, "
     "conv transpose: conv deconv, query encoder: question enc, context encoder: passage enc, "
     "net g: generator, net d: discriminator, full layer layer norm: last norm, negative slope: prelu, "
-    "encoderdecoder: enc dec, prenorm: pre norm, postnorm: post norm, dwconv: depthwise conv, "
-    "encoder q: enc online, encoder k: enc tgt, qf: critic, transition: dynamics, llm: text"
+    "encoderdecoder: enc dec, prenorm: pre norm, postnorm: post norm, dwconv: depthwise conv, llm: text, "
+    "key encoder: passage enc, encoder q: enc online, encoder k: enc tgt, qf: critic, transition: dynamics"
 )
 _PHRASES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     tuple(words.split()): tuple(said.split())

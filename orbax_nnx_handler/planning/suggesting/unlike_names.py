@@ -37,12 +37,17 @@ _OF_ANY = _KINDS | (PLACING - {"attn", "mlp", "self", "cross"})
 """What many parts are, and that they are first or last: what one side may say and the other not."""
 
 
+_UNSURE = frozenset(("head", "embed", "v", "o", "self", "cross"))
+"""What is said of parts that are each other's all the same: a Q is a `value`, a tied table is a head."""
+
+
 class _Said(NamedTuple):
-    """What only the wanted and what only the stored name says; whether they share a word that tells."""
+    """What only the wanted and what only the stored name says; whether they share a word or are opposites."""
 
     only: tuple[Concepts, Concepts]
     is_shared: bool
     is_short: bool
+    are_opposites: bool
 
 
 LinksByParts = Mapping[tuple[Names, Names], Sequence[Link]]
@@ -59,6 +64,8 @@ def strangers(parts: LinksByParts, wanted: Sequence[ModulePart], norms: Sequence
     """
     called = {pair: _names(some[0]) for pair, some in parts.items()}
     said = {pair: _said(*map(plain_names, names)) for pair, names in called.items()}
+    for pair in (pair for pair in parts if said[pair].are_opposites and parts[pair][0].grounds != "fact"):
+        yield from (link for link in parts[pair] if link.joint is None)
     told = {pair for pair, some in parts.items() if said[pair].is_shared or _are_told(pair, some)}
     if len(told) == len(parts):
         return
@@ -125,8 +132,23 @@ def _said(wanted: Names, stored: Names) -> _Said:
     is_shared = is_short or not ours & theirs <= _KINDS | PLACING
     # Where both only say where they are in a block, that has decided; a letter alone says nothing.
     return _Said(
-        (one - _OF_ANY, other - _OF_ANY), is_shared or not all(sides) or one | other <= PLACING, is_short
+        (one - _OF_ANY, other - _OF_ANY),
+        is_shared or not all(sides) or one | other <= PLACING,
+        is_short,
+        _are_of_opposites(ours, theirs),
     )
+
+
+def _are_of_opposites(ours: Concepts, theirs: Concepts) -> bool:
+    """Tells whether of two parts, or of the modules around them, one is called what the other never is.
+
+    What leads from `a` to `b` does not lead back: `gen_ab` and `gen_ba`.
+    """
+    one, other = ours - theirs, theirs - ours
+    if any(len(word) == 2 and word[::-1] in other for word in one):
+        return True
+    # Where a norm stands in its block, order tells.
+    return "norm" not in ours | theirs and exclude(ours - _UNSURE, theirs - _UNSURE)
 
 
 def _own(names: Names) -> Concepts:

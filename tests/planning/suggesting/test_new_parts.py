@@ -216,3 +216,28 @@ def test_a_parameter_is_not_made_of_its_opposite_without_asking(stored, wanted):
 
     assert found.confidence == "open"
     assert tuple(wanted.split("/")) in found.unmatched_wanted
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        *(("gen_ab", "gen_ba"), ("query_encoder", "key_encoder")),
+        ("blocks_0/adaln_msa", "blocks/0/adaln_mlp"),
+    ],
+)
+def test_a_module_is_not_made_of_its_opposite_without_asking_also_where_its_layers_are_called_otherwise(
+    one, other
+):
+    sides = [
+        {"head/fc/kernel": (3, 7)}
+        | {f"{module}/{layers.format(at)}/{fc}/kernel": shape for at in range(2) for fc, shape in inside}
+        for module, layers, inside in (
+            (one, "layers_{}", (("fc1", (8, 16)), ("fc2", (16, 8)))),
+            (other, "blocks/{}", (("up", (8, 16)), ("down", (16, 8)))),
+        )
+    ]
+    stored = filled(sides[0])
+
+    _, values = proposed(stored, sides[1])
+
+    check(values, {"head/fc/kernel": stored["head/fc/kernel"]})

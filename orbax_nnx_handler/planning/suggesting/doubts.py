@@ -138,17 +138,17 @@ def apart_from_copies(links: Sequence[Link], stored: Sequence[Leaf]) -> tuple[li
     doubled, used = _doubled(links), {leaf.part for link in links for leaf in link.stored}
     free = {x.names[-2:] for x in stored if x.part not in used and not is_copied(x.names)}
     plain = {names for link in links if not is_copied(names := link.source.names)} if copies else ()
-    originals = {tuple(map(words, names[:at])) for names in plain for at in range(len(names))}
+    originals = {tuple(map(meanings, names[:at])) for names in plain for at in range(len(names))}
 
     def has_original(names: Names) -> bool:
         """Tells whether what a module is called a copy of is used too: `actor` of `actor_target`."""
         at = next((at for at, name in enumerate(names) if is_copied([name])), 0)
-        return (*map(words, names[:at]), _without_copies(names[at])) in originals
+        return (*map(meanings, names[:at]), _without_copies(names[at])) in originals
 
     def is_copy_of(one: Names, other: Names) -> bool:
         """Tells whether a module around one part is called a copy of one around the other part."""
         left = {_without_copies(name) for name in one if name in copies} - {()}
-        return not left.isdisjoint(map(words, other if left else ()))
+        return not left.isdisjoint(map(meanings, other if left else ()))
 
     kinds: dict[str, list[Link]] = defaultdict(list)
     for link in links:
@@ -171,8 +171,9 @@ def _is_copied(name: str) -> bool:
 
 
 def _without_copies(name: str) -> tuple[str, ...]:
-    """Returns the words of what a name is called a copy of."""
-    return tuple(word for word in words(name) if not _is_copied(word))
+    """Returns what a name means without the words for a copy: what `target_value` is one of."""
+    left = [word for word in words(name) if not _is_copied(word)]
+    return meanings("_".join(left)) if len(left) < len(words(name)) else words(name)
 
 
 def _doubled(links: Iterable[Link]) -> set[Path]:
@@ -310,7 +311,7 @@ def coincidences(
     plain = [link for link in links if link.joint is None and link.layers is None]
     odd = [link for link in plain if have_other_purposes(part_of(link.target), part_of(link.source))]
     parts = by_parts(links)
-    odd += (*misnumbered(plain, left, missing), *shifted(plain), *_astray(plain))
+    odd += (*misnumbered(plain, left, missing), *shifted(plain), *_astray(links))
     norms = [companions(_not_counted(side)) for side in sides]
     odd += (*unlike_names(links, parts, sides[0], norms), *_without_norms(plain, norms))
     odd += (*_half_used(links, plain, left, missing), *_between_modules(parts))
@@ -364,14 +365,27 @@ def _half_used(
 
 
 def _astray(links: Sequence[Link]) -> Iterator[Link]:
-    """Yields links of the only part that two modules share, where each has the rest in another one."""
+    """Yields links of the only part that two modules share, where each has the rest in another one.
+
+    And those of two modules that are both made of the same two: of a network of which a part is gone the
+    layers may be exchanged for another one's, what else it holds does not fit there.
+    """
     pairs = {(part_of(link.target), part_of(link.source)): link for link in links}
     depths = [len(shared_levels(side, own=2)) for side in zip(*pairs, strict=True)]
-    tops = {pair: tuple(map(_called_above, pair, depths)) for pair in pairs}
+    tops = {pair: (_called_above(pair[0], depths[0]), _called_above(pair[1], depths[1])) for pair in pairs}
     counts = Counter(each for each in tops.values() if all(each))
     several = [Counter(side) for side in zip(*counts, strict=True)]
-    lone = {x for x, n in counts.items() if n == 1 and several[0][x[0]] > 1 < several[1][x[1]]}
-    yield from (link for link in links if tops[part_of(link.target), part_of(link.source)] in lone)
+    shared = [x for x in counts if several[0][x[0]] > 1 < several[1][x[1]]]
+    crossed = {
+        (one, other)
+        for (one, other), (at, to) in itertools.permutations(shared, 2)
+        if one != at and other != to and counts[one, to] and counts[at, other]
+    }
+    for link in links if shared else ():
+        top = tops[part_of(link.target), part_of(link.source)]
+        is_lone = link.joint is None and link.layers is None and counts[top] == 1 and top in shared
+        if is_lone or top in crossed:
+            yield link
 
 
 def _called_above(names: Names, depth: int) -> str:

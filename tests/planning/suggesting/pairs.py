@@ -76,7 +76,7 @@ OPEN = {
     "xunet": 128,
     "structure_module": 22,
     "serl": 7,
-    "mtv": 66,
+    "mtv": 60,
     "jet": 8,
     "fvlm": 7,
     "pct": 32,

@@ -1,9 +1,14 @@
 """What a checkpoint lacks is not made of something else that is stored: it stays open, or is asked about."""
 
+import re
+
 import pytest
 
+from orbax_nnx_handler import suggest
+from orbax_nnx_handler.planning.core.recipes import reads
+from tests.planning.plans import plan_of
 from tests.planning.suggesting.absent import taken_instead
-from tests.planning.suggesting.pairs import UNSEEN
+from tests.planning.suggesting.pairs import UNSEEN, nested, target_of
 from tests.planning.suggesting.proposals import check, filled, proposed
 from tests.sampled import every
 
@@ -90,3 +95,28 @@ def test_a_network_is_not_made_of_its_target_network_where_it_is_gone():
         "is qf_target/Dense_0 meant by qf/fc"
     ]
     check(values, {"actor/fc/kernel": stored["actor/Dense_0/kernel"]})
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted"),
+    [("modules_value", "target_value"), ("qf", "critic_target"), ("net_actor_target", "actor")],
+)
+def test_a_network_is_not_made_of_its_copy_where_a_prefix_or_another_word_for_it_is_said(stored, wanted):
+    tree = filled({f"{stored}/Dense_0/kernel": (4, 5), f"{stored}/Dense_1/kernel": (5, 6)})
+
+    _, values = proposed(tree, {f"{wanted}/layers/0/kernel": (4, 5), f"{wanted}/layers/1/kernel": (5, 6)})
+
+    check(values, {})
+
+
+def test_layers_of_two_networks_are_not_exchanged_where_some_are_gone_and_other_parts_tell_the_networks():
+    pair, gone = UNSEEN["whisper_mha"], re.compile(r"decoder/layers/./fc")
+    tree = nested({path: shape for path, shape in pair["stored"].items() if not gone.search(path)})
+    target = target_of(pair["wanted"])
+
+    found = suggest(tree, target)
+
+    plan = plan_of(target, tree, found.renames, policy="warn", unexpected="ignore")
+    for path, item in plan.restored.items():
+        network = {"audio": "encoder", "text": "decoder"}[path[0]]
+        assert path in found.unmatched_wanted or all(network in at for at in reads(item.recipe))

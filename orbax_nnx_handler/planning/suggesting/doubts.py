@@ -52,7 +52,8 @@ def wanted_twice(
 ) -> Iterator[Link]:
     """Yields links whose source a part that stays open might have as well: its own may be what is absent.
 
-    Where that is a part of a module that Linen numbered, all parts of both modules are doubted.
+    Where that is a part of a module that Linen numbered, all parts of both modules are doubted. Of what is
+    asked about, only names tell that it might.
 
     Args:
         found: What is known.
@@ -60,7 +61,8 @@ def wanted_twice(
         parts: Their parts.
         stored: All stored ones.
     """
-    known = {part_of(leaf) for link in found.every for leaf in link.wanted}
+    known = {part_of(leaf) for link in found.links for leaf in link.wanted}
+    asked = {x for tie in found.ties for each in tie.readings for y in each for x in map(part_of, y.wanted)}
     is_whole = all(part_of(leaf) in known for leaf in wanted)
     lacking = [part for part in parts if not is_whole and part.names not in known]
     if not (sizes := {part.main_size for part in lacking}):
@@ -81,7 +83,9 @@ def wanted_twice(
         layers, size = {_numbers(one, end=-1), ()}, one.part.main_size
         is_any = size in few and bool(_numbers(other, end=-1))
         for its, role in near[size]:
-            if (is_any or its in layers) and _may_have(role, one, other):
+            is_near = is_any or its in layers
+            may_have = _is_called_so if role.part.names in asked else _may_have
+            if is_near and may_have(role, one, other):
                 doubted.add(pair)
                 if is_counted and pair[0][-1] == role.part.names[-1]:
                     modules |= {pair[0][:-1], role.part.names[:-1]}
@@ -106,6 +110,14 @@ def _may_have(role: NamedPart, one: NamedPart, other: NamedPart) -> bool:
         return True  # Numbers tell which layer leads up in a network without a gate.
     ours, own, theirs = (_telling(each.part.names) for each in (role, one, other))
     return bool(theirs & ours - own) and not theirs & own - ours
+
+
+def _is_called_so(role: NamedPart, one: NamedPart, other: NamedPart) -> bool:
+    """Tells whether a stored part has a word of another part that the one it is known to be does not have."""
+    ours, own, theirs = (_telling(each.part.names) for each in (role, one, other))
+    if not {word for word in theirs & ours - own if meanings(word)} or theirs & own - ours:
+        return False
+    return fit_of(role, other) is not None
 
 
 @functools.lru_cache(maxsize=65536)
@@ -413,13 +425,32 @@ def _is_shared(modules: Mapping[Names, int], own: Names) -> bool:
 
 
 def _from_elsewhere(links: Sequence[Link], left: Iterable[Names]) -> Mapping[Path, Link]:
-    """Returns links of the only part that is used of a list: a decoder's, where its encoder is wanted."""
-    used = Counter(in_list(names)[0] for names in {part_of(leaf) for x in links for leaf in x.stored})
+    """Returns links of the only part that is used of a list: a decoder's, where its encoder is wanted.
+
+    And those of a list of which something is left, where most of what is used lies as well in another one
+    that is left altogether.
+    """
+    used = defaultdict[Names, set[Names]](set)
+    for names in {part_of(leaf) for link in links for leaf in link.stored}:
+        used[in_list(names)[0]].add(names)
     # By what leads into each layer: one layer alone is no list.
-    layers = {(held[0], names[: len(names) - len(held[1])]) for names in left if (held := in_list(names))[0]}
-    lone = {list_ for list_, count in Counter(x for x, _ in layers).items() if count > 1 == used[list_]}
-    found = (link for link in links if lone and not in_list(link.target.names)[0])
-    return {link.target.source: link for link in found if in_list(part_of(link.source))[0] in lone}
+    lists = defaultdict[Names, dict[Names, set[Names]]](lambda: defaultdict(set))
+    for names in left:
+        list_, inside = in_list(names)
+        if list_:
+            lists[list_][names[: len(names) - len(inside)]].add(plain_names(inside))
+    doubted = {x for x, layers in lists.items() if len(layers) > 1 == len(used.get(x, ()))}
+    others = [set[Names]().union(*layers.values()) for x, layers in lists.items() if x not in used]
+    for list_ in lists.keys() & used.keys() if others else ():
+        own = {plain_names(in_list(names)[1]) for names in used[list_]}
+        if any(2 * len(own & other) >= len(own) for other in others):
+            doubted.add(list_)
+    return {
+        link.target.source: link
+        for link in (links if doubted else ())
+        if in_list(part_of(link.source))[0] in doubted
+        and (len(used[in_list(part_of(link.source))[0]]) > 1 or not in_list(link.target.names)[0])
+    }
 
 
 def _torn(links: Iterable[Link], left: Set[Names]) -> Mapping[Path, Link]:

@@ -37,8 +37,9 @@ _OF_ANY = _KINDS | (PLACING - {"attn", "mlp", "self", "cross"})
 """What many parts are, and that they are first or last: what one side may say and the other not."""
 
 
-_UNSURE = frozenset(("head", "embed", "v", "o", "self", "cross"))
-"""What is said of parts that are each other's all the same: a Q is a `value`, a tied table is a head."""
+_UNSURE = PLACING | STRONG | {"head", "embed"}
+"""What is said of parts that are each other's all the same, or of modules at other depths: a Q is a `value`,
+a tied table a head, and what is called an attention, or leads out, holds a network and what leads in."""
 
 
 class _Said(NamedTuple):

@@ -113,8 +113,8 @@ def _may_have(role: NamedPart, one: NamedPart, other: NamedPart) -> bool:
 
 
 def _is_called_so(role: NamedPart, one: NamedPart, other: NamedPart) -> bool:
-    """Tells whether a stored part has a word of another part that the one it is known to be does not have."""
-    ours, own, theirs = (_telling(each.part.names) for each in (role, one, other))
+    """Tells whether a stored part lies in a module of another part's name, and not its own part."""
+    (ours, theirs), own = (_telling(x.part.names[:-1]) for x in (role, other)), _telling(one.part.names)
     if not {word for word in theirs & ours - own if meanings(word)} or theirs & own - ours:
         return False
     return fit_of(role, other) is not None

@@ -7,7 +7,7 @@ they hold other functions of a value.
 import functools
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence, Set
 from typing import NamedTuple
 
 from orbax_nnx_handler.planning.core.folding import around, plain_names
@@ -179,26 +179,45 @@ def called_otherwise(parts: LinksByParts) -> Iterator[Link]:
     """Yields links of parts, or of modules around them, that are called another than they are made of.
 
     Where all beside them has one name on both sides, a `cost` that is left is no `reward`, though nothing
-    else has its shape. Nor is a `cost_head` a `reward_head` anywhere: both are called alike what they
-    are, and differently which one. Not where a word stands for another one in several parts, nor where a
-    module holds parts that are called the same on both sides, and as nothing else of the model; and what
-    the only convolution of images is, its shape tells.
+    else has its shape. Nor is a `cost_head` a `reward_head` anywhere, nor one of some `heads` another one:
+    both are called alike what they are, and differently which one. Not where a word stands for another one in
+    several parts, nor where a module holds parts that are called the same on both sides, and as nothing else
+    of the model; and what the only convolution of images is, its shape tells.
     """
     odd = defaultdict[tuple[Names, Names], list[tuple[Names, Names]]](list)
     for pair in parts:
         one, other = _differing(*pair)
         if one and other and _is_another(one[-1], other[-1]):
             odd[one, other].append(pair)
+    networks = _networks_called_otherwise(parts, odd)
+    odd.update(networks)
     beside = _beside({(one[:-1], other[:-1]) for one, other in odd}, parts)
     images = {pair for pair, some in parts.items() if any(len(link.source.shape) == 4 for link in some)}
     renamed = Counter({tuple(map(plain_names, pair)): _renamed(*pair) for pair in odd}.values())
     for (one, other), held in odd.items():
-        names = [x for x in beside[one[:-1], other[:-1]] if x[0] != one[-1] and x[1] != other[-1]]
+        every = beside[one[:-1], other[:-1]]
+        names = [x for x in every if x[0] != one[-1] and x[1] != other[-1]]
         is_alone = bool(names) and all(x == y for x, y in names)
-        is_told = renamed[_renamed(one, other)] > 1 or _holds_own(one, [x for x, _ in held], parts)
+        is_told = renamed[_renamed(one, other)] > 1 or _hold_own(one, other, held, parts)
         is_told |= images == {*held}
-        if (is_alone or _has_form(one[-1], other[-1])) and not is_told:
+        if (one, other) in networks:
+            is_told |= len(every) > len(names) + 1 or not is_alone
+        held_by = [concepts(x[-2:-1]) for x in (one, other) if not in_list(x)[0]]
+        is_of_heads = len(held_by) == 2 and all(frozenset() < x <= {"head", "out"} for x in held_by)
+        if (is_alone or is_of_heads or _has_form(one[-1], other[-1])) and not is_told:
             yield from (x for pair in held for x in parts[pair] if x.joint is None and not x.copied)
+
+
+def _networks_called_otherwise(
+    parts: Iterable[tuple[Names, Names]], known: Container[tuple[Names, Names]]
+) -> Mapping[tuple[Names, Names], list[tuple[Names, Names]]]:
+    """Returns the parts of the outermost modules that are called otherwise, as all that they hold may be."""
+    found = defaultdict[tuple[Names, Names], list[tuple[Names, Names]]](list)
+    for one, other in parts:
+        at = next((at for at, (x, y) in enumerate(zip(one, other, strict=False)) if x != y), len(one))
+        if at + 1 < min(len(one), len(other)) and _is_another(one[at], other[at]):
+            found[one[: at + 1], other[: at + 1]].append((one, other))
+    return {modules: held for modules, held in found.items() if modules not in known}
 
 
 def _differing(one: Names, other: Names) -> tuple[Names, Names]:
@@ -224,9 +243,12 @@ def _renamed(one: Names, other: Names) -> tuple[Concepts, Concepts]:
     return _said(one[-1:], other[-1:]).only
 
 
-def _holds_own(module: Names, held: Iterable[Names], parts: Iterable[tuple[Names, Names]]) -> bool:
-    """Tells whether a word of both sides says which parts a module holds, and no other part has it."""
-    kind, inside = plain_names(module), (concepts(part[len(module) :]) for part in held)
+def _hold_own(
+    one: Names, other: Names, held: Iterable[tuple[Names, Names]], parts: Iterable[tuple[Names, Names]]
+) -> bool:
+    """Tells whether a word of both sides says which parts two modules hold, and no other part has it."""
+    kind = plain_names(one)
+    inside = (concepts(part[len(one) :]) & concepts(source[len(other) :]) for part, source in held)
     own = {word for said in inside for word in said if weight(word) == 1}
     others = (part for part, _ in parts if own and plain_names(part)[: len(kind)] != kind)
     return bool(own - concepts(itertools.chain(*others)))

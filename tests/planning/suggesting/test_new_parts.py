@@ -241,3 +241,39 @@ def test_a_module_is_not_made_of_its_opposite_without_asking_also_where_its_laye
     _, values = proposed(stored, sides[1])
 
     check(values, {"head/fc/kernel": stored["head/fc/kernel"]})
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("image", "extra_head"), ("image/conv,image/head", "extra_head/lin1,extra_head/lin2")],
+)
+def test_a_network_is_no_new_one_of_another_name_also_where_nothing_in_it_is_called_the_same(one, other):
+    layers = {"text/fc1": (5, 8), "text/fc2": (8, 4)}
+    sides = [
+        {
+            f"{layer}/kernel": shape
+            for layer, shape in {
+                **layers,
+                **dict(zip(names.split(","), ((6, 8), (8, 4)), strict=False)),
+            }.items()
+        }
+        for names in (one, other)
+    ]
+    stored = filled(sides[0])
+
+    found, values = proposed(stored, sides[1])
+
+    check(values, {path: value for path, value in stored.items() if path.startswith("text")})
+    assert found.questions
+
+
+@pytest.mark.parametrize(("one", "other"), [("reward", "cost"), ("intent", "slot")])
+def test_of_several_heads_one_is_none_for_something_else(one, other):
+    stored = {"encoder/Dense_0/kernel": (5, 8), f"heads/{one}/kernel": (8, 1), f"heads/{one}/bias": (1,)}
+    wanted = {"backbone/fc1/kernel": (5, 8), f"outputs/{other}/kernel": (8, 1), f"outputs/{other}/bias": (1,)}
+    stored = filled(stored)
+
+    found, values = proposed(stored, wanted)
+
+    check(values, {"backbone/fc1/kernel": stored["encoder/Dense_0/kernel"]})
+    assert found.questions

@@ -62,7 +62,9 @@ def wanted_twice(
         stored: All stored ones.
     """
     known = {part_of(leaf) for link in found.links for leaf in link.wanted}
-    asked = {x for tie in found.ties for each in tie.readings for y in each for x in map(part_of, y.wanted)}
+    read = itertools.chain(*(each for tie in found.ties for each in tie.readings))
+    asked = {part_of(leaf) for link in read if link.joint is None for leaf in link.wanted}
+    known |= {part_of(leaf) for link in found.every if link.joint is not None for leaf in link.wanted}
     is_whole = all(part_of(leaf) in known for leaf in wanted)
     lacking = [part for part in parts if not is_whole and part.names not in known]
     if not (sizes := {part.main_size for part in lacking}):

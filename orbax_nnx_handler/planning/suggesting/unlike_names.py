@@ -217,7 +217,15 @@ def _networks_called_otherwise(
         at = next((at for at, (x, y) in enumerate(zip(one, other, strict=False)) if x != y), len(one))
         if at + 1 < min(len(one), len(other)) and _is_another(one[at], other[at]):
             found[one[: at + 1], other[: at + 1]].append((one, other))
-    return {modules: held for modules, held in found.items() if modules not in known}
+    return {x: held for x, held in found.items() if x not in known and not _share_names(*x, held)}
+
+
+def _share_names(one: Names, other: Names, held: Iterable[tuple[Names, Names]]) -> bool:
+    """Tells whether one of two modules is called by a letter, or a part in both by the same word."""
+    if any(len(word) == 1 for name in (one[-1], other[-1]) for word in words(name)):
+        return True
+    inside = (({*words("_".join(x[len(one) :]))}, {*words("_".join(y[len(other) :]))}) for x, y in held)
+    return any(word.isalpha() for both in inside for word in both[0] & both[1])
 
 
 def _differing(one: Names, other: Names) -> tuple[Names, Names]:

@@ -30,7 +30,6 @@ from orbax_nnx_handler.planning.likeness.named_parts import NamedPart, named_par
 from orbax_nnx_handler.planning.likeness.norms_of_layers import links_between, with_pairs
 from orbax_nnx_handler.planning.likeness.vocabulary import (
     MARGIN,
-    STRONG,
     Names,
     concepts,
     counts_of,
@@ -41,10 +40,12 @@ from orbax_nnx_handler.planning.likeness.vocabulary import (
 )
 from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS
 from orbax_nnx_handler.planning.suggesting.link_groups import tie_of
-from orbax_nnx_handler.planning.suggesting.unlike_names import LinksByParts, by_parts, unlike_names
-
-GENERAL = frozenset(("norm", "attn", "mlp", "enc", "dec", "conv", "head", "embed"))
-"""Words that many parts of a model share."""
+from orbax_nnx_handler.planning.suggesting.unlike_names import (
+    LinksByParts,
+    by_parts,
+    telling_words,
+    unlike_names,
+)
 
 
 def wanted_twice(
@@ -110,24 +111,15 @@ def _may_have(role: NamedPart, one: NamedPart, other: NamedPart) -> bool:
     untold = one.said & other.said - other.part.own
     if role.part.module == one.part.module and "gate" in role.said and "up" in untold:
         return True  # Numbers tell which layer leads up in a network without a gate.
-    ours, own, theirs = (_telling(each.part.names) for each in (role, one, other))
+    ours, own, theirs = (telling_words(each.part.names) for each in (role, one, other))
     return bool(theirs & ours - own) and not theirs & own - ours
 
 
 def _is_called_so(role: NamedPart, one: NamedPart, other: NamedPart) -> bool:
     """Tells whether a stored part lies in a module of another part's name, and not its own part."""
-    (ours, theirs), own = (_telling(x.part.names[:-1]) for x in (role, other)), _telling(one.part.names)
-    if not {word for word in theirs & ours - own if meanings(word)} or theirs & own - ours:
-        return False
-    return fit_of(role, other) is not None
-
-
-@functools.lru_cache(maxsize=65536)
-def _telling(names: Names) -> frozenset[str]:
-    """Returns the words of a path that say more than what many parts are; a letter may only count."""
-    said = (word for name in names for word in words(name) if word.isalpha())
-    said = (word for word in said if len(word) > 1 or word in STRONG)
-    return frozenset(word for word in said if not meanings(word) or {*meanings(word)} - GENERAL)
+    ours, theirs = (telling_words(x.part.names[:-1]) for x in (role, other))
+    left, against = theirs & ours - (own := telling_words(one.part.names)), theirs & own - ours
+    return any(map(meanings, left)) and not against and fit_of(role, other) is not None
 
 
 # What may be a copy.
@@ -286,28 +278,6 @@ def _end(part: ModulePart) -> int:
 # What goes elsewhere than what lies beside it.
 
 
-def contradicted(links: Iterable[Link]) -> Mapping[Path, Link]:
-    """Returns links in which a stored name means another part than in most blocks of its list.
-
-    What Linen or a list numbered is left out: a block with one module more counts otherwise.
-    """
-    said: dict[object, dict[Names, list[Link]]] = defaultdict(lambda: defaultdict(list))
-    for link in (x for x in links if x.layers is None and len(x.wanted) == len(x.stored) == 1):
-        (list_, inside), (others, name) = in_list(link.target.names), in_list(link.source.names)
-        path = levels(name) if len(inside) > 1 < len(name) else ()
-        if path and not any(level.is_automatic or level.style in ("/", ".") for level in path):
-            said[list_, others, name][plain_names(inside)].append(link)
-    counted = ([*of.values()] for of in said.values() if len(of) > 1 and not _are_of_a_list(of))
-    few = (some for each in counted for some in each if 2 * len(some) <= sum(map(len, each)))
-    return {link.target.source: link for some in few for link in some}
-
-
-def _are_of_a_list(meanings: Mapping[Names, Sequence[Link]]) -> bool:
-    """Tells whether each block's part is another block's: `stage1_block0/fc` is `stage1/block0/fc`."""
-    names = {(*(name.rstrip("0123456789") for name in each[:-2]), *each[-2:]) for each in meanings}
-    return len(names) == 1 and all(len(links) == 1 for links in meanings.values())
-
-
 def coincidences(
     links: Sequence[Link],
     left: Set[Names],
@@ -381,8 +351,7 @@ def _half_used(
 def _astray(links: Sequence[Link]) -> Iterator[Link]:
     """Yields links of the only part that two modules share, where each has the rest in another one.
 
-    And those of two modules that are both made of the same two: of a network of which a part is gone the
-    layers may be exchanged for another one's, what else it holds does not fit there.
+    And those of two modules that are both made of the same two: their layers may be exchanged.
     """
     pairs = {(part_of(link.target), part_of(link.source)): link for link in links}
     depths = [len(shared_levels(side, own=2)) for side in zip(*pairs, strict=True)]
@@ -429,8 +398,7 @@ def _is_shared(modules: Mapping[Names, int], own: Names) -> bool:
 def _from_elsewhere(links: Sequence[Link], left: Iterable[Names]) -> Mapping[Path, Link]:
     """Returns links of the only part that is used of a list: a decoder's, where its encoder is wanted.
 
-    And those of a list of which something is left, where most of what is used lies as well in another one
-    that is left altogether.
+    And those of a list of which something is left, where another one that is left has most of what is used.
     """
     used = defaultdict[Names, set[Names]](set)
     for names in {part_of(leaf) for link in links for leaf in link.stored}:
@@ -447,12 +415,9 @@ def _from_elsewhere(links: Sequence[Link], left: Iterable[Names]) -> Mapping[Pat
         own = {plain_names(in_list(names)[1]) for names in used[list_]}
         if any(2 * len(own & other) >= len(own) for other in others):
             doubted.add(list_)
-    return {
-        link.target.source: link
-        for link in (links if doubted else ())
-        if in_list(part_of(link.source))[0] in doubted
-        and (len(used[in_list(part_of(link.source))[0]]) > 1 or not in_list(link.target.names)[0])
-    }
+    both = ((link, in_list(part_of(link.source))[0]) for link in (links if doubted else ()))
+    odd = (x for x, at in both if at in doubted and (len(used[at]) > 1 or not in_list(x.target.names)[0]))
+    return {link.target.source: link for link in odd}
 
 
 def _torn(links: Iterable[Link], left: Set[Names]) -> Mapping[Path, Link]:

@@ -28,20 +28,20 @@ from orbax_nnx_handler.planning.rules.applying import unboxed
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.rules.values import steps_in
 from orbax_nnx_handler.planning.suggesting.doubts import (
-    GENERAL,
     apart_from_copies,
     coincidences,
-    contradicted,
     wanted_twice,
     with_runs_told,
 )
 from orbax_nnx_handler.planning.suggesting.link_groups import (
     Precedents,
+    contradicted,
     with_moved_axes,
     with_networks_told,
 )
 from orbax_nnx_handler.planning.suggesting.matching_layers import Context, match_context
 from orbax_nnx_handler.planning.suggesting.questions import as_questions, of_one_tower, with_words_told
+from orbax_nnx_handler.planning.suggesting.unlike_names import GENERAL
 from orbax_nnx_handler.planning.suggesting.whole_modules import with_modules_asked
 from orbax_nnx_handler.planning.target.roles import Wanted
 

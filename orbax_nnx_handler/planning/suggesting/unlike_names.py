@@ -425,3 +425,17 @@ def unlike_networks(pairs: Iterable[tuple[Names, Names]]) -> list[tuple[Names, N
 
 def _is_copied(name: str) -> bool:
     return says_copy(name) or "tgt" in meanings(name)
+
+
+# What tells.
+
+GENERAL = frozenset(("norm", "attn", "mlp", "enc", "dec", "conv", "head", "embed"))
+"""Words that many parts of a model share."""
+
+
+@functools.lru_cache(maxsize=65536)
+def telling_words(names: Names) -> frozenset[str]:
+    """Returns the words of a path that say more than what many parts are; a letter may only count."""
+    said = (word for name in names for word in words(name) if word.isalpha())
+    said = (word for word in said if len(word) > 1 or word in STRONG)
+    return frozenset(word for word in said if not meanings(word) or {*meanings(word)} - GENERAL)

@@ -127,8 +127,7 @@ class Search:
     def set_up_otherwise(self, *, whatever: bool) -> FirstDifference | None:
         """Returns the first module with another epsilon, or whatever other number, and another output."""
         self.tried = 0
-        found = (one for one in self.compared if one.has_another_constant(whatever=whatever))
-        one = next(found, None)
+        one = next((x for x in self.compared if x.has_another_constant(whatever=whatever)), None)
         return None if one is None else self._difference(one, None)
 
     def _differing(self) -> Iterator[Compared]:
@@ -193,15 +192,16 @@ class Search:
 
     def _difference(self, one: Compared, proof: _Proof | None) -> FirstDifference:
         at = proof.module if proof is not None else one
-        inside = self._inside(at)
+        inside, every = self._inside(at), self.compared
         after, before = self._between(inside)
         weights = self._doubtful(at, inside)
-        told = None if proof is None else (self.runner, self.compared, at, proof.recipes, proof.other)
-        others = [*wrong_elsewhere(*told)] if told else []
+        others = [*wrong_elsewhere(self.runner, every, at, proof.recipes, proof.other)] if proof else []
+        unknown = {p for p, calls in self.runner.calls.items() if calls[0].shapes} - {x.path for x in every}
         return FirstDifference(
             module=at.found,
             place=self._place(at, proof, after, before),
             weights=tuple(self.restored[leaf] for leaf in weights),
+            is_partial=bool(weights) or any(path[: len(at.path)] == at.path for path in unknown),
             after=None if after is None else after.pair.nnx,
             before=None if before is None else before.pair.nnx,
             is_reordered_before=before is not None and before.is_reordered_before,

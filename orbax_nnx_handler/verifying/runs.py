@@ -140,11 +140,8 @@ def called_alike(one: Compared, compared: Sequence[Compared]) -> Iterator[Compar
     """
     sizes = [array.size for array in one.nnx.outputs]
     for other in compared:
-        if (
-            (other.gets_the_same and not other.found.differs)
-            or other.pair.linen == one.pair.linen
-            or [array.size for array in other.linen.outputs] != sizes
-        ):
+        is_right = (other.gets_the_same and not other.found.differs) or other.pair.linen == one.pair.linen
+        if is_right or [array.size for array in other.linen.outputs] != sizes:
             continue
         wanted, found = other.linen.inputs, one.nnx.inputs
         if begin_alike(wanted, found) and are_the_same(wanted, found):
@@ -156,14 +153,27 @@ def compare_modules(
 ) -> list[Compared]:
     """Compares every call of paired modules, in the order in which the NNX program returned from them."""
     linen, nnx = by_path(linen_calls), by_path(nnx_calls)
-    made_of = calls_in(nnx)
-    compared = list[Compared]()
+    made_of, compared = calls_in(nnx), list[Compared]()
     for pair in pairs:
         ours = uses_of(pair.nnx, nnx, _sizes(linen.get(pair.linen.path, ())))
         theirs = uses_of(pair.linen, linen, _sizes(nnx.get(pair.nnx.path, ())))
         calls = made_of.get(pair.nnx.path, 1)
         compared += [_compared(pair, calls, *found) for found in call_by_call(theirs, ours)]
-    return sorted(compared, key=lambda one: one.nnx.call.order)
+    made = list[Compared]()
+    for one in sorted(compared, key=lambda one: one.nnx.call.order):
+        made.append(_by_what_is_within(one, made))
+    return made
+
+
+def _by_what_is_within(one: Compared, before: Sequence[Compared]) -> Compared:
+    """Returns a call whose own inputs are arranged so that none can be compared with its first part's."""
+    if one.found.inputs.compared or not one.found.inputs.left or not one.path:
+        return one
+    calls = itertools.takewhile(lambda other: other.pair.nnx != one.pair.nnx, reversed(before))
+    parts = [other for other in calls if one.path in other.nnx.call.within and one.encloses(other)]
+    inputs = parts[-1].found.inputs if parts else one.found.inputs
+    differs = _differs(inputs, one.found.outputs, one.calls)
+    return dataclasses.replace(one, found=dataclasses.replace(one.found, inputs=inputs, differs=differs))
 
 
 def _sizes(calls: Sequence[Call]) -> set[int]:
@@ -197,15 +207,10 @@ def weights_of(
     names = {leaf[len(onto.path) :] for leaf in onto.pair.leaves}
     if {leaf[len(source.path) :] for leaf in source.pair.leaves} != names:
         return {}
-    shapes = runner.shapes
     theirs = runner.layer_at(source.path, source.nnx.call)
-    found: dict[Path, Recipe] = {}
-    for name in names:
-        recipe = runner.recipe((*source.path, *name), theirs)
-        if shape_of(recipe, shapes) != shape_of(runner.recipe((*onto.path, *name), layer), shapes):
-            return {}
-        found[*onto.path, *name] = recipe
-    return found
+    made = {(*onto.path, *name): runner.recipe((*source.path, *name), theirs) for name in names}
+    both = ((recipe, runner.recipe(leaf, layer)) for leaf, recipe in made.items())
+    return made if all(len({shape_of(x, runner.shapes) for x in pair}) == 1 for pair in both) else {}
 
 
 def is_padding(one: Compared, inside: Sequence[Compared]) -> bool:
@@ -248,10 +253,7 @@ def wrong_elsewhere(
         if each is one or each.agrees or (other and like is each) or each.calls > left:
             continue
         left -= each.calls
-        if other:
-            made: Mapping[Path, Recipe] = weights_of(runner, like, each, None)
-        else:
-            made = _made_alike(runner, one, each, changes)
+        made = weights_of(runner, like, each, None) if other else _made_alike(runner, one, each, changes)
         try:
             inputs = lent(each.nnx.inputs, like.linen.inputs, whatever=True)
             outputs = runner.run(each.path, None, each.nnx.call, inputs, made) if made else []
@@ -395,9 +397,8 @@ class Runs:
         linen = self.linen.calls
         other = {one.path for one in self.compared if not one.agrees}
         alike = [one for one in self.compared if one.path not in other]
-        return {one.path for one in alike} - {
-            one.path for one in alike if not is_called_alone(one.linen, linen)
-        }
+        others = {one.path for one in alike if not is_called_alone(one.linen, linen)}
+        return {one.path for one in alike} - others
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -442,7 +443,5 @@ class Digits:
         """
         if self.linen is not None and call.order < self.linen.order:
             return call
-        inputs, outputs = (
-            [in_digits(array, self.dtype) for array in each] for each in (call.inputs, call.outputs)
-        )
-        return dataclasses.replace(call, inputs=inputs, outputs=outputs)
+        both = ([in_digits(array, self.dtype) for array in x] for x in (call.inputs, call.outputs))
+        return dataclasses.replace(call, **dict(zip(("inputs", "outputs"), both, strict=True)))

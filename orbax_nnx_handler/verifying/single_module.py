@@ -128,9 +128,10 @@ def _exchanged(
 ) -> Iterator[list[tuple[Path, Path]]]:
     """Yields leaves that may be each other's: of two names in all layers, one by one, of two modules.
 
-    Of two names are those that differ in the same keys, be it a number: a weight of two layers' experts.
+    Of two names are those that differ in the same keys, be it a number: a weight of two layers' experts. Of
+    two modules those come first that are read from one: the statistics of two norms without their weights.
     """
-    alike, modules = (defaultdict[object, list[tuple[Path, Path]]](list) for _ in range(2))
+    alike, modules, halves = (defaultdict[object, list[tuple[Path, Path]]](list) for _ in range(3))
     made = {leaf: shape_of(recipe, shapes) for leaf, recipe in doubtful.items()}
     shown, others = ([leaf for leaf in doubtful if (leaf in late) == is_late] for is_late in (False, True))
     each = itertools.chain(itertools.combinations(shown, 2), itertools.product(shown, others))
@@ -138,14 +139,15 @@ def _exchanged(
     for one, other in pairs:
         if one[-1:] == other[-1:]:
             modules[one[:-1], other[:-1]].append((one, other))
+            read = frozenset(path[1:-1] for path in reads(doubtful[one]))
+            halves[one[:-1], other[:-1], read].append((one, other))
         if len(one) == len(other):
             keys = zip(one, other, strict=True)
             place = ((a, b) if a != b else None if isinstance(a, int) else a for a, b in keys)
             alike[tuple(place)].append((one, other))
-    several = (group for group in alike.values() if len(group) > 1)
-    yield from sorted(several, key=lambda group: sum(map(operator.ne, *group[0])))
-    yield from ([pair] for pair in pairs)
-    yield from (group for group in modules.values() if len(group) > 1)
+    yield from (x for (a, b, _), x in halves.items() if 1 < len(x) < len(modules[a, b]))
+    yield from sorted((x for x in alike.values() if len(x) > 1), key=lambda x: sum(map(operator.ne, *x[0])))
+    yield from itertools.chain(([pair] for pair in pairs), (x for x in modules.values() if len(x) > 1))
 
 
 def _exchange(pairs: Sequence[tuple[Path, Path]], doubtful: Mapping[Path, Recipe]) -> Alternative:
@@ -169,8 +171,8 @@ def _strangers(doubtful: Mapping[Path, Recipe]) -> set[Path]:
 
 
 def _from_other(module: Path, recipes: Mapping[Path, Recipe]) -> Alternative:
-    sources = dict.fromkeys(render_reads(recipe) for recipe in recipes.values())
-    words = f"it has the weights that {render(module)} was given: {', '.join(sources)}"
+    sources = ", ".join(dict.fromkeys(map(render_reads, recipes.values())))
+    words = f"it has the weights that {render(module)} was given: {sources}"
     return Alternative(words=words, recipes=recipes)
 
 

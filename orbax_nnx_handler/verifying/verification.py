@@ -102,11 +102,8 @@ def _held(module: Path, calls: Iterable[Call]) -> list[Shape]:
 
 def differing_settings(linen: Call, nnx: Call) -> dict[str, tuple[Any, Any]]:
     """Returns what both modules have under one name with different values: Linen's and NNX's."""
-    return {
-        name: (value, nnx.settings[name])
-        for name, value in linen.settings.items()
-        if name in nnx.settings and nnx.settings[name] != value
-    }
+    ours = nnx.settings
+    return {name: (x, ours[name]) for name, x in linen.settings.items() if name in ours and ours[name] != x}
 
 
 _BEFORE, _BEHIND, _HTML_ROWS = 8, 3, 200
@@ -156,6 +153,7 @@ class FirstDifference:
         module: The module, in both programs, and how far its inputs and outputs are apart.
         place: Keys to the module that is named: the innermost one around where the difference arises.
         weights: The leaves in it that are compared in no module within it.
+        is_partial: Whether something in it is in no module that was compared.
         after: The last module within it that still returns the same.
         before: The first module within it that is called with something else.
         is_reordered_before: Whether that are the same numbers in another order.
@@ -176,6 +174,7 @@ class FirstDifference:
     module: ModuleComparison
     place: Path
     weights: tuple[Restored, ...]
+    is_partial: bool = False
     after: Unit | None = None
     before: Unit | None = None
     is_reordered_before: bool = False
@@ -210,7 +209,9 @@ class FirstDifference:
         if self.after is not None or self.before is not None:
             said.append(Sentence("note", self._place()))
         if not self.place:
-            said.append(Sentence("note", _BETWEEN))
+            parts = ("that are compared", "another part, or ") if self.is_partial else ("in it", "")
+            far = "as far as was tried, " if self.is_cut else ""
+            said.append(Sentence("note", far + _BETWEEN.format(*parts)))
         if self.settings:
             pairs = [f"{name} is {a!r} in Linen and {b!r} in NNX" for name, (a, b) in self.settings.items()]
             said.append(Sentence("cause", f"the modules are set up differently: {', '.join(pairs)}."))
@@ -258,7 +259,7 @@ _CODE = (
     "tanh), mask, scale, residual, dtype, dropout or base of rotary positions."
 )
 _BETWEEN = (
-    "it is none of the modules in it, but what is computed between them: in the model's own __call__, where "
+    "it is none of the modules {}, but {}what is computed between them: in the model's own __call__, where "
     "a head tied to an embedding is one, or in linen_apply or nnx_apply."
 )
 _WEIGHTS = "the module does not run by itself, so its weights were not tried: check how the plan makes them."
@@ -398,12 +399,9 @@ def _told(first: FirstDifference) -> list[Line]:
         for name, one in (("inputs", module.inputs), ("outputs", module.outputs))
     )
     within = "" if first.place == module.nnx.path else f"{first.path} in "
-    lines: list[Line] = [
-        f"first difference: {within}{unit_name(module.nnx)}   <- {unit_name(module.linen)}",
-        f"  {apart}",
-    ]
-    if within and not module.nnx.path:
-        lines = [f"first difference: {first.path}", f"  of the whole programs: {apart}"]
+    is_whole = bool(within and not module.nnx.path)
+    head = first.path if is_whole else f"{within}{unit_name(module.nnx)}   <- {unit_name(module.linen)}"
+    lines: list[Line] = [f"first difference: {head}", f"  {'of the whole programs: ' * is_whole}{apart}"]
     if first.weights:
         title = "its weights" if first.before is first.after is None else "weights in it that no module shows"
         lines += [f"  {title}", *aligned(map(_weight, first.weights), limit=12, indent="    ").splitlines()]

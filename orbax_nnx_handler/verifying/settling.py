@@ -16,21 +16,20 @@ from typing import Any
 from orbax_nnx_handler.planner import decide
 from orbax_nnx_handler.planning.core.errors import RestoreError, UnreadableLeafError, VerificationError
 from orbax_nnx_handler.planning.core.lines import Sentence, counted, listed
-from orbax_nnx_handler.planning.core.paths import Path, render
+from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import Add, Recipe, reads
 from orbax_nnx_handler.planning.core.regions import of_all_layers
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.restore_plan import RestorePlan
 from orbax_nnx_handler.planning.rules import Rename, Rule
-from orbax_nnx_handler.planning.rules.split_and_fuse import rules_making
 from orbax_nnx_handler.planning.suggesting import Proposal, Question, Remade, Suggestion
 from orbax_nnx_handler.planning.target import Target
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.verifying import Programs, agree, compare_inputs, lent
 from orbax_nnx_handler.verifying.comparison import compared, leaving_out, misfilled, run_both, tells, why_open
 from orbax_nnx_handler.verifying.pairing import by_path, compare_outputs, layers_of
+from orbax_nnx_handler.verifying.proved_rules import made_as_called, rules_remaking
 from orbax_nnx_handler.verifying.runs import Compared, Runs
-from orbax_nnx_handler.verifying.single_module import ModuleRunner
 from orbax_nnx_handler.verifying.verification import FirstDifference, Verification
 from orbax_nnx_handler.verifying.weights import LinenRun, Misfilled, on_one_device
 
@@ -54,10 +53,12 @@ class Settling:
         init: Builds the target with real values, for what is not stored.
         tolerance: What outputs may be apart, as `verify` takes it.
         allowed: The answers to each question that are still possible; programs run under the first.
-        missing: The wanted leaves that nothing was found for when both programs ran last.
         wrong: What is filled from what the Linen program does not use, once that was looked for.
+        as_called: What is made otherwise from the start: of what is called in the same place by Linen.
         remade: Rules behind all others: what outputs prove and those cannot say of how leaves are made.
-        runs: The last run of both programs under one plan.
+        plan: The last plan under which both programs ran.
+        is_equal: Whether they returned the same when they were compared last.
+        runs: That run of both.
     """
 
     checkpoint: Checkpoint
@@ -68,9 +69,11 @@ class Settling:
     init: Callable[[], Any] | None = None
     tolerance: float | None = None
     allowed: list[Sequence[int]] = dataclasses.field(init=False)
-    missing: Sequence[Path] = ()
     wrong: Misfilled | None = None
+    as_called: tuple[Remade, ...] = ()
     remade: tuple[Rule, ...] = ()
+    plan: RestorePlan | None = dataclasses.field(default=None, init=False)
+    is_equal: bool = dataclasses.field(default=False, init=False)
     runs: Runs | None = dataclasses.field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -79,12 +82,33 @@ class Settling:
     def settled(self) -> Suggestion:
         """Returns the proposal with its questions answered, and its leaves made, as the outputs tell.
 
+        What nothing but an order tells is open to be proved otherwise.
+
         Raises:
             VerificationError: One of the programs fails, or their outputs cannot be compared.
             UnreadableLeafError: Stored bytes are absent or damaged.
         """
-        answers: list[int | None] = [None] * len(self.suggestion.questions)
-        changes: list[Remade] = []
+        found = self._settled()
+        is_wrong = found.confidence == "open" and not self.is_equal
+        if is_wrong and not self.as_called and (made := self._as_called()):
+            again = dataclasses.replace(self, as_called=made, remade=())._settled()
+            return again if again.confidence != "open" else found
+        return found
+
+    def _as_called(self) -> tuple[Remade, ...]:
+        """Returns what is missing, asked about or told by an order, by what Linen calls in its place."""
+        if (plan := self.plan) is None or (runs := self.runs) is None:
+            return ()
+        both = runs.runner.calls, by_path(runs.linen.calls)
+        orders = [{path: some[0].order for path, some in calls.items()} for calls in both]
+        asked = {path for question in self.suggestion.questions for path in question.wanted}
+        ordered = {each.rule.quoted for each in self.suggestion.proposals if each.grounds == "order"}
+        return made_as_called(asked, ordered, plan, runs.linen.weights.location, *orders)
+
+    def _settled(self) -> Suggestion:
+        made = {each.leaf for each in self.as_called}
+        answers = [0 if made.issuperset(each.wanted) else None for each in self.suggestion.questions]
+        changes = [*self.as_called]
         kept = answers[:], changes[:]
         rules, restored = self._rules(answers, changes), frozenset[Path]()
         verification = linen = None
@@ -95,7 +119,7 @@ class Settling:
                     # A proof of one module is none where another loses its own.
                     return self._with(*kept, verification)
                 runs = run_both(self.checkpoint, plan, parts, self.programs, self.init, linen)
-                self.missing, self.runs = [*plan.missing], runs
+                self.plan, self.runs = plan, runs
             except (VerificationError, UnreadableLeafError):
                 raise
             except RestoreError as error:  # The rules do not go together, or leave a value that counts.
@@ -108,6 +132,7 @@ class Settling:
             verification = None
             if (found := self._rules(answers, changes)) == rules:
                 verification = compared(runs, plan, self.tolerance)
+                self.is_equal = verification.equal
                 if again := self._without_unused(verification, plan, runs):
                     return again
                 self._answer_by_inputs(verification, answers, plan, runs)
@@ -116,7 +141,7 @@ class Settling:
                 if found == rules:
                     break
             rules = found
-        if None in answers and linen is not None and not self.missing:
+        if None in answers and linen is not None and not (self.plan and self.plan.missing):
             verification = self._answer_whole(answers, changes, linen) or verification
         return self._with(answers, changes, verification)
 
@@ -169,7 +194,8 @@ class Settling:
                 changes.append(Remade(leaf=leaf, layer=None if whole else layer, recipe=whole or recipe))
             found = self._rules(answers, changes)
             left = self._unchanged(first.changes, plan, found)
-            self.remade += _rules_for({leaf: first.changes[leaf] for leaf in left}, plan, runs.runner)
+            made = {leaf: first.changes[leaf] for leaf in left}
+            self.remade += rules_remaking(made, plan.restored, runner.axes, runner.recipe, runner.shapes)
         return self._rules(answers, changes)
 
     def _unchanged(self, leaves: Iterable[Path], plan: RestorePlan, rules: tuple[Rule, ...]) -> list[Path]:
@@ -229,11 +255,8 @@ class Settling:
         question, possible = self.suggestion.questions[number], self.allowed[number]
         found: dict[int, Mapping[Path, Recipe]] = {possible[0]: {}}
         if len(question.choices) == 1:  # Whatever else it might be: outputs have to depend on it.
-            found[-1] = {
-                leaf: Add(plan.restored[leaf].recipe, 1.0)
-                for leaf in question.wanted
-                if leaf in plan.restored
-            }
+            known = [leaf for leaf in question.wanted if leaf in plan.restored]
+            found[-1] = {leaf: Add(plan.restored[leaf].recipe, 1.0) for leaf in known}
         for answer in possible[1:]:
             others = [answer if at == number else given for at, given in enumerate(answers)]
             try:
@@ -290,11 +313,8 @@ class Settling:
         for number, changed in ways.items():
             fitting = list[int]()
             for answer, made in changed.items():
-                recipes = {
-                    leaf: runs.runner.layered(leaf, made[leaf], layer)
-                    for leaf in first.changes
-                    if leaf in made
-                }
+                some = (leaf for leaf in first.changes if leaf in made)
+                recipes = {leaf: runs.runner.layered(leaf, made[leaf], layer) for leaf in some}
                 if recipes and recipes == dict(first.changes):
                     fitting.append(answer)
             if fitting and answers[number] is None:
@@ -323,7 +343,8 @@ class Settling:
         left = [question for question, answer in zip(questions, answers, strict=True) if answer is None]
         where = verification.first.path if verification and verification.first else ""
         is_equal = verification is not None and verification.equal
-        proof = why_open(self.missing, where, is_equal=is_equal) if left else ""
+        missing = [*self.plan.missing] if self.plan else []
+        proof = why_open(missing, where, is_equal=is_equal) if left else ""
         is_fewer = verification is not None and self.runs is not None and self.runs.digits.are_fewer
         fewer = verification.remarks[:1] if verification and is_fewer and (left or not is_equal) else ()
         if left or plan.error() is not None:
@@ -359,37 +380,15 @@ class Settling:
             yield known.get(rule) or Proposal(rule=rule, grounds="outputs" if is_proved else "tried")
 
 
-def _rules_for(changes: Mapping[Path, Recipe], plan: RestorePlan, runner: ModuleRunner) -> tuple[Rule, ...]:
-    """Returns the rules that make leaves as outputs prove, in all layers, out of what they are now."""
-    found = list[Rule]()
-    for leaf, recipe in changes.items():
-        letters, axis = iter("ijklmn"), runner.axes.get(leaf)
-        name = render(tuple(f"{{{next(letters)}}}" if isinstance(key, int) else key for key in leaf))
-        count = plan.restored[leaf].wanted.shape[0] if axis == 0 else None
-        for layer in (None,) if axis is None else range(count or 0):
-            made = rules_making(recipe, runner.recipe(leaf, layer), name, runner.shapes, count)
-            if made:
-                found += [rule for rule in made if rule not in found]
-                break
-    return tuple(found)
-
-
 def _touches(one: Compared, ways: _Ways) -> bool:
     return any(leaf in changed for changed in ways.values() for leaf in one.pair.leaves)
 
 
 def _stays_within(one: Compared, ways: _Ways, plan: RestorePlan) -> bool:
     """Tells whether a module holds the same stored elements under every answer, so that its pair stays."""
-    sources = {
-        frozenset(
-            atom
-            for leaf in one.pair.leaves
-            for atoms in layers_of(changed.get(leaf, plan.restored[leaf].recipe))
-            for atom in atoms
-        )
-        for changed in ways.values()
-    }
-    return len(sources) == 1
+    now = {leaf: plan.restored[leaf].recipe for leaf in one.pair.leaves}
+    made = ([layers_of(changed.get(leaf, now[leaf])) for leaf in now] for changed in ways.values())
+    return len({frozenset(itertools.chain(*itertools.chain(*each))) for each in made}) == 1
 
 
 def _are_told(question: Question, plan: RestorePlan, runs: Runs) -> bool:

@@ -131,7 +131,8 @@ def _exchanged(
     Of two names are those that differ in the same keys, be it a number: a weight of two layers' experts. Of
     two modules those come first that are read from one: the statistics of two norms without their weights.
     """
-    alike, modules, halves = (defaultdict[object, list[tuple[Path, Path]]](list) for _ in range(3))
+    alike, modules = (defaultdict[object, list[tuple[Path, Path]]](list) for _ in range(2))
+    halves: dict[tuple[Path, Path, object], list[tuple[Path, Path]]] = defaultdict(list)
     made = {leaf: shape_of(recipe, shapes) for leaf, recipe in doubtful.items()}
     shown, others = ([leaf for leaf in doubtful if (leaf in late) == is_late] for is_late in (False, True))
     each = itertools.chain(itertools.combinations(shown, 2), itertools.product(shown, others))
@@ -139,8 +140,9 @@ def _exchanged(
     for one, other in pairs:
         if one[-1:] == other[-1:]:
             modules[one[:-1], other[:-1]].append((one, other))
-            read = frozenset(path[1:-1] for path in reads(doubtful[one]))
-            halves[one[:-1], other[:-1], read].append((one, other))
+            halves[one[:-1], other[:-1], frozenset(x[1:-1] for x in reads(doubtful[one]))].append(
+                (one, other)
+            )
         if len(one) == len(other):
             keys = zip(one, other, strict=True)
             place = ((a, b) if a != b else None if isinstance(a, int) else a for a, b in keys)

@@ -23,7 +23,7 @@ from orbax_nnx_handler.planning.mapping.networks import networks_as_parts
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.planning.rules.applying import unboxed
-from orbax_nnx_handler.planning.rules.entries import Entries, Entry, from_entries, loose_parts
+from orbax_nnx_handler.planning.rules.entries import Entries, Entry, loose_parts
 from orbax_nnx_handler.planning.rules.split_and_fuse import keys_as_names
 from orbax_nnx_handler.planning.rules.values import steps_in
 from orbax_nnx_handler.planning.suggesting.link_groups import (
@@ -32,7 +32,7 @@ from orbax_nnx_handler.planning.suggesting.link_groups import (
     possible_roots,
     without_strays,
 )
-from orbax_nnx_handler.planning.suggesting.proved_recipes import Remade, remade_links
+from orbax_nnx_handler.planning.suggesting.proved_recipes import Remade, remade_behind
 from orbax_nnx_handler.planning.suggesting.questions import (
     Choice,
     Question,
@@ -156,7 +156,8 @@ class Proposing:
     ) -> tuple[Rule, ...]:
         answered = {(link.target.source, link.source.source) for link in more}
         kept = [one for one in tried.links if (one.target.source, one.source.source) not in answered]
-        links = _remade_behind([*kept, *more], changes, self._entries, self._shapes)
+        links, sides = [*kept, *more], (self._ours, self._theirs)
+        links = remade_behind(links, changes, sides, self._entries, self._shapes) if changes else links
         rules = Writer(Entries(self._entries), tried.root, tried.below).write(links, searched.found.groups)
         keeps = any(map(changes_nothing, tried.rules or rules))
         if keeps and not tried.rules:  # Nothing was tried yet: what keeps a name may keep it from a rename.
@@ -354,24 +355,6 @@ class Proposing:
             resized=resized_in(verdict, questions),
             flattened=tuple(p for p in weights if p in made and images & {*reads(made[p].recipe)}),
         )
-
-
-# What is proposed beside what names or rules settle.
-
-
-def _remade_behind(
-    links: Sequence[Link], changes: Sequence[Remade], entries: Iterable[Entry], shapes: Shapes
-) -> list[Link]:
-    """Returns links under which leaves are made otherwise, what rules made before as if it were stored."""
-    made = {("", *x.segments): x for x in entries if changes and not isinstance(x.recipe, Read)}
-    names = {entry.recipe: path for path, entry in made.items()}
-
-    def behind(leaf: Leaf) -> Leaf:
-        return dataclasses.replace(leaf, source=path) if (path := ("", *leaf.names)) in made else leaf
-
-    every = [dataclasses.replace(x, stored=tuple(map(behind, x.stored))) for x in links] if made else links
-    others = [dataclasses.replace(x, recipe=from_entries(x.recipe, names)) for x in changes]
-    return remade_links(every, others, {**shapes, **{path: x.shape for path, x in made.items()}})
 
 
 # Parts that are called after their block.

@@ -29,6 +29,7 @@ from orbax_nnx_handler.planning.likeness.links import Link
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf
 from orbax_nnx_handler.planning.likeness.shapes import Joint, Way, chain_of, cuts_of, lifted, shaping
 from orbax_nnx_handler.planning.likeness.vocabulary import concepts
+from orbax_nnx_handler.planning.rules.entries import Entry, from_entries
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,17 +41,21 @@ class Remade:
     recipe: Recipe
 
 
-def remade_links(links: Sequence[Link], changes: Sequence[Remade], shapes: Shapes) -> list[Link]:
+def remade_links(
+    links: Sequence[Link], changes: Sequence[Remade], shapes: Shapes, others: Sequence[Link] = ()
+) -> list[Link]:
     """Returns links under which some leaves are made otherwise, and those alike in other layers too.
 
     A change that moves weights from one module to another changes its own leaf alone, and one that no
-    link can say changes none.
+    link can say changes none, if it is none of the others, which make a leaf of a stored one as it is.
     """
-    found, settled = list(links), set[int]()
+    linked = {leaf.source for link in links for leaf in link.wanted}
+    links = [*links, *(link for link in others if link.target.source not in linked)]
+    found, settled, every = list(links), set[int](), [*links, *others]
     for change in changes:
         for at, link in enumerate(found):
             # Among the links as they were: two that change places are still known.
-            if (other := _remade(link, change, links, shapes)) is None:
+            if (other := _remade(link, change, every, shapes)) is None:
                 continue
             settled.add(at)
             order = [link.stored.index(leaf) for leaf in other.stored if leaf in link.stored]
@@ -63,6 +68,38 @@ def remade_links(links: Sequence[Link], changes: Sequence[Remade], shapes: Shape
             found[at] = other
             break
     return found
+
+
+def remade_behind(
+    links: Sequence[Link],
+    changes: Sequence[Remade],
+    sides: tuple[Sequence[Leaf], Sequence[Leaf]],
+    entries: Iterable[Entry],
+    shapes: Shapes,
+) -> list[Link]:
+    """Returns links under which leaves are made otherwise, what rules made before as if it were stored."""
+    made = {("", *x.segments): x for x in entries if not isinstance(x.recipe, recipes.Read)}
+    names = {entry.recipe: path for path, entry in made.items()}
+
+    def behind(leaf: Leaf) -> Leaf:
+        return dataclasses.replace(leaf, source=path) if (path := ("", *leaf.names)) in made else leaf
+
+    every = [dataclasses.replace(x, stored=tuple(map(behind, x.stored))) for x in links] if made else links
+    others = [dataclasses.replace(x, recipe=from_entries(x.recipe, names)) for x in changes]
+    asis = _as_they_are(changes, *({leaf.source: leaf for leaf in side} for side in sides))
+    return remade_links(every, others, {**shapes, **{path: x.shape for path, x in made.items()}}, asis)
+
+
+def _as_they_are(
+    changes: Sequence[Remade], ours: Mapping[Path, Leaf], theirs: Mapping[Path, Leaf]
+) -> list[Link]:
+    """Returns links that make leaves of stored ones as they are, for the changes that say so."""
+    pairs = ((x.leaf, x.recipe.path) for x in changes if isinstance(x.recipe, recipes.Read))
+    known = [(ours[leaf], theirs[path]) for leaf, path in pairs if leaf in ours and path in theirs]
+    ways = ((Way(()),),)
+    return [
+        Link(wanted=(x,), stored=(y,), grounds="order", ways=ways) for x, y in known if x.shape == y.shape
+    ]
 
 
 def _looks(link: Link) -> tuple[object, ...]:

@@ -1,0 +1,105 @@
+"""From what outputs prove to rules: of one layer for all, and by where both programs call their modules.
+
+Where nothing but an order tells, where it is asked and where something is missing, the n-th module of a kind
+that one program calls may be the n-th one of the other. Only equal outputs prove it.
+"""
+
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping
+
+from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.paths import Path, render
+from orbax_nnx_handler.planning.core.recipes import Read, Recipe, Shapes, reads
+from orbax_nnx_handler.planning.rules import Rule
+from orbax_nnx_handler.planning.rules.split_and_fuse import rules_making
+from orbax_nnx_handler.planning.suggesting.proved_recipes import Remade
+from orbax_nnx_handler.planning.verdict.outcomes import Restored, Verdict
+
+
+def rules_remaking(
+    changes: Mapping[Path, Recipe],
+    restored: Mapping[Path, Restored],
+    axes: Mapping[Path, int],
+    now: Callable[[Path, int | None], Recipe],
+    shapes: Shapes,
+) -> tuple[Rule, ...]:
+    """Returns the rules that make leaves as outputs prove, in all layers, out of what they are now."""
+    found = list[Rule]()
+    for leaf, recipe in changes.items():
+        letters, axis = iter("ijklmn"), axes.get(leaf)
+        name = render(tuple(f"{{{next(letters)}}}" if isinstance(key, int) else key for key in leaf))
+        count = restored[leaf].wanted.shape[0] if axis == 0 else None
+        for layer in (None,) if axis is None else range(count or 0):
+            made = rules_making(recipe, now(leaf, layer), name, shapes, count)
+            if made:
+                found += [rule for rule in made if rule not in found]
+                break
+    return tuple(found)
+
+
+def made_as_called(
+    asked: Collection[Path],
+    ordered: Collection[str],
+    verdict: Verdict,
+    places: Mapping[Path, Path],
+    ours: Mapping[Path, int],
+    theirs: Mapping[Path, int],
+) -> tuple[Remade, ...]:
+    """Returns how leaves are made of what Linen calls where the target calls their module; none as they are.
+
+    Of leaves that are missing or asked about, and of those that nothing but an order tells.
+
+    Args:
+        asked: The leaves that are asked about.
+        ordered: The rules that rest on an order, as they are quoted.
+        verdict: What its rules make.
+        places: Where the stored leaves lie among Linen's modules.
+        ours: Which call of all is the first of each module of the target.
+        theirs: The same of Linen's.
+    """
+    items = ((path, x) for path, x in verdict.restored.items() if isinstance(x.recipe, Read))
+    left = {p: x for p, x in items if p in asked or not {*ordered}.isdisjoint(x.reason.split("; "))}
+    stored = dict.fromkeys([*itertools.chain(*(reads(x.recipe) for x in left.values())), *verdict.unexpected])
+    shapes = {path: placed.leaf.shape for path, placed in verdict.sides.placements.items()}
+    wanted = {path: (path, x.wanted.shape) for path, x in (*left.items(), *verdict.missing.items())}
+    known = {path: (places[path], shapes[path]) for path in stored if path in places}
+    found = paired_in_turn((wanted, ours), (known, theirs))
+    now = {path: item.recipe for path, item in verdict.restored.items()}
+    is_new = any(now.get(leaf) != Read(path) for leaf, path in found.items())
+    return tuple(Remade(leaf=leaf, layer=None, recipe=Read(path)) for leaf, path in found.items() if is_new)
+
+
+_Called = tuple[Mapping[Path, tuple[Path, Shape]], Mapping[Path, int]]
+
+
+def paired_in_turn(wanted: _Called, stored: _Called) -> Mapping[Path, Path]:
+    """Returns wanted leaves with the stored ones of the modules that are called in the same place.
+
+    Modules are of a kind that hold the same names and shapes. Of a kind, both programs call as many.
+
+    Args:
+        wanted: The wanted leaves with their place among modules and their shape, and which call of all is
+            the first of each module.
+        stored: The same of the stored ones.
+    """
+    ours, theirs = _by_kind(*wanted), _by_kind(*stored)
+    kinds = [kind for kind, some in ours.items() if len(some) == len(theirs.get(kind, ()))]
+    pairs = itertools.chain(*(zip(ours[kind], theirs[kind], strict=True) for kind in kinds))
+    return {leaf: other[key] for one, other in pairs for key, leaf in one.items()}
+
+
+def _by_kind(
+    leaves: Mapping[Path, tuple[Path, Shape]], calls: Mapping[Path, int]
+) -> Mapping[frozenset[object], list[dict[object, Path]]]:
+    """Returns what modules hold, by what that is called and shaped, each kind in the order of the calls."""
+    held: dict[Path, dict[object, Path]] = defaultdict(dict)
+    for leaf, (place, shape) in leaves.items():
+        depths = range(len(place) - 1, -1, -1)
+        owner = next((place[:depth] for depth in depths if place[:depth] in calls), None)
+        if owner is not None:
+            held[owner][place[len(owner) :], shape] = leaf
+    kinds: dict[frozenset[object], list[dict[object, Path]]] = defaultdict(list)
+    for owner in sorted(held, key=calls.__getitem__):
+        kinds[frozenset(held[owner])].append(held[owner])
+    return kinds

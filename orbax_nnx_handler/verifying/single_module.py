@@ -131,8 +131,7 @@ def _exchanged(
     Of two names are those that differ in the same keys, be it a number: a weight of two layers' experts. Of
     two modules those come first that are read from one: the statistics of two norms without their weights.
     """
-    alike, modules = (defaultdict[object, list[tuple[Path, Path]]](list) for _ in range(2))
-    halves: dict[tuple[Path, Path, object], list[tuple[Path, Path]]] = defaultdict(list)
+    alike, modules, halves = (defaultdict[object, list[tuple[Path, Path]]](list) for _ in range(3))
     made = {leaf: shape_of(recipe, shapes) for leaf, recipe in doubtful.items()}
     shown, others = ([leaf for leaf in doubtful if (leaf in late) == is_late] for is_late in (False, True))
     each = itertools.chain(itertools.combinations(shown, 2), itertools.product(shown, others))
@@ -140,14 +139,13 @@ def _exchanged(
     for one, other in pairs:
         if one[-1:] == other[-1:]:
             modules[one[:-1], other[:-1]].append((one, other))
-            halves[one[:-1], other[:-1], frozenset(x[1:-1] for x in reads(doubtful[one]))].append(
-                (one, other)
-            )
+            read = frozenset(path[1:-1] for path in reads(doubtful[one]))
+            halves[one[:-1], other[:-1], read].append((one, other))
         if len(one) == len(other):
             keys = zip(one, other, strict=True)
             place = ((a, b) if a != b else None if isinstance(a, int) else a for a, b in keys)
             alike[tuple(place)].append((one, other))
-    yield from (x for (a, b, _), x in halves.items() if 1 < len(x) < len(modules[a, b]))
+    yield from (x for x in halves.values() if 1 < len(x) < len(modules[x[0][0][:-1], x[0][1][:-1]]))
     yield from sorted((x for x in alike.values() if len(x) > 1), key=lambda x: sum(map(operator.ne, *x[0])))
     yield from itertools.chain(([pair] for pair in pairs), (x for x in modules.values() if len(x) > 1))
 

@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 from orbax_nnx_handler.planning.core.folding import plain_names
-from orbax_nnx_handler.planning.core.paths import Path, levels, natural_key, shared_levels
+from orbax_nnx_handler.planning.core.paths import Path, levels, natural_key
 from orbax_nnx_handler.planning.layouts.layout import is_copy_level
 from orbax_nnx_handler.planning.likeness import (
     Couples,
@@ -28,6 +28,7 @@ from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, part_of
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart, named_parts
 from orbax_nnx_handler.planning.likeness.norms_of_layers import links_between, with_pairs
+from orbax_nnx_handler.planning.likeness.torn_modules import by_parts, torn_modules
 from orbax_nnx_handler.planning.likeness.vocabulary import (
     MARGIN,
     Names,
@@ -40,12 +41,7 @@ from orbax_nnx_handler.planning.likeness.vocabulary import (
 )
 from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS
 from orbax_nnx_handler.planning.suggesting.link_groups import tie_of
-from orbax_nnx_handler.planning.suggesting.unlike_names import (
-    LinksByParts,
-    by_parts,
-    telling_words,
-    unlike_names,
-)
+from orbax_nnx_handler.planning.suggesting.unlike_names import telling_words, unlike_names
 
 
 def wanted_twice(
@@ -295,10 +291,10 @@ def coincidences(
     plain = [link for link in links if link.joint is None and link.layers is None]
     odd = [link for link in plain if have_other_purposes(part_of(link.target), part_of(link.source))]
     parts = by_parts(links)
-    odd += (*misnumbered(plain, left, missing), *shifted(plain), *_astray(links))
+    odd += (*misnumbered(plain, left, missing), *shifted(plain), *torn_modules(links, parts, sides))
     norms = [companions(_not_counted(side)) for side in sides]
     odd += (*unlike_names(links, parts, sides[0], norms), *_without_norms(plain, norms))
-    odd += (*_half_used(links, plain, left, missing), *_between_modules(parts))
+    odd += _half_used(links, plain, left, missing)
     return {**{x.target.source: x for x in odd}, **_torn(links, left), **_from_elsewhere(links, left)}
 
 
@@ -346,53 +342,6 @@ def _half_used(
         if homes[module] == {into} and is_other and not purposes(into) & purposes(module):
             own = concepts(module) - {"head", "norm"}
             yield from (x for x in some[into, module] if not concepts(part_of(x.target)) & own)
-
-
-def _astray(links: Sequence[Link]) -> Iterator[Link]:
-    """Yields links of the only part that two modules share, where each has the rest in another one.
-
-    And those of two modules that are both made of the same two: their layers may be exchanged.
-    """
-    pairs = {(part_of(link.target), part_of(link.source)): link for link in links}
-    depths = [len(shared_levels(side, own=2)) for side in zip(*pairs, strict=True)]
-    tops = {pair: (_called_above(pair[0], depths[0]), _called_above(pair[1], depths[1])) for pair in pairs}
-    counts = Counter(each for each in tops.values() if all(each))
-    several = [Counter(side) for side in zip(*counts, strict=True)]
-    shared = [x for x in counts if several[0][x[0]] > 1 < several[1][x[1]]]
-    crossed = {
-        (one, other)
-        for (one, other), (at, to) in itertools.permutations(shared, 2)
-        if one != at and other != to and counts[one, to] and counts[at, other]
-    }
-    for link in links if shared else ():
-        top = tops[part_of(link.target), part_of(link.source)]
-        is_lone = link.joint is None and link.layers is None and counts[top] == 1 and top in shared
-        if is_lone or top in crossed:
-            yield link
-
-
-def _called_above(names: Names, depth: int) -> str:
-    """Returns what the module at a depth is called; nothing for a part, and for what a program counts."""
-    name = names[depth] if len(names) > depth + 1 else ""
-    return "" if counts_of(name) else name
-
-
-def _between_modules(parts: LinksByParts) -> Iterator[Link]:
-    """Yields links of the only part that two modules share, where each has several in one other module."""
-    led, back = (defaultdict[Names, Counter[Names]](Counter) for _ in range(2))
-    for (one, other), count in Counter((one[:-1], other[:-1]) for one, other in parts).items():
-        for at, to in itertools.product(range(1, len(one) + 1), range(1, len(other) + 1)):
-            led[one[:at]][other[:to]] += count
-            back[other[:to]][one[:at]] += count
-    for (one, other), some in parts.items():
-        into, module = one[:-1], other[:-1]
-        if led[into][module] == 1 and _is_shared(led[into], module) and _is_shared(back[module], into):
-            yield from (link for link in some if link.joint is None)
-
-
-def _is_shared(modules: Mapping[Names, int], own: Names) -> bool:
-    """Tells whether several parts are shared with one module that does not lie around, or in, another one."""
-    return any(n > 1 and x[: len(own)] != own[: len(x)] for x, n in modules.items())
 
 
 def _from_elsewhere(links: Sequence[Link], left: Iterable[Names]) -> Mapping[Path, Link]:

@@ -17,6 +17,7 @@ from orbax_nnx_handler.planning.likeness import Couples, in_list, is_as_wide, pu
 from orbax_nnx_handler.planning.likeness.links import Link
 from orbax_nnx_handler.planning.likeness.module_parts import ModulePart, part_of
 from orbax_nnx_handler.planning.likeness.shapes import is_vector
+from orbax_nnx_handler.planning.likeness.torn_modules import LinksByParts
 from orbax_nnx_handler.planning.likeness.vocabulary import (
     PARAMETER,
     PLACING,
@@ -49,10 +50,6 @@ class _Said(NamedTuple):
     is_shared: bool
     is_short: bool
     are_opposites: bool
-
-
-LinksByParts = Mapping[tuple[Names, Names], Sequence[Link]]
-"""The links of each wanted part and each stored one of which it is made."""
 
 
 def strangers(parts: LinksByParts, wanted: Sequence[ModulePart], norms: Sequence[Couples]) -> Iterator[Link]:
@@ -289,15 +286,6 @@ def _has_form(one: str, other: str) -> bool:
 _SPELLINGS = "log logs,exp,inverse inv,squared square sq,sqrt,rsqrt,neg negated,raw,softplus,keep,drop"
 _FUNCTIONS = {word: each.split()[0] for each in _SPELLINGS.split(",") for word in each.split()}
 """Words that say which function of a value is held, or which share of it."""
-
-
-def by_parts(links: Iterable[Link]) -> LinksByParts:
-    """Returns the links of each wanted part and each stored one of which it is made."""
-    parts = defaultdict[tuple[Names, Names], list[Link]](list)
-    for link in links:
-        for one, other in itertools.product(link.wanted, link.stored):
-            parts[part_of(one), part_of(other)].append(link)
-    return parts
 
 
 def unlike_names(

@@ -151,3 +151,40 @@ def test_which_of_two_modules_is_told_apart_by_a_word_more_is_one_question_for_a
         }
         every = (restored(stored, wanted, found.answered([at])) for at in range(2))
         assert any(all(np.array_equal(made[path], x) for path, x in right.items()) for made in every)
+
+
+def of_two_layers(module, layers):
+    """The shapes of a module of two equal layers."""
+    return {f"{module}/{layer}/kernel": (8, 8) for layer in layers}
+
+
+@pytest.mark.parametrize(
+    ("left", "wanted"), [("generator", "discriminator"), ("low_policy", "high_policy"), ("actor", "critic")]
+)
+def test_a_module_is_made_of_its_namesake_or_asked_about(left, wanted):
+    # What is left is no opposite of it, and therefore had taken the place of the encoder.
+    stored = of_two_layers("encoder", ["Dense_0", "Dense_1"]) | of_two_layers(left, ["Dense_0", "Dense_1"])
+    shapes = of_two_layers("encoder", ["fc1", "fc2"]) | of_two_layers(wanted, ["fc1", "fc2"])
+    arrays = filled(stored)
+
+    _, values = proposed(arrays, shapes)
+
+    right = {f"encoder/fc{at + 1}/kernel": arrays[f"encoder/Dense_{at}/kernel"] for at in (0, 1)}
+    check(values, {path: x for path, x in right.items() if path in values})
+
+
+@pytest.mark.parametrize("names", [("qf_a", "qf_b"), ("ffn_start", "ffn_end"), ("macaron", "final")])
+def test_two_modules_are_not_torn_into_the_same_two(names):
+    stored = {k: v for name in names for k, v in of_two_layers(name, ["Dense_0", "Dense_1"]).items()}
+    shapes = {k: v for at in (1, 2) for k, v in of_two_layers(f"critic_{at}", ["fc1", "fc2"]).items()}
+    arrays = filled(stored)
+
+    found, values = proposed(arrays, shapes)
+
+    right = {
+        f"critic_{at}/fc{to + 1}/kernel": arrays[f"{name}/Dense_{to}/kernel"]
+        for at, name in enumerate(names, 1)
+        for to in (0, 1)
+    }
+    check(values, {path: x for path, x in right.items() if path in values})
+    assert found.confidence != "certain"

@@ -123,8 +123,8 @@ class ModulePart:
     @property
     def is_layer(self) -> bool:
         """Whether it has a matrix, or a kernel of one output with its bias."""
-        is_kernel = "bias" in self.leaves and any(len(leaf.shape) > 1 for leaf in self.leaves.values())
-        return is_kernel or not self.is_vector
+        shapes = [leaf.shape for leaf in self.leaves.values()]
+        return not self.is_vector or ("bias" in self.leaves and any(len(shape) > 1 for shape in shapes))
 
     @derived
     def module(self) -> Names:
@@ -147,25 +147,29 @@ def module_parts(leaves: Iterable[Leaf], above: int = 0) -> list[ModulePart]:
     found: dict[Names, dict[str, Leaf]] = defaultdict(dict)
     for leaf in leaves:
         names, kind = place_of(leaf.names[above:]) if above else leaf.place
-        if kind in found[names] and leaf.names[-1] == "kernel":
-            other = found[names].pop(kind)  # `scale` beside it, of weights that are normalised.
+        held = found[names]
+        if kind in held and leaf.names[-1] == "kernel":
+            other = held.pop(kind)  # `scale` beside it, of weights that are normalised.
             found[other.names[above:]]["main"] = other
-        elif kind in found[names]:
-            names, kind = leaf.names[above:], "main"  # Two spellings of one thing: each by itself.
-        found[names][kind] = leaf
+        elif kind in held:
+            held, kind = found[leaf.names[above:]], "main"  # Two spellings of one thing: each by itself.
+        held[kind] = leaf
     _join_letters(found)
     _join_lists(found)
     _sort_biases(found)
     inside: dict[Names, list[Names]] = defaultdict(list)
     for names in found:
         inside[names[:-1]].append(names)
-    for names in [names for names, held in found.items() if set(held) == {"bias"}]:
+    for names in [names for names, held in found.items() if held.keys() == {"bias"}]:
         # Praxis: `linear/w` and `bias/b`.
         beside = [other for other in inside[names[:-1]] if other != names and names[-1:] == ("bias",)]
         around, bias = found.get(beside[0] if len(beside) == 1 else names[:-1], {}), found[names]["bias"]
         if "main" in around and "bias" not in around and bias.shape == around["main"].shape[1:]:
             around["bias"] = found.pop(names)["bias"]
-    modules = {names[:depth] for names in found for depth in range(len(names))}
+    modules = set[Names]()
+    for names in found:
+        while names and (names := names[:-1]) not in modules:  # Those around a known one are known.
+            modules.add(names)
     return [
         ModulePart(_own_place(names, held, modules, above), held, _unsaid(names, inside[names[:-1]]))
         for names, held in found.items()
@@ -174,7 +178,7 @@ def module_parts(leaves: Iterable[Leaf], above: int = 0) -> list[ModulePart]:
 
 def _unsaid(names: Names, beside: Iterable[Names]) -> Concepts:
     """Returns what a letter does not say: of `U`, `V` and `W` none is a value; SAGAN's is `h`, beside `f`."""
-    if "".join(names[-1:]) not in ("v", "V"):
+    if names[-1:] not in (("v",), ("V",)):
         return frozenset()
     others = {name.lower() for other in beside for name in other[-1:]}
     is_letter = others >= {"u", "w"} and concepts(others).isdisjoint(("q", "k"))
@@ -219,14 +223,10 @@ def _join_lists(found: dict[Names, dict[str, Leaf]]) -> None:
 
 
 def _sort_biases(found: dict[Names, dict[str, Leaf]]) -> None:
-    """Gives a bias the only kernel of its module, as `weight_v` beside `weight_g`.
-
-    Beside `a` or `c`, `b` is no bias but a letter that counts.
-    """
-    alone = {names for names, held in found.items() if set(held) == {"bias"}}
-    beside: dict[Names, list[Names]] = {names: [] for names in alone}
+    """Gives a bias the only kernel of its module, as `weight_v` beside `weight_g`; beside `a`, `b` counts."""
+    beside: dict[Names, list[Names]] = {at: [] for at, held in found.items() if held.keys() == {"bias"}}
     for names, held in found.items():
-        if names[:-1] in beside and set(held) == {"main"}:
+        if held.keys() == {"main"} and names[:-1] in beside:
             beside[names[:-1]].append(names)
     for names, others in beside.items():
         bias = found[names]["bias"]
@@ -244,8 +244,8 @@ def _is_kernel(name: str, leaf: Leaf) -> bool:
 
 def _own_place(names: Names, held: Mapping[str, Leaf], modules: Collection[Names], above: int) -> Names:
     """Returns the path of a part; a scale beside modules, as of ConvNeXt's blocks, is one by itself."""
-    is_scale = set(held) == {"main"} and is_vector(held["main"].shape)
-    return held["main"].names[above:] if is_scale and names and names in modules else names
+    is_scale = names in modules and [*held] == ["main"] and is_vector(held["main"].shape)
+    return held["main"].names[above:] if is_scale and names else names
 
 
 def part_of(leaf: Leaf) -> Names:

@@ -94,7 +94,8 @@ def _is_shared(modules: Mapping[Names, int], own: Names) -> bool:
 def _from_others(parts: LinksByParts, sides: Sequence[Sequence[ModulePart]]) -> Iterator[Link]:
     """Yields links between modules of which one has a namesake that holds the same on the other side.
 
-    Where an `encoder` is on both sides, it is no `discriminator`, nor is a `generator` the `encoder`.
+    Where an `encoder` is on both sides, it is no `discriminator`, nor is a `generator` the `encoder`. But a
+    `style_encoder` may be, where the `encoder` is one in a `transformer`.
     """
     depths = [len(shared_levels([part.names for part in side], own=2)) for side in sides]
     held = [defaultdict[Names, list[int]](list) for _ in sides]
@@ -107,7 +108,8 @@ def _from_others(parts: LinksByParts, sides: Sequence[Sequence[ModulePart]]) -> 
         both = one[depths[0] :], other[depths[1] :]
         at = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*both, strict=False)))
         is_module = at + 1 < min(map(len, both)) and not any(counts_of(x[at]) for x in both)
-        if is_module and any(x[: at + 1] in shared for x in both):
+        is_said = is_module and share_word(*("/".join(x[:-1]) for x in both))
+        if is_module and not is_said and any(x[: at + 1] in shared for x in both):
             yield from (link for link in some if link.joint is None)
 
 

@@ -1,7 +1,6 @@
 """How like each other the parts of two models are: by names, shapes and order.
 
-Here what a whole path says of a part: what it is for, the list that it is in, the layer of a norm. Last,
-what is known but for some parts.
+Here what a whole path says of a part: its purpose, its list, a norm's layer. Last, what else is known.
 """
 
 import dataclasses
@@ -110,20 +109,6 @@ def choice_of(found: Sequence[Link], *readings: Sequence[Link]) -> Tie:
     return Tie(wanted=wanted, stored=stored, readings=tuple(map(tuple, readings)))
 
 
-def lists_in(parts: Iterable[Names]) -> Mapping[tuple[Names, str], set[int]]:
-    """Returns the numbers of each list, by where it is and what it is called."""
-    found: dict[tuple[Names, str], set[int]] = defaultdict(set)
-    for (*above, base), number, _ in (each for part in parts for each in lists_around(part)):
-        found[tuple(above), base].add(number)
-    return found
-
-
-@functools.lru_cache(maxsize=1 << 16)
-def count_of(names: Names) -> int:
-    """Returns how many numbers a path has."""
-    return sum(map(str.isdecimal, itertools.chain(*map(words, names))))
-
-
 def elsewhere(
     parts: Mapping[tuple[int, int], tuple[ModulePart, ModulePart]], modules: Iterable[tuple[Names, Names]]
 ) -> Iterator[tuple[int, int]]:
@@ -207,14 +192,29 @@ def _numbers(names: Names) -> Mapping[str, str]:
 
 def share_word(one: str, other: str) -> bool:
     """Tells whether two names share a word that says more than that layers are counted."""
-    said = (
-        {*(word.removesuffix("s") for word in words(name) if word.isalpha()), *meanings(name)}
-        for name in (one, other)
-    )
-    return not set.intersection(*said) <= _OF_LAYERS
+    return called_alike(one, other) in (_OWN, _KIND)
 
 
-_OF_LAYERS = {*SINGLE, *(word.removesuffix("s") for word in SINGLE), *PLACE, ""}
+@functools.lru_cache(maxsize=1 << 16)
+def called_alike(one: str, other: str) -> float:
+    """Returns how much tells that two names count one thing, of which `blk` is short for `block`."""
+    said = [
+        {*(word.removesuffix("s") for word in each), "".join(each), *meanings(name)} - {""}
+        for name in (one, other)  # `rdb` is short for all of `ResidualDenseBlock`.
+        for each in [[word for word in words(name) if word.isalpha()]]
+    ]
+    if (shared := said[0] & said[1]) or not any(map(_LINEAR.isdisjoint, said)):
+        told = shared - _OF_LAYERS
+        return _OWN if told - _KINDS else _KIND if told else _LAYERS
+    pairs = (sorted(z, key=len) for z in itertools.product(*(x - _KINDS | x & _OF_LAYERS for x in said)))
+    short = [(one, long) for one, long in pairs if re.match(".*".join(one), long)]
+    told = [_LETTER if len(one) == 1 else _LAYERS if x in _OF_LAYERS else _SHORT for one, x in short]
+    return max(told, default=0)  # A first letter may be that of any other word, too.
+
+
+_OWN, _SHORT, _KIND, _LAYERS, _LETTER = 1, 0.99, 0.6, 0.375, 0.25
+_LINEAR = frozenset(("linear", "lin", "fc", "dense"))
+_OF_LAYERS = {*SINGLE, *(word.removesuffix("s") for word in SINGLE), *PLACE}
 
 
 def _crossed(links: Sequence[Link], left: Iterable[Names], missing: Iterable[Names]) -> Iterator[Link]:

@@ -15,7 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.paths import levels, shared_levels
-from orbax_nnx_handler.planning.likeness import choice_of, in_list, lists_around, share_word, with_sources
+from orbax_nnx_handler.planning.likeness import called_alike, choice_of, in_list, lists_around, with_sources
 from orbax_nnx_handler.planning.likeness.highest_sums import best_pairs
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, part_of, ranked
@@ -206,6 +206,7 @@ def with_axes(found: Findings) -> Findings:
 
 _STRAIGHT, _WORD = 0.5, 2
 """That of two numbers with a word each the first is the outer one on both sides; that a word is the same."""
+_SAID = 0.5  # More than that tells it, rather than that there are layers, or a letter.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -268,18 +269,18 @@ class _Axes:
     def gain(self) -> float:
         """How much more names and numbers speak for the exchange than for what is found."""
         (one, other), (first, second) = self.at
-        found = self._alike(one, first) + self._alike(other, second)
-        both = self._alike(one, second) + self._alike(other, first)
-        sides = zip(self.words, (sorted(self.at[1]), self.at[0]), strict=True)
+        ways = ((one, first), (other, second)), ((one, second), (other, first))
+        found, both = (sum(self.held[1][at] == self.held[0][to] for at, to in way) for way in ways)
+        straight, crossed = ([called_alike(self._word(1, x), self._word(0, y)) for x, y in z] for z in ways)
+        kinds = {*itertools.starmap(_kind_of, zip(self.words, (sorted(self.at[1]), self.at[0]), strict=True))}
+        if kinds == {"a word each"} and any(crossed) and not any(straight):
+            are_more = not all(crossed) and sum(len(x) > 1 for x in self.held[1]) > 2  # Three in a circle.
+            return both - found + _WORD * sum(crossed) - are_more * _STRAIGHT
+        both, found = (x + _WORD * sum(map(_SAID.__lt__, y)) for x, y in ((both, crossed), (found, straight)))
         # The first number of `conv1_0` may be either of two that have a word each.
-        if {*itertools.starmap(_kind_of, sides)} == {"one word", "a word each"}:
+        if kinds == {"one word", "a word each"}:
             return both - found
         return both - found - (_STRAIGHT if self.is_straight else -_STRAIGHT)
-
-    def _alike(self, at: int, to: int) -> int:
-        """Returns how much tells that a number of a stored path is one of the wanted path."""
-        called = share_word(self._word(1, at), self._word(0, to))
-        return _WORD * called + (self.held[1][at] == self.held[0][to])
 
     def _word(self, side: int, at: int) -> str:
         """Returns what a number counts; `conv1_0` is in a list `conv1`, where the two count otherwise."""
@@ -297,7 +298,7 @@ def _kind_of(texts: Sequence[str], at: Sequence[int]) -> str:
     """Returns how two numbers are told apart: `conv1_0`, `block1/conv0`, or as in a list of lists."""
     word = _word_before(texts, at[1])
     if _is_bare(texts, at[1]):
-        return "one word" if at[1] == at[0] + 1 and share_word(word, word) else ""
+        return "one word" if at[1] == at[0] + 1 and called_alike(word, word) > _SAID else ""
     return "a word each" if word else ""
 
 

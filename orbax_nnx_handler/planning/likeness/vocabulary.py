@@ -205,7 +205,7 @@ def meanings(name: str) -> tuple[str, ...]:
 
 
 def _singular(word: str) -> str:
-    return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
+    return re.sub(r"(?<=[nrt]ch|.sh|.ss|..x)es$|(?<=..[^s])s$", "", word)
 
 
 def concepts(names: Iterable[str]) -> Concepts:

@@ -274,6 +274,25 @@ def _end(part: ModulePart) -> int:
 # What goes elsewhere than what lies beside it.
 
 
+def contradicted(links: Iterable[Link]) -> Mapping[Path, Link]:
+    """Returns links in which a stored name, no number, means another part than in most blocks of its list."""
+    said: dict[object, dict[Names, list[Link]]] = defaultdict(lambda: defaultdict(list))
+    for link in (x for x in links if x.layers is None and len(x.wanted) == len(x.stored) == 1):
+        (list_, inside), (others, name) = in_list(link.target.names), in_list(link.source.names)
+        path = levels(name) if len(inside) > 1 < len(name) else ()
+        if path and not any(level.is_automatic or level.style in ("/", ".") for level in path):
+            said[list_, others, name][plain_names(inside)].append(link)
+    counted = ([*x.values()] for x in said.values() if len(x) > 1 and not _are_of_a_list(x))
+    few = (some for each in counted for some in each if 2 * len(some) <= sum(map(len, each)))
+    return {link.target.source: link for some in few for link in some}
+
+
+def _are_of_a_list(meanings: Mapping[Names, Sequence[Link]]) -> bool:
+    """Tells whether each block's part is another block's: `stage1_block0/fc` is `stage1/block0/fc`."""
+    names = {(*(name.rstrip("0123456789") for name in each[:-2]), *each[-2:]) for each in meanings}
+    return len(names) == 1 and all(len(links) == 1 for links in meanings.values())
+
+
 def coincidences(
     links: Sequence[Link],
     left: Set[Names],

@@ -13,8 +13,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.folding import around, plain_names
 from orbax_nnx_handler.planning.core.leaves import Move, MovedGroup, Pair, moved_groups, order_after, permuted
-from orbax_nnx_handler.planning.core.paths import Path, is_number, levels, shared_levels
-from orbax_nnx_handler.planning.likeness import count_of, in_list, lists_in, told_by_names
+from orbax_nnx_handler.planning.core.paths import is_number, levels, shared_levels
+from orbax_nnx_handler.planning.likeness import in_list, lists_around, told_by_names
 from orbax_nnx_handler.planning.likeness.joined_parts import kept_by_head
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, is_alone, kinds_of_modules, part_of
@@ -268,25 +268,6 @@ def possible_roots(links: Sequence[Link], roots: Roots, *, is_alone: bool) -> It
 # Links that speak against each other, and questions that are one.
 
 
-def contradicted(links: Iterable[Link]) -> Mapping[Path, Link]:
-    """Returns links in which a stored name, no number, means another part than in most blocks of its list."""
-    said: dict[object, dict[Names, list[Link]]] = defaultdict(lambda: defaultdict(list))
-    for link in (x for x in links if x.layers is None and len(x.wanted) == len(x.stored) == 1):
-        (list_, inside), (others, name) = in_list(link.target.names), in_list(link.source.names)
-        path = levels(name) if len(inside) > 1 < len(name) else ()
-        if path and not any(level.is_automatic or level.style in ("/", ".") for level in path):
-            said[list_, others, name][plain_names(inside)].append(link)
-    counted = ([*x.values()] for x in said.values() if len(x) > 1 and not _are_of_a_list(x))
-    few = (some for each in counted for some in each if 2 * len(some) <= sum(map(len, each)))
-    return {link.target.source: link for some in few for link in some}
-
-
-def _are_of_a_list(meanings: Mapping[Names, Sequence[Link]]) -> bool:
-    """Tells whether each block's part is another block's: `stage1_block0/fc` is `stage1/block0/fc`."""
-    names = {(*(name.rstrip("0123456789") for name in each[:-2]), *each[-2:]) for each in meanings}
-    return len(names) == 1 and all(len(links) == 1 for links in meanings.values())
-
-
 def without_strays(links: Sequence[Link], wanted: Iterable[Leaf], stored: Iterable[Leaf]) -> list[Link]:
     """Returns the links without those that order alone settles, between layers that do not fit each other.
 
@@ -364,7 +345,7 @@ class Precedents:
     def __init__(self, wanted: Iterable[Leaf], stored: Iterable[Leaf], links: Iterable[Link]) -> None:
         parts = [{part_of(leaf) for leaf in leaves} for leaves in (wanted, stored)]
         self._wanted, self._stored = map(kinds_of_modules, parts)
-        self._counted = [*map(lists_in, parts)]
+        self._counted = [*map(_lists_in, parts)]
         self._alike: dict[object, bool] = {}
         self._forth: dict[object, set[object]] = defaultdict(set)
         self._back: dict[object, set[object]] = defaultdict(set)
@@ -404,8 +385,8 @@ class Precedents:
         ours, theirs = levels(wanted), levels(stored)
         if not ours or not theirs:
             return
-        sides = [[(at, count_of(at)) for at in around(names)] for names in (wanted, stored)]
-        is_counted = count_of(wanted) == count_of(stored)
+        sides = [[(at, _count_of(at)) for at in around(names)] for names in (wanted, stored)]
+        is_counted = _count_of(wanted) == _count_of(stored)
         for (one, count), (other, against) in itertools.product(*sides):
             if is_counted and count != against:
                 continue  # `down/1` and `down_1_block_0`: below them only one side still counts blocks.
@@ -445,3 +426,17 @@ def _one_word_apart(one: str, other: str) -> Sequence[tuple[tuple[int, str], str
     rests = ((at, [{*meanings("_".join(x[1:] if at == 0 else x[:-1]))} for x in both]) for at in (0, -1))
     told = (at for at, (left, right) in rests if left == right and left and not both[0][at].isdecimal())
     return [((at, both[0][at]), both[1][at]) for at in told]
+
+
+def _lists_in(parts: Iterable[Names]) -> Mapping[tuple[Names, str], set[int]]:
+    """Returns the numbers of each list, by where it is and what it is called."""
+    found: dict[tuple[Names, str], set[int]] = defaultdict(set)
+    for (*above, base), number, _ in (each for part in parts for each in lists_around(part)):
+        found[tuple(above), base].add(number)
+    return found
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _count_of(names: Names) -> int:
+    """Returns how many numbers a path has."""
+    return sum(map(str.isdecimal, itertools.chain(*map(words, names))))

@@ -30,12 +30,12 @@ from orbax_nnx_handler.planning.rules.values import steps_in
 from orbax_nnx_handler.planning.suggesting.doubts import (
     apart_from_copies,
     coincidences,
+    contradicted,
     wanted_twice,
     with_runs_told,
 )
 from orbax_nnx_handler.planning.suggesting.link_groups import (
     Precedents,
-    contradicted,
     with_moved_axes,
     with_networks_told,
 )

@@ -530,6 +530,28 @@ def test_of_two_numbers_that_may_each_be_the_block_nothing_is_crossed(name):
     assert all(crossed[value.tobytes()] == path for path, value in values.items())
 
 
+SWAPPED = [
+    ("branch_{b}/stage_{s}", "stages/{s}/branches/{b}"),
+    ("branch_{b}/block_{s}", "blk/{s}/br/{b}"),
+    ("head_{b}/level_{s}", "lvl/{s}/hd/{b}"),
+    ("tower_{b}/layer_{s}", "layers/{s}/twr/{b}"),
+    ("expert_{b}/Dense_{s}", "fc/{s}/experts/{b}"),
+    ("Branch_{b}/Stage_{s}/Dense_0", "stages/{s}/branches/{b}/fc"),
+]
+UNSAID = [("stream_{b}/block_{s}", "b/{s}/s/{b}"), ("critic_{b}/Dense_{s}", "fc{s}_q{b}")]
+
+
+@pytest.mark.parametrize("names", SWAPPED + UNSAID, ids=" ".join)
+def test_a_word_at_another_depth_takes_its_number_along_and_a_first_letter_asks(names):
+    both = [[f"{x.format(b=b, s=s)}/kernel" for x in names] for b in range(2) for s in range(2)]
+    stored = filled({path: (8, 8) for path, _ in both})
+
+    found, values = proposed(stored, dict.fromkeys((aim for _, aim in both), (8, 8)))
+
+    assert bool(found.questions) == (names in UNSAID)
+    check(values, {aim: stored[path] for path, aim in both if names in SWAPPED})
+
+
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("name", ["b{s}_conv{j}", "block{s}_conv{j}"])
 def test_a_word_before_a_number_says_as_much_as_what_both_sides_count_from(name, count):

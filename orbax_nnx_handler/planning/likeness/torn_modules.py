@@ -9,8 +9,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.leaves import Shape
-from orbax_nnx_handler.planning.core.paths import shared_levels
-from orbax_nnx_handler.planning.likeness import share_word
+from orbax_nnx_handler.planning.core.paths import levels, shared_levels
+from orbax_nnx_handler.planning.likeness import called_alike, share_word
 from orbax_nnx_handler.planning.likeness.links import Link
 from orbax_nnx_handler.planning.likeness.module_parts import ModulePart, part_of
 from orbax_nnx_handler.planning.likeness.vocabulary import Names, counts_of
@@ -136,9 +136,8 @@ def _in_two(parts: LinksByParts) -> Iterator[Link]:
             several[frozenset(intos)].append(module)
     for intos, modules in several.items():
         pairs = [pair for both in itertools.product(intos, modules) for pair in led[both]]
-        is_told = any(
-            share_word("".join(one[-2:-1]), other[-1]) or share_word("".join(other[-2:-1]), one[-1])
-            for one, other in pairs
-        )
+        ends = [[[level.base for level in levels(names)[-2:]] for names in pair] for pair in pairs]
+        crossed = ((one[:1], other[-1:]) for both in ends for one, other in (both, both[::-1]))
+        is_told = any(called_alike("".join(outer), "".join(inner)) for outer, inner in crossed)
         if len(modules) == len(intos) and not is_told:
             yield from (link for pair in pairs for link in parts[pair] if link.joint is None)

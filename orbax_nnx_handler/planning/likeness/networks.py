@@ -275,7 +275,7 @@ class _Axes:
         kinds = {*itertools.starmap(_kind_of, zip(self.words, (sorted(self.at[1]), self.at[0]), strict=True))}
         if kinds == {"a word each"} and any(crossed) and not any(straight):
             are_more = not all(crossed) and sum(len(x) > 1 for x in self.held[1]) > 2  # Three in a circle.
-            return both - found + _WORD * sum(crossed) - are_more * _STRAIGHT
+            return both - found + _WORD * sum(x > _SAID or x for x in crossed) - are_more * _STRAIGHT
         both, found = (x + _WORD * sum(map(_SAID.__lt__, y)) for x, y in ((both, crossed), (found, straight)))
         # The first number of `conv1_0` may be either of two that have a word each.
         if kinds == {"one word", "a word each"}:

@@ -14,7 +14,7 @@ from orbax_nnx_handler.planning.core.recipes import Read, reads, shape_of
 from orbax_nnx_handler.planning.layouts.layout import repeats_beside
 from orbax_nnx_handler.planning.likeness.arrangements import as_fused
 from orbax_nnx_handler.planning.likeness.assignment import Fit, fit_of, may_be, sizes_of_few, ways_apart
-from orbax_nnx_handler.planning.likeness.highest_sums import with_either_count
+from orbax_nnx_handler.planning.likeness.highest_sums import with_either_count, with_surplus_asked
 from orbax_nnx_handler.planning.likeness.joined_parts import is_table, tied
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie, leads, settle_turns
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, module_parts, part_of
@@ -75,7 +75,7 @@ def search(wanted: Sequence[Leaf], stored: Sequence[Leaf], order: Mapping[Tokens
     found, count = with_either_end(found), len(found.ties)
     ordered = {path for tie in found.ties[count:] for path in _wanted_by(tie)}
     sides = module_parts(wanted), module_parts(stored)
-    found = with_runs_told(with_one_before(found, *sides), sides)
+    found = with_surplus_asked(with_runs_told(with_one_before(found, *sides), sides), sides[1])
     found = with_words_told(with_networks_told(found))
     used = {part_of(leaf) for link in found.every for leaf in link.stored}
     made = {part_of(leaf) for link in found.links for leaf in link.wanted}

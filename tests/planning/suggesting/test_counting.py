@@ -736,3 +736,36 @@ def test_linens_numbers_tell_no_order_in_a_program_whose_calls_stand_inside_each
     told = {f"blocks/{at}/{home}/kernel": stored[f"Block_{at}/{own}/kernel"] for at, own, home in every}
     check(values, {path: x for path, x in told.items() if not is_against or "conv" not in path})
     assert bool(found.questions) is is_against
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize(("own", "home"), [("Block_{}", "blocks/{}"), ("trunk/MLP_{}", "trunk/layers/{}")])
+def test_which_modules_of_a_class_are_a_shorter_list_is_asked(first, own, home):
+    sizes = {("Dense_0", "fc1"): (4, 8), ("Dense_1", "fc2"): (8, 4)}
+    stored = filled({f"{own.format(at)}/{x}/kernel": s for at in range(3) for (x, _), s in sizes.items()})
+    wanted = {f"{home.format(at)}/{y}/kernel": s for at in range(2) for (_, y), s in sizes.items()}
+
+    found, values = proposed(stored, wanted)
+
+    assert not values
+    (question,) = found.questions
+    assert len(question.choices) == 2
+    check(
+        restored(stored, wanted, found.answered([first])),
+        {
+            f"{home.format(at)}/{y}/kernel": stored[f"{own.format(at + first)}/{x}/kernel"]
+            for at in range(2)
+            for x, y in sizes
+        },
+    )
+
+
+def test_numbers_tell_in_a_list_that_a_program_counts_itself():
+    sizes = {("Dense_0", "fc1"): (4, 8), ("Dense_1", "fc2"): (8, 4)}
+    stored = filled({f"block_{at}/{x}/kernel": s for at in range(3) for (x, _), s in sizes.items()})
+    told = {f"blocks/{at}/{y}/kernel": stored[f"block_{at}/{x}/kernel"] for at in range(2) for x, y in sizes}
+
+    found, values = proposed(stored, {path: array.shape for path, array in told.items()})
+
+    assert not found.questions
+    check(values, told)

@@ -133,8 +133,15 @@ def _said(wanted: Names, stored: Names) -> _Said:
         (one - _OF_ANY, other - _OF_ANY),
         is_shared or not all(sides) or one | other <= PLACING,
         is_short,
-        _are_of_opposites(ours, theirs),
+        _are_of_opposites(ours, theirs) or _are_norms_of_ends(wanted, stored),
     )
+
+
+def _are_norms_of_ends(wanted: Names, stored: Names) -> bool:
+    """Tells whether one of two norms outside of lists comes last, of an `encoder_norm`, and the other first."""
+    one, other = ({*meanings(x[-1])} if x and not in_list(x)[0] else set[str]() for x in (wanted, stored))
+    ends = [(x & {"embed", "pre"}, x & {"enc", "dec", "last"}) for x in (one, other) if "norm" in one & other]
+    return any(bool(x[0] and y[1]) and not (x[1] or y[0]) for x, y in itertools.permutations(ends, 2))
 
 
 def _are_of_opposites(ours: Concepts, theirs: Concepts) -> bool:
@@ -196,12 +203,13 @@ def called_otherwise(parts: LinksByParts) -> Iterator[Link]:
         names = [x for x in every if x[0] != one[-1] and x[1] != other[-1]]
         is_alone = bool(names) and all(x == y for x, y in names)
         is_told = renamed[_renamed(one, other)] > 1 or _hold_own(one, other, held, parts)
-        is_told |= images == {*held}
+        has_form = _has_form(one[-1], other[-1])
+        is_told |= images == {*held} and not has_form
         if (one, other) in networks:
-            is_told |= len(every) > len(names) + 1 or not is_alone
+            is_told |= len(every) > len(names) + 1 or not (is_alone or has_form)
         held_by = [concepts(x[-2:-1]) for x in (one, other) if not in_list(x)[0]]
         is_of_heads = len(held_by) == 2 and all(frozenset() < x <= {"head", "out"} for x in held_by)
-        if (is_alone or is_of_heads or _has_form(one[-1], other[-1])) and not is_told:
+        if (is_alone or is_of_heads or has_form) and not is_told:
             yield from (x for pair in held for x in parts[pair] if x.joint is None and not x.copied)
 
 
@@ -219,6 +227,8 @@ def _networks_called_otherwise(
 
 def _share_names(one: Names, other: Names, held: Iterable[tuple[Names, Names]]) -> bool:
     """Tells whether one of two modules is called by a letter, or a part in both by the same word."""
+    if _has_form(one[-1], other[-1]):
+        return False
     if any(len(word) == 1 for name in (one[-1], other[-1]) for word in words(name)):
         return True
     inside = (({*words("_".join(x[len(one) :]))}, {*words("_".join(y[len(other) :]))}) for x, y in held)
@@ -263,8 +273,13 @@ def _hold_own(
 def _is_another(one: str, other: str) -> bool:
     """Tells whether two names share no word that tells, and each says something that the other one lacks."""
     said = _said((one,), (other,))
-    is_shared = said.is_short if _has_form(one, other) else said.is_shared
-    return not is_shared and all(only - _CELLS - {"gate"} for only in said.only)
+    kinds = [concepts([x]) for x in (one, other)]
+    are_heads = "head" in kinds[0] & kinds[1]  # A place may tell: `start_head` and `answerable_head`.
+    if are_heads and frozenset(("head",)) in kinds:
+        return any(only - {"cls"} for only in said.only)  # An `aux_classifier` is not the classifier.
+    if _has_form(one, other):
+        return not said.is_short and (any if are_heads else all)(said.only)
+    return not said.is_shared and all(only - _CELLS - {"gate"} for only in said.only)
 
 
 _LAYER = frozenset(("head", "proj", "projection", "projector", "layer", "linear", "dense", "fc", "pred"))
@@ -302,15 +317,11 @@ def unlike_names(
         if any(one != other and _are_opposites(one, other) for one, other in ends):
             yield link
     names = {name for link in links for leaf in (*link.wanted, *link.stored) for name in leaf.names}
-    named = {name for name in names if any(map(_says_function, words(name)))}  # Nearly none.
+    named = {x for x in names if any(y in _FUNCTIONS or y.startswith("log") for y in words(x))}  # Few.
     for link in links if named else ():
         pairs = ((x.names, y.names) for x in link.wanted for y in link.stored)
         if any(any(_functions(*both)) for both in pairs if not named.isdisjoint((*both[0], *both[1]))):
             yield link
-
-
-def _says_function(word: str) -> bool:
-    return word in _FUNCTIONS or word.startswith("log")
 
 
 @functools.lru_cache(maxsize=1 << 16)

@@ -68,6 +68,12 @@ NEW = [
     ("vad_head/=asr_head/", (8, 7)),
     ("speaker_embed/=emotion_embed/", (9, 8)),
     ("pose_net/fc/=depth_net/fc/", (8, 9)),
+    ("start_head/=answerable_head/", (8, 1)),
+    ("cls_tower/Conv_0/=box_tower/conv/", (3, 3, 8, 8)),
+    ("depth_head/=normal_head/", (1, 1, 8, 3)),
+    ("edge_decoder/Dense_0/=node_decoder/fc1/", (8, 9)),
+    ("Transformer/encoder_norm/=embed_norm/", (8,)),
+    ("decoder_norm/=pre_norm/", (8,)),
 ]
 """Parts that are not stored, each beside an unused one of its shape that is something else."""
 
@@ -129,7 +135,15 @@ BESIDE = {"trunk/fc1": (6, 8), "trunk/fc2": (8, 8), "policy": (8, 4)}
 
 @pytest.mark.parametrize(
     "text",
-    ["cost=reward", "predictor=projector", "left_hand=face", "bbox_pred=objectness", "opponent/fc=agent/fc"],
+    [
+        "aux_classifier=classifier",
+        "head_dist=head",
+        "cost=reward",
+        "predictor=projector",
+        "left_hand=face",
+        "bbox_pred=objectness",
+        "opponent/fc=agent/fc",
+    ],
 )
 def test_a_new_part_is_not_what_is_left_where_all_beside_it_keep_their_names(text):
     one, other = text.split("=")

@@ -138,9 +138,10 @@ def _said(wanted: Names, stored: Names) -> _Said:
 
 
 def _are_norms_of_ends(wanted: Names, stored: Names) -> bool:
-    """Tells whether one of two norms outside of lists comes last, of an `encoder_norm`, and the other first."""
+    """Tells whether one of two norms in no layer is the last, an `encoder_norm`, and the other the first."""
     one, other = ({*meanings(x[-1])} if x and not in_list(x)[0] else set[str]() for x in (wanted, stored))
-    ends = [(x & {"embed", "pre"}, x & {"enc", "dec", "last"}) for x in (one, other) if "norm" in one & other]
+    is_known = "norm" in one & other and (one | other).isdisjoint(("attn", "mlp", "self", "cross"))
+    ends = [(x & {"embed", "pre"}, x & {"enc", "dec", "last"}) for x in (one, other) if is_known]
     return any(bool(x[0] and y[1]) and not (x[1] or y[0]) for x, y in itertools.permutations(ends, 2))
 
 
@@ -227,10 +228,9 @@ def _networks_called_otherwise(
 
 def _share_names(one: Names, other: Names, held: Iterable[tuple[Names, Names]]) -> bool:
     """Tells whether one of two modules is called by a letter, or a part in both by the same word."""
-    if _has_form(one[-1], other[-1]):
-        return False
-    if any(len(word) == 1 for name in (one[-1], other[-1]) for word in words(name)):
-        return True
+    is_letter = any(len(word) == 1 for word in (*words(one[-1]), *words(other[-1])))
+    if is_letter or _has_form(one[-1], other[-1]):
+        return is_letter
     inside = (({*words("_".join(x[len(one) :]))}, {*words("_".join(y[len(other) :]))}) for x, y in held)
     return any(word.isalpha() for both in inside for word in both[0] & both[1])
 
@@ -275,11 +275,12 @@ def _is_another(one: str, other: str) -> bool:
     said = _said((one,), (other,))
     kinds = [concepts([x]) for x in (one, other)]
     are_heads = "head" in kinds[0] & kinds[1]  # A place may tell: `start_head` and `answerable_head`.
-    if are_heads and frozenset(("head",)) in kinds:
+    is_bare = frozenset(("head",)) in kinds
+    if are_heads and is_bare and 1 in (len(words(one)), len(words(other))):
         return any(only - {"cls"} for only in said.only)  # An `aux_classifier` is not the classifier.
-    if _has_form(one, other):
-        return not said.is_short and (any if are_heads else all)(said.only)
-    return not said.is_shared and all(only - _CELLS - {"gate"} for only in said.only)
+    is_any = (is_form := _has_form(one, other)) and are_heads and not is_bare
+    left = (only - _CELLS - {"gate"} for only in said.only)
+    return not (said.is_short if is_form else said.is_shared) and (any if is_any else all)(left)
 
 
 _LAYER = frozenset(("head", "proj", "projection", "projector", "layer", "linear", "dense", "fc", "pred"))
@@ -291,7 +292,7 @@ def _has_form(one: str, other: str) -> bool:
     Whatever word says that they are a layer: `reward_head` and `cost_proj`.
     """
     sides = [[word for word in words(name) if word.isalpha()] for name in (one, other)]
-    sides = [[*x[:-1], "layer"] if x and x[-1] in _LAYER else x for x in sides]
+    sides = [[*x[:-1], "layer"] if {*x[-1:]} & _LAYER else x for x in sides]
     same = [len({*pair}) == 1 for pair in itertools.zip_longest(*sides)]
     return len(same) > 1 and same[-1] and not any(same[:-1])
 
@@ -304,10 +305,7 @@ _FUNCTIONS = {word: each.split()[0] for each in _SPELLINGS.split(",") for word i
 
 
 def unlike_names(
-    links: Sequence[Link],
-    parts: LinksByParts,
-    wanted: Sequence[ModulePart],
-    norms: Sequence[Couples],
+    links: Sequence[Link], parts: LinksByParts, wanted: Sequence[ModulePart], norms: Sequence[Couples]
 ) -> Iterator[Link]:
     """Yields links of parts whose names are strangers, or say that they hold other functions of a value."""
     yield from strangers(parts, wanted, norms)

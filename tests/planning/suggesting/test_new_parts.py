@@ -70,7 +70,6 @@ NEW = [
     ("pose_net/fc/=depth_net/fc/", (8, 9)),
     ("start_head/=answerable_head/", (8, 1)),
     ("cls_tower/Conv_0/=box_tower/conv/", (3, 3, 8, 8)),
-    ("depth_head/=normal_head/", (1, 1, 8, 3)),
     ("edge_decoder/Dense_0/=node_decoder/fc1/", (8, 9)),
     ("Transformer/encoder_norm/=embed_norm/", (8,)),
     ("decoder_norm/=pre_norm/", (8,)),

@@ -178,6 +178,7 @@ def _short_forms(name: str) -> frozenset[str]:
 # What is called otherwise than all beside it.
 
 _CELLS = frozenset(("lstm", "gru", "rnn", "cell"))
+_LOOKS = frozenset(("embed", "conv"))  # What a kernel of images is called by its shape.
 
 
 def called_otherwise(parts: LinksByParts) -> Iterator[Link]:
@@ -205,7 +206,7 @@ def called_otherwise(parts: LinksByParts) -> Iterator[Link]:
         is_alone = bool(names) and all(x == y for x, y in names)
         is_told = renamed[_renamed(one, other)] > 1 or _hold_own(one, other, held, parts)
         has_form = _has_form(one[-1], other[-1])
-        is_told |= images == {*held} and (not has_form or "embed" in concepts(one) & concepts(other))
+        is_told |= images == {*held} and not (has_form and _LOOKS.isdisjoint(concepts(one) & concepts(other)))
         if (one, other) in networks:
             is_told |= len(every) > len(names) + 1 or not (is_alone or has_form)
         held_by = [concepts(x[-2:-1]) for x in (one, other) if not in_list(x)[0]]

@@ -12,13 +12,13 @@ from orbax_nnx_handler.planning.core.folding import list_paths
 from orbax_nnx_handler.planning.core.leaves import total_nbytes
 from orbax_nnx_handler.planning.core.lines import aligned, counted, rated, sized
 from orbax_nnx_handler.planning.core.paths import Path, spelled
-from orbax_nnx_handler.planning.diagnosis.explanation import Explanation
+from orbax_nnx_handler.planning.diagnosis import Explanation
 from orbax_nnx_handler.planning.layouts.layout import Stored
 from orbax_nnx_handler.planning.options import Policy, RestoreOptions, check_policy
 from orbax_nnx_handler.planning.rendering import Displayed
 from orbax_nnx_handler.planning.rendering.summary import Summary, plan_summary, report_summary, to_dict
 from orbax_nnx_handler.planning.target import Target
-from orbax_nnx_handler.planning.verdict.judge import judge
+from orbax_nnx_handler.planning.verdict import judge
 from orbax_nnx_handler.planning.verdict.leaf_verdicts import Unreadable
 from orbax_nnx_handler.planning.verdict.outcomes import (
     Defaulted,

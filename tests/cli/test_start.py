@@ -46,7 +46,7 @@ def imported(root, tmp_path_factory) -> list[list[str]]:
 def test_a_verdict_on_an_item_needs_nothing_that_reads_or_writes_arrays(imported) -> None:
     status, *names = imported[0]
     assert status == "1"
-    assert "orbax_nnx_handler.planning.verdict.judge" in names
+    assert "orbax_nnx_handler.planning.verdict" in names
     assert not {"orbax.checkpoint", "rich.progress", "orbax_nnx_handler.handler"} & set(names)
     assert not {name for name in names if name.startswith("orbax_nnx_handler.storage.reading")}
 

@@ -30,7 +30,7 @@ from orbax_nnx_handler.planning.suggesting.search import (
     without_repeats,
 )
 from orbax_nnx_handler.planning.target.roles import Role, Wanted
-from orbax_nnx_handler.planning.verdict.judge import choose
+from orbax_nnx_handler.planning.verdict import choose
 from orbax_nnx_handler.planning.verdict.outcomes import Mismatched, Missing, Restored, Sides, Verdict
 
 

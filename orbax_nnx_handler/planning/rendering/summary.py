@@ -21,7 +21,7 @@ from orbax_nnx_handler.planning.core.leaves import StoredLeaf, WantedLeaf
 from orbax_nnx_handler.planning.core.lines import Line, Sentence, counted, lines_of, rated, sized
 from orbax_nnx_handler.planning.core.paths import Path, printable, spelled
 from orbax_nnx_handler.planning.core.recipes import reads, render_reads
-from orbax_nnx_handler.planning.diagnosis.explanation import Explanation
+from orbax_nnx_handler.planning.diagnosis import Explanation
 from orbax_nnx_handler.planning.verdict.outcomes import (
     Mismatched,
     Missing,

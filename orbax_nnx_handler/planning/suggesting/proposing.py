@@ -65,7 +65,7 @@ from orbax_nnx_handler.planning.suggesting.suggestion import (
 from orbax_nnx_handler.planning.suggesting.whole_modules import as_one, as_they_lie, left_open, torn_by_name
 from orbax_nnx_handler.planning.target import Target
 from orbax_nnx_handler.planning.target.roles import WEIGHTS, Order, Wanted, of_role, roles_of
-from orbax_nnx_handler.planning.verdict.judge import Chosen, choose, judge
+from orbax_nnx_handler.planning.verdict import Chosen, choose, judge
 from orbax_nnx_handler.planning.verdict.outcomes import Restored, Verdict
 
 QUESTIONS, _TRIES = 24, 6

@@ -26,7 +26,7 @@ from orbax_nnx_handler.planning.mapping.matches import Found
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.restore_plan import RestorePlan
 from orbax_nnx_handler.planning.rules.rule import shared_ends
-from orbax_nnx_handler.planning.verdict.judge import choose
+from orbax_nnx_handler.planning.verdict import choose
 from orbax_nnx_handler.storage.arithmetic import evaluate
 from orbax_nnx_handler.storage.checkpoint.trees import array_name, leads_out
 from orbax_nnx_handler.storage.saving.item import ItemLeaf

@@ -9,7 +9,7 @@ from flax import nnx
 
 from orbax_nnx_handler import AmbiguousMappingError, RestorePlan, ScanAxis
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
-from orbax_nnx_handler.planning.diagnosis.explanation import diagnose
+from orbax_nnx_handler.planning.diagnosis import diagnose
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.restore_plan import make_plan
 from orbax_nnx_handler.planning.target import flatten_target

@@ -13,7 +13,7 @@ import orbax_nnx_handler
 from orbax_nnx_handler import Copy, RestorePlan, plan_restore
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.recipes import reads
-from orbax_nnx_handler.planning.diagnosis.explanation import diagnose
+from orbax_nnx_handler.planning.diagnosis import diagnose
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.restore_plan import make_plan
 from orbax_nnx_handler.planning.target import flatten_target

@@ -2,7 +2,7 @@
 
 import pytest
 
-from orbax_nnx_handler.planning.diagnosis.explanation import diagnose
+from orbax_nnx_handler.planning.diagnosis import diagnose
 from tests.planning.models import model, plan
 
 

@@ -20,7 +20,7 @@ from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.suggesting import propose
 from orbax_nnx_handler.planning.target import flatten_target
-from orbax_nnx_handler.planning.verdict.judge import judge
+from orbax_nnx_handler.planning.verdict import judge
 from tests.planning.plans import Arrays, evaluate, leaves_of, stored_of
 from tests.planning.suggesting import foreign
 from tests.planning.suggesting.pairs import FOREIGN, UNSEEN, proposed, target_of

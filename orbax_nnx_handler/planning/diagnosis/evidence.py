@@ -15,7 +15,7 @@ from orbax_nnx_handler.planning.core.recipes import Recipe, reads
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, STATISTICS, Placement, words_of
 from orbax_nnx_handler.planning.likeness.links import Findings
 from orbax_nnx_handler.planning.likeness.module_parts import arrangeable
-from orbax_nnx_handler.planning.mapping.choice import faults_of
+from orbax_nnx_handler.planning.mapping import faults_of
 from orbax_nnx_handler.planning.mapping.optimizer_states import split
 from orbax_nnx_handler.planning.mapping.roots import strip
 from orbax_nnx_handler.planning.options import RestoreOptions

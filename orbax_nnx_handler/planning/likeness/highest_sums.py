@@ -1,26 +1,21 @@
 """Which pairs of the parts of two sides together have the highest score.
 
 Each part is in one pair at most. A pair stands only where every other way to pair the parts is worse by a
-margin: what is nearly as likely is asked about. Then, which runs of modules in turn are each other's;
-layers that a program may have counted from the last; last, which run of a class makes a shorter list.
+margin: what is nearly as likely is asked about. Last, which runs of modules in turn are each other's.
 """
 
-import dataclasses
 import itertools
 import math
 import operator
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
 
-from orbax_nnx_handler.planning.core.leaves import with_fields
 from orbax_nnx_handler.planning.core.paths import levels
-from orbax_nnx_handler.planning.likeness import apart_from, choice_of, lists_around, with_sources
-from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie
-from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, part_of, part_sizes
+from orbax_nnx_handler.planning.likeness.module_parts import Leaf, part_sizes
 from orbax_nnx_handler.planning.likeness.vocabulary import MARGIN, Names, arm, concepts, exclude, likeness
 
 MOST_PAIRS = 10_000
@@ -214,114 +209,3 @@ def _one_by_one(run: Run, other: Run) -> list[list[Module]]:
 
 def _is_counted(run: Run) -> bool:
     return len({key[:2] for key in run}) == len({key[0] for key in run})
-
-
-# Layers that are counted from the last one.
-
-
-def with_either_count(found: Findings) -> Findings:
-    """Returns what is known, asked also whether Linen has counted the equal layers of modules from the last.
-
-    Of `Dense(n)(relu(Dense(n)(x)))` it counts so, in all modules of the class. Where it is open which of
-    these is which, no question would have the right answer. Not where some module of the class is known.
-    """
-    known = {_class_of(part_of(link.source)) for link in (found.links if found.ties else ())}
-    ties = list[Tie]()
-    for tie in found.ties:
-        others = (_counted_back(reading, known) for reading in tie.readings)
-        more = (other for other in others if other and other not in tie.readings)
-        ties.append(dataclasses.replace(tie, readings=(*tie.readings, *more)))
-    return dataclasses.replace(found, ties=ties)
-
-
-def _counted_back(reading: Sequence[Link], known: Set[Names]) -> tuple[Link, ...]:
-    """Returns a reading with the equal layers of several modules in reverse; nothing where they differ."""
-    modules = defaultdict[tuple[object, ...], dict[int, tuple[int, Link]]](dict)
-    for link in reading:
-        part = part_of(link.source)
-        if not part or link.joint is not None or link.layers is not None or _class_of(part) in known:
-            return ()
-        if not (last := levels(part)[-1]).is_automatic:
-            return ()
-        depth = len(part) - last.width
-        kind = link.source.names[len(part) :], link.source.shape, part_of(link.target)[:-1]
-        modules[part[:depth], last.base, kind][last.number or 0] = depth, link
-    if len({home for home, *_ in modules}) < 2 or min(map(len, modules.values())) < 2:
-        return ()
-    made = list[Link]()
-    for held in modules.values():
-        order = [held[number] for number in sorted(held)]
-        for (depth, link), (_, other) in zip(order, reversed(order), strict=True):
-            seats = tuple(seat for seat in link.levels if seat[0] < depth)
-            made.append(with_fields(link, stored=other.stored, levels=seats))
-    return tuple(made)
-
-
-def _class_of(part: Names) -> Names:
-    return tuple(level.base for level in levels(part))
-
-
-# Which modules of a class are a list where Linen counted more of it than that holds.
-
-_MOST_RUNS = 8
-
-
-def with_surplus_asked(found: Findings, stored: Sequence[ModulePart]) -> Findings:
-    """Returns what is known, and asked which run of modules of one class, all alike, a shorter list holds.
-
-    Nothing tells whether the first of `Block_{0..3}` is a stem, or the last one a head, that is not wanted.
-    """
-    used = {part_of(leaf) for link in found.every for leaf in link.stored}
-    spare = {x[0] for part in stored if part.names not in used for x in _by_class(part.names)}
-    held = defaultdict[Names, dict[int, dict[object, Leaf]]](lambda: defaultdict(dict))
-    gone = defaultdict[Names, dict[int, list[Link]]](lambda: defaultdict(list))
-    for part in stored if spare else ():
-        for list_, number, _ in (x for x in _by_class(part.names) if x[0] in spare):
-            for leaf in part.leaves.values():
-                held[list_][number][leaf.names[len(list_) :], leaf.collection] = leaf
-    for link in found.links if spare else ():
-        for list_, number, _ in (x for x in _by_class(part_of(link.source)) if x[0] in spare):
-            gone[list_][number].append(link)
-    for list_, some in gone.items():
-        modules, count = [each for _, each in sorted(held[list_].items())], len(some)
-        looks = [{key: leaf.shape for key, leaf in each.items()} for each in modules]
-        rest = {part_of(leaf) for each in modules[count:] for leaf in each.values()}
-        is_first = sorted(some) == sorted(held[list_])[:count] and used.isdisjoint(rest)
-        if not rest or not is_first or any(x != looks[0] for x in looks) or not _is_list(list_, some):
-            continue
-        links = [(link, at) for at, (_, each) in enumerate(sorted(some.items())) for link in each]
-        last = len(modules) - count
-        readings = [
-            with_sources(
-                (link, [modules[at + by].get((x.names[len(list_) :], x.collection)) for x in link.stored])
-                for link, at in links
-            )
-            for by in sorted({*range(min(last, _MOST_RUNS)), last})
-        ]
-        every = [*itertools.chain(*readings)]
-        if all(readings):
-            found = apart_from(found, every)
-            found.ties.append(choice_of(every, *readings))
-    return found
-
-
-def _by_class(names: Names) -> Iterator[tuple[Names, int, Names]]:
-    """Yields the lists around a layer of a module that Linen counted by class, as of `Block_0/Dense_1`."""
-    return (x for x in lists_around(names) if x[2] and x[0][-1][:1].isupper())
-
-
-def _is_list(list_: Names, some: Mapping[int, Sequence[Link]]) -> bool:
-    """Tells whether the modules of a class have gone one by one into a list that is called otherwise."""
-    several: list[list[set[tuple[Names, int]]]] = [
-        [{(to, at) for to, at, inner in lists_around(part_of(link.target)) if inner} for link in links]
-        for _, links in sorted(some.items())
-    ]
-    into: list[dict[Names, int]] = [dict(sorted(set[tuple[Names, int]].intersection(*x))) for x in several]
-    shared = set[Names].intersection(*(set(each) for each in into))
-    is_plain = all(
-        link.layers is None and link.grounds != "fact" for links in some.values() for link in links
-    )
-    return is_plain and any(
-        to[-1] != list_[-1] and all(one[to] < other[to] for one, other in itertools.pairwise(into))
-        for to in shared
-    )

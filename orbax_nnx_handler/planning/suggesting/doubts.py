@@ -9,16 +9,13 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 from orbax_nnx_handler.planning.core.folding import plain_names
-from orbax_nnx_handler.planning.core.paths import Path, levels, natural_key
+from orbax_nnx_handler.planning.core.paths import Path, levels
 from orbax_nnx_handler.planning.layouts.layout import is_copy_level
 from orbax_nnx_handler.planning.likeness import (
     Couples,
-    apart_from,
-    choice_of,
     companions,
     have_other_purposes,
     in_list,
-    lists_around,
     misnumbered,
     purposes,
 )
@@ -27,7 +24,6 @@ from orbax_nnx_handler.planning.likeness.assignment import fit_of, may_be, sizes
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, part_of
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart, named_parts
-from orbax_nnx_handler.planning.likeness.norms_of_layers import links_between, with_pairs
 from orbax_nnx_handler.planning.likeness.torn_modules import by_parts, torn_modules
 from orbax_nnx_handler.planning.likeness.vocabulary import (
     MARGIN,
@@ -36,7 +32,6 @@ from orbax_nnx_handler.planning.likeness.vocabulary import (
     counts_of,
     may_hold_otherwise,
     meanings,
-    order_word,
     words,
 )
 from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS
@@ -187,88 +182,6 @@ def _doubled(links: Iterable[Link]) -> set[Path]:
     alike = (x for x in found.values() if len(x) > 1 and x[0].source.names[-2:] == x[0].target.names[-2:])
     every = itertools.chain.from_iterable(alike)
     return {x.target.source for x in every if not PLAIN_LEVELS.issuperset(x.target.names[:-2])}
-
-
-# What Linen counts by class, in a list and outside of it.
-
-_MOST_OUTSIDE = 3
-
-
-def with_runs_told(found: Findings, sides: Sequence[Sequence[ModulePart]]) -> Findings:
-    """Returns what is known, and which modules of a class are those of a list where there are more of it.
-
-    Linen counts a class through the module that holds it: of `LayerNorm_{0..3}` the first one may be an
-    `embed_norm`, and those of `layers/{0..2}` begin with the second. What is called first or last of all that
-    lies outside of the list tells that; else it is asked.
-    """
-    held = _by_class(sides[1])
-    plain = [
-        x for x in (found.links if held else ()) if x.joint is None and x.layers is None and not x.copied
-    ]
-    homes = {part_of(link.source): part_of(link.target) for link in plain}
-    ours = {part.names: part for part in (sides[0] if held else ())}
-    made = {part_of(leaf) for link in (found.every if held else ()) for leaf in link.wanted}
-    lacking = [part for names, part in ours.items() if names not in made]
-    for (*_, look), members in held.items():
-        gone = [(members[number], homes.get(members[number].names)) for number in sorted(members)]
-        inside = [home for _, home in gone if home in ours and in_list(home)[0]]
-        if len(inside) < 2 or len(inside) == len(gone) or len({*map(_in_any_layer, inside)}) > 1:
-            continue
-        free = [ours[home] for _, home in gone if home in ours and home not in inside]
-        free += [part for part in lacking if _look(part) == look and not in_list(part.names)[0]]
-        layers = [ours[home] for home in sorted(inside, key=natural_key)]
-        orders = [*_orders(layers, free, len(gone))]
-        told = [each for each, agrees in orders if agrees == len(free)]
-        pairs = [list(zip(each, (part for part, _ in gone), strict=True)) for each in told or dict(orders)]
-        readings = [links_between([(x, y) for x, y in each if x is not None], "order") for each in pairs]
-        if len(readings) == 1:
-            found = with_pairs(found, readings[0])
-        elif readings:
-            found = apart_from(found, [*itertools.chain(*readings)])
-            found.ties.append(choice_of([*itertools.chain(*readings)], *readings))
-    return found
-
-
-def _by_class(stored: Iterable[ModulePart]) -> Mapping[tuple[Names, Names, object], dict[int, ModulePart]]:
-    """Returns the parts of modules that Linen counted by class, by class, path in it, shapes and number."""
-    found = defaultdict[tuple[Names, Names, object], dict[int, ModulePart]](dict)
-    for part in (x for x in stored if any(name[:1].isupper() for name in x.names)):
-        for list_, number, inner in lists_around(part.names)[-1:]:
-            if list_[-1][:1].isupper():
-                found[list_, inner, _look(part)][number] = part
-    return found
-
-
-def _look(part: ModulePart) -> object:
-    return frozenset((kind, leaf.shape) for kind, leaf in part.leaves.items())
-
-
-def _in_any_layer(names: Names) -> tuple[Names, Names]:
-    """Returns the list that a part is in, and its path in any layer of it."""
-    list_, _, inner = lists_around(names)[0]
-    return list_, inner
-
-
-def _orders(
-    layers: Sequence[ModulePart], free: Sequence[ModulePart], count: int
-) -> Iterator[tuple[tuple[ModulePart | None, ...], int]]:
-    """Yields orders in which layers follow each other, what is free before or behind, the likeliest first.
-
-    With each the count of what is free whose names say so.
-    """
-    if not 0 < len(free) <= count - len(layers) <= _MOST_OUTSIDE:
-        return
-    outside = [*free, *[None] * (count - len(layers) - len(free))]
-    found = dict[tuple[ModulePart | None, ...], int]()
-    for order, at in itertools.product(itertools.permutations(outside), range(len(outside) + 1)):
-        both = *((x, -1) for x in order[:at]), *((x, 1) for x in order[at:])
-        found[*order[:at], *layers, *order[at:]] = sum(x is not None and _end(x) == way for x, way in both)
-    yield from sorted(found.items(), key=lambda item: -item[1])
-
-
-def _end(part: ModulePart) -> int:
-    """Returns -1 for a part whose name says that it comes first in its model, 1 for the last one, or 0."""
-    return order_word(part.said) or ("head" in part.said) - ("embed" in part.said)
 
 
 # What goes elsewhere than what lies beside it.

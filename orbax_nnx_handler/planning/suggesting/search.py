@@ -14,7 +14,11 @@ from orbax_nnx_handler.planning.core.recipes import Read, reads, shape_of
 from orbax_nnx_handler.planning.layouts.layout import repeats_beside
 from orbax_nnx_handler.planning.likeness.arrangements import as_fused
 from orbax_nnx_handler.planning.likeness.assignment import Fit, fit_of, may_be, sizes_of_few, ways_apart
-from orbax_nnx_handler.planning.likeness.highest_sums import with_either_count, with_surplus_asked
+from orbax_nnx_handler.planning.likeness.counted_by_class import (
+    with_either_count,
+    with_runs_told,
+    with_surplus_asked,
+)
 from orbax_nnx_handler.planning.likeness.joined_parts import is_table, tied
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie, leads, settle_turns
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, module_parts, part_of
@@ -32,7 +36,6 @@ from orbax_nnx_handler.planning.suggesting.doubts import (
     coincidences,
     contradicted,
     wanted_twice,
-    with_runs_told,
 )
 from orbax_nnx_handler.planning.suggesting.link_groups import (
     Precedents,

@@ -16,7 +16,7 @@ from orbax_nnx_handler.planning.core.leaves import OPT_STATE, StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, render
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, reads
 from orbax_nnx_handler.planning.layouts.layout import Stored
-from orbax_nnx_handler.planning.mapping.choice import (
+from orbax_nnx_handler.planning.mapping import (
     best_mappings,
     claims_of_shared,
     faults_of,

@@ -19,13 +19,13 @@ from flax import nnx
 
 from benchmarks.measuring import Row, arguments, report, table
 from orbax_nnx_handler import Rename, Transpose
+from orbax_nnx_handler.planning import verdict
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import reads
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.restore_plan import RestorePlan, make_plan
 from orbax_nnx_handler.planning.target import flatten_target
-from orbax_nnx_handler.planning.verdict import judge
 from orbax_nnx_handler.planning.verdict.laws import certify
 from orbax_nnx_handler.storage import paused_collection
 
@@ -78,7 +78,7 @@ def timed_laws(took: list[float]) -> Any:
         took.append(time.process_time() - start)
         return broken
 
-    return mock.patch.object(judge, "certify", timed)
+    return mock.patch.object(verdict, "certify", timed)
 
 
 def planned(leaves: int, rules: int) -> Row:

@@ -8,12 +8,12 @@ import pytest
 from flax import nnx
 
 from orbax_nnx_handler import Transpose as TransposeRule
+from orbax_nnx_handler.planning import verdict
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.recipes import Add, Scale, Transpose
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.restore_plan import make_plan
 from orbax_nnx_handler.planning.target import flatten_target
-from orbax_nnx_handler.planning.verdict import judge
 from orbax_nnx_handler.planning.verdict.laws import certify
 
 LAYERS = 100
@@ -39,7 +39,7 @@ def plan():
 def given_for(state, leaves, *rules):
     """Returns what the laws are given for a plan, which they find right."""
     given = []
-    with mock.patch.object(judge, "certify", lambda *arguments: given.append(arguments) or []):
+    with mock.patch.object(verdict, "certify", lambda *arguments: given.append(arguments) or []):
         make_plan(flatten_target(state), leaves, RestoreOptions(renames=rules)).check()
     assert certify(*given[0]) == []
     return given[0]

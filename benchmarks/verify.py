@@ -237,7 +237,7 @@ def _measure(folder: pathlib.Path, title: str, case: _Case) -> dict[str, dict[st
     shapes = jax.eval_shape(linen.init, jax.random.key(0), tokens)
     random = np.random.default_rng(0)
     variables = jax.tree.map(
-        lambda leaf: (random.normal(size=leaf.shape) / max(leaf.shape) ** 0.5).astype("f"), shapes
+        lambda leaf: jnp.asarray(random.normal(size=leaf.shape) / max(leaf.shape) ** 0.5, "float32"), shapes
     )
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder / "checkpoint", variables, force=True)

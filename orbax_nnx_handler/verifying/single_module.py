@@ -44,11 +44,9 @@ from orbax_nnx_handler.storage.reading import read_values
 from orbax_nnx_handler.verifying import Array
 from orbax_nnx_handler.verifying.pairing import nearest_modules
 from orbax_nnx_handler.verifying.recording import Call, Held, arrays_by_place
-from orbax_nnx_handler.verifying.weights import one_device
+from orbax_nnx_handler.verifying.weights import flat_state, one_device
 
-_MOST_PARTS = 4
-_MOST_GROUPS = 32
-_MOST_OTHERS = 48
+_MOST_PARTS, _MOST_GROUPS, _MOST_OTHERS = 4, 32, 48
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -299,6 +297,11 @@ class ModuleRunner:
     axes: Mapping[Path, int]
     calls: Mapping[Path, Sequence[Call]]
     values: dict[Path, Array] = dataclasses.field(default_factory=dict[Path, Array])
+
+    @functools.cached_property
+    def variables(self) -> Mapping[Path, Any]:
+        """The model's own Variables by path."""
+        return dict(flat_state(self.model))
 
     @functools.cached_property
     def shapes(self) -> dict[Path, Shape]:

@@ -29,7 +29,6 @@ from orbax_nnx_handler.verifying.verification import FirstDifference, outputs_ap
 from orbax_nnx_handler.verifying.weights import (
     OF_EXPERTS,
     depends,
-    flat_state,
     floats_in,
     idle_experts,
     idle_slices,
@@ -91,7 +90,7 @@ def untold(runs: Runs, plan: RestorePlan, first: FirstDifference | None) -> Iter
 
 def _alike(runs: Runs) -> Iterator[str]:
     """Yields which modules may have each other's weights, and both programs return the same."""
-    values = dict(flat_state(runs.runner.model))
+    values = runs.runner.variables
     for pairs in [*_exchangeable(runs).values()][:_MOST_GROUPS]:
         leaves = [
             (leaf, (*other, *leaf[len(one) :]))
@@ -100,7 +99,11 @@ def _alike(runs: Runs) -> Iterator[str]:
             for leaf in runs.runner.recipes
             if leaf[: len(one)] == one
         ]
-        apart = {leaf: values[other].get_value() - values[leaf].get_value() for leaf, other in leaves}
+        # By NumPy: JAX compiles a difference for each shape.
+        apart = {
+            leaf: np.asarray(values[other].get_value()) - np.asarray(values[leaf].get_value())
+            for leaf, other in leaves
+        }
         if not any(map(np.any, apart.values())) or not _is_same_with(runs, pairs[0], leaves):
             continue
         found = outputs_apart(runs.returned, returned_with(runs.programs, runs.runner.model, apart))
@@ -364,7 +367,7 @@ def _may_be_idle(runs: Runs, stacks: Collection[int]) -> bool:
 
 def _near_zero(runs: Runs, plan: RestorePlan) -> Iterator[Path]:
     """Yields weights of (almost) zero that something is multiplied with, all of them or a slice."""
-    for path, leaf in flat_state(runs.runner.model):
+    for path, leaf in runs.runner.variables.items():
         is_factor = path in plan.restored and path[-1] != "bias" and not _is_statistic(path, plan)
         if is_factor and is_weight(leaf):
             weight, layers = np.asarray(leaf.get_value()), runs.runner.axes.get(path)
@@ -382,7 +385,7 @@ def _is_statistic(path: Path, plan: RestorePlan) -> bool:
 
 def _changes(runs: Runs, weights: Iterable[Path], size: float) -> dict[Path, Array]:
     """Returns random numbers to be added to weights: the same one throughout is what a norm takes away."""
-    random, values = np.random.default_rng(0), dict(flat_state(runs.runner.model))
+    random, values = np.random.default_rng(0), runs.runner.variables
     return {path: size * random.normal(size=values[path].shape).astype(np.float32) for path in weights}
 
 
@@ -414,8 +417,8 @@ def depend_on(runs: Runs, weights: Mapping[Path, Any], beside: Mapping[Path, Any
 
 def _states(runs: Runs) -> list[Path]:
     """Returns the leaves of floats that no optimizer trains, as batch statistics."""
-    flat = flat_state(runs.runner.model)
-    return [path for path, leaf in flat if is_weight(leaf) and not isinstance(leaf, nnx.Param)]
+    variables = runs.runner.variables.items()
+    return [path for path, leaf in variables if is_weight(leaf) and not isinstance(leaf, nnx.Param)]
 
 
 _FEW, _ENOUGH = 8, 4096

@@ -184,13 +184,17 @@ _NO_EFFECT = 1e-6
 
 def run_nnx_program(programs: Programs, model: Any, wanted: Sequence[Path]) -> tuple[Any, list[Call], bool]:
     """Runs the NNX program on a model; returns what `run_nnx` does."""
-    inputs, own = programs.inputs, dict(flat_state(model))
+    inputs = programs.inputs
+
+    @functools.cache
+    def own() -> Mapping[Path, Any]:
+        return dict(flat_state(model))
 
     def locate(module: Any, above: Path) -> Path | None:
         variables = flat_state(module)
         place = find_nnx(wanted, [path for path, _ in variables], above)
         # With other weights it is no module of this model: nothing shows those that lie in its place.
-        if place is None or any(is_other(own.get((*place, *at)), leaf) for at, leaf in variables):
+        if place is None or any(is_other(own().get((*place, *at)), leaf) for at, leaf in variables):
             return None
         return place
 

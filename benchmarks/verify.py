@@ -237,8 +237,10 @@ def _measure(folder: pathlib.Path, title: str, case: _Case) -> dict[str, dict[st
     shapes = jax.eval_shape(linen.init, jax.random.key(0), tokens)
     random = np.random.default_rng(0)
     variables = jax.tree.map(
-        lambda leaf: jnp.asarray(random.normal(size=leaf.shape) / max(leaf.shape) ** 0.5, "float32"), shapes
+        lambda leaf: (random.normal(size=leaf.shape) / max(leaf.shape) ** 0.5).astype("f"), shapes
     )
+    # On a device that they name, as restored arrays are: for others JAX compiles each operation once more.
+    variables = jax.device_put(variables, jax.devices()[0])
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder / "checkpoint", variables, force=True)
     target = nnx.eval_shape(case.make)

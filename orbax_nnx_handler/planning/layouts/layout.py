@@ -270,6 +270,12 @@ def says_copy(level: str) -> bool:
     return not (_COPIES | _AVERAGES).isdisjoint(_split(level))
 
 
+@functools.lru_cache(maxsize=65536)
+def follows(level: str) -> bool:
+    """Tells whether a network's name says that it follows another one, or keeps it: `old_policy`."""
+    return not _FOLLOWING.isdisjoint(_split(level))
+
+
 def is_copy_beside(name: str, kind: str) -> bool:
     """Tells whether a program's own collection is called a copy, and the type that it is wanted for is not.
 

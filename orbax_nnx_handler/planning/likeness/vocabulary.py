@@ -112,9 +112,10 @@ _TOGETHER = (
     "w pack: q k v, score model:, score net:, score network:, score unet:, sa norm: self attn norm, "
     "sa layer norm: self attn norm, r w: rel content, r r: rel pos, g encoder: goal enc, conv pw: conv pw, "
     "conv transpose: conv deconv, query encoder: question enc, context encoder: passage enc, "
-    "net g: generator, net d: discriminator, full layer layer norm: last norm, negative slope: prelu, "
-    "encoderdecoder: enc dec, prenorm: pre norm, postnorm: post norm, dwconv: depthwise conv, llm: text, "
-    "key encoder: passage enc, encoder q: enc online, encoder k: enc tgt, qf: critic, transition: dynamics"
+    "q network: critic, net g: generator, net d: discriminator, full layer layer norm: last norm, "
+    "negative slope: prelu, encoderdecoder: enc dec, prenorm: pre norm, postnorm: post norm, "
+    "dwconv: depthwise conv, llm: text, key encoder: passage enc, encoder q: enc online, encoder k: enc tgt, "
+    "qf: critic, transition: dynamics"
 )
 _PHRASES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     tuple(words.split()): tuple(said.split())
@@ -168,7 +169,6 @@ RESTS = frozenset(("remainder", "remaining", "rest", "tail", "last"))
 MARGIN = 0.75  # By how much one pairing must be better than every other one.
 
 STRONG = frozenset(["q", "k", "v", "o", "up", "gate", "down"])  # Parts of attention, of a gated network.
-
 _NOTHING: Concepts = frozenset()
 _KNOWN, _LONGEST = frozenset(word for x in _SPELLINGS for word in x.split()), max(map(len, _PHRASES))
 _MEANING = {x: tuple(said.split()) for said, spellings in _SPELLINGS.items() for x in spellings.split()}

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 from orbax_nnx_handler.planning.core.folding import plain_names
 from orbax_nnx_handler.planning.core.paths import Path, levels
-from orbax_nnx_handler.planning.layouts.layout import is_copy_level
+from orbax_nnx_handler.planning.layouts.layout import follows, is_copy_level
 from orbax_nnx_handler.planning.likeness import (
     Couples,
     companions,
@@ -120,7 +120,8 @@ def apart_from_copies(links: Sequence[Link], stored: Sequence[Leaf]) -> tuple[li
     """Returns the links, and as questions those of what may be a copy, or may hold its parts otherwise.
 
     A copy is what is called one, `unet_ema`, and a module of one name that is wanted twice and stored once.
-    Neither is made of the other where one is called a copy of the other, `actor` and `target_actor`.
+    Neither is made of the other where one is called a copy of the other, `actor` and `target_actor`, nor a
+    network of one that follows another, `critic` of `target_q`, though nothing else is stored.
     Further questions are which levels on the way up of a U-Net are which.
     """
     links, levels = by_level(links)
@@ -128,6 +129,8 @@ def apart_from_copies(links: Sequence[Link], stored: Sequence[Leaf]) -> tuple[li
         name for x in itertools.chain(stored, *(y.wanted for y in links)) for name in (*x.names, *x.source)
     }
     copies = {name for name in called if _is_copied(str(name))}  # Nearly always none.
+    said = concepts(map(str, called))
+    followers = {name for name in called if follows(str(name)) and _COUNTERPARTS.isdisjoint(said)}
 
     def is_copied(names: Iterable[object]) -> bool:
         return not copies.isdisjoint(names)
@@ -157,9 +160,15 @@ def apart_from_copies(links: Sequence[Link], stored: Sequence[Leaf]) -> tuple[li
         is_copy |= not is_stored and is_copy_of(*sides)
         is_beside = link.source.names[-2:] in free or has_original(link.source.names)
         is_taken = is_stored and not is_copied(names) and (is_beside or is_copy_of(*sides[::-1]))
+        networks = ((x.called or x.source)[:-2] for x in link.stored)
+        is_taken |= followers.isdisjoint(names) and not all(map(followers.isdisjoint, networks))
         kind = "lent" if is_copy or link.target.source in doubled else "taken" if is_taken else ""
         kinds["held" if may_hold_otherwise(names, link.source.names[:-1]) else kind].append(link)
     return kinds.pop("", []), [*map(tie_of, levels), *(tie_of([some]) for some in kinds.values())]
+
+
+_COUNTERPARTS = frozenset(("src", "fast", "next"))
+"""What `target`, `slow` and `prev` say nothing of a copy beside: the two are of equal rank."""
 
 
 @functools.lru_cache(maxsize=65536)

@@ -13,7 +13,7 @@ from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.suggesting import propose
 from orbax_nnx_handler.planning.target import flatten_target
 from tests.planning.plans import leaves_of, params, stored_of
-from tests.planning.suggesting.proposals import check, filled, proposed
+from tests.planning.suggesting.proposals import check, filled, proposed, restored
 from tests.sampled import sampled
 
 NORM = {"scale": (8,), "bias": (8,)}
@@ -333,6 +333,48 @@ def test_a_network_is_not_what_it_is_a_copy_of(one, other, above):
 
     assert values.keys() == world.keys()
     assert found.questions
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("target_q", "critic"),
+        ("target_encoder", "backbone"),
+        ("old_policy", "policy"),
+        ("ref_model", "model"),
+        ("teacher", "net"),
+        ("averaged_model", "model"),
+        ("ema", "net"),
+        ("momentum_encoder", "trunk"),
+    ],
+)
+@pytest.mark.parametrize("with_head", [False, True])
+def test_a_network_that_follows_another_is_asked_about_though_nothing_else_is_stored(one, other, with_head):
+    layers = {"Dense_0/kernel": "layers/0/kernel", "Dense_1/kernel": "layers/1/kernel"}
+    shapes = dict(zip(layers, ((3, 8), (8, 2)), strict=True))
+    head = {"reward_head/kernel": (5, 1)} if with_head else {}
+    stored = filled({f"{one}/{path}": x for path, x in shapes.items()} | head)
+
+    wanted = {f"{other}/{layers[at]}": x for at, x in shapes.items()} | head
+    found, values = proposed(stored, wanted)
+
+    assert values.keys() == head.keys()
+    assert {path for question in found.questions for path in question.wanted} == {*found.unmatched_wanted}
+    answered = restored(stored, wanted, found.answered([0] * len(found.questions)))
+    check(answered, {f"{other}/{aim}": stored[f"{one}/{at}"] for at, aim in layers.items()} | values)
+
+
+def test_a_pathway_that_is_called_slow_beside_a_fast_one_follows_nothing():
+    shapes = {"conv/kernel": (3, 3, 3, 8), "out/kernel": (8, 2)}
+    kinds = {"slow": 1, "fast": 2}
+    stored = filled(
+        {f"{at}_path/{x}": (*y[:-1], kinds[at] * y[-1]) for at in kinds for x, y in shapes.items()}
+    )
+    aims = {f"{at}_path/{x}": f"pathways/{n}/{x}" for n, at in enumerate(kinds) for x in shapes}
+
+    _, values = proposed(stored, {aim: stored[path].shape for path, aim in aims.items()})
+
+    check(values, {aim: stored[path] for path, aim in aims.items()})
 
 
 def test_the_copy_of_a_network_that_is_used_is_asked_about_as_one():

@@ -16,6 +16,7 @@ from orbax_nnx_handler.planning.likeness import (
     companions,
     have_other_purposes,
     in_list,
+    lists_around,
     misnumbered,
     purposes,
 )
@@ -235,7 +236,7 @@ def coincidences(
     odd += (*misnumbered(plain, left, missing), *shifted(plain), *torn_modules(links, parts, sides))
     norms = [companions(_not_counted(side)) for side in sides]
     odd += (*unlike_names(links, parts, sides[0], norms), *_without_norms(plain, norms))
-    odd += _half_used(links, plain, left, missing)
+    odd += (*_half_used(links, plain, left, missing), *_passing_over(plain, left, missing))
     return {**{x.target.source: x for x in odd}, **_torn(links, left), **_from_elsewhere(links, left)}
 
 
@@ -283,6 +284,32 @@ def _half_used(
         if homes[module] == {into} and is_other and not purposes(into) & purposes(module):
             own = concepts(module) - {"head", "norm"}
             yield from (x for x in some[into, module] if not concepts(part_of(x.target)) & own)
+
+
+def _passing_over(links: Iterable[Link], left: Iterable[Names], missing: Iterable[Names]) -> Iterator[Link]:
+    """Yields links of a layer of another number, of a list that has more layers and all that are wanted.
+
+    One that lacks a part is no reason to give its place to the next one, nor to one of another list: what a
+    list is made of is all of several lists, as layers in turns, or one of them.
+    """
+    held = defaultdict[tuple[Names, Names], list[tuple[int, int, Link]]](list)
+    used, nested = defaultdict[Names, set[int]](set), set[Names]()
+    for link in links:
+        ours, theirs = (lists_around(x.names) for x in (link.target, link.source))
+        if ours and theirs:
+            held[ours[0][0], theirs[0][0]].append((ours[0][1], theirs[0][1], link))
+            used[theirs[0][0]].add(theirs[0][1])
+            nested |= {ours[0][0]} if len(ours) != len(theirs) else set()
+    counts = [Counter(pair[side] for pair in held) for side in (0, 1)]
+    rest = defaultdict[Names, set[int]](set), defaultdict[Names, set[int]](set)
+    for side, parts in enumerate((missing, left)):
+        for list_, number, _ in itertools.chain(*(lists_around(names)[:1] for names in parts)):
+            rest[side][list_].add(number)
+    torn = {one for one, other in held if counts[0][one] > 1 and not rest[1][other] <= used[other]}
+    for (one, other), some in held.items():
+        wanted, stored = {at for at, *_ in some} | rest[0][one], used[other] | rest[1][other]
+        is_more = counts[0][one] == counts[1][other] == 1 and wanted < stored and one not in nested
+        yield from (link for at, to, link in some if one in torn or (is_more and at != to))
 
 
 def _from_elsewhere(links: Sequence[Link], left: Iterable[Names]) -> Mapping[Path, Link]:

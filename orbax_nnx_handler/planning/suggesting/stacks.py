@@ -108,8 +108,8 @@ def _stacks_for(series: Series, possible: Stacks, least: int) -> list[_Stack]:
         axes = [at for at, length in lengths if length == count and _have_axis(leaves, at, count)]
         # What is a list or holds one is no query and no value of an attention.
         says, way = concepts(level.base for level in levels(prefix)), arm(series.base) * arm(prefix)
-        if not axes or exclude(said - {"q", "v"}, says) or way < 0:
-            continue
+        if not axes or exclude(said - {"q", "v"}, says) or way < 0 or "tgt" in said ^ says:
+            continue  # Nor is the network that follows another one that one.
         if least == 1 and "norm" in said ^ says:
             continue  # Norms are no rows of a matrix.
         size = sizes_of(leaves)

@@ -28,7 +28,8 @@ _MOST = 0.6
 def taken_instead(name, seed=0, part=""):
     """Takes the stored leaves of a module away, in each layer; returns the module, and what is wrong then.
 
-    A leaf is wrong that is restored although its own are gone, or from another leaf than before.
+    A leaf is wrong that is restored although its own are gone, or from another leaf than before. A part whose
+    path has numbers is taken away in that layer alone.
     """
     tree, found = proposed(name)
     pair, target = UNSEEN[name], target_of(UNSEEN[name]["wanted"])
@@ -40,7 +41,7 @@ def taken_instead(name, seed=0, part=""):
     if not parts:
         return "", {}
     part = part or random.Random(f"{name}{seed}").choice(parts)
-    gone = set(itertools.chain(*(each for path, each in sources.items() if part in _modules(path))))
+    gone = set(itertools.chain(*(each for path, each in sources.items() if _is_in(part, path))))
     stored = {path: leaf for path, leaf in traverse_util.flatten_dict(tree).items() if path not in gone}
     left = traverse_util.unflatten_dict(stored)
 
@@ -61,6 +62,10 @@ def taken_instead(name, seed=0, part=""):
 def _modules(path):
     """Returns the modules around a leaf, numbers left out."""
     return [re.sub(r"\d+", "#", "/".join(map(str, path[:at]))) for at in range(1, len(path))]
+
+
+def _is_in(part, path):
+    return part in _modules(path) or "/".join(map(str, path)).startswith(f"{part}/")
 
 
 def _is_tied(path, plan):

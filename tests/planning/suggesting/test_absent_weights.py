@@ -1,9 +1,11 @@
 """What a checkpoint lacks is not made of something else that is stored: it stays open, or is asked about."""
 
 import pytest
+from flax import traverse_util
 
+from orbax_nnx_handler import suggest
 from tests.planning.suggesting.absent import taken_instead
-from tests.planning.suggesting.pairs import UNSEEN
+from tests.planning.suggesting.pairs import UNSEEN, nested, target_of, wrong_under
 from tests.planning.suggesting.proposals import check, filled, proposed
 from tests.sampled import every
 
@@ -37,6 +39,31 @@ def test_no_other_leaf_takes_the_place_of_those_that_are_gone(name):
 )
 def test_where_a_part_of_every_layer_is_gone_the_others_are_still_told_apart(name, part):
     assert taken_instead(name, part=part) == (part, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("clip_text_truncated", "layers/1/mlp"),
+        ("hiql", "target_value/members/0/layers/1"),
+        ("vqgan", "encoder/down_blocks/0/resnets/1"),
+    ],
+)
+def test_where_a_part_of_one_layer_is_gone_no_other_layer_takes_its_place(name, part):
+    assert taken_instead(name, part=part) == (part, {})
+
+
+def test_layers_are_not_those_of_two_lists_of_which_layers_are_left():
+    pair = UNSEEN["t5_encoder_only"]
+    # The decoder's first block lacks an attention, so that it is as large as one of the encoder.
+    stored = traverse_util.flatten_dict(nested(pair["stored"]), sep="/")
+    stored = {path: x for path, x in stored.items() if not path.startswith("params/decoder/block/0/layer/0/")}
+    tree = traverse_util.unflatten_dict(stored, sep="/")
+
+    found = suggest(tree, target_of(pair["wanted"]))
+
+    opened = {"/".join(map(str, path)) for path in found.unmatched_wanted}
+    assert wrong_under(found.renames, tree, pair) <= opened
 
 
 def test_a_head_is_not_made_of_another_one_that_the_target_has_too():

@@ -309,6 +309,7 @@ def _passing_over(links: Iterable[Link], left: Iterable[Names], missing: Iterabl
     for (one, other), some in held.items():
         wanted, stored = {at for at, *_ in some} | rest[0][one], used[other] | rest[1][other]
         is_more = counts[0][one] == counts[1][other] == 1 and wanted < stored and one not in nested
+        is_more = is_more and len({(at, to) for at, to, _ in some}) == len({at for at, *_ in some})
         yield from (link for at, to, link in some if one in torn or (is_more and at != to))
 
 

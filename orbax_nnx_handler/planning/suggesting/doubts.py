@@ -237,6 +237,7 @@ def coincidences(
     norms = [companions(_not_counted(side)) for side in sides]
     odd += (*unlike_names(links, parts, sides[0], norms), *_without_norms(plain, norms))
     odd += (*_half_used(links, plain, left, missing), *_passing_over(plain, left, missing))
+    odd += _of_another_role(plain, left)
     return {**{x.target.source: x for x in odd}, **_torn(links, left), **_from_elsewhere(links, left)}
 
 
@@ -311,6 +312,19 @@ def _passing_over(links: Iterable[Link], left: Iterable[Names], missing: Iterabl
         is_more = counts[0][one] == counts[1][other] == 1 and wanted < stored and one not in nested
         is_more = is_more and len({(at, to) for at, to, _ in some}) == len({at for at, *_ in some})
         yield from (link for at, to, link in some if one in torn or (is_more and at != to))
+
+
+def _of_another_role(links: Iterable[Link], left: Iterable[Names]) -> Iterator[Link]:
+    """Yields links of parts to what is no such part in other layers, where something like theirs is left."""
+    free = {plain_names(names) for names in left}
+    roles = defaultdict[Names, dict[Names, list[Link]]](lambda: defaultdict(list))
+    for link in links if free else ():
+        if in_list(link.target.names)[0]:
+            roles[plain_names(part_of(link.target))][plain_names(part_of(link.source))].append(link)
+    for role in (role for role in roles.values() if len(role) > 1):
+        usual = max(role, key=lambda source: len(role[source]))
+        if usual in free:
+            yield from itertools.chain(*(some for source, some in role.items() if source != usual))
 
 
 def _from_elsewhere(links: Sequence[Link], left: Iterable[Names]) -> Mapping[Path, Link]:

@@ -53,6 +53,20 @@ def test_where_a_part_of_one_layer_is_gone_no_other_layer_takes_its_place(name, 
     assert taken_instead(name, part=part) == (part, {})
 
 
+@pytest.mark.parametrize(
+    ("name", "gone"),
+    [("painn", "layers/2/update/context_mlp"), ("painn", "layers/0/update/context_mlp")],
+)
+def test_a_part_that_one_layer_of_the_target_lacks_does_not_go_elsewhere(name, gone):
+    wanted = {path: x for path, x in UNSEEN[name]["wanted"].items() if not path.startswith(f"{gone}/")}
+    tree = nested(UNSEEN[name]["stored"])
+
+    found = suggest(tree, target_of(wanted))
+
+    opened = {"/".join(map(str, path)) for path in found.unmatched_wanted}
+    assert wrong_under(found.renames, tree, {"wanted": wanted}) <= opened
+
+
 def test_layers_are_not_those_of_two_lists_of_which_layers_are_left():
     pair = UNSEEN["t5_encoder_only"]
     # The decoder's first block lacks an attention, so that it is as large as one of the encoder.

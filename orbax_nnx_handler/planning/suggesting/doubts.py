@@ -161,8 +161,9 @@ def apart_from_copies(links: Sequence[Link], stored: Sequence[Leaf]) -> tuple[li
         is_copy |= not is_stored and is_copy_of(*sides)
         is_beside = link.source.names[-2:] in free or has_original(link.source.names)
         is_taken = is_stored and not is_copied(names) and (is_beside or is_copy_of(*sides[::-1]))
-        networks = ((x.called or x.source)[:-2] for x in link.stored)
-        is_taken |= followers.isdisjoint(names) and not all(map(followers.isdisjoint, networks))
+        says = any(not followers.isdisjoint((x.called or x.source)[:-2]) for x in link.stored)
+        is_taken |= says and followers.isdisjoint(names)
+        is_copy |= not says and not followers.isdisjoint(names[:-1])
         kind = "lent" if is_copy or link.target.source in doubled else "taken" if is_taken else ""
         kinds["held" if may_hold_otherwise(names, link.source.names[:-1]) else kind].append(link)
     return kinds.pop("", []), [*map(tie_of, levels), *(tie_of([some]) for some in kinds.values())]
@@ -297,14 +298,14 @@ def _passing_over(links: Iterable[Link], left: Iterable[Names], missing: Iterabl
     used, nested = defaultdict[Names, set[int]](set), set[Names]()
     for link in links:
         ours, theirs = (lists_around(x.names) for x in (link.target, link.source))
-        if ours and theirs:
-            held[ours[0][0], theirs[0][0]].append((ours[0][1], theirs[0][1], link))
-            used[theirs[0][0]].add(theirs[0][1])
-            nested |= {ours[0][0]} if len(ours) != len(theirs) else set()
+        for (one, at, _), (other, to, _) in zip(ours, theirs, strict=False):
+            held[one, other].append((at, to, link))
+            used[other].add(to)
+            nested |= {one} if len(ours) != len(theirs) else set()
     counts = [Counter(pair[side] for pair in held) for side in (0, 1)]
     rest = defaultdict[Names, set[int]](set), defaultdict[Names, set[int]](set)
     for side, parts in enumerate((missing, left)):
-        for list_, number, _ in itertools.chain(*(lists_around(names)[:1] for names in parts)):
+        for list_, number, _ in itertools.chain.from_iterable(map(lists_around, parts)):
             rest[side][list_].add(number)
     torn = {one for one, other in held if counts[0][one] > 1 and not rest[1][other] <= used[other]}
     for (one, other), some in held.items():

@@ -55,9 +55,15 @@ def test_where_a_part_of_one_layer_is_gone_no_other_layer_takes_its_place(name, 
 
 @pytest.mark.parametrize(
     ("name", "gone"),
-    [("painn", "layers/2/update/context_mlp"), ("painn", "layers/0/update/context_mlp")],
+    [
+        ("painn", "layers/2/update/context_mlp"),
+        ("painn", "layers/0/update/context_mlp"),
+        # What is left of a network is not one that follows another.
+        ("dreamerv3", "task_behavior/value/layers"),
+        ("ijepa", "target_encoder/blocks/0/mlp"),
+    ],
 )
-def test_a_part_that_one_layer_of_the_target_lacks_does_not_go_elsewhere(name, gone):
+def test_what_is_stored_of_a_part_that_the_target_lacks_does_not_go_elsewhere(name, gone):
     wanted = {path: x for path, x in UNSEEN[name]["wanted"].items() if not path.startswith(f"{gone}/")}
     tree = nested(UNSEEN[name]["stored"])
 

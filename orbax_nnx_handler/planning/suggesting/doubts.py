@@ -130,8 +130,10 @@ def apart_from_copies(links: Sequence[Link], stored: Sequence[Leaf]) -> tuple[li
         name for x in itertools.chain(stored, *(y.wanted for y in links)) for name in (*x.names, *x.source)
     }
     copies = {name for name in called if _is_copied(str(name))}  # Nearly always none.
-    said = concepts(map(str, called))
-    followers = {name for name in called if follows(str(name)) and _COUNTERPARTS.isdisjoint(said)}
+    followers = {name for name in called if follows(str(name))}
+    if followers and not _COUNTERPARTS.isdisjoint(concepts(map(str, called))):
+        followers = set[str]()
+    leading = {link.source.part for link in links if followers and followers.isdisjoint(link.target.names)}
 
     def is_copied(names: Iterable[object]) -> bool:
         return not copies.isdisjoint(names)
@@ -163,14 +165,14 @@ def apart_from_copies(links: Sequence[Link], stored: Sequence[Leaf]) -> tuple[li
         is_taken = is_stored and not is_copied(names) and (is_beside or is_copy_of(*sides[::-1]))
         says = any(not followers.isdisjoint((x.called or x.source)[:-2]) for x in link.stored)
         is_taken |= says and followers.isdisjoint(names)
-        is_copy |= not says and not followers.isdisjoint(names[:-1])
+        is_copy |= not says and not followers.isdisjoint(names[:-1]) and link.source.part not in leading
         kind = "lent" if is_copy or link.target.source in doubled else "taken" if is_taken else ""
         kinds["held" if may_hold_otherwise(names, link.source.names[:-1]) else kind].append(link)
     return kinds.pop("", []), [*map(tie_of, levels), *(tie_of([some]) for some in kinds.values())]
 
 
 _COUNTERPARTS = frozenset(("src", "fast", "next"))
-"""What `target`, `slow` and `prev` say nothing of a copy beside: the two are of equal rank."""
+"""Beside these `target`, `slow` and `prev` say nothing of a copy: the two are of equal rank."""
 
 
 @functools.lru_cache(maxsize=65536)

@@ -26,6 +26,7 @@ from etils import epath
 from orbax_nnx_handler.planning.core.errors import NotACheckpointError
 from orbax_nnx_handler.planning.core.folding import fold_paths
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
+from orbax_nnx_handler.planning.core.lines import counted
 from orbax_nnx_handler.planning.core.paths import Path, spelled
 from orbax_nnx_handler.storage.checkpoint import (
     FieldError,
@@ -190,9 +191,8 @@ def _indexed(index: epath.Path, files: Files) -> _Weights:
         raise NotACheckpointError(what, hints=[damaged(index, files)]) from error
     absent = [name for name in names if not files.has_file(index.parent, name)]
     if absent:
-        listed = "\n".join(f"  {name}" for name in absent[:_LISTED])
-        listed += f"... and {len(absent) - _LISTED} more" if len(absent) > _LISTED else ""
-        what = f"{len(absent)} of the {len(names)} files that {index} names are not there:\n{listed}"
+        listed = "".join(f"\n  {name}" for name in absent[:_LISTED]) + "\n  ..." * (len(absent) > _LISTED)
+        what = f"of {counted(len(names), 'file')} that {index} names, {len(absent)} cannot be found:{listed}"
         raise NotACheckpointError(what, hints=[_AGAIN])
     if part := first_unnamed(frozenset(names)):
         # No policy may fill what lies in a part that the index has lost.

@@ -274,7 +274,7 @@ def test_an_array_and_a_subtree_of_one_name_are_refused(tmp_path: pathlib.Path) 
         ({"weight_map": {"a": 3}}, "a is 3"),
         ({"weight_map": ["a"]}, "weight_map is"),
         ({}, "weight_map is absent"),
-        ({"weight_map": {"a": "absent-1.safetensors"}}, "1 of the 1 files"),
+        ({"weight_map": {"a": "absent-1.safetensors"}}, "names, 1 cannot be found:\n  absent-1"),
     ],
 )
 @pytest.mark.parametrize("name", ["model.safetensors.index.json", "flax_model.msgpack.index.json"])

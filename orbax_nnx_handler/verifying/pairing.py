@@ -445,5 +445,6 @@ def called_otherwise(pairs: Iterable[ModulePair], linen: CallsByPath, nnx: Calls
 
 def _drops(call: Call, *settings: str) -> bool:
     """Tells whether a module has a rate, and returns something else than it is called with."""
-    apart = compare(call.inputs[:1], call.outputs)
-    return {*settings} <= call.settings.keys() and bool(apart.compared) and exceeds(apart, TOLERANCE)
+    has_rate = {*settings} <= call.settings.keys()
+    apart = compare(call.inputs[:1] if has_rate else (), call.outputs)
+    return bool(apart.compared) and exceeds(apart, TOLERANCE)

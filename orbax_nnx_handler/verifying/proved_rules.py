@@ -4,17 +4,28 @@ Where nothing but an order tells, where it is asked and where something is missi
 that one program calls may be the n-th one of the other. Only equal outputs prove it.
 """
 
+import dataclasses
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path, render
-from orbax_nnx_handler.planning.core.recipes import Read, Recipe, Shapes, reads
+from orbax_nnx_handler.planning.core.recipes import Concat, Read, Recipe, Shapes, Stack, reads
 from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.planning.rules.split_and_fuse import rules_making
-from orbax_nnx_handler.planning.suggesting.proved_recipes import Remade
+from orbax_nnx_handler.planning.suggesting.proved_recipes import Remade, again, chain
 from orbax_nnx_handler.planning.verdict.outcomes import Restored, Verdict
+
+
+def joint_of(recipe: Recipe) -> Concat | Stack | None:
+    """Returns the step of a recipe that joins several parts, the outermost one."""
+    return next((step for step in chain(recipe) if isinstance(step, Concat | Stack)), None)
+
+
+def with_parts(recipe: Recipe, joint: Concat | Stack, parts: Iterable[Recipe]) -> Recipe:
+    """Returns a recipe whose step that joins has other parts."""
+    return again(recipe, joint, dataclasses.replace(joint, sources=tuple(parts)))
 
 
 def rules_remaking(

@@ -171,13 +171,16 @@ def _name_of(key: Any) -> Any:
 
 
 def _is_module(leaf: Any) -> bool:
-    return isinstance(leaf, nnx.Pytree | nnx.Variable | nn.Module)
+    return _are_modules(cast("type[Any]", type(leaf)))
+
+
+@functools.lru_cache(maxsize=1024)  # Their metaclasses make each question expensive.
+def _are_modules(cls: type[Any]) -> bool:
+    return issubclass(cls, nnx.Pytree | nnx.Variable | nn.Module)
 
 
 def _is_array(leaf: Any) -> bool:
-    if not isinstance(leaf, jax.Array | np.ndarray):
-        return False
-    return not is_key(leaf.dtype)
+    return isinstance(leaf, jax.Array | np.ndarray) and not is_key(leaf.dtype)
 
 
 def _shapes_of(module: Any) -> dict[str, Shape]:
@@ -418,9 +421,8 @@ def _mark(model: Any, above: Path) -> None:
 
 
 def _unmark(model: Any) -> None:
-    for _, module in list(_modules(model)):
-        if hasattr(module, _PATH):
-            delattr(module, _PATH)
+    for module in [module for _, module in _modules(model) if hasattr(module, _PATH)]:
+        delattr(module, _PATH)
 
 
 @contextlib.contextmanager

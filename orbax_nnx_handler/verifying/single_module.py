@@ -32,7 +32,6 @@ from orbax_nnx_handler.planning.suggesting.proved_recipes import (
     again,
     by_groups,
     by_one,
-    chain,
     divided,
     otherwise,
     turned,
@@ -43,6 +42,7 @@ from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.storage.reading import read_values
 from orbax_nnx_handler.verifying import Array
 from orbax_nnx_handler.verifying.pairing import nearest_modules
+from orbax_nnx_handler.verifying.proved_rules import joint_of, with_parts
 from orbax_nnx_handler.verifying.recording import Call, Held, arrays_by_place
 from orbax_nnx_handler.verifying.weights import flat_state, one_device
 
@@ -188,13 +188,13 @@ def _axes(leaf: Path, recipe: Recipe, shapes: Shapes) -> Iterator[Alternative]:
 
 def _parts_of(leaf: Path, recipe: Recipe, shapes: Shapes) -> Iterator[Iterator[Alternative]]:
     """Yields the other ways to turn or divide each part of a fused leaf, last those of all parts alike."""
-    if (joint := _joint(recipe)) is None:
+    if (joint := joint_of(recipe)) is None:
         return
     parts = joint.sources
     ways = [[(words, simplify(way, shapes)) for words, way in _ways(part, shapes)] for part in parts]
 
     def made(words: str, *sources: Recipe) -> Alternative:
-        return Alternative(words=words, recipes={leaf: _with_parts(recipe, joint, sources)})
+        return Alternative(words=words, recipes={leaf: with_parts(recipe, joint, sources)})
 
     def of(at: int, words: str, way: Recipe) -> Alternative:
         return made(f"{render_reads(way)} in {leaf[-1]} is {words}", *parts[:at], way, *parts[at + 1 :])
@@ -211,7 +211,7 @@ def _ways(recipe: Recipe, shapes: Shapes) -> Iterator[tuple[str, Recipe]]:
 
 def orders(doubtful: Mapping[Path, Recipe], shapes: Shapes) -> Iterator[Alternative]:
     """Yields fused leaves with their parts in another order, or group by group, kernel and bias alike."""
-    fused = {leaf: found for leaf, recipe in doubtful.items() if (found := _joint(recipe)) is not None}
+    fused = {leaf: found for leaf, recipe in doubtful.items() if (found := joint_of(recipe)) is not None}
     for count in sorted({len(joint.sources) for joint in fused.values()}):
         if count > _MOST_PARTS:
             continue
@@ -219,7 +219,7 @@ def orders(doubtful: Mapping[Path, Recipe], shapes: Shapes) -> Iterator[Alternat
         groups = [[*together], *([leaf] for leaf in together if len(together) > 1)]
         for group, order in itertools.product(groups, otherwise(count)):
             some = {leaf: [together[leaf].sources[at] for at in order] for leaf in group}
-            recipes = {leaf: _with_parts(doubtful[leaf], together[leaf], x) for leaf, x in some.items()}
+            recipes = {leaf: with_parts(doubtful[leaf], together[leaf], x) for leaf, x in some.items()}
             parts = some[group[0]]
             told = len({*map(render_reads, parts)}) == count  # Else they are parts of one array.
             said = (f"{render_reads(x)} {'' if told else describe(x)}".strip() for x in parts)
@@ -245,14 +245,6 @@ def _interleaved(
 
 def _names(leaves: Iterable[Path]) -> str:
     return " and ".join(dict.fromkeys(str(leaf[-1]) for leaf in leaves))
-
-
-def _joint(recipe: Recipe) -> Concat | Stack | None:
-    return next((step for step in chain(recipe) if isinstance(step, Concat | Stack)), None)
-
-
-def _with_parts(recipe: Recipe, joint: Concat | Stack, parts: Iterable[Recipe]) -> Recipe:
-    return again(recipe, joint, dataclasses.replace(joint, sources=tuple(parts)))
 
 
 class Reached(Exception):
@@ -289,6 +281,7 @@ class ModuleRunner:
         axes: The scanned axis of each leaf that has one.
         calls: The calls of the NNX program, by module.
         values: The stored arrays that were read so far.
+        taken_apart: The modules that were run so far, as `nnx.split` takes them apart.
     """
 
     model: Any
@@ -297,6 +290,7 @@ class ModuleRunner:
     axes: Mapping[Path, int]
     calls: Mapping[Path, Sequence[Call]]
     values: dict[Path, Array] = dataclasses.field(default_factory=dict[Path, Array])
+    taken_apart: dict[Path, tuple[Any, Any]] = dataclasses.field(default_factory=dict[Path, Any])
 
     @functools.cached_property
     def variables(self) -> Mapping[Path, Any]:
@@ -382,10 +376,13 @@ class ModuleRunner:
         """Returns what a recipe gives, in float32; of an array, itself."""
         if isinstance(recipe, np.ndarray):
             return jax.device_put(recipe, one_device())
-        missing = [path for path in reads(recipe) if path not in self.values]
+        self._read([recipe])
+        return jax.device_put(evaluate(recipe, self.values, np.float32), one_device())
+
+    def _read(self, recipes: Iterable[Recipe]) -> None:
+        missing = [path for recipe in recipes for path in reads(recipe) if path not in self.values]
         if missing:
             self.values |= read_values(self.checkpoint, dict.fromkeys(missing))
-        return jax.device_put(evaluate(recipe, self.values, np.float32), one_device())
 
     def run(
         self,
@@ -412,9 +409,10 @@ class ModuleRunner:
         Raises:
             Reached: The module at which to end was called.
         """
+        self._read(each for each in changed.values() if not isinstance(each, np.ndarray))
         made = self._module(module, layer, {leaf: self.value(recipe) for leaf, recipe in changed.items()})
-        where = one_device()  # As the model's own: what both programs compiled is not compiled again.
-        held = [jax.device_put(array, where) for array in inputs]
+        # As the model's own: what both programs compiled is not compiled again.
+        held = jax.device_put([*inputs], one_device())
 
         def put_back(leaf: Any) -> Any:
             return held[leaf.number] if isinstance(leaf, Held) else leaf
@@ -429,9 +427,11 @@ class ModuleRunner:
         return [np.asarray(leaf) for leaf in arrays_by_place(result).values()]
 
     def _module(self, path: Path, layer: int | None, values: Mapping[Path, jax.Array]) -> Any:
-        graphdef, state = cast("tuple[Any, Any]", nnx.split(_at(self.model, path)))
-        flat: list[tuple[Any, Any]] = []
-        for keys, variable in cast("Iterable[tuple[Path, Any]]", nnx.to_flat_state(state)):
+        if path not in self.taken_apart:
+            graphdef, state = cast("tuple[Any, Any]", nnx.split(_at(self.model, path)))
+            self.taken_apart[path] = graphdef, [*cast(Any, nnx.to_flat_state(state))]
+        (graphdef, state), flat = self.taken_apart[path], list[tuple[Any, Any]]()
+        for keys, variable in state:
             leaf = (*path, *keys)
             value: Any = values.get(leaf)
             if value is None:

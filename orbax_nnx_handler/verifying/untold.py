@@ -100,12 +100,12 @@ def _alike(runs: Runs) -> Iterator[str]:
             if leaf[: len(one)] == one
         ]
         # By NumPy: JAX compiles a difference for each shape.
-        apart = {
-            leaf: np.asarray(values[other].get_value()) - np.asarray(values[leaf].get_value())
-            for leaf, other in leaves
-        }
-        if not any(map(np.any, apart.values())) or not _is_same_with(runs, pairs[0], leaves):
+        arrays = {leaf: np.asarray(values[leaf].get_value()) for leaf, _ in leaves}
+        if all(np.array_equal(arrays[leaf], arrays[other]) for leaf, other in leaves):
             continue
+        if not _is_same_with(runs, pairs[0], leaves):
+            continue
+        apart = {leaf: arrays[other] - arrays[leaf] for leaf, other in leaves}
         found = outputs_apart(runs.returned, returned_with(runs.programs, runs.runner.model, apart))
         if not any(output.relative > TOLERANCE for output in found):
             one, other = (fold_paths([pair[at] for pair in pairs]) for at in (0, 1))

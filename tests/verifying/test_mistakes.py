@@ -19,6 +19,7 @@ from rich.console import Console
 from orbax_nnx_handler import Add, Fuse, Scale, StackLayers, Transpose, UnstackLayers, Verification, verify
 from orbax_nnx_handler.planning.core.recipes import Concat, Index, Read, Slice
 from orbax_nnx_handler.planning.core.recipes import Transpose as Turned
+from orbax_nnx_handler.verifying import single_module
 from orbax_nnx_handler.verifying.single_module import ModuleRunner, alternatives
 from tests.verifying.twins import BILSTM, GPT, LLAMA, MIXTURES, TRANSLATOR, VIT, Twin
 
@@ -573,3 +574,32 @@ def test_a_search_ends_when_it_would_take_longer_than_both_programs_and_says_so(
     assert (told.first.path, told.first.is_cut) == (module, True)
     assert told.first.tried < 20
     assert "There are more, which were not tried" in " ".join(str(told).split())
+
+
+def test_a_module_that_is_tried_often_is_taken_apart_once_and_read_for_together(
+    saved: Save, monkeypatch: pytest.MonkeyPatch
+):
+    runs, reads, splits = list[Any](), list[Any](), list[Any]()
+
+    def counted(function: Callable[..., Any], calls: list[Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(args)
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(ModuleRunner, "run", counted(ModuleRunner.run, runs))
+    monkeypatch.setattr(single_module, "read_values", counted(single_module.read_values, reads))
+    monkeypatch.setattr(nnx, "split", counted(nnx.split, splits))
+    fault, module = MIXTURES.faults["weights of experts not normalised"]
+    target = nnx.eval_shape(functools.partial(MIXTURES.make, **fault))
+    told = verify(
+        saved(MIXTURES), target, MIXTURES.apply, MIXTURES.run, MIXTURES.inputs, renames=MIXTURES.rules
+    )
+
+    assert told.first is not None
+    assert told.first.path == module
+    parts = [args[0] for args in splits if type(args[0]) is not type(target)]
+    assert len(runs) > 2
+    assert len(parts) == len({*map(id, parts)})
+    assert len(reads) <= len(runs)

@@ -4,10 +4,12 @@ import contextlib
 import dataclasses
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
 from orbax_nnx_handler.planner import decide, flatten_wanted
@@ -43,6 +45,7 @@ from orbax_nnx_handler.verifying.pairing import (
     pair_modules,
     scanned_axes,
 )
+from orbax_nnx_handler.verifying.proved_rules import tells
 from orbax_nnx_handler.verifying.recording import run_linen
 from orbax_nnx_handler.verifying.runs import (
     Compared,
@@ -60,6 +63,7 @@ from orbax_nnx_handler.verifying.weights import (
     depends,
     in_fewer_digits,
     on_one_device,
+    returned_with,
     run_linen_program,
     run_nnx_program,
     unused_leaves,
@@ -243,42 +247,35 @@ def leaving_out(
     return dataclasses.replace(made, proposals=(*first, *found.proposals), unmatched_stored=(*left, *unused))
 
 
-_EQUAL, _NEAR = 1e-4, 1e-2
-_NEARER = 30
-"""How much nearer than any other answer one has to be where the code differs a little too."""
+def exchanges_tell(wanted: Collection[Path], runs: Runs, relative: float) -> bool:
+    """Tells whether an NNX program that is right returns something else with any two modules exchanged.
 
-
-def tells(best: float, next_: float, coarse: float = 0.0) -> bool:
-    """Tells whether the nearest answer is right, from how far apart outputs are under it and the next one.
-
-    `coarse` is what right ones may be apart, where they were computed in fewer digits than float32's.
+    Args:
+        wanted: Leaves of the modules, which hold each other's shapes where they can be exchanged.
+        runs: Both programs, which return the same.
+        relative: Within how much they do.
     """
-    if best <= _EQUAL:
-        return next_ > _EQUAL and next_ > _NEARER * best
-    return best <= max(_NEAR, 2 * coarse) and next_ > _NEARER * max(best, coarse)
+    values, held = runs.runner.variables, defaultdict[Path, dict[Any, Any]](dict)
+    if not values.keys() >= {*wanted}:
+        return False
+    for leaf in wanted:
+        held[leaf[:-1]][leaf[-1]] = np.asarray(values[leaf].get_value())
+    shapes = {path: {name: array.shape for name, array in own.items()} for path, own in held.items()}
+    pairs = [pair for pair in itertools.combinations(held, 2) if shapes[pair[0]] == shapes[pair[1]]]
+    for pair in pairs if len(pairs) <= _MOST_EXCHANGES else ():
+        apart = {
+            (*one, name): held[other][name] - array
+            for one, other in (pair, pair[::-1])
+            for name, array in held[one].items()
+        }
+        found = outputs_apart(runs.returned, returned_with(runs.programs, runs.runner.model, apart))
+        if not tells(relative, max(output.relative for output in found)):
+            return False
+    return 0 < len(pairs) <= _MOST_EXCHANGES
 
 
-def why_open(missing: Sequence[Path], where: str, *, is_equal: bool) -> str:
-    """Returns why outputs do not answer what is open, in words; `where` is the first module that differs."""
-    ran = "both programs were run"
-    if missing:
-        leaves = counted(len(missing), "leaf is", "leaves are")
-        return (
-            f"{ran}, but {leaves} still without a source, so that outputs tell little: write rules for "
-            f"{fold_paths(missing)} first, or settle the rest by a rule."
-        )
-    if is_equal:
-        return (
-            f"{ran}, and return the same under more than one answer to what is open: either these inputs do "
-            "not show the difference, and others of several tokens and examples may, or the programs "
-            "treat both alike. Settle it by a rule."
-        )
-    first = f", first in {where}" if where else ""
-    return (
-        f"{ran}: under the first answer to what is open they do not return the same{first}, and no module by "
-        "itself tells another one. Correct what differs first, try the answers with "
-        "verify(renames=found.answered(...)), or settle it by a rule."
-    )
+_MOST_EXCHANGES = 64
+"""Each is a run of the NNX program."""
 
 
 def compared(runs: Runs, plan: RestorePlan, tolerance: float | None = None) -> Verification:

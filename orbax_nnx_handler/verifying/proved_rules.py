@@ -7,9 +7,11 @@ that one program calls may be the n-th one of the other. Only equal outputs prov
 import dataclasses
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
+from orbax_nnx_handler.planning.core.folding import fold_paths
 from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.lines import counted
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import Concat, Read, Recipe, Shapes, Stack, reads
 from orbax_nnx_handler.planning.rules import Rule
@@ -114,3 +116,41 @@ def _by_kind(
     for owner in sorted(held, key=calls.__getitem__):
         kinds[frozenset(held[owner])].append(held[owner])
     return kinds
+
+
+_EQUAL, _NEAR = 1e-4, 1e-2
+_NEARER = 30
+"""How much nearer than any other answer one has to be where the code differs a little too."""
+
+
+def tells(best: float, next_: float, coarse: float = 0.0) -> bool:
+    """Tells whether the nearest answer is right, from how far apart outputs are under it and the next one.
+
+    `coarse` is what right ones may be apart, where they were computed in fewer digits than float32's.
+    """
+    if best <= _EQUAL:
+        return next_ > _EQUAL and next_ > _NEARER * best
+    return best <= max(_NEAR, 2 * coarse) and next_ > _NEARER * max(best, coarse)
+
+
+def why_open(missing: Sequence[Path], where: str, *, is_equal: bool) -> str:
+    """Returns why outputs do not answer what is open, in words; `where` is the first module that differs."""
+    ran = "both programs were run"
+    if missing:
+        leaves = counted(len(missing), "leaf is", "leaves are")
+        return (
+            f"{ran}, but {leaves} still without a source, so that outputs tell little: write rules for "
+            f"{fold_paths(missing)} first, or settle the rest by a rule."
+        )
+    if is_equal:
+        return (
+            f"{ran}, and return the same under more than one answer to what is open: either these inputs do "
+            "not show the difference, and others of several tokens and examples may, or the programs "
+            "treat both alike. Settle it by a rule."
+        )
+    first = f", first in {where}" if where else ""
+    return (
+        f"{ran}: under the first answer to what is open they do not return the same{first}, and no module by "
+        "itself tells another one. Correct what differs first, try the answers with "
+        "verify(renames=found.answered(...)), or settle it by a rule."
+    )

@@ -26,9 +26,9 @@ from orbax_nnx_handler.planning.suggesting import Proposal, Question, Remade, Su
 from orbax_nnx_handler.planning.target import Target
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.verifying import Programs, agree, compare_inputs, lent
-from orbax_nnx_handler.verifying.comparison import compared, leaving_out, misfilled, run_both, tells, why_open
+from orbax_nnx_handler.verifying.comparison import compared, exchanges_tell, leaving_out, misfilled, run_both
 from orbax_nnx_handler.verifying.pairing import by_path, compare_outputs, layers_of
-from orbax_nnx_handler.verifying.proved_rules import made_as_called, rules_remaking
+from orbax_nnx_handler.verifying.proved_rules import made_as_called, rules_remaking, tells, why_open
 from orbax_nnx_handler.verifying.runs import Compared, Runs
 from orbax_nnx_handler.verifying.verification import FirstDifference, Verification
 from orbax_nnx_handler.verifying.weights import LinenRun, Misfilled, on_one_device
@@ -330,7 +330,8 @@ class Settling:
     ) -> None:
         """Answers as a model that is right was made, where what modules are called with tells them apart."""
         for number, question in enumerate(self.suggestion.questions if verification.equal else ()):
-            if answers[number] is None and question.about == "which" and _are_told(question, plan, runs):
+            is_open, apart = answers[number] is None and question.about == "which", verification.relative
+            if is_open and (_are_told(question, plan, runs) or exchanges_tell(question.wanted, runs, apart)):
                 answers[number] = self.allowed[number][0]
 
     def _with(

@@ -804,3 +804,104 @@ def test_programs_that_differ_are_no_likely_proposal_where_what_is_proved_no_rul
     assert found.confidence == "open"
     assert found.is_refuted
     assert "not proven: the programs return different values" in found.proof
+
+
+class TwoWays(nn.Module):
+    """A cell of gates that reads forwards, and one that reads backwards."""
+
+    @nn.compact
+    def __call__(self, x):
+        forwards = nn.RNN(nn.GRUCell(6, name="fw"), name="rnn_fw")
+        backwards = nn.RNN(nn.GRUCell(6, name="bw"), reverse=True, keep_order=True, name="rnn_bw")
+        return nn.Dense(3, name="head")(jnp.concatenate([forwards(x), backwards(x)], -1))
+
+
+class Gates(nnx.Module):
+    """A cell with a layer for each gate of what is read, and of what is carried."""
+
+    def __init__(self, rngs):
+        for name in "rzn":
+            setattr(self, f"x_{name}", nnx.Linear(6, 6, rngs=rngs))
+            setattr(self, f"h_{name}", nnx.Linear(6, 6, use_bias=name == "n", rngs=rngs))
+
+    def __call__(self, carry, x):
+        reset = nnx.sigmoid(self.x_r(x) + self.h_r(carry))
+        update = nnx.sigmoid(self.x_z(x) + self.h_z(carry))
+        new = nnx.tanh(self.x_n(x) + reset * self.h_n(carry))
+        return (1 - update) * new + update * carry
+
+
+class BothWays(nnx.Module):
+    """Calls its second cell first."""
+
+    def __init__(self, rngs):
+        self.a, self.b = Gates(rngs), Gates(rngs)
+
+    def __call__(self, x):
+        read = [self.read(self.b, x), self.read(self.a, x[:, ::-1])[:, ::-1]]
+        return jnp.concatenate(read, -1)
+
+    def read(self, cell, x):
+        carry, found = jnp.zeros(x[:, 0].shape), []
+        for at in range(x.shape[1]):
+            carry = cell(carry, x[:, at])
+            found.append(carry)
+        return jnp.stack(found, 1)
+
+
+class TwoWaysTwin(nnx.Module):
+    def __init__(self, rngs):
+        self.rnn, self.out = BothWays(rngs), nnx.Linear(12, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.out(self.rnn(x))
+
+
+_READ = np.random.default_rng(6).normal(size=(2, 4, 6)).astype("f")
+TWO_WAYS = Twin(
+    name="two_ways",
+    linen=TwoWays(),
+    make=lambda: TwoWaysTwin(nnx.Rngs(0)),
+    inputs=(_READ,),
+    rules=[],
+)
+
+
+def test_gates_of_both_directions_are_settled_where_each_exchange_shows(saved: Save):
+    before = suggest(saved(TWO_WAYS), nnx.eval_shape(TWO_WAYS.make))
+    found = settled(TWO_WAYS, saved(TWO_WAYS))
+
+    assert len(before.questions) > 1
+    assert not found.questions, found
+    assert found.is_proved
+    for name in ("hn", "hr", "hz", "in", "ir", "iz"):
+        wanted = name.replace("h", "h_").replace("i", "x_")
+        assert f"('fw/{name}', 'rnn/b/{wanted}')" in str(found)
+        assert f"('bw/{name}', 'rnn/a/{wanted}')" in str(found)
+
+
+class Summed(nn.Module):
+    """Four layers of one input that are added: which is which, nothing tells."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3, name="last")(sum(nn.Dense(6, name=name)(x) for name in ("p", "q", "s", "t")))
+
+
+class SummedTwin(nnx.Module):
+    def __init__(self, rngs):
+        self.c, self.d, self.e, self.f = (nnx.Linear(6, 6, rngs=rngs) for _ in range(4))
+        self.out = nnx.Linear(6, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.out(self.c(x) + self.d(x) + self.e(x) + self.f(x))
+
+
+SUMMED = Twin(name="summed", linen=Summed(), make=lambda: SummedTwin(nnx.Rngs(0)), inputs=(_X,), rules=[])
+
+
+def test_what_may_be_exchanged_without_a_difference_stays_a_question(saved: Save):
+    found = settled(SUMMED, saved(SUMMED))
+
+    assert found.questions
+    assert found.confidence == "open"

@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
-from orbax_nnx_handler import Drop, UnstackLayers, Verification, VerificationError, suggest, verify
+from orbax_nnx_handler import Drop, Rename, UnstackLayers, Verification, VerificationError, suggest, verify
 from orbax_nnx_handler.planning.core.paths import render
 from orbax_nnx_handler.verifying.recording import run_linen
 from tests.processes import Forked
@@ -768,3 +768,34 @@ def test_a_cast_inside_of_one_program_is_told_as_other_code(saved: pathlib.Path,
     causes = [line.text for line in found.first.sentences if line.word == "cause"]
     name = "linen_apply" if linen else "nnx_apply"
     assert causes == [f"the code differs: {name} casts to bfloat16 in it, and the other program does not."]
+
+
+@pytest.mark.parametrize("above", ["", "params."])
+def test_keys_that_dots_join_are_nested_for_the_linen_program(tmp_path: pathlib.Path, above: str):
+    class Program(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3, name="two")(nn.relu(nn.Dense(4, name="one")(x)))
+
+    class Port(nnx.Module):
+        def __init__(self, rngs):
+            self.one, self.two = nnx.Linear(6, 4, rngs=rngs), nnx.Linear(4, 3, rngs=rngs)
+
+        def __call__(self, x):
+            return self.two(nnx.relu(self.one(x)))
+
+    x = jax.random.normal(jax.random.key(0), (4, 6))
+    params = Program().init(jax.random.key(1), x)["params"]
+    flat = {above + name: leaf for name, leaf in flatten_dict(params, sep=".").items()}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "checkpoint", flat)
+    found = verify(
+        tmp_path / "checkpoint",
+        nnx.eval_shape(lambda: Port(nnx.Rngs(0))),
+        Program().apply,
+        lambda model, x: model(x),
+        (x,),
+        renames=[Rename("\\.", "/", regex=True)],
+    )
+
+    assert found.equal, found

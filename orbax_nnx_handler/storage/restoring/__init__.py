@@ -292,12 +292,16 @@ def locate_stored(plan: RestorePlan) -> tuple[dict[Path, Path], dict[Path, Path]
     chosen = _asked_for(mine, read)
     parents, copies = _children([placement.path for placement in chosen]), _copies(chosen)
     flat = {placement.owner for placement in chosen} - {one.owner for one in chosen if len(one.path) > 1}
+    # Some files have dots in place of slashes, in every key.
+    plain = {one.owner for one in chosen if "." not in str(one.path[-1]) or "/" in str(one.path[-1])}
     known = {segments(placement.path) for placement in chosen}
     places: dict[Path, Path] = {}
     modules: dict[Path, Path] = {}
     for placement in chosen:
         keys = _unboxed(placement.path, parents)
         keys = segments(keys) if placement.owner in flat else _taken_apart(keys, known)
+        if placement.owner in flat - plain:
+            keys = tuple(str(keys[-1]).removeprefix("params.").split("."))
         above = placement.owner if len(owners) > 1 else ()
         places[placement.leaf.path] = (*above, placement.collection or "params", *keys)
         copy = copies.get((placement.owner, placement.collection), ())

@@ -294,27 +294,32 @@ def _passing_over(links: Iterable[Link], left: Iterable[Names], missing: Iterabl
     """Yields links of a layer of another number, of a list that has more layers and all that are wanted.
 
     One that lacks a part is no reason to give its place to the next one, nor to one of another list: what a
-    list is made of is all of several lists, as layers in turns, or one of them.
+    list is made of is all of several lists, as layers in turns, or one of them. Nor do a few layers tell
+    which of many they are.
     """
     held = defaultdict[tuple[Names, Names], list[tuple[int, int, Link]]](list)
     used, nested = defaultdict[Names, set[int]](set), set[Names]()
     for link in links:
-        ours, theirs = (lists_around(x.names) for x in (link.target, link.source))
-        for (one, at, _), (other, to, _) in zip(ours, theirs, strict=False):
+        ours, theirs = (lists_around(part_of(x)[:-1]) for x in (link.target, link.source))
+        for (one, at, _), (other, to, _) in zip(ours[:1], theirs[:1], strict=False):
             held[one, other].append((at, to, link))
             used[other].add(to)
             nested |= {one} if len(ours) != len(theirs) else set()
     counts = [Counter(pair[side] for pair in held) for side in (0, 1)]
     rest = defaultdict[Names, set[int]](set), defaultdict[Names, set[int]](set)
     for side, parts in enumerate((missing, left)):
-        for list_, number, _ in itertools.chain.from_iterable(map(lists_around, parts)):
+        for list_, number, _ in itertools.chain(*(lists_around(names[:-1])[:1] for names in parts)):
             rest[side][list_].add(number)
     torn = {one for one, other in held if counts[0][one] > 1 and not rest[1][other] <= used[other]}
     for (one, other), some in held.items():
         wanted, stored = {at for at, *_ in some} | rest[0][one], used[other] | rest[1][other]
-        is_more = counts[0][one] == counts[1][other] == 1 and wanted < stored and one not in nested
-        is_more = is_more and len({(at, to) for at, to, _ in some}) == len({at for at, *_ in some})
-        yield from (link for at, to, link in some if one in torn or (is_more and at != to))
+        is_one = counts[0][one] == counts[1][other] == 1 and one not in nested
+        pairs = {(at, to) for at, to, _ in some}
+        is_one = is_one and all(len({*side}) == len(pairs) for side in zip(*pairs, strict=True))
+        # Of twice as many wanted ones they may be any, as the rest of a list is its last layers.
+        is_any = is_one and stored < wanted and 1 < len(stored) <= len(wanted) / 2
+        is_any |= one in torn
+        yield from (x for at, to, x in some if is_any or (is_one and wanted < stored and at != to))
 
 
 def _of_another_role(links: Iterable[Link], left: Iterable[Names]) -> Iterator[Link]:

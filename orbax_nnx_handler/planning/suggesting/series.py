@@ -400,25 +400,25 @@ def same_layers(one: Series, other: Series) -> list[tuple[int, int]]:
     """
     spans = [series.numbers[-1] - series.numbers[0] + 1 - len(series.numbers) for series in (one, other)]
     # The levels of a pyramid count from 2 or 3.
-    are_levels = len({*one.sizes}) == len(one.sizes) and not any(spans)
-    are_whole = is_complete(one) and is_complete(other)
-    if (are_levels or are_whole) and is_reversed(one, other):
+    are_levels, are_whole = len({*one.sizes}) == len(one.sizes), is_complete(one) and is_complete(other)
+    if (are_whole or (are_levels and not any(spans))) and is_reversed(one, other):
         return list(zip(one.numbers, reversed(other.numbers), strict=True))
     in_order = list(zip(one.numbers, other.numbers, strict=False))
-    are_as_many = len(one.members) == len(other.members)
+    low, high = sorted(map(len, (one.members, other.members)))
     # One side may lack a leaf of each layer.
-    are_equal = one.sizes == other.sizes or (are_as_many and are_alike(one) and are_alike(other))
-    if are_as_many and bool(spans[0]) != bool(spans[1]):
+    are_equal = one.sizes == other.sizes or (low == high and are_alike(one) and are_alike(other))
+    if low == high and bool(spans[0]) != bool(spans[1]):
         # What holds nothing leaves a gap in one list, which the other one does not count.
         return in_order if are_equal else []
     both = sorted(one.members.keys() & other.members.keys())
     alike = one.numbers[0] == other.numbers[0] or one.base[-1] == other.base[-1]
     # Layers of one kind in a list are another list's, one by one.
-    in_turn = are_equal and (are_whole or len({*one.sizes}) == len(one.sizes))
-    in_turn |= one.is_kind != other.is_kind
-    if alike and not in_turn and len(both) * 2 > max(len(one.members), len(other.members)):
+    in_turn = one.is_kind != other.is_kind or (are_equal and (are_whole or are_levels))
+    # A model may have fewer layers.
+    is_part = 1 < low == len(both) and all(one.held[at] == other.held[at] for at in both)
+    if alike and not in_turn and (is_part or len(both) * 2 > high):
         return _run_within(one, other) or [(number, number) for number in both]
-    return in_order if are_as_many and (are_whole or (one.sizes == other.sizes and not any(spans))) else []
+    return in_order if low == high and (are_whole or (one.sizes == other.sizes and not any(spans))) else []
 
 
 def _run_within(one: Series, other: Series) -> list[tuple[int, int]]:

@@ -563,3 +563,58 @@ def test_the_middle_without_a_number_lies_between_the_blocks_on_either_side(midd
 
     assert not found.questions
     check(values, {path: stored[name] for path, (name, _) in expected.items()})
+
+
+def _of_depth(count, block, names):
+    shapes = {"norm/scale": (4,), "fc1/kernel": (4, 8), "fc1/bias": (8,), "fc2/kernel": (8, 4)}
+    head = {"embed/embedding": (9, 4), "head/kernel": (4, 9)}
+    inner = dict(zip(names, shapes.values(), strict=True))
+    return head | {f"{block.format(at)}/{name}": x for at in range(count) for name, x in inner.items()}
+
+
+_INNER = (
+    ("ln/scale", "up/kernel", "up/bias", "down/kernel"),
+    ("norm/scale", "fc1/kernel", "fc1/bias", "fc2/kernel"),
+)
+
+
+@pytest.mark.parametrize(("stored", "wanted"), [(4, 2), (9, 2), (2, 4), (2, 9)])
+@pytest.mark.parametrize(
+    ("theirs", "ours"), [("layer_{}", "h/{}"), ("encoder/block_{}", "encoder/blocks/{}")]
+)
+def test_a_model_of_fewer_layers_has_those_of_its_numbers_and_of_more_it_is_asked(
+    stored, wanted, theirs, ours
+):
+    tree, aims = filled(_of_depth(stored, theirs, _INNER[0])), _of_depth(wanted, ours, _INNER[1])
+
+    found, values = proposed(tree, aims)
+
+    outside = {path: tree[path] for path in ("embed/embedding", "head/kernel")}
+    sources = {
+        f"{ours.format(at)}/{aim}": tree[f"{theirs.format(at)}/{name}"]
+        for at in range(min(stored, wanted))
+        for name, aim in zip(*_INNER, strict=True)
+    }
+    if wanted < stored:
+        check(values, outside | sources)
+    else:
+        check(values, outside)
+        answered = restored(tree, aims, found.answered([0] * len(found.questions)))
+        check({path: answered[path] for path in sources}, sources)
+
+
+def test_which_modules_that_linen_numbered_a_shorter_model_has_is_asked_the_first_ones_first():
+    names = ("LayerNorm_0/scale", "Dense_0/kernel", "Dense_0/bias", "Dense_1/kernel")
+    tree, wanted = filled(_of_depth(4, "Block_{}", names)), _of_depth(2, "blocks/{}", _INNER[1])
+
+    found, _ = proposed(tree, wanted)
+
+    (question,) = found.questions
+    values = restored(tree, wanted, found.answered([0]))
+    expected = {
+        f"blocks/{at}/{aim}": tree[f"Block_{at}/{name}"]
+        for at in range(2)
+        for name, aim in zip(names, _INNER[1], strict=True)
+    }
+    assert {"/".join(map(str, path)) for path in question.wanted} == expected.keys()
+    check(values, expected | {path: tree[path] for path in ("embed/embedding", "head/kernel")})

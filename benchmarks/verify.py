@@ -252,7 +252,7 @@ def _measure(folder: pathlib.Path, title: str, case: _Case) -> dict[str, dict[st
             return linen.apply(variables, tokens), model(tokens)
 
     forward()  # What is compiled once for each operation is compiled here.
-    passes, passes_cpu, (expected, found) = _seconds(forward)
+    passes, passes_cpu, (expected, found) = min((_seconds(forward) for _ in range(5)), key=lambda run: run[0])
     np.testing.assert_allclose(expected, found, rtol=1e-3, atol=1e-3)
     rows = dict[str, dict[str, Any]]()
     runs = {name: (case.make, *given) for name, given in case.mistakes.items()}

@@ -355,6 +355,7 @@ def _remarks(is_near: bool, first: FirstDifference | None, runs: Runs, plan: Res
             f"{fold_paths(unread)}: it returns arrays of one size in another structure than Linen's module, "
             "and which is which is not told: let it return the same."
         )
+    yield from () if is_told else _of_another_size(runs.compared)
     yield from () if is_told else called_otherwise(runs.pairs, by_path(runs.linen.calls), runs.runner.calls)
     if plan.missing:
         yield f"{counted(len(plan.missing), 'weight')} of the target not stored: a policy fills them."
@@ -367,6 +368,19 @@ def _remarks(is_near: bool, first: FirstDifference | None, runs: Runs, plan: Res
         )
     if is_near:
         yield from untold(runs, plan, first)
+
+
+def _of_another_size(compared: Sequence[Compared]) -> Iterator[str]:
+    """Yields which module, of those called with the same, first returns an array of other lengths."""
+    alone = (x for x in compared if x.gets_the_same and len(x.linen.outputs) == len(x.nnx.outputs) == 1)
+    for one in alone:
+        (theirs,), (ours,) = ([array.shape for array in use.outputs] for use in (one.linen, one.nnx))
+        if len(ours) == len(theirs) and math.prod(ours) != math.prod(theirs):
+            yield (
+                f"{fold_paths([one.path])} is called with the same and returns {ours} where Linen's module "
+                f"returns {theirs}: look at its padding, strides and what it crops."
+            )
+            return
 
 
 def _all_agree(compared: Sequence[Compared]) -> bool:

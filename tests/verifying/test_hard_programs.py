@@ -799,3 +799,45 @@ def test_keys_that_dots_join_are_nested_for_the_linen_program(tmp_path: pathlib.
     )
 
     assert found.equal, found
+
+
+class LinenImages(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(4, (3, 3), name="first")(x))
+        return nn.Dense(3, name="head")(nn.relu(nn.Conv(4, (3, 3), name="second")(x)).mean((1, 2)))
+
+
+class Images(nnx.Module):
+    def __init__(self, padding):
+        rngs = nnx.Rngs(0)
+        self.first = nnx.Conv(3, 4, (3, 3), rngs=rngs)
+        self.second = nnx.Conv(4, 4, (3, 3), padding=padding, rngs=rngs)
+        self.head = nnx.Linear(4, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(nnx.relu(self.second(nnx.relu(self.first(x)))).mean((1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("padding", "shape"), [("VALID", "(2, 4, 4, 4)"), (((2, 2), (2, 2)), "(2, 8, 8, 4)")]
+)
+def test_a_module_that_returns_an_array_of_other_lengths_is_named(padding, shape, tmp_path):
+    images = np.random.default_rng(0).normal(size=(2, 6, 6, 3)).astype("f")
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "c", weights(LinenImages().init(jax.random.key(0), images)))
+
+    found = verify(
+        tmp_path / "c",
+        nnx.eval_shape(lambda: Images(padding)),
+        LinenImages().apply,
+        lambda model, x: model(x),
+        (images,),
+    )
+
+    assert not found.equal
+    told = " ".join(str(found).split())
+    assert (
+        f"second is called with the same and returns {shape} where Linen's module returns (2, 6, 6, 4)"
+        in told
+    )

@@ -167,7 +167,6 @@ RESTS = frozenset(("remainder", "remaining", "rest", "tail", "last"))
 """Names of the last layers of a list, which a program keeps apart from it."""
 
 MARGIN = 0.75  # By how much one pairing must be better than every other one.
-
 STRONG = frozenset(["q", "k", "v", "o", "up", "gate", "down"])  # Parts of attention, of a gated network.
 _NOTHING: Concepts = frozenset()
 _KNOWN, _LONGEST = frozenset(word for x in _SPELLINGS for word in x.split()), max(map(len, _PHRASES))
@@ -176,12 +175,13 @@ _WORD = re.compile(
     r"[A-Z](?=to[A-Z])|to(?=[A-Z])|\d+x\d+|\d+[a-rt-z](?![A-Za-z])|\d+|conv(?=[a-rt-z](?![a-z]))|[A-Z]+(?![a-z])"
     r"|(?!(?<=\d)s(?![A-Za-z]))[A-Z]?[a-z]+"
 )
+_FROM_TO = re.compile(r"(?<![A-Za-z])([a-vA-V])2([A-Za-z])(?![A-Za-z])")  # `gen_a2b` is `G_AB`, `i2h` `ih`.
 
 
 @functools.lru_cache(maxsize=65536)
 def words(name: str) -> tuple[str, ...]:
     """Returns the words of a name in order: `LayerNorm_0` is `layer`, `norm`, `0`; `5b` counts, no `1s`."""
-    return tuple(part.lower() for part in _WORD.findall(name))
+    return tuple(part.lower() for part in _WORD.findall(_FROM_TO.sub(r"\1\2", name)))
 
 
 def counts_of(name: str) -> tuple[str, ...]:

@@ -818,3 +818,20 @@ def test_words_stand_for_each_other_in_all_parts_that_do_so_in_some(known):
     is_told = known == "he"
     check(values, {path: stored[at] for at, path in places.items() if is_told or "embed" in at})
     assert bool(found.questions) is not is_told
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (("G_AB", "G_BA"), ("gen_a2b", "gen_b2a")),
+        (("G_A2B", "G_B2A"), ("netG_AB", "netG_BA")),
+        (("cell/i2h", "cell/h2h"), ("cell/ih", "cell/hh")),
+    ],
+)
+def test_what_leads_from_a_letter_to_another_is_said_with_a_2_or_without(theirs, ours):
+    stored = filled({f"{name}/kernel": (8, 8) for name in theirs})
+    aims = dict(zip(theirs, ours, strict=True))
+
+    _, values = proposed(stored, {f"{aim}/kernel": (8, 8) for aim in aims.values()})
+
+    check(values, {f"{aim}/kernel": stored[f"{name}/kernel"] for name, aim in aims.items()})

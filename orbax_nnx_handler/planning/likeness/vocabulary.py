@@ -115,7 +115,8 @@ _TOGETHER = (
     "q network: critic, net g: generator, net d: discriminator, full layer layer norm: last norm, "
     "negative slope: prelu, encoderdecoder: enc dec, prenorm: pre norm, postnorm: post norm, "
     "dwconv: depthwise conv, llm: text, key encoder: passage enc, encoder q: enc online, encoder k: enc tgt, "
-    "qf: critic, transition: dynamics"
+    "qf: critic, transition: dynamics, context wq: cross attn q, context wk: cross attn k, "
+    "context wv: cross attn v, context wo: cross attn o"
 )
 _PHRASES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     tuple(words.split()): tuple(said.split())
@@ -159,7 +160,6 @@ ENDING = re.compile(r"(.+)_(kernel|weights?|bias|scale)")
 """A parameter with what it is called as its own, and at the end of a name: `gate_up_proj_bias`."""
 
 PYTORCHS = frozenset(("weight", "weights", "w"))  # Programs may keep outputs before inputs under these.
-
 SINGLE = frozenset(("layers", "layer", "blocks", "block", "h", "stages", "stage", "resblocks"))
 """Names under which a lone number is the only layer of a model."""
 

@@ -835,3 +835,29 @@ def test_what_leads_from_a_letter_to_another_is_said_with_a_2_or_without(theirs,
     _, values = proposed(stored, {f"{aim}/kernel": (8, 8) for aim in aims.values()})
 
     check(values, {f"{aim}/kernel": stored[f"{name}/kernel"] for name, aim in aims.items()})
+
+
+def test_the_norms_of_marians_decoder_are_told_by_what_they_follow():
+    names, expected, shapes = {"self_attn": "self", "encoder_attn": "context"}, dict[str, str](), {}
+    for side, at in itertools.product(("encoder", "decoder"), range(2)):
+        theirs, ours = f"{side}/layers/{at}", f"{side}_l{at + 1}"
+        for attn, name in [*names.items()][: 1 + (side == "decoder")]:
+            for letter, x in zip("qkvo", ("q", "k", "v", "out"), strict=True):
+                expected[f"{ours}_{name}_W{letter}"] = f"{theirs}/{attn}/{x}_proj/kernel"
+                expected[f"{ours}_{name}_b{letter}"] = f"{theirs}/{attn}/{x}_proj/bias"
+            for kind in ("scale", "bias"):
+                expected[f"{ours}_{name}_Wo_ln_{kind}"] = f"{theirs}/{attn}_layer_norm/{kind}"
+        for number in (1, 2):
+            expected[f"{ours}_ffn_W{number}"] = f"{theirs}/fc{number}/kernel"
+            expected[f"{ours}_ffn_b{number}"] = f"{theirs}/fc{number}/bias"
+        for kind in ("scale", "bias"):
+            expected[f"{ours}_ffn_ffn_ln_{kind}"] = f"{theirs}/final_layer_norm/{kind}"
+    for path in expected.values():
+        wide = ((8, 16), (16,)) if "fc1" in path else ((16, 8), (8,)) if "fc2" in path else ((8, 8), (8,))
+        shapes[path] = wide[not path.endswith("kernel")]
+    stored = filled(shapes)
+
+    _, values = proposed(stored, {path: shapes[source] for path, source in expected.items()})
+
+    assert any("context_Wo_ln" in path for path in values)
+    check(values, {path: stored[expected[path]] for path in values})

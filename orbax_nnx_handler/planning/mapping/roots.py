@@ -158,12 +158,17 @@ def below_model(entries: Sequence[Entry], wanted: Iterable[Tokens]) -> Sequence[
     named = [entry for entry in entries if level and entry.named and entry.prefix]
     named = [entry for entry in named if canonical(entry.segments[: len(level)]) == level]
     moved = {id(entry) for entry in named if not _is_of_wrapper(entry, len(level))}
+    left = [x for x in entries if moved and x.section == "model" and id(x) not in moved]
+    if any(not is_copy_level(top) for top in {*tops}.difference(own)):
+        # Beside another network, `model` is one of them unless what is left lies in it without its name.
+        inside = {path[len(level)] for path in below} - tops.keys()
+        apart = {x.owner for x in left} - {x.owner for x in left if x.tokens[0] in inside}
+        moved -= {id(entry) for entry in named if entry.owner in apart}
     if not moved:
         return entries
     others: dict[Tokens, set[Tokens]] = defaultdict(set)
-    for entry in entries:
-        if entry.section == "model" and id(entry) not in moved:
-            others[entry.owner].update(entry.tokens[:at] for at in range(len(level) + 1))
+    for entry in left:
+        others[entry.owner].update(entry.tokens[:at] for at in range(len(level) + 1))
     # Where rules call all of a model so, what names nothing goes.
     alone = {tuple(itertools.dropwhile(PLAIN_LEVELS.__contains__, level))}
     depths = {
@@ -283,11 +288,8 @@ def _only_level_above(stored: Collection[Tokens], wanted: Collection[Tokens]) ->
     found = [level for level in levels if all((*level, *name) in names for name in stored)]
     if len(found) > 1:  # `model` beside `ema` is the program's field for its model; `ema` names another one.
         found = [level for level in found if len(level) == depth and level[-1] in PLAIN_LEVELS]
-    if (
-        [*map(len, found)] == [depth]
-        and not _names_layers(wanted, found[0])
-        and _keeps_apart(wanted, found[0])
-    ):
+    is_one = [*map(len, found)] == [depth] and not _names_layers(wanted, found[0])
+    if is_one and _keeps_apart(wanted, found[0]):
         yield found[0]
 
 
@@ -381,13 +383,8 @@ class Collections:
         for entry in entries:
             found[entry.collection].add(entry.tokens)
         known = [found[name] for name in FLAX_COLLECTIONS if name in found]
-        copies = {
-            name
-            for name, paths in found.items()
-            if name is not None
-            and name not in FLAX_COLLECTIONS
-            and any(len(paths & others) * 2 > len(paths) for others in known)
-        }
+        own = {name: paths for name, paths in found.items() if name not in (None, *FLAX_COLLECTIONS)}
+        copies = (x for x, paths in own.items() if any(len(paths & of) * 2 > len(paths) for of in known))
         return Collections(
             paths={name: frozenset(paths) for name, paths in found.items()},
             only=only,

@@ -439,3 +439,18 @@ def test_a_level_that_names_no_network_leaves_the_model_its_statistics_and_its_o
     for slot in ("mu", "nu"):
         assert_below(values, f"optimizer/opt_state/0/{slot}", adam[slot])
     assert not any(path.startswith("ema") for path in values)
+
+
+@pytest.mark.parametrize("names", [("model", "model_fine"), ("model_fine", "model")], ids="/".join)
+@pytest.mark.parametrize("known", [1, 2])
+def test_a_rule_may_call_a_network_model_beside_another_one(names: tuple[str, str], known: int) -> None:
+    numbers = Models()
+    stored = {"params": {f"MLP_{at}": numbers.train_state()["params"] for at in range(2)}}
+    rules = [(f"MLP_{at}", name) for at, name in enumerate(names)][:known]
+
+    plan = plan_of(nnx.eval_shape(lambda: {name: Model() for name in names}), stored, rules, policy="warn")
+
+    values = values_of(plan, stored)
+    for at, name in enumerate(names[:known]):
+        assert_below(values, name, stored["params"][f"MLP_{at}"])
+    assert {path[0] for path in plan.missing} == {*names[known:]}

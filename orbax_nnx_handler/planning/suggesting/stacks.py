@@ -17,7 +17,7 @@ from orbax_nnx_handler.planning.likeness.arrangements import moves
 from orbax_nnx_handler.planning.likeness.highest_sums import best_pairs
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, settle_turns
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, Stacks, depth_of, leaves_below
-from orbax_nnx_handler.planning.likeness.shapes import Steps, Way, without_axis
+from orbax_nnx_handler.planning.likeness.shapes import Step, Steps, Way, transposed, without_axis
 from orbax_nnx_handler.planning.likeness.vocabulary import (
     MARGIN,
     RESTS,
@@ -394,7 +394,7 @@ def _in_stack(
 
     def made(way: Way, steps: Steps) -> Way:
         # One layer tells what the axes are, or that nothing does.
-        return dataclasses.replace(way, steps=steps, named=len(link.ways[0]) == 1 or None)
+        return dataclasses.replace(way, steps=_as_one(steps), named=len(link.ways[0]) == 1 or None)
 
     each = [[with_layers(way.steps, count) for way in options] for options in link.ways]
     after, joint = with_layers(link.after, count), link.joint
@@ -413,4 +413,15 @@ def _in_stack(
     )
     if joint is not None:
         joint = dataclasses.replace(joint, axis=joint.axis + 1, parts=made_ways)
-    return with_fields(link, wanted=ours, stored=theirs, ways=made_ways, joint=joint, after=after)
+    return with_fields(link, wanted=ours, stored=theirs, ways=made_ways, joint=joint, after=_as_one(after))
+
+
+def _as_one(steps: Iterable[Step]) -> Steps:
+    """Returns steps with transposes that follow each other as one: no rule is written twice."""
+    made = list[Step]()
+    for step in steps:
+        if made and step.kind == made[-1].kind == "transpose":
+            before = made.pop()
+            step = transposed(before.before, tuple(before.axes[axis] for axis in step.axes))
+        made.append(step)
+    return tuple(step for step in made if step.kind != "transpose" or step.axes != tuple(sorted(step.axes)))

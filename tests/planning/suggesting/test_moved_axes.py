@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from orbax_nnx_handler import RestoreError, Transpose, from_linen, suggest
-from tests.planning.suggesting.proposals import check, filled, proposed, restored
+from tests.planning.suggesting.proposals import abstract, check, filled, proposed, restored, variables_of
 
 
 def _numbers(start, *shape):
@@ -290,3 +290,20 @@ def test_a_matrix_is_turned_as_convolutions_over_one_place_are():
     )
 
     _check(variables, wanted, suggest(variables, _target(wanted)).renames)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("names", [("up", "gate"), ("w1", "w2")], ids="/".join)
+def test_matrices_of_stacks_along_one_axis_on_both_sides_are_turned_within_their_layers(axis, names):
+    sources = {"up_proj/kernel": names[0], "gate_proj/kernel": names[1], "down_proj/kernel": "down"}
+    shapes = {path: (20, 8) if "down" in path else (8, 20) for path in sources} | {"norm/scale": (8,)}
+    stored = filled({f"layers/{path}": (*x[:axis], 3, *x[axis:]) for path, x in shapes.items()})
+    order = (0, 2, 1) if axis == 0 else (2, 1, 0)
+    right = {f"h/{to}/weight": stored[f"layers/{path}"].transpose(order) for path, to in sources.items()}
+    right["h/ln/weight"] = stored["layers/norm/scale"]
+    wanted = {path: x.shape for path, x in right.items()}
+
+    found = suggest(variables_of(stored), abstract(wanted))
+
+    assert len(found.questions) == (names == ("w1", "w2"))
+    check(restored(stored, wanted, found.answered([0] * len(found.questions))), right)

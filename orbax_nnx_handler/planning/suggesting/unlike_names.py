@@ -203,7 +203,7 @@ def called_otherwise(parts: LinksByParts) -> Iterator[Link]:
     for (one, other), held in odd.items():
         every = beside[one[:-1], other[:-1]]
         names = [x for x in every if x[0] != one[-1] and x[1] != other[-1]]
-        is_alone = bool(names) and all(x == y for x, y in names)
+        is_alone = bool(names) and _are_called_alike(*zip(*names, (one[-1], other[-1]), strict=True))
         is_told = renamed[_renamed(one, other)] > 1 or _hold_own(one, other, held, parts)
         has_form = _has_form(one[-1], other[-1])
         is_told |= images == {*held} and not (has_form and _LOOKS.isdisjoint(concepts(one) & concepts(other)))
@@ -268,6 +268,15 @@ def _hold_own(
     own = {word for said in inside for word in said if weight(word) == 1}
     others = (part for part, _ in parts if own and plain_names(part)[: len(kind)] != kind)
     return bool(own - concepts(itertools.chain(*others)))
+
+
+def _are_called_alike(ours: Names, theirs: Names) -> bool:
+    """Tells whether all parts but the last are called the same, but for what all of a side begin with."""
+    sides = [[words(name) for name in side] for side in (ours, theirs)]
+    pairs = (zip(*side, strict=False) for side in sides)
+    shared = [sum(1 for _ in itertools.takewhile(lambda x: len({*x}) == 1, each)) for each in pairs]
+    one, other = ([name[at:] for name in side] for side, at in zip(sides, shared, strict=True))
+    return ours[:-1] == theirs[:-1] or (all(one) and all(other) and one[:-1] == other[:-1])
 
 
 @functools.lru_cache(maxsize=1 << 16)

@@ -861,3 +861,23 @@ def test_the_norms_of_marians_decoder_are_told_by_what_they_follow():
 
     assert any("context_Wo_ln" in path for path in values)
     check(values, {path: stored[expected[path]] for path in values})
+
+
+@pytest.mark.parametrize(
+    ("known", "left", "new"),
+    [
+        ({"action_heads_bridge": "heads/bridge"}, "action_heads_kuka", "heads/aloha"),
+        (
+            {"classifier_rte": "classifiers/rte", "classifier_wic": "classifiers/wic"},
+            "classifier_anli",
+            "classifiers/cb",
+        ),
+    ],
+)
+def test_a_head_is_no_other_one_where_all_beside_it_have_one_name_behind_a_prefix(known, left, new):
+    stored = filled({f"{name}/{kind}": shape for name in (*known, left) for kind, shape in DENSE.items()})
+    wanted = {f"{name}/{kind}": shape for name in (*known.values(), new) for kind, shape in DENSE.items()}
+
+    _, values = proposed(stored, wanted)
+
+    check(values, {f"{aim}/{x}": stored[f"{name}/{x}"] for name, aim in known.items() for x in DENSE})

@@ -27,6 +27,7 @@ from orbax_nnx_handler.verifying import (
     changes_more_than_rounding,
     compare_inputs,
     exceeds,
+    is_float,
     lent,
 )
 from orbax_nnx_handler.verifying.pairing import compare_outputs
@@ -225,6 +226,8 @@ class Search:
         if proof is None:
             between = [after.path[:-1], before.path[:-1]] if after and before else [()]
             place = max(one.path, self._holder(shared_levels(between)), key=len)
+            if returned := after and self._returned_by(one, after, before):
+                return max(place, returned, key=len)
             return self._narrowed(one, place, before) if before else place
         # Of what is alike in several layers, or experts, the first is named.
         leaves = sorted(proof.recipes, key=natural_key, reverse=True)
@@ -234,6 +237,20 @@ class Search:
         if common or one.path == () == max(holders, key=len):
             return common
         return min(holders, key=lambda path: self.runner.calls[path][0].order)
+
+    def _returned_by(self, one: Compared, after: Compared, before: Compared | None) -> Path:
+        """Returns the innermost module around a call that returns what is otherwise than Linen's behind it.
+
+        Where Linen writes its blocks inline, no module of its tells what a block returns: the next one is
+        called with it.
+        """
+        ours, theirs = before and (before.nnx.inputs, before.linen.inputs) or (one.nnx.outputs, one.linen.outputs)
+        others = [array for array in ours if is_float(array) and not are_the_same([array], theirs)]
+        for path in reversed(after.nnx.call.within if others else ()):
+            calls = (call for call in self.runner.calls[path] if call.order > after.nnx.call.order)
+            if all(are_the_same([array], next(calls).outputs) for array in others):
+                return path
+        return ()
 
     def _narrowed(self, one: Compared, place: Path, before: Compared) -> Path:
         """Returns the innermost module around a call whose own inputs are numbers that Linen has too.

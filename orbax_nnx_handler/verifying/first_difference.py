@@ -27,19 +27,19 @@ from orbax_nnx_handler.verifying import (
     changes_more_than_rounding,
     compare_inputs,
     exceeds,
-    is_float,
     lent,
 )
 from orbax_nnx_handler.verifying.pairing import compare_outputs
+from orbax_nnx_handler.verifying.proved_rules import said_of, wrong_elsewhere
 from orbax_nnx_handler.verifying.recording import Call
 from orbax_nnx_handler.verifying.runs import (
     Compared,
     called_alike,
     exchanges,
     is_padding,
-    said_of,
+    narrowed,
+    returned_by,
     weights_of,
-    wrong_elsewhere,
 )
 from orbax_nnx_handler.verifying.single_module import (
     Alternative,
@@ -226,9 +226,9 @@ class Search:
         if proof is None:
             between = [after.path[:-1], before.path[:-1]] if after and before else [()]
             place = max(one.path, self._holder(shared_levels(between)), key=len)
-            if returned := after and self._returned_by(one, after, before):
+            if returned := after and returned_by(self.runner, one, after, before):
                 return max(place, returned, key=len)
-            return self._narrowed(one, place, before) if before else place
+            return narrowed(self.runner, self.linen, one, place, before) if before else place
         # Of what is alike in several layers, or experts, the first is named.
         leaves = sorted(proof.recipes, key=natural_key, reverse=True)
         firsts = {tuple(key for key in leaf if not isinstance(key, int)): leaf for leaf in leaves}
@@ -237,34 +237,6 @@ class Search:
         if common or one.path == () == max(holders, key=len):
             return common
         return min(holders, key=lambda path: self.runner.calls[path][0].order)
-
-    def _returned_by(self, one: Compared, after: Compared, before: Compared | None) -> Path:
-        """Returns the innermost module around a call that returns what is otherwise than Linen's behind it.
-
-        Where Linen writes its blocks inline, no module of its tells what a block returns: the next one is
-        called with it.
-        """
-        ours, theirs = before and (before.nnx.inputs, before.linen.inputs) or (one.nnx.outputs, one.linen.outputs)
-        others = [array for array in ours if is_float(array) and not are_the_same([array], theirs)]
-        for path in reversed(after.nnx.call.within if others else ()):
-            calls = (call for call in self.runner.calls[path] if call.order > after.nnx.call.order)
-            if all(are_the_same([array], next(calls).outputs) for array in others):
-                return path
-        return ()
-
-    def _narrowed(self, one: Compared, place: Path, before: Compared) -> Path:
-        """Returns the innermost module around a call whose own inputs are numbers that Linen has too.
-
-        Where Linen has modules around its call as well, they are what one of these is called with.
-        """
-        around = {*before.linen.call.within} - {*one.linen.call.within, one.linen.call.path}
-        known = [call for call in self.linen if call.path in around] or self.linen
-        for depth in range(len(before.path) - 1, len(place), -1):
-            calls = self.runner.calls.get(before.path[:depth], ())
-            inputs = next((call.inputs for call in calls if call.order > before.nnx.call.order), ())
-            if any(are_the_same(inputs, [*call.inputs, *call.outputs]) for call in known):
-                return before.path[:depth]
-        return place
 
     def _between(self, inside: Sequence[Compared]) -> tuple[Compared | None, Compared | None]:
         """Returns the last module that still agrees, and the outermost first one that gets something else."""

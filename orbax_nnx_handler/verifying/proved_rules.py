@@ -1,33 +1,27 @@
-"""From what outputs prove to rules: of one layer for all, and by where both programs call their modules.
+"""From what outputs prove of one module to those like it, and to rules; and what the place of calls tells.
 
 Where nothing but an order tells, where it is asked and where something is missing, the n-th module of a kind
 that one program calls may be the n-th one of the other. Only equal outputs prove it.
 """
 
-import dataclasses
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 from orbax_nnx_handler.planning.core.folding import fold_paths
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.lines import counted
 from orbax_nnx_handler.planning.core.paths import Path, render
-from orbax_nnx_handler.planning.core.recipes import Concat, Read, Recipe, Shapes, Stack, reads
+from orbax_nnx_handler.planning.core.recipes import Read, Recipe, Shapes, reads
 from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.planning.rules.split_and_fuse import rules_making
-from orbax_nnx_handler.planning.suggesting.proved_recipes import Remade, again, chain
+from orbax_nnx_handler.planning.suggesting.proved_recipes import Remade, carried_over
 from orbax_nnx_handler.planning.verdict.outcomes import Restored, Verdict
-
-
-def joint_of(recipe: Recipe) -> Concat | Stack | None:
-    """Returns the step of a recipe that joins several parts, the outermost one."""
-    return next((step for step in chain(recipe) if isinstance(step, Concat | Stack)), None)
-
-
-def with_parts(recipe: Recipe, joint: Concat | Stack, parts: Iterable[Recipe]) -> Recipe:
-    """Returns a recipe whose step that joins has other parts."""
-    return again(recipe, joint, dataclasses.replace(joint, sources=tuple(parts)))
+from orbax_nnx_handler.verifying import Distance, changes_more_than_rounding, lent
+from orbax_nnx_handler.verifying.pairing import compare_outputs
+from orbax_nnx_handler.verifying.runs import Compared, weights_of
+from orbax_nnx_handler.verifying.single_module import ModuleRunner
 
 
 def rules_remaking(
@@ -81,6 +75,82 @@ def made_as_called(
     now = {path: item.recipe for path, item in verdict.restored.items()}
     is_new = any(now.get(leaf) != Read(path) for leaf, path in found.items())
     return tuple(Remade(leaf=leaf, layer=None, recipe=Read(path)) for leaf, path in found.items() if is_new)
+
+
+_MOST_NAMED = 6
+
+
+def wrong_elsewhere(
+    runner: ModuleRunner,
+    compared: Sequence[Compared],
+    one: Compared,
+    changes: Mapping[Path, Recipe],
+    other: Compared | None,
+) -> Iterator[tuple[Compared, Compared, Mapping[Path, Recipe]]]:
+    """Yields modules like one, in other layers or of other experts, in which the same is wrong as in it.
+
+    Each runs with weights made so on what Linen's is called with, for as many calls as the program has.
+
+    Args:
+        runner: Knows the recipes.
+        compared: Every call that was compared.
+        one: The module.
+        changes: What has to be otherwise in it.
+        other: The module whose weights it needs, if another's: then those after it need others' too.
+
+    Yields:
+        The module, the one that it has to be like, and its leaves that change.
+    """
+    names = _without_numbers(one.path)
+    calls = [each for each in compared if each.found.is_certain and _without_numbers(each.path) == names]
+    alike = list({each.path: each for each in reversed(calls)}.values())[::-1]
+    if any(each.pair.nnx.layer is not None or each.found.outputs.coarse for each in alike):
+        return
+    # Of layers, the first that is called in Linen is the first here.
+    in_order = sorted(alike, key=lambda each: each.linen.call.order) if other else alike
+    left = sum(map(len, runner.calls.values()))
+    for each, like in zip(alike, in_order, strict=True):
+        if each is one or each.agrees or (other and like is each) or each.calls > left:
+            continue
+        left -= each.calls
+        made = weights_of(runner, like, each, None) if other else _made_alike(runner, one, each, changes)
+        try:
+            inputs = lent(each.nnx.inputs, like.linen.inputs, whatever=True)
+            outputs = runner.run(each.path, None, each.nnx.call, inputs, made) if made else []
+        # The caller's module may fail in any way when it is called outside of its program.
+        except Exception:
+            continue
+        found = compare_outputs(like.linen, each.nnx, outputs)
+        if found.compared and not changes_more_than_rounding(Distance(), found, each.calls):
+            yield each, like, made
+
+
+def said_of(others: Sequence[tuple[Compared, Compared, Any]]) -> str:
+    """Returns in which other modules the same is wrong, in words."""
+    if not others:
+        return ""
+    ones = fold_paths(one.path for one, _, _ in others)
+    likes = ", ".join(render(like.path) for _, like, _ in others[:_MOST_NAMED])
+    likes += ", ..." if len(others) > _MOST_NAMED else ""
+    moved = any(one is not like for one, like, _ in others)
+    needed = f": needed are, in this order, the weights that {likes} were given" if moved else ""
+    return f" The same is wrong in {ones}{needed}."
+
+
+def _made_alike(
+    runner: ModuleRunner, one: Compared, other: Compared, changes: Mapping[Path, Recipe]
+) -> dict[Path, Recipe]:
+    """Returns what changes in a module like one; nothing where it has other leaves."""
+    length, recipes = len(one.path), runner.recipes
+    places = {leaf: (*other.path, *leaf[length:]) for leaf in one.pair.leaves}
+    if not recipes.keys() >= {*places.values()}:
+        return {}
+    pairs = [(recipes[leaf], recipes[place]) for leaf, place in places.items()]
+    return {places[leaf]: carried_over(recipe, pairs) for leaf, recipe in changes.items() if leaf in places}
+
+
+def _without_numbers(path: Path) -> Path:
+    return tuple(key for key in path if not isinstance(key, int))
 
 
 _Called = tuple[Mapping[Path, tuple[Path, Shape]], Mapping[Path, int]]

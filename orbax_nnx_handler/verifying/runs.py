@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from orbax_nnx_handler.planning.core.folding import fold_paths
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import Recipe, reads, shape_of
-from orbax_nnx_handler.planning.suggesting.proved_recipes import carried_over, orders_of_features
+from orbax_nnx_handler.planning.suggesting.proved_recipes import orders_of_features
 from orbax_nnx_handler.verifying import (
     ROUNDING,
     TOLERANCE,
@@ -26,7 +26,7 @@ from orbax_nnx_handler.verifying import (
     distance,
     fewer,
     in_digits,
-    lent,
+    is_float,
     rounding_of,
     same_numbers,
     without_counterpart,
@@ -220,80 +220,54 @@ def is_padding(one: Compared, inside: Sequence[Compared]) -> bool:
     return any(other.path == one.path for other in agreeing) and any(o.path != one.path for o in later)
 
 
-def wrong_elsewhere(
-    runner: ModuleRunner,
-    compared: Sequence[Compared],
-    one: Compared,
-    changes: Mapping[Path, Recipe],
-    other: Compared | None,
-) -> Iterator[tuple[Compared, Compared, Mapping[Path, Recipe]]]:
-    """Yields modules like one, in other layers or of other experts, in which the same is wrong as in it.
+def returned_by(runner: ModuleRunner, one: Compared, after: Compared, before: Compared | None) -> Path:
+    """Returns the innermost module around a call that returns what is otherwise than Linen's behind it.
 
-    Each runs with weights made so on what Linen's is called with, for as many calls as the program has.
+    Where Linen writes its blocks inline, no module of its tells what a block returns: the next one is called
+    with it.
 
     Args:
-        runner: Knows the recipes.
-        compared: Every call that was compared.
-        one: The module.
-        changes: What has to be otherwise in it.
-        other: The module whose weights it needs, if another's: then those after it need others' too.
-
-    Yields:
-        The module, the one that it has to be like, and its leaves that change.
+        runner: Knows every call.
+        one: The module in which something is otherwise.
+        after: The last call in it that is as Linen's.
+        before: The first one that is called with something else; without it, what the module returns is.
     """
-    names = _without_numbers(one.path)
-    calls = [each for each in compared if each.found.is_certain and _without_numbers(each.path) == names]
-    alike = list({each.path: each for each in reversed(calls)}.values())[::-1]
-    if any(each.pair.nnx.layer is not None or each.found.outputs.coarse for each in alike):
-        return
-    # Of layers, the first that is called in Linen is the first here.
-    in_order = sorted(alike, key=lambda each: each.linen.call.order) if other else alike
-    left = sum(map(len, runner.calls.values()))
-    for each, like in zip(alike, in_order, strict=True):
-        if each is one or each.agrees or (other and like is each) or each.calls > left:
-            continue
-        left -= each.calls
-        made = weights_of(runner, like, each, None) if other else _made_alike(runner, one, each, changes)
-        try:
-            inputs = lent(each.nnx.inputs, like.linen.inputs, whatever=True)
-            outputs = runner.run(each.path, None, each.nnx.call, inputs, made) if made else []
-        # The caller's module may fail in any way when it is called outside of its program.
-        except Exception:
-            continue
-        found = compare_outputs(like.linen, each.nnx, outputs)
-        if found.compared and not changes_more_than_rounding(Distance(), found, each.calls):
-            yield each, like, made
+    ours, theirs = one.nnx.outputs, one.linen.outputs
+    if before is not None:
+        ours, theirs = before.nnx.inputs, before.linen.inputs
+    others = [array for array in ours if is_float(array) and not are_the_same([array], theirs)]
+    for path in reversed(after.nnx.call.within if others else ()):
+        calls = (call for call in runner.calls[path] if call.order > after.nnx.call.order)
+        if all(are_the_same([array], next(calls).outputs) for array in others):
+            return path
+    return ()
 
 
-def said_of(others: Sequence[tuple[Compared, Compared, Any]]) -> str:
-    """Returns in which other modules the same is wrong, in words."""
-    if not others:
-        return ""
-    ones = fold_paths(one.path for one, _, _ in others)
-    likes = ", ".join(render(like.path) for _, like, _ in others[:_MOST_NAMED])
-    likes += ", ..." if len(others) > _MOST_NAMED else ""
-    moved = any(one is not like for one, like, _ in others)
-    needed = f": needed are, in this order, the weights that {likes} were given" if moved else ""
-    return f" The same is wrong in {ones}{needed}."
+def narrowed(
+    runner: ModuleRunner, linen: Sequence[Call], one: Compared, place: Path, before: Compared
+) -> Path:
+    """Returns the innermost module around a call whose own inputs are numbers that Linen has too.
+
+    Where Linen has modules around its call as well, they are what one of these is called with.
+
+    Args:
+        runner: Knows every call.
+        linen: All calls of the Linen program.
+        one: The module in which something is otherwise.
+        place: Around what is known already to lie in it.
+        before: The first call that gets something else.
+    """
+    around = {*before.linen.call.within} - {*one.linen.call.within, one.linen.call.path}
+    known = [call for call in linen if call.path in around] or linen
+    for depth in range(len(before.path) - 1, len(place), -1):
+        calls = runner.calls.get(before.path[:depth], ())
+        inputs = next((call.inputs for call in calls if call.order > before.nnx.call.order), ())
+        if any(are_the_same(inputs, [*call.inputs, *call.outputs]) for call in known):
+            return before.path[:depth]
+    return place
 
 
-def _made_alike(
-    runner: ModuleRunner, one: Compared, other: Compared, changes: Mapping[Path, Recipe]
-) -> dict[Path, Recipe]:
-    """Returns what changes in a module like one; nothing where it has other leaves."""
-    length, recipes = len(one.path), runner.recipes
-    places = {leaf: (*other.path, *leaf[length:]) for leaf in one.pair.leaves}
-    if not recipes.keys() >= {*places.values()}:
-        return {}
-    pairs = [(recipes[leaf], recipes[place]) for leaf, place in places.items()]
-    return {places[leaf]: carried_over(recipe, pairs) for leaf, recipe in changes.items() if leaf in places}
-
-
-def _without_numbers(path: Path) -> Path:
-    return tuple(key for key in path if not isinstance(key, int))
-
-
-_MOST_SIBLINGS, _MOST_NAMED = 4, 6
+_MOST_SIBLINGS = 4
 
 
 def exchanges(runner: ModuleRunner, inside: Sequence[Compared], layer: int | None) -> Iterator[Alternative]:

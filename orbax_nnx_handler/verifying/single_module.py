@@ -33,16 +33,17 @@ from orbax_nnx_handler.planning.suggesting.proved_recipes import (
     by_groups,
     by_one,
     divided,
+    joint_of,
     otherwise,
     turned,
     undone,
+    with_parts,
 )
 from orbax_nnx_handler.storage.arithmetic import evaluate
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.storage.reading import read_values
 from orbax_nnx_handler.verifying import Array
 from orbax_nnx_handler.verifying.pairing import nearest_modules
-from orbax_nnx_handler.verifying.proved_rules import joint_of, with_parts
 from orbax_nnx_handler.verifying.recording import Call, Held, arrays_by_place
 from orbax_nnx_handler.verifying.weights import flat_state, one_device
 
@@ -205,8 +206,7 @@ def _parts_of(leaf: Path, recipe: Recipe, shapes: Shapes) -> Iterator[Iterator[A
 
 
 def _ways(recipe: Recipe, shapes: Shapes) -> Iterator[tuple[str, Recipe]]:
-    shape = shape_of(recipe, shapes)
-    return itertools.chain(undone(recipe), turned(recipe, shape), divided(recipe, shapes))
+    return itertools.chain(undone(recipe), turned(recipe, shape_of(recipe, shapes)), divided(recipe, shapes))
 
 
 def orders(doubtful: Mapping[Path, Recipe], shapes: Shapes) -> Iterator[Alternative]:

@@ -1,4 +1,4 @@
-"""Linen programs that write their blocks inline, of which the target has modules: where their code differs."""
+"""Linen programs that write inline what the target has modules for, whose code differs."""
 
 import pathlib
 from typing import Any

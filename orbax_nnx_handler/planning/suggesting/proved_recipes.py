@@ -274,6 +274,16 @@ def again(recipe: Recipe, step: Recipe, instead: Recipe) -> Recipe:
     return dataclasses.replace(recipe, source=inner)
 
 
+def joint_of(recipe: Recipe) -> Concat | Stack | None:
+    """Returns the step of a recipe that joins several parts, the outermost one."""
+    return next((step for step in chain(recipe) if isinstance(step, Concat | Stack)), None)
+
+
+def with_parts(recipe: Recipe, joint: Concat | Stack, parts: Iterable[Recipe]) -> Recipe:
+    """Returns a recipe whose step that joins has other parts."""
+    return again(recipe, joint, dataclasses.replace(joint, sources=tuple(parts)))
+
+
 _HEAD_SIZES = (256, 192, 160, 128, 96, 80, 64, 48, 40, 32, 24, 16, 12, 8, 6, 4)
 """How many features a head may have, of those that a matrix holds side by side."""
 

@@ -217,6 +217,7 @@ class Search:
             settings=differing_settings(at.linen.call, at.nnx.call),
             reordered=at.is_reordered,
             unlike=at.unlike if proof is None else (),
+            residual=returned_by(self.runner, at, after, before)[1] if after and not proof else "",
         )
 
     def _place(
@@ -226,7 +227,7 @@ class Search:
         if proof is None:
             between = [after.path[:-1], before.path[:-1]] if after and before else [()]
             place = max(one.path, self._holder(shared_levels(between)), key=len)
-            if returned := after and returned_by(self.runner, one, after, before):
+            if after and (returned := returned_by(self.runner, one, after, before)[0]):
                 return max(place, returned, key=len)
             return narrowed(self.runner, self.linen, one, place, before) if before else place
         # Of what is alike in several layers, or experts, the first is named.

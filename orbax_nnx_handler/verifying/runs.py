@@ -11,12 +11,13 @@ import numpy as np
 
 from orbax_nnx_handler.planning.core.folding import fold_paths
 from orbax_nnx_handler.planning.core.leaves import Shape
-from orbax_nnx_handler.planning.core.paths import Path, render
+from orbax_nnx_handler.planning.core.paths import Path, render, shared_levels
 from orbax_nnx_handler.planning.core.recipes import Recipe, reads, shape_of
 from orbax_nnx_handler.planning.suggesting.proved_recipes import orders_of_features
 from orbax_nnx_handler.verifying import (
     ROUNDING,
     TOLERANCE,
+    Array,
     Distance,
     Programs,
     agree,
@@ -220,27 +221,53 @@ def is_padding(one: Compared, inside: Sequence[Compared]) -> bool:
     return any(other.path == one.path for other in agreeing) and any(o.path != one.path for o in later)
 
 
-def returned_by(runner: ModuleRunner, one: Compared, after: Compared, before: Compared | None) -> Path:
-    """Returns the innermost module around a call that returns what is otherwise than Linen's behind it.
+def returned_by(
+    runner: ModuleRunner, one: Compared, after: Compared, before: Compared | None
+) -> tuple[Path, str]:
+    """Returns the module around a call that returns what is otherwise than Linen's behind it.
 
     Where Linen writes its blocks inline, no module of its tells what a block returns: the next one is called
-    with it.
+    with it. Of several modules that return it, it is the one whose residual is all that is otherwise, or the
+    innermost.
 
     Args:
         runner: Knows every call.
         one: The module in which something is otherwise.
         after: The last call in it that is as Linen's.
         before: The first one that is called with something else; without it, what the module returns is.
+
+    Returns:
+        Where it lies, and which program alone adds what it is called with, in words; nothing where none does.
     """
     ours, theirs = one.nnx.outputs, one.linen.outputs
     if before is not None:
         ours, theirs = before.nnx.inputs, before.linen.inputs
     others = [array for array in ours if is_float(array) and not are_the_same([array], theirs)]
+    around = list[Call]()
     for path in reversed(after.nnx.call.within if others else ()):
-        calls = (call for call in runner.calls[path] if call.order > after.nnx.call.order)
-        if all(are_the_same([array], next(calls).outputs) for array in others):
-            return path
-    return ()
+        call = next(call for call in runner.calls[path] if call.order > after.nnx.call.order)
+        around += [call] if all(are_the_same([array], call.outputs) for array in others) else []
+    if not around:
+        return (), ""
+    end = around[0].order
+    earlier = [call for calls in runner.calls.values() for call in calls if call.order < end]
+    for call in (*around, *sorted(earlier, key=lambda call: -call.order)):
+        if name := _adding(others, theirs, call.inputs):
+            place = call.path if call.order >= end else shared_levels([call.path, after.path])
+            within = (path for path in after.nnx.call.within if len(path) <= len(place))
+            return [*within][-1], f"{name} adds what {render(call.path)} is called with as a residual"
+    return around[0].path, ""
+
+
+def _adding(ours: Sequence[Array], theirs: Sequence[Array], added: Sequence[Array]) -> str:
+    """Returns which program alone adds an array to what it returns; nothing where none does."""
+    pairs = [(a.reshape(-1), b.reshape(-1)) for a in ours for b in theirs if is_float(b) and a.size == b.size]
+    for (one, other), array in itertools.product(pairs, filter(is_float, added)):
+        flat = array.reshape(-1)
+        for name, both in (("Linen", (one, other)), ("NNX", (other, one))) if flat.size == one.size else ():
+            if begin_alike([both[1]], [both[0] + flat]) and are_the_same([both[1]], [both[0] + flat]):
+                return name
+    return ""
 
 
 def narrowed(

@@ -169,6 +169,7 @@ class FirstDifference:
         reordered: Whether it returned the same numbers in another order.
         cast: Which program alone computes something in fewer digits, in words.
         unlike: Inputs of the one module that the other one is called with nothing like, in words.
+        residual: Which program alone adds what a module is called with to what it returns, in words.
     """
 
     module: ModuleComparison
@@ -190,6 +191,7 @@ class FirstDifference:
     reordered: bool = False
     cast: str = ""
     unlike: tuple[str, ...] = ()
+    residual: str = ""
 
     @property
     def path(self) -> str:
@@ -215,8 +217,8 @@ class FirstDifference:
         if self.settings:
             pairs = [f"{name} is {a!r} in Linen and {b!r} in NNX" for name, (a, b) in self.settings.items()]
             said.append(Sentence("cause", f"the modules are set up differently: {', '.join(pairs)}."))
-        if self.cast:
-            said.append(Sentence("cause", f"the code differs: {self.cast}, and the other program does not."))
+        for code in filter(None, (self.cast, self.residual)):
+            said.append(Sentence("cause", f"the code differs: {code}, and the other program does not."))
         if self.unlike and not self.settings:
             more = f"{listed(self.unlike)} {'has' if len(self.unlike) == 1 else 'have'} no counterpart"
             said.append(Sentence("note", f"of the inputs {more}: the difference may come in with that."))
@@ -226,7 +228,7 @@ class FirstDifference:
             ways, are = ("one other way", "is") if self.tried == 1 else (f"{self.tried} other ways", "are")
             made = f"{ways} of making the weights in it (transposed, divided, joined, exchanged)"
             said.append(Sentence("note", f"{made} {are} wrong too{_CUT if self.is_cut else ''}."))
-        if not (self.settings or self.cast):
+        if not (self.settings or self.cast or self.residual):
             otherwise = _CODE if self.tried or not self.weights else _WEIGHTS
             said.append(Sentence("hint", mixed_sources(self.weights) or otherwise))
         return said
@@ -382,6 +384,7 @@ def _first_to_dict(first: FirstDifference) -> dict[str, Any]:
         "settings": {name: [repr(a), repr(b)] for name, (a, b) in first.settings.items()},
         "reordered": first.reordered,
         "cast": first.cast,
+        "residual": first.residual,
     }
 
 

@@ -40,6 +40,8 @@ class Block(nnx.Module):
         y = self.down(nnx.relu(y) if self.fault == "another activation" else nnx.gelu(y))
         if self.fault == "no residual":
             return y
+        if self.fault == "twice":
+            return x + y + x
         if self.fault == "a pair":
             return x - y, y
         return x + (0.5 * y if self.fault == "scaled" else y)
@@ -73,7 +75,13 @@ RULES = [Rename(f"{name}_{{i}}", f"encoder/blocks/{{i}}/{name}") for name in ("n
 
 
 def verified(
-    path: pathlib.Path, faults: list[str], *, is_headed: bool = True, after: bool = False
+    path: pathlib.Path,
+    faults: list[str],
+    *,
+    is_headed: bool = True,
+    after: bool = False,
+    port: Any = None,
+    rules: Any = RULES,
 ) -> Verification:
     def weights(leaf: Any) -> Any:
         return leaf + 0.3 * np.random.default_rng(leaf.size).normal(size=leaf.shape).astype("f")
@@ -82,8 +90,10 @@ def verified(
     variables = jax.tree.map(weights, program.init(jax.random.key(0), X))
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path / "c", variables)
-    target = nnx.eval_shape(lambda: Port(is_headed, faults, after, nnx.Rngs(0)))
-    return verify(path / "c", target, program.apply, lambda model, x: model(x), (X,), renames=RULES)
+    target = nnx.eval_shape(
+        lambda: port(nnx.Rngs(0)) if port else Port(is_headed, faults, after, nnx.Rngs(0))
+    )
+    return verify(path / "c", target, program.apply, lambda model, x: model(x), (X,), renames=rules)
 
 
 @pytest.mark.parametrize("is_headed", [True, False])
@@ -108,3 +118,55 @@ def test_no_block_is_named_where_what_follows_them_differs(is_headed: bool, tmp_
     assert not found.equal
     assert found.first is not None
     assert found.first.place == ()
+
+
+@pytest.mark.parametrize(("fault", "adds"), [("no residual", "Linen"), ("twice", "NNX")])
+@pytest.mark.parametrize("at", [*range(LAYERS), None])
+def test_a_residual_that_one_program_alone_adds_is_told(
+    fault: str, adds: str, at: int | None, tmp_path: pathlib.Path
+):
+    found = verified(tmp_path, [fault if at in (None, layer) else "" for layer in range(LAYERS)])
+
+    block = f"encoder/blocks/{at or 0}"
+    words = f"the code differs: {adds} adds what {block} is called with as a residual, and the other program"
+    assert words in " ".join(str(found).split())
+    assert found.to_dict()["first"]["path"] == block
+
+
+class Feed(nnx.Module):
+    def __init__(self, rngs):
+        self.up, self.down = nnx.Linear(6, 8, rngs=rngs), nnx.Linear(8, 6, rngs=rngs)
+
+    def __call__(self, x):
+        return self.down(nnx.gelu(self.up(x)))
+
+
+class Layer(nnx.Module):
+    def __init__(self, rngs):
+        self.norm, self.feed = nnx.LayerNorm(6, rngs=rngs), Feed(rngs)
+
+    def __call__(self, x):
+        return self.feed(self.norm(x))
+
+
+class Layers(nnx.Module):
+    def __init__(self, rngs):
+        self.layers = nnx.List([Layer(rngs) for _ in range(LAYERS)])
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_a_residual_is_left_out_where_its_input_is_not_in_the_module_that_returns_the_rest(tmp_path):
+    rules = [
+        Rename("norm_{i}", "layers/{i}/norm"),
+        *(Rename(f"{name}_{{i}}", f"layers/{{i}}/feed/{name}") for name in ("up", "down")),
+    ]
+
+    found = verified(tmp_path, [], is_headed=False, port=Layers, rules=rules)
+
+    assert found.first is not None
+    assert found.first.place == ("layers", 0)
+    assert "Linen adds what layers/0 is called with as a residual" in str(found)

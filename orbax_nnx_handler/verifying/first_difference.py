@@ -203,6 +203,7 @@ class Search:
             place=self._place(at, proof, after, before),
             weights=tuple(self.restored[leaf] for leaf in weights),
             is_partial=bool(weights) or any(path[: len(at.path)] == at.path for path in unknown),
+            rest=self._rest(at, after, before),
             after=None if after is None else after.pair.nnx,
             before=None if before is None else before.pair.nnx,
             is_reordered_before=before is not None and before.is_reordered_before,
@@ -238,6 +239,12 @@ class Search:
         if common or one.path == () == max(holders, key=len):
             return common
         return min(holders, key=lambda path: self.runner.calls[path][0].order)
+
+    def _rest(self, one: Compared, after: Compared | None, before: Compared | None) -> tuple[Path, ...]:
+        """Returns modules around a call, not around the next one, whose outputs nobody compares."""
+        within = after.nnx.call.within if after else ()
+        known = {one.path, *(before.nnx.call.within if before else ()), *(x.path for x in self.compared)}
+        return tuple(path for path in reversed(within) if path not in known)
 
     def _between(self, inside: Sequence[Compared]) -> tuple[Compared | None, Compared | None]:
         """Returns the last module that still agrees, and the outermost first one that gets something else."""

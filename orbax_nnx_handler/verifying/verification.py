@@ -154,6 +154,7 @@ class FirstDifference:
         place: Keys to the module that is named: the innermost one around where the difference arises.
         weights: The leaves in it that are compared in no module within it.
         is_partial: Whether something in it is in no module that was compared.
+        rest: Modules around the last one that returns the same whose own outputs nothing of Linen's shows.
         after: The last module within it that still returns the same.
         before: The first module within it that is called with something else.
         is_reordered_before: Whether that are the same numbers in another order.
@@ -176,6 +177,7 @@ class FirstDifference:
     place: Path
     weights: tuple[Restored, ...]
     is_partial: bool = False
+    rest: tuple[Path, ...] = ()
     after: Unit | None = None
     before: Unit | None = None
     is_reordered_before: bool = False
@@ -211,7 +213,9 @@ class FirstDifference:
         if self.after is not None or self.before is not None:
             said.append(Sentence("note", self._place()))
         if not self.place:
-            parts = ("that are compared", "another part, or ") if self.is_partial else ("in it", "")
+            rest = f"the rest of {' or of '.join(map(render, self.rest))}" if self.rest else "another part"
+            is_other = self.is_partial or self.rest
+            parts = ("that are compared", f"{rest}, or ") if is_other else ("in it", "")
             far = "as far as was tried, " if self.is_cut else ""
             said.append(Sentence("note", far + _BETWEEN.format(*parts)))
         if self.settings:

@@ -18,6 +18,7 @@ LAYERS = 3
 
 class Linen(nn.Module):
     is_headed: bool
+    is_pooled: bool = False
 
     @nn.compact
     def __call__(self, x):
@@ -25,6 +26,7 @@ class Linen(nn.Module):
             y = nn.LayerNorm(name=f"norm_{layer}")(x)
             y = nn.gelu(nn.Dense(8, name=f"up_{layer}")(y))
             x = x + nn.Dense(6, name=f"down_{layer}")(y)
+        x = x.mean(0, keepdims=True) if self.is_pooled else x
         return nn.Dense(5, name="head")(nn.LayerNorm(name="norm")(x)) if self.is_headed else x
 
 
@@ -59,15 +61,16 @@ class Blocks(nnx.Module):
 
 
 class Port(nnx.Module):
-    def __init__(self, is_headed, faults, after, rngs):
+    def __init__(self, is_headed, faults, after, is_pooled, rngs):
         self.encoder = Blocks(faults, rngs)
-        self.is_headed, self.after = is_headed, after
+        self.is_headed, self.after, self.is_pooled = is_headed, after, is_pooled
         if is_headed:
             self.norm, self.head = nnx.LayerNorm(6, rngs=rngs), nnx.Linear(6, 5, rngs=rngs)
 
     def __call__(self, x):
         x = self.encoder(x)
         x = x * x if self.after else x
+        x = x.mean(0, keepdims=True) if self.is_pooled else x
         return self.head(self.norm(x)) if self.is_headed else x
 
 
@@ -80,18 +83,19 @@ def verified(
     *,
     is_headed: bool = True,
     after: bool = False,
+    is_pooled: bool = False,
     port: Any = None,
     rules: Any = RULES,
 ) -> Verification:
     def weights(leaf: Any) -> Any:
         return leaf + 0.3 * np.random.default_rng(leaf.size).normal(size=leaf.shape).astype("f")
 
-    program = Linen(is_headed)
+    program = Linen(is_headed, is_pooled)
     variables = jax.tree.map(weights, program.init(jax.random.key(0), X))
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path / "c", variables)
     target = nnx.eval_shape(
-        lambda: port(nnx.Rngs(0)) if port else Port(is_headed, faults, after, nnx.Rngs(0))
+        lambda: port(nnx.Rngs(0)) if port else Port(is_headed, faults, after, is_pooled, nnx.Rngs(0))
     )
     return verify(path / "c", target, program.apply, lambda model, x: model(x), (X,), renames=rules)
 
@@ -118,6 +122,14 @@ def test_no_block_is_named_where_what_follows_them_differs(is_headed: bool, tmp_
     assert not found.equal
     assert found.first is not None
     assert found.first.place == ()
+
+
+def test_where_what_follows_hides_what_a_block_returns_its_rest_is_named(tmp_path: pathlib.Path):
+    found = verified(tmp_path, ["", "", "scaled"], is_pooled=True)
+
+    assert found.first is not None
+    assert found.first.place == ()
+    assert "but the rest of encoder/blocks/2 or of encoder, or what is" in " ".join(str(found).split())
 
 
 @pytest.mark.parametrize(("fault", "adds"), [("no residual", "Linen"), ("twice", "NNX")])

@@ -5,6 +5,7 @@ A program may keep several train states in one item, each below keys of its own
 (`{"model": TrainState, "config": ..., "data": ...}`, Flax's checkpointing guide).
 """
 
+from collections import defaultdict
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence, Set
 
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
@@ -251,9 +252,15 @@ def _holds_no_params(stored: Stored) -> bool:
 
 
 def _networks_of(stored: Stored) -> Mapping[str, Set[str]]:
-    """Returns the fields of each network that the first keys are called after; the last one counts."""
+    """Returns the fields of each network that the first keys are called after; the last one counts.
+
+    What holds a network's variables itself, with `params` below, is no field (`actor_params/params/kernel`).
+    """
     found: dict[str, set[str]] = {}
-    for top in {str(path[0]) for path in stored if len(path) > 1}:
+    below: dict[str, set[str]] = defaultdict(set)
+    for path in (path for path in stored if len(path) > 1):
+        below[str(path[0])].add(str(path[1]))
+    for top in (top for top, keys in below.items() if "params" not in keys):
         field = next((field for field in _FIELDS if top.endswith(f"_{field}")), "")
         if field and len(top) > len(field) + 1:
             found.setdefault(top.removesuffix(f"_{field}"), set()).add(field)

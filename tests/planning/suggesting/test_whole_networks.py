@@ -289,3 +289,42 @@ def test_a_list_of_modules_without_numbers_is_matched_once(count, apart):
     with_networks_apart(Findings(), wanted, stored, match)
 
     assert bool(matched) == apart
+
+
+AGENT = {
+    "network_params/params/Conv_0": ("network/convs/0", (3, 3, 4, 8)),
+    "network_params/params/Conv_1": ("network/convs/1", (3, 3, 8, 8)),
+    "network_params/params/Dense_0": ("network/fc", (32, 16)),
+    "actor_params/params/Dense_0": ("actor", (16, 6)),
+    "critic_params/params/Dense_0": ("critic", (16, 1)),
+}
+"""CleanRL's `AgentParams`: the variables of three Linen modules."""
+
+
+@pytest.mark.parametrize("above", [(), ("params",), ("params", "params")])
+def test_variables_of_several_networks_are_read_below_what_each_is_called(above):
+    shapes = {
+        f"{one}/{leaf}": shape if leaf == "kernel" else shape[-1:]
+        for one, (_, shape) in AGENT.items()
+        for leaf in ("kernel", "bias")
+    }
+    stored = filled(shapes)
+    wanted = {
+        f"{AGENT[path.rpartition('/')[0]][0]}/{path.rpartition('/')[2]}": x for path, x in stored.items()
+    }
+    tree = traverse_util.unflatten_dict({(*above, *path.split("/")): x for path, x in stored.items()})
+    target = nnx.from_flat_state(
+        [
+            (
+                tuple(int(x) if x.isdecimal() else x for x in path.split("/")),
+                nnx.Param(jax.ShapeDtypeStruct(x.shape, x.dtype)),
+            )
+            for path, x in wanted.items()
+        ]
+    )
+
+    found = suggest(tree, target)
+
+    assert found.unmatched_wanted == ()
+    state = from_linen(tree, target, renames=found.renames)
+    check({"/".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}, wanted)

@@ -238,6 +238,7 @@ _FOLLOWING = (
     }
 )
 """Words of a network that a target may want in the place of the one that it follows."""
+_OF_KEYS, _NETWORKS = frozenset({"k", "key"}), frozenset({"encoder", "enc", "network", "net", "backbone"})
 
 
 def words_of(name: str) -> set[str]:
@@ -272,8 +273,13 @@ def says_copy(level: str) -> bool:
 
 @functools.lru_cache(maxsize=65536)
 def follows(level: str) -> bool:
-    """Tells whether a network's name says that it follows another one, or keeps it: `old_policy`."""
-    return not _FOLLOWING.isdisjoint(_split(level))
+    """Tells whether a network's name says that it follows another one, or keeps it: `old_policy`.
+
+    So does one of keys in momentum contrast, `key_encoder` or `encoder_k`.
+    """
+    said = _split(level)
+    is_of_keys = len(said) > 1 and len(said - _OF_KEYS) == 1 and said - _OF_KEYS <= _NETWORKS
+    return is_of_keys or not _FOLLOWING.isdisjoint(said)
 
 
 def is_copy_beside(name: str, kind: str) -> bool:

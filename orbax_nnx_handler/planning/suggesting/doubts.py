@@ -22,10 +22,10 @@ from orbax_nnx_handler.planning.likeness import (
 )
 from orbax_nnx_handler.planning.likeness.arrangements import by_level, shifted
 from orbax_nnx_handler.planning.likeness.assignment import fit_of, may_be, sizes_of_few
+from orbax_nnx_handler.planning.likeness.linked_modules import by_parts, of_other_roles, torn_modules
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, part_of
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart, named_parts
-from orbax_nnx_handler.planning.likeness.torn_modules import by_parts, torn_modules
 from orbax_nnx_handler.planning.likeness.vocabulary import (
     MARGIN,
     Names,
@@ -123,7 +123,8 @@ def apart_from_copies(links: Sequence[Link], stored: Sequence[Leaf]) -> tuple[li
     A copy is what is called one, `unet_ema`, and a module of one name that is wanted twice and stored once.
     Neither is made of the other where one is called a copy of the other, `actor` and `target_actor`, nor a
     network of one that follows another, `critic` of `target_q`, though nothing else is stored.
-    Further questions are which levels on the way up of a U-Net are which.
+    Further questions are whether a network is one that is called after another thing, and which levels on
+    the way up of a U-Net are which.
     """
     links, levels = by_level(links)
     called = {
@@ -153,6 +154,8 @@ def apart_from_copies(links: Sequence[Link], stored: Sequence[Leaf]) -> tuple[li
         left = {_without_copies(name) for name in one if name in copies} - {()}
         return not left.isdisjoint(map(meanings, other if left else ()))
 
+    networks = [[*map(id, held)] for held in of_other_roles(links)]
+    others = {link: f"network {at}" for at, held in enumerate(networks) for link in held}
     kinds: dict[str, list[Link]] = defaultdict(list)
     for link in links:
         names, is_stored = link.target.names[:-1], any(is_copied(x.called or x.source) for x in link.stored)
@@ -167,12 +170,13 @@ def apart_from_copies(links: Sequence[Link], stored: Sequence[Leaf]) -> tuple[li
         is_taken |= says and followers.isdisjoint(names)
         is_copy |= not says and not followers.isdisjoint(names[:-1]) and link.source.part not in leading
         kind = "lent" if is_copy or link.target.source in doubled else "taken" if is_taken else ""
+        kind = kind or others.get(id(link), "")
         kinds["held" if may_hold_otherwise(names, link.source.names[:-1]) else kind].append(link)
     return kinds.pop("", []), [*map(tie_of, levels), *(tie_of([some]) for some in kinds.values())]
 
 
-_COUNTERPARTS = frozenset(("src", "fast", "next"))
-"""Beside these `target`, `slow` and `prev` say nothing of a copy: the two are of equal rank."""
+_COUNTERPARTS = frozenset(("src", "fast", "next", "question"))
+"""Beside these `target`, `slow`, `prev` and `key` say nothing of a copy: the two are of equal rank."""
 
 
 @functools.lru_cache(maxsize=65536)

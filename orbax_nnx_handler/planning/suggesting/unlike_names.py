@@ -14,10 +14,10 @@ from orbax_nnx_handler.planning.core.folding import around, plain_names
 from orbax_nnx_handler.planning.core.paths import Path, segments
 from orbax_nnx_handler.planning.layouts.layout import says_copy
 from orbax_nnx_handler.planning.likeness import Couples, in_list, is_as_wide, purposes
+from orbax_nnx_handler.planning.likeness.linked_modules import LinksByParts
 from orbax_nnx_handler.planning.likeness.links import Link
 from orbax_nnx_handler.planning.likeness.module_parts import ModulePart, part_of
 from orbax_nnx_handler.planning.likeness.shapes import is_vector
-from orbax_nnx_handler.planning.likeness.torn_modules import LinksByParts
 from orbax_nnx_handler.planning.likeness.vocabulary import (
     PARAMETER,
     PLACING,

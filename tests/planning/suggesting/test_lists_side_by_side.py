@@ -689,11 +689,11 @@ def stacked_and_listed(stacked, listed):
     ("stacked", "listed"),
     [
         ({"visual": "img"}, {"transformer": "txt"}),
-        ({"visual": "img"}, {"oak": "far"}),
-        ({"visual": "img"}, {"oak": "crown"}),
-        ({"visual": "img", "audio": "audio"}, {"oak": "far"}),
+        ({"visual": "img"}, {"oak": "net"}),
+        ({"visual": "img"}, {"core": "crown"}),
+        ({"visual": "img", "audio": "audio"}, {"oak": "stack"}),
         ({"visual": "img"}, {"transformer": "txt", "audio": "sound"}),
-        ({"oak": "far"}, {"text": "txt"}),
+        ({"core": "far"}, {"text": "txt"}),
     ],
 )
 def test_the_list_that_is_left_beside_stacks_is_the_only_one_left_on_the_other_side(stacked, listed, turned):
@@ -705,6 +705,28 @@ def test_the_list_that_is_left_beside_stacks_is_the_only_one_left_on_the_other_s
     check(made, values)
     assert found.confidence == "likely"
     assert not any("layers/1" in str(rule) for rule in found.renames)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    ("stacked", "listed"),
+    [
+        ({"visual": "img"}, {"oak": "crown"}),
+        ({"visual": "img", "audio": "audio"}, {"oak": "far"}),
+        ({"oak": "far"}, {"text": "txt"}),
+    ],
+)
+def test_the_list_that_is_left_is_asked_about_where_it_is_called_after_something_else(
+    stacked, listed, turned
+):
+    stored, values = stacked_and_listed(stacked, listed)
+    stored, values = (values, stored) if turned else (stored, values)
+    shapes = {path: x.shape for path, x in values.items()}
+
+    found, made = proposed(stored, shapes)
+
+    assert not any(path.startswith(("oak", "crown", "far")) for path in made)
+    check(restored(stored, shapes, found.answered([0] * len(found.questions))), values)
 
 
 @pytest.mark.parametrize("turned", [False, True])

@@ -31,11 +31,12 @@ from orbax_nnx_handler.planning.core.recipes import (
     simplify,
     substitute,
 )
-from orbax_nnx_handler.planning.rules import Rename, Rule, apply_rules, invert
-from orbax_nnx_handler.planning.rules.entries import Entry
+from orbax_nnx_handler.planning.rules import Rename, Rule, StackLayers, UnstackLayers, apply_rules, invert
+from orbax_nnx_handler.planning.rules.entries import Entry, PathIndex
 from orbax_nnx_handler.planning.rules.rename import leads_back, unclear_undone
+from orbax_nnx_handler.planning.rules.rule import compiled
 
-__all__ = ["Undone", "inverse", "leads_back", "undo_rules"]
+__all__ = ["Undone", "inverse", "leads_back", "undo_rules", "unwritten_lists"]
 
 _Known = tuple[Recipe, Recipe]
 """A recipe over stored leaves, and its value as a recipe over wanted ones."""
@@ -423,3 +424,26 @@ def _key(entry: Entry) -> EntryKey:
 def _is_same(recipe: Recipe, path: Path, shape: Shape, shapes: Mapping[Path, Shape]) -> bool:
     """Tells whether a recipe gives the leaf at `path`, element for element."""
     return shape == shapes[path] and simplify(recipe, shapes) == Read(path)
+
+
+def unwritten_lists(whole: Iterable[tuple[str, ...]], rules: Iterable[Rule]) -> set[str]:
+    """Returns the names before numbers of their own, `layers/0`, that no rename and no stack writes."""
+    written = [getattr(rule, _WRITES[type(rule)]) for rule in rules if type(rule) in _WRITES]
+    paths = [*{*whole}]
+    listed = [at for at, names in enumerate(paths) if any(map(str.isdecimal, names[1:]))]
+    held: dict[int, set[int]] = {at: {0} for at in listed}
+    index = PathIndex(paths)
+    for pattern in map(compiled, written if listed else ()):
+        for at in held.keys() & pattern.within(index):
+            for span in pattern.spans(paths[at]):
+                held[at].update(range(span.start, span.stop))
+    return {
+        paths[at][seat - 1]
+        for at, spans in held.items()
+        for seat, name in enumerate(paths[at])
+        if name.isdecimal() and seat not in spans
+    }
+
+
+_WRITES: Mapping[type[Rule], str] = {Rename: "replacement", StackLayers: "pattern", UnstackLayers: "into"}
+"""The paths with numbers that a save finds in a rule."""

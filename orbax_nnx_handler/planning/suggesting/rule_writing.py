@@ -24,15 +24,14 @@ from orbax_nnx_handler.planning.likeness.shapes import shaping_rule
 from orbax_nnx_handler.planning.likeness.vocabulary import Names
 from orbax_nnx_handler.planning.rules import Copy, Fuse, Rename, Rule, Split, StackLayers, UnstackLayers
 from orbax_nnx_handler.planning.rules.entries import Entries, Entry, PathIndex
-from orbax_nnx_handler.planning.rules.inverse import leads_back
+from orbax_nnx_handler.planning.rules.inverse import leads_back, unwritten_lists
 from orbax_nnx_handler.planning.rules.rename import cuts, keeping, matches_only, rename_of, with_places
 from orbax_nnx_handler.planning.rules.rule import compiled
 from orbax_nnx_handler.planning.rules.stacking import stacked_in_parts, whole_parts
+from orbax_nnx_handler.planning.suggesting.stacks import from_zero
 from orbax_nnx_handler.planning.suggesting.whole_modules import Renamed, of_leaves, of_modules
 
 _MOST_NAMES = 8  # Above the parts of a fuse, for a rule to leave others out.
-_WRITES: Mapping[type[Rule], str] = {Rename: "replacement", StackLayers: "pattern", UnstackLayers: "into"}
-"""The paths with numbers that a save finds in a rule."""
 
 
 @dataclasses.dataclass
@@ -57,21 +56,22 @@ class Writer:
         self, links: Sequence[Link], groups: Sequence[tuple[Names, Names]]
     ) -> Mapping[Rule, Sequence[Link]]:
         """Returns the rules of links that leave nothing open, in order; groups lead into layers of both."""
-        kept = {name: rule for name in self._listed(self.entries) if (rule := keeping(name, self.entries))}
-        self._unstack(links)
+        listed = unwritten_lists((with_first(x.whole) for x in self.entries), ())
+        kept = {name: rule for name in listed if (rule := keeping(name, self.entries))}
+        self._unstack(links := self._from_zero(links))
         moves = [move for link in links for move in self._moves(link)]
         self._copy(links)
         self._reshape(moves)
-        alone = self._join(links, moves)
-        self._reshape(alone)  # The parts of what was split.
+        self._reshape(alone := self._join(links, moves))  # The parts of what was split.
         # Layers that become those of several lists are called as those that hold the most of them.
         several, index = Counter(stored for stored, _ in set(groups)), PathIndex(x.names for x in alone)
         inside = {pair: self._inside(*pair, alone, index) for pair in sorted(set(groups))}
         ordered = sorted(inside, key=lambda pair: several[pair[0]] > 1 and len(inside[pair]))
         groups = [*dict(ordered).items()]
         staying = {id(move) for pair in groups for move in inside[pair].values()}
-        around = {at for stored, _ in groups for at in led_into(stored, alone, index)}
-        leaving = {id(alone[at]): alone[at] for at in sorted(around) if id(alone[at]) not in staying}
+        # What stays in its layer until layers are stacked is named later, for all layers at once.
+        led = {at for x, _ in groups for at in led_into(x, alone, index) if not leads(x, alone[at].aim)}
+        leaving = {id(alone[at]): alone[at] for at in sorted(led) if id(alone[at]) not in staying}
         self._rename(list(leaving.values()))
         self._stack([move.link for move in leaving.values()])  # Before the layers around get other names.
         # What has got no name yet is looked at again beside each rule for layers.
@@ -82,26 +82,9 @@ class Writer:
         self._rename(alone)
         before = self.entries
         self._stack(links)
-        left = self._listed(before) if self.rules else set[str]()
+        firsts = (with_first(x.whole) for x in before if self.rules)
+        left = unwritten_lists(firsts, self.rules)
         return {**{kept[name]: [] for name in sorted(left & kept.keys())}, **self.rules}
-
-    def _listed(self, entries: Iterable[Entry]) -> set[str]:
-        """Returns the names before numbers of their own, `layers/0`, that no rename and no stack writes."""
-        written = [getattr(rule, _WRITES[type(rule)]) for rule in self.rules if type(rule) in _WRITES]
-        paths = [*{with_first(entry.whole) for entry in entries}]
-        listed = [at for at, names in enumerate(paths) if any(map(str.isdecimal, names[1:]))]
-        held: dict[int, set[int]] = {at: {0} for at in listed}
-        index = PathIndex(paths)
-        for pattern in map(compiled, written if listed else ()):
-            for at in held.keys() & pattern.within(index):
-                for span in pattern.spans(paths[at]):
-                    held[at].update(range(span.start, span.stop))
-        return {
-            paths[at][seat - 1]
-            for at, spans in held.items()
-            for seat, name in enumerate(paths[at])
-            if name.isdecimal() and seat not in spans
-        }
 
     def _below(self, names: Names) -> Names:
         return (*self.below, *names[self.root :])
@@ -141,6 +124,24 @@ class Writer:
         return (*numbered(layers.stored, link.layer), *names[len(layers.wanted) :])
 
     # One stage after the other.
+
+    def _from_zero(self, links: Sequence[Link]) -> Sequence[Link]:
+        """Renames layers that are to be stacked and count from another number than 0."""
+        made = dict[int, Link]()
+        for layers, some in layers_of(links, stacks=True).items():
+            numbers, into = sorted({link.layer for link in some}), self._below(layers.wanted)
+            first = numbers[0] if numbers == [*range(numbers[0], numbers[-1] + 1)] else 0
+            rules = [rename_of(numbered(layers.stored, at), (*into, str(at - first))) for at in numbers]
+            good = {leaf.names for link in some for leaf in link.stored}
+            if (
+                first
+                and into
+                and all(x and matches_only(compiled(x.pattern), self.entries, good) for x in rules)
+            ):
+                for rule in filter(None, rules):
+                    self._take(rule, some)
+                made |= {id(link): from_zero(link, into, first) for link in some}
+        return [made.get(id(link), link) for link in links]
 
     def _unstack(self, links: Sequence[Link]) -> None:
         for layers, some in layers_of(links, stacks=False).items():

@@ -15,7 +15,7 @@ from orbax_nnx_handler.planning.core.paths import levels
 from orbax_nnx_handler.planning.likeness import share_word, sizes_of, with_layers
 from orbax_nnx_handler.planning.likeness.arrangements import moves
 from orbax_nnx_handler.planning.likeness.highest_sums import best_pairs
-from orbax_nnx_handler.planning.likeness.links import Findings, Link, settle_turns
+from orbax_nnx_handler.planning.likeness.links import Findings, Link, numbered, settle_turns
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, Stacks, depth_of, leaves_below
 from orbax_nnx_handler.planning.likeness.shapes import Step, Steps, Way, transposed, without_axis
 from orbax_nnx_handler.planning.likeness.vocabulary import (
@@ -425,3 +425,20 @@ def _as_one(steps: Iterable[Step]) -> Steps:
             step = transposed(before.before, tuple(before.axes[axis] for axis in step.axes))
         made.append(step)
     return tuple(step for step in made if step.kind != "transpose" or step.axes != tuple(sorted(step.axes)))
+
+
+def from_zero(link: Link, into: Names, first: int) -> Link:
+    """Returns a link of layers that are counted from another number on, as they are called once they are not.
+
+    No stack has a first layer of another number than 0.
+    """
+    assert link.layers is not None
+    size, layers = len(link.layers.stored), dataclasses.replace(link.layers, stored=(*into, "{i}"))
+    called = numbered(layers.stored, link.layer - first)
+    return dataclasses.replace(
+        link,
+        stored=tuple(dataclasses.replace(x, names=(*called, *x.names[size:])) for x in link.stored),
+        levels=tuple((at + len(called) - size, to) for at, to in link.levels if at >= size),
+        layers=layers,
+        layer=link.layer - first,
+    )

@@ -355,12 +355,12 @@ def problem_of(verdict: Verdict, weights: Iterable[Path], questions: Iterable[Qu
     if verdict.faults:
         return "\n".join(map(str, verdict.faults))
     wrong = {path: x for path, x in verdict.mismatched.items() if x.kind == "shape" and path not in asked}
-    shapes = [wrong[path] for path in weights if path in wrong]
-    if not shapes:
+    if not (shapes := [wrong[path] for path in weights if path in wrong]):
         return ""
     head, rows = f"{counted(len(shapes), 'leaf is', 'leaves are')} stored", aligned(mismatched_rows(shapes))
     way = "no rule cuts or pads a weight: build the target with the stored sizes."
-    if all(sorted(item.stored_shape) == sorted(item.wanted.shape) for item in shapes):
+    pairs = [(x.stored_shape, x.wanted.shape) for x in shapes]
+    if all(one != other and sorted(one) == sorted(other) for one, other in pairs):
         way = "their axes lie in another order, which shapes do not tell: pass a Transpose for each."
     return f"{head} in another shape:\n{rows}\n{way}"
 

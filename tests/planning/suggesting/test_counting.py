@@ -4,8 +4,10 @@ import itertools
 
 import numpy as np
 import pytest
+from flax import traverse_util
 
-from tests.planning.suggesting.proposals import check, filled, proposed, restored
+from orbax_nnx_handler import from_linen, suggest, to_linen
+from tests.planning.suggesting.proposals import abstract, check, filled, proposed, restored, variables_of
 
 
 @pytest.mark.parametrize("widths", [[(4, 4), (8, 4), (8, 12)], [(4, 4), (4, 4), (4, 12)]])
@@ -769,3 +771,34 @@ def test_numbers_tell_in_a_list_that_a_program_counts_itself():
 
     assert not found.questions
     check(values, told)
+
+
+@pytest.mark.parametrize(("name", "into"), [("layers", "layers"), ("block", "blocks"), ("enc/layer", "h")])
+@pytest.mark.parametrize("first", [1, 2])
+@pytest.mark.parametrize("inner", [("fc", "ln"), ("linear", "norm")])
+def test_layers_that_are_not_counted_from_zero_are_stacked_from_their_first_one(name, into, first, inner):
+    layers = range(first, first + 3)
+    stored = {f"{name}_{at}/fc/kernel": (4, 5) for at in layers} | {
+        f"{name}_{at}/ln/scale": (4,) for at in layers
+    }
+    stored = filled(stored)
+    wanted = {f"{into}/{inner[0]}/kernel": (3, 4, 5), f"{into}/{inner[1]}/scale": (3, 4)}
+
+    found, values = proposed(stored, wanted)
+
+    right = {
+        path: np.stack([stored[f"{name}_{at}/{leaf}"] for at in layers])
+        for path, leaf in zip(wanted, ("fc/kernel", "ln/scale"), strict=True)
+    }
+    check(values, right)
+    state = from_linen(variables_of(stored), abstract(wanted), renames=found.renames)
+    saved = traverse_util.flatten_dict(to_linen(state, renames=found.renames)["params"], sep="/")
+    check(saved, stored)
+
+
+def test_layers_that_are_not_counted_from_zero_lie_in_no_other_order_of_axes():
+    layers = {f"layers_{at}/fc/kernel": (4, 5) for at in (1, 2, 4)}
+
+    found = suggest(variables_of(filled(layers)), abstract({"layers/fc/kernel": (3, 4, 5)}))
+
+    assert "Transpose" not in str(found)

@@ -16,12 +16,14 @@ from tests.planning.plans import params
 from tests.planning.suggesting.proposals import (
     DENSE,
     OTHER,
+    abstract,
     arrays,
     check,
     filled,
     proposal,
     proposed,
     restored,
+    variables_of,
 )
 
 NORM = {"scale": (8,), "bias": (8,)}
@@ -205,6 +207,29 @@ def test_every_answer_alone_is_one_that_the_planner_takes():
         for choice in range(len(question.choices)):
             answers = [choice if at == place else None for place in range(len(found.questions))]
             from_linen(stored, target, renames=found.answered(answers), policy="warn", unexpected="ignore")
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_an_answer_within_layers_that_are_stacked_is_for_all_of_them(count):
+    gates = [f"layer_{layer}/gate{at}" for layer in range(count) for at in (1, 2)]
+    stored = filled({f"net/{gate}/Dense_{at}/kernel": (4, 4) for gate in gates for at in range(3)})
+    stored |= filled({f"net/{gate}/gating_bias": (4,) for gate in gates})
+    stored |= filled({f"net/layer_{layer}/out/kernel": (4, 5) for layer in range(count)})
+    wanted = {f"blocks/gate{at}/{x}/kernel": (count, 4, 4) for at in (1, 2) for x in ("u_r", "u_z", "w_g")}
+    wanted |= {f"blocks/gate{at}/b_g": (count, 4) for at in (1, 2)} | {"blocks/out/kernel": (count, 4, 5)}
+
+    found = suggest(variables_of(stored), abstract(wanted))
+
+    (question,) = found.questions
+    for choice in (0, len(question.choices) - 1):
+        values = restored(stored, wanted, found.answered([choice]))
+        for at in (1, 2):
+            made = [values[f"blocks/gate{at}/{x}/kernel"] for x in ("u_r", "u_z", "w_g")]
+            layers = [
+                {stored[f"net/layer_{layer}/gate{at}/Dense_{x}/kernel"].tobytes() for x in range(3)}
+                for layer in range(count)
+            ]
+            assert [{x[layer].tobytes() for x in made} for layer in range(count)] == layers
 
 
 def test_a_table_of_another_size_is_told_and_may_be_cut_as_is_said():

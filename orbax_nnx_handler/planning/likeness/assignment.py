@@ -62,8 +62,7 @@ def fit_of(one: NamedPart, other: NamedPart) -> Fit | None:
     # A norm with statistics and a bias is none that does nothing but scale.
     if not shared or lacking > 2 or ("main" not in shared and "main" in ours | theirs):
         return None
-    pairs: list[tuple[Leaf, Leaf, tuple[Way, ...]]] = []
-    cost = 0.0
+    pairs, cost = list[tuple[Leaf, Leaf, tuple[Way, ...]]](), 0.0
     for kind in shared:
         left, right = one.part.leaves[kind], other.part.leaves[kind]
         found = _ways(left, right, one, other)
@@ -82,7 +81,9 @@ def fit_of(one: NamedPart, other: NamedPart) -> Fit | None:
         is_there = one.place == other.place or "cross" in one.part.own & other.part.own
         score += likeness(one.said - PLACING, other.said - PLACING) + 2 * is_there
     else:
-        score += likeness(one.said, other.said) + 0.5 * likeness(one.part.own, other.part.own)
+        # Where a norm stands says nothing of a vector that no name calls one.
+        said = PLACING if "norm" in one.said ^ other.said and (one.place or other.place) else set[str]()
+        score += likeness(one.said - said, other.said - said) + 0.5 * likeness(one.part.own, other.part.own)
     equal, differs = _compare_numbers(one, other)
     is_called_so = one.part.names[-1:] == other.part.names[-1:] and not _count_otherwise(one, other)
     is_up = any("deconv" in x.part.own and _UP & y.part.own for x, y in ((one, other), (other, one)))
@@ -137,9 +138,8 @@ def _order(role: NamedPart) -> tuple[str, ...]:
 
 
 def _ways(wanted: Leaf, stored: Leaf, one: NamedPart, other: NamedPart) -> tuple[Way, ...]:
-    if wanted.number != stored.number:
-        return ()
-    if None not in (wanted.collection, stored.collection) and wanted.collection != stored.collection:
+    is_other = None not in (wanted.collection, stored.collection) and wanted.collection != stored.collection
+    if wanted.number != stored.number or is_other:
         return ()
     if _is_table(one) and _is_table(other) and stored.names[-1] != "kernel":
         found, names = ways(stored.shape, wanted.shape), {stored.names[-1], wanted.names[-1]}

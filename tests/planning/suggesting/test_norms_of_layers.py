@@ -486,3 +486,32 @@ def test_a_batch_norm_whose_layer_is_found_elsewhere_is_asked_about():
 
     assert [question.wanted[0][:2] for question in found.questions] == [("fusion", "normalization")]
     assert len(values) == len(wanted) - 4
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("cross_attn", "cross_attention"),
+        ("ff_mha", "ff_mhsa"),
+        ("post_attn", "post_attention"),
+        ("pre_mlp", "pre_ffn"),
+        ("attn", "attention"),
+        ("cross_attn/out", "cross_attention/out"),
+    ],
+)
+@pytest.mark.parametrize("norm", ["{}_norm -> ln_{}", "{}_ln -> {}_layer_norm", "{}_norm -> norm_{}"])
+def test_a_vector_beside_a_norm_is_not_told_by_where_that_norm_stands(one, other, norm):
+    before, after = (
+        "/".join((*name.split("/")[:-1], text.format(name.split("/")[-1])))
+        for name, text in zip((one, other), norm.split(" -> "), strict=True)
+    )
+    stored = proposals.filled({f"{one}_scale": (16,), f"{before}/scale": (16,)})
+    right = {
+        f"{other}_scale": stored[f"{one}_scale"],
+        f"{after}/scale": stored[f"{before}/scale"],
+    }
+
+    found, values = proposals.proposed(stored, dict.fromkeys(right, (16,)))
+
+    assert found.unmatched_wanted == ()
+    proposals.check(values, right)

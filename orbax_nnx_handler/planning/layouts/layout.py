@@ -275,9 +275,11 @@ def says_copy(level: str) -> bool:
 def follows(level: str) -> bool:
     """Tells whether a network's name says that it follows another one, or keeps it: `old_policy`.
 
-    So does one of keys in momentum contrast, `key_encoder` or `encoder_k`.
+    So does one of keys in momentum contrast, `key_encoder` or `encoder_k`, and ALBEF's `text_encoder_m`.
     """
     said = _split(level)
+    if "m" in said and not said.isdisjoint(_NETWORKS | {"proj"}):
+        return True
     is_of_keys = len(said) > 1 and len(said - _OF_KEYS) == 1 and said - _OF_KEYS <= _NETWORKS
     return is_of_keys or not _FOLLOWING.isdisjoint(said)
 

@@ -116,7 +116,7 @@ _TOGETHER = (
     "negative slope: prelu, encoderdecoder: enc dec, prenorm: pre norm, postnorm: post norm, "
     "dwconv: depthwise conv, llm: text, key encoder: passage enc, encoder q: enc online, encoder k: enc tgt, "
     "qf: critic, transition: dynamics, context wq: cross attn q, context wk: cross attn k, "
-    "context wv: cross attn v, context wo: cross attn o"
+    "context wv: cross attn v, context wo: cross attn o, encoder m: enc tgt, proj m: tgt"
 )
 _PHRASES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     tuple(words.split()): tuple(said.split())

@@ -152,3 +152,29 @@ def test_networks_below_keys_are_asked_about_by_their_roles_and_numbers(stored, 
     found = suggest({name: {"params": held} for name, held in tree.items()}, abstract(target))
 
     assert {path[0] for path in found.unmatched_wanted} == {wanted}
+
+
+@pytest.mark.parametrize("stored", ["momentum_{}", "{}_momentum", "momentum/{}"])
+@pytest.mark.parametrize("names", [("text_encoder", "text_proj"), ("visual_encoder", "vision_proj")])
+def test_a_network_called_m_follows_by_momentum_the_one_beside_it(stored, names):
+    pairs = [(name, name) for name in names] + [(stored.format(name), f"{name}_m") for name in names]
+    tree, target = sides(*pairs)
+
+    found, values = proposed(tree, target)
+
+    assert found.unmatched_wanted == ()
+    right = {path: tree[path] for path in leaves(NECK)}
+    for one, other in pairs:
+        for at in range(3):
+            for leaf in ("kernel", "bias"):
+                right[f"{other}/fc{at}/{leaf}"] = tree[f"{one}/Dense_{at}/{leaf}"]
+    check(values, right)
+
+
+@pytest.mark.parametrize("name", ["text_encoder_m", "proj_m"])
+def test_what_a_network_follows_by_momentum_is_none_that_follows(name):
+    tree, target = sides((name, name.removesuffix("_m")))
+
+    found, _ = proposed(tree, target)
+
+    assert found.confidence == "open"

@@ -276,8 +276,11 @@ def follows(level: str) -> bool:
     """Tells whether a network's name says that it follows another one, or keeps it: `old_policy`.
 
     So does one of keys in momentum contrast, `key_encoder` or `encoder_k`, and ALBEF's `text_encoder_m`.
+    But a `reference_encoder` reads what something is to be like.
     """
     said = _split(level)
+    if "encoder" in said and not said.isdisjoint(("ref", "reference")):
+        return False
     if "m" in said and not said.isdisjoint(_NETWORKS | {"proj"}):
         return True
     is_of_keys = len(said) > 1 and len(said - _OF_KEYS) == 1 and said - _OF_KEYS <= _NETWORKS

@@ -178,3 +178,13 @@ def test_what_a_network_follows_by_momentum_is_none_that_follows(name):
     found, _ = proposed(tree, target)
 
     assert found.confidence == "open"
+
+
+@pytest.mark.parametrize("wanted", ["encoder", "ref_encoder"])
+def test_an_encoder_of_references_follows_none(wanted):
+    tree, target = sides(("reference_encoder", wanted))
+
+    found, values = proposed(tree, target)
+
+    assert found.questions == ()
+    check(values, dict(zip(target, tree.values(), strict=True)))

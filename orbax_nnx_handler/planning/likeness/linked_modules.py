@@ -1,19 +1,19 @@
-"""What links make of whole modules: they would tear one, or make it of one that each side calls otherwise.
+"""What links make of whole modules and lists: they would tear one, or make it of what is called otherwise.
 
 Such links are asked about. What one module holds alone in another one, what two modules would have of each
 other, and what goes elsewhere though there is a module of its name. And a network for one thing as that for
-another one, whatever lies in it and at whatever depth.
+another one, whatever lies in it and at whatever depth; and a layer as the next one of its list.
 """
 
 import functools
 import itertools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import levels, shared_levels
-from orbax_nnx_handler.planning.likeness import called_alike, purposes, share_word
+from orbax_nnx_handler.planning.likeness import called_alike, lists_around, purposes, share_word
 from orbax_nnx_handler.planning.likeness.links import Link
 from orbax_nnx_handler.planning.likeness.module_parts import ModulePart, part_of
 from orbax_nnx_handler.planning.likeness.vocabulary import (
@@ -24,6 +24,7 @@ from orbax_nnx_handler.planning.likeness.vocabulary import (
     counts_of,
     exclude,
     meanings,
+    telling,
     words,
 )
 
@@ -299,3 +300,97 @@ def _are_images(parts: LinksByParts, held: Iterable[_ModulePair], names: _Module
 
 
 _IMAGES = frozenset(("image", "images", "img", "vision", "visual"))
+
+
+# Layers in another place of their list, or of another list.
+
+
+def of_other_lists(
+    pairs: Iterable[_ModulePair], wanted: Iterable[Names], stored: Iterable[Names]
+) -> set[_ModulePair]:
+    """Returns parts of lists that are another list's by their names, or in another place of one as long.
+
+    One list may count from 0 and the other from 1, whatever a layer of either lacks; and the whole list may
+    be counted from its end.
+
+    Args:
+        pairs: Wanted parts with what they are made of.
+        wanted: All wanted parts.
+        stored: All stored ones.
+    """
+    ours, theirs = _outermost_lists(wanted), _outermost_lists(stored)
+    held = defaultdict[tuple[Names, Names], list[tuple[_Place, _Place]]](list)
+    places = dict[tuple[_Place, _Place], tuple[Names, Names]]()
+    for pair in pairs:
+        one, other = (next(iter(lists_around(names)), _NOWHERE) for names in pair)
+        if one[0] in ours and other[0] in theirs:
+            held[one[0], other[0]].append((one, other))
+            places[one, other] = pair
+    said = [
+        dict(zip(x, telling([concepts(names) - _LOOKS for names in x]), strict=True)) for x in (ours, theirs)
+    ]
+    several = [Counter(pair[side] for pair in held) for side in (0, 1)]
+    found = set[tuple[_Place, _Place]]()
+    for (one, other), some in held.items():
+        own = said[0][one], said[1][other]
+        kinds = len(theirs[other]), len(ours[one])  # Of parts in a layer.
+        far = (
+            itertools.chain(*(x for list_, x in words_.items() if len(held_[list_]) == count))
+            for words_, held_, count in zip(said[::-1], (theirs, ours), kinds, strict=True)
+        )
+        if own[0].isdisjoint(own[1]) and any(not x.isdisjoint(y) for x, y in zip(own, far, strict=True)):
+            found.update(some)
+        elif several[0][one] == several[1][other] == 1 and _WAYS.isdisjoint(concepts((*one, *other))):
+            found.update(_out_of_place(some, ours[one], theirs[other]))
+    return {places[each] for each in found}
+
+
+_Place = tuple[Names, int, Names]
+"""The list that a part is in, the number of its layer and its path there."""
+_LOOKS = frozenset(("conv", "norm", "attn", "mlp"))  # What many layers are.
+_WAYS = frozenset(("up", "down"))  # Of a U-Net, which count from either end.
+_NOWHERE: _Place = (), 0, ()
+
+
+def _outermost_lists(parts: Iterable[Names]) -> Mapping[Names, Mapping[Names, set[int]]]:
+    """Returns the lists that lie in no other one: the numbers of the layers that hold a part, by its path."""
+    found = defaultdict[Names, dict[Names, set[int]]](lambda: defaultdict(set))
+    for list_, number, inside in itertools.chain(*(lists_around(names)[:1] for names in parts)):
+        if inside:
+            found[list_][inside].add(number)
+    return {x: held for x, held in found.items() if len({*itertools.chain(*held.values())}) > 1}
+
+
+def _out_of_place(
+    links: Sequence[tuple[_Place, _Place]], ours: Mapping[Names, Set[int]], theirs: Mapping[Names, Set[int]]
+) -> Iterator[tuple[_Place, _Place]]:
+    """Yields links of another shift than that of the whole lists, but of parts that are all used so.
+
+    What ends one layer may begin the next one elsewhere.
+    """
+    shift = _shift(*({*itertools.chain(*side.values())} for side in (ours, theirs)))
+    led = defaultdict[int, set[int]](set)
+    for one, other in links:
+        led[one[1]].add(other[1])
+    # The whole list may be counted from its end, or within what is counted first on the other side.
+    is_turned = len({one[1] + other[1] for one, other in links}) == 1 or all(len(x) > 1 for x in led.values())
+    if shift is None or is_turned:
+        return
+    parts = defaultdict[tuple[Names, Names], list[tuple[_Place, _Place]]](list)
+    for one, other in links:
+        parts[one[2], other[2]].append((one, other))
+    for (one, other), some in parts.items():
+        is_whole = len(some) == len(ours[one]) == len(theirs[other])
+        made = {to[1] - at[1] for at, to in some}
+        if not (is_whole and len(made) == 1):
+            yield from (x for x in some if x[1][1] - x[0][1] != shift)
+
+
+def _shift(wanted: Set[int], stored: Set[int]) -> int | None:
+    """Returns how much higher a stored list counts than a wanted one; None where no number tells."""
+    low, high = min(stored) - min(wanted), max(stored) - max(wanted)
+    if low == high and max(wanted) - min(wanted) + 1 == len(wanted) == len(stored):
+        return low
+    moved = {shift: {number - shift for number in stored} for shift in (0, low, high)}
+    held = [shift for shift, numbers in moved.items() if numbers < wanted]
+    return held[0] if len(held) == 1 and 2 * len(stored) > len(wanted) else None

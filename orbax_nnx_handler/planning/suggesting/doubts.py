@@ -22,7 +22,12 @@ from orbax_nnx_handler.planning.likeness import (
 )
 from orbax_nnx_handler.planning.likeness.arrangements import by_level, shifted
 from orbax_nnx_handler.planning.likeness.assignment import fit_of, may_be, sizes_of_few
-from orbax_nnx_handler.planning.likeness.linked_modules import by_parts, of_other_roles, torn_modules
+from orbax_nnx_handler.planning.likeness.linked_modules import (
+    by_parts,
+    of_other_lists,
+    of_other_roles,
+    torn_modules,
+)
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, part_of
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart, named_parts
@@ -245,6 +250,10 @@ def coincidences(
     odd += (*unlike_names(links, parts, sides[0], norms), *_without_norms(plain, norms))
     odd += (*_half_used(links, plain, left, missing), *_passing_over(plain, left, missing))
     odd += _of_another_role(plain, left)
+    pairs = {(part_of(link.target), part_of(link.source)): link for link in plain}
+    every = ([part.names for part in side] for side in sides)
+    others = of_other_lists(pairs, *every)
+    odd += [x for x in plain if (part_of(x.target), part_of(x.source)) in others]
     return {**{x.target.source: x for x in odd}, **_torn(links, left), **_from_elsewhere(links, left)}
 
 

@@ -15,6 +15,7 @@ from orbax_nnx_handler.planning.core.recipes import Read, Shapes, reads
 from orbax_nnx_handler.planning.layouts.layout import Stored, copies_beside
 from orbax_nnx_handler.planning.likeness import Owners, in_list
 from orbax_nnx_handler.planning.likeness.arrangements import flattened, turned_lists
+from orbax_nnx_handler.planning.likeness.linked_modules import of_other_lists
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie, turns_told
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, part_of
 from orbax_nnx_handler.planning.likeness.shapes import Way
@@ -104,10 +105,21 @@ class Proposing:
     @cached_property
     def _found(self) -> dict[Path, Restored]:
         """What is restored without a proposal, and no law, and no order of other lists, speaks against."""
-        doubted = {p for fault in self._base.faults for p in fault.paths} | self._base.counted_otherwise
+        doubted = {p for fault in self._base.faults for p in fault.paths} | self._doubted(self._base)
         if any(item.leaf.path not in self._base.restored for item in self._model):
             doubted |= self._searched.ordered
         return {path: item for path, item in self._base.restored.items() if path not in doubted}
+
+    def _doubted(self, verdict: Verdict) -> set[Path]:
+        """Returns what a plan restores by name, and lists that count otherwise speak against."""
+        pairs = dict[tuple[Names, Names], list[Path]]()
+        for path, item in verdict.restored.items() if verdict.unexpected else ():
+            if isinstance(item.recipe, Read):
+                parts = segments(path)[:-1], segments(item.recipe.path)[:-1]
+                pairs.setdefault(parts, []).extend([path] * (item.evidence.kind != "rule"))
+        sides = ([x.leaf.path for x in self._model], [path for x in self._applied for path in x.sources])
+        others = of_other_lists(pairs, *({segments(path)[:-1]: 0 for path in side} for side in sides))
+        return {*verdict.counted_otherwise, *(path for pair in others for path in pairs[pair])}
 
     @cached_property
     def _free(self) -> set[tuple[Path, Names]]:
@@ -319,7 +331,7 @@ class Proposing:
     def _questions(self, links: Sequence[Link], searched: Searched, tried: Tried) -> list[Choice]:
         verdict, ties = tried.verdict or self._base, searched.found.ties
         known = {path: {*reads(item.recipe)} for path, item in verdict.restored.items()}
-        doubted = verdict.counted_otherwise | searched.ordered | torn_by_name(known, (), ties)
+        doubted = self._doubted(verdict) | searched.ordered | torn_by_name(known, (), ties)
         covered = paths_of(links).keys() | known.keys() - doubted
         used, found = {leaf.part for link in links for leaf in link.stored}, list[Choice]()
         several = left_open(ties, covered, used, turns_told(searched.found.links if ties else ()))
@@ -339,7 +351,7 @@ class Proposing:
     def _suggested(self, tried: Tried, questions: Sequence[Question]) -> Suggestion:
         verdict, weights = tried.verdict or self._base, [x.leaf.path for x in of_role(self._wanted, *WEIGHTS)]
         asked = itertools.chain(*(question.wanted for question in questions if question.about == "which"))
-        doubted = {*verdict.counted_otherwise, *asked} - paths_of(tried.links).keys()
+        doubted = {*self._doubted(verdict), *asked} - paths_of(tried.links).keys()
         left = {*verdict.missing, *verdict.mismatched, *doubted}
         own = {path for item in self._found.values() for path in reads(item.recipe)}
         placed = verdict.sides.placements

@@ -411,14 +411,14 @@ def same_layers(one: Series, other: Series) -> list[tuple[int, int]]:
         # What holds nothing leaves a gap in one list, which the other one does not count.
         return in_order if are_equal else []
     both = sorted(one.members.keys() & other.members.keys())
-    alike = one.numbers[0] == other.numbers[0] or one.base[-1] == other.base[-1]
+    are_counted = are_whole and low == high  # From 0 and from 1, also where a layer lacks a part.
+    alike = one.numbers[0] == other.numbers[0] or (one.base[-1] == other.base[-1] and not are_counted)
     # Layers of one kind in a list are another list's, one by one.
     in_turn = one.is_kind != other.is_kind or (are_equal and (are_whole or are_levels))
-    # A model may have fewer layers.
-    is_part = 1 < low == len(both) and all(one.held[at] == other.held[at] for at in both)
-    if alike and not in_turn and (is_part or len(both) * 2 > high):
+    has_fewer = 1 < low == len(both) and all(one.held[at] == other.held[at] for at in both)
+    if alike and not in_turn and (has_fewer or len(both) * 2 > high):
         return _run_within(one, other) or [(number, number) for number in both]
-    return in_order if low == high and (are_whole or (one.sizes == other.sizes and not any(spans))) else []
+    return in_order if are_counted or (one.sizes == other.sizes and not any(spans)) else []
 
 
 def _run_within(one: Series, other: Series) -> list[tuple[int, int]]:

@@ -409,7 +409,7 @@ def call_by_call(linen: Sequence[Use], nnx: Sequence[Use]) -> Iterator[tuple[int
     """Yields the number of a call in NNX, Linen's call, its own, and how far their inputs lie apart.
 
     With the same inputs, else in turn: two towers of shared weights may be called in either order. Where one
-    program calls a module more often, what has no counterpart is left out.
+    program calls a module more often, what has no counterpart is left out, unless none has one.
     """
     left, pairs = dict(enumerate(linen)), dict[int, tuple[int, Distance | None]]()
     for at, use in enumerate(nnx if 1 < max(len(linen), len(nnx)) <= _MOST_CALLS else ()):
@@ -421,9 +421,9 @@ def call_by_call(linen: Sequence[Use], nnx: Sequence[Use]) -> Iterator[tuple[int
                     pairs[at] = number, inputs
                     del left[number]
                     break
-    if len(linen) == len(nnx):
+    if len(linen) == len(nnx) or not pairs:
         open_ = (at for at in range(len(nnx)) if at not in pairs)
-        pairs |= {at: (number, None) for at, number in zip(open_, [*left], strict=True)}
+        pairs |= {at: (number, None) for at, number in zip(open_, [*left], strict=False)}
     for at, (number, inputs) in sorted(pairs.items()):
         one, other = linen[number], nnx[at]
         yield at, one, other, inputs or compare_inputs(one.inputs, other.inputs)

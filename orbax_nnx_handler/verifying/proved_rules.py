@@ -14,7 +14,7 @@ from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.lines import counted
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, Shapes, reads
-from orbax_nnx_handler.planning.rules import Rule
+from orbax_nnx_handler.planning.rules import Rename, Rule
 from orbax_nnx_handler.planning.rules.split_and_fuse import rules_making
 from orbax_nnx_handler.planning.suggesting.proved_recipes import Remade, carried_over
 from orbax_nnx_handler.planning.verdict.outcomes import Restored, Verdict
@@ -22,6 +22,7 @@ from orbax_nnx_handler.verifying import Distance, changes_more_than_rounding, le
 from orbax_nnx_handler.verifying.pairing import compare_outputs
 from orbax_nnx_handler.verifying.runs import Compared, weights_of
 from orbax_nnx_handler.verifying.single_module import ModuleRunner
+from orbax_nnx_handler.verifying.verification import FirstDifference
 
 
 def rules_remaking(
@@ -151,6 +152,35 @@ def _made_alike(
 
 def _without_numbers(path: Path) -> Path:
     return tuple(key for key in path if not isinstance(key, int))
+
+
+def rules_to_blame(
+    first: FirstDifference | None,
+    restored: Mapping[Path, Restored],
+    runner: ModuleRunner,
+    given: Sequence[Rule],
+) -> list[Rule]:
+    """Returns the given rules that make what is proved wrong.
+
+    Where another leaf has what one needs, they are those by which only one of the two is made. Else a rule
+    that also makes what is right beside the leaf is not to blame, where another one is left.
+    """
+    if first is None or not first.proved:
+        return []
+    made, module, found = first.made_otherwise(restored), first.module.nnx.path, set[str]()
+    holders = {runner.recipe(leaf, first.layer): leaf for leaf in runner.recipes}
+    by = {leaf: {*item.reason.split("; ")} for leaf, item in restored.items()}
+    beside = (leaf for leaf in by if leaf not in made and leaf[: len(module)] == module)
+    sure = {told for leaf in beside for told in by[leaf]}
+    names = {rule.quoted for rule in given if isinstance(rule, Rename)}
+    for leaf, recipe in made.items():
+        if recipe in holders and (apart := by[leaf] ^ by[holders[recipe]]):
+            found |= apart & names or apart
+            continue
+        is_name = not {*reads(recipe)} <= {*reads(restored[leaf].recipe)}
+        told = by[leaf] & names if is_name else by[leaf] - names
+        found |= told - sure or told
+    return [rule for rule in given if rule.quoted in found]
 
 
 _Called = tuple[Mapping[Path, tuple[Path, Shape]], Mapping[Path, int]]

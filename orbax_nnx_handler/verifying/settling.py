@@ -21,14 +21,20 @@ from orbax_nnx_handler.planning.core.recipes import Add, Recipe, reads
 from orbax_nnx_handler.planning.core.regions import of_all_layers
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.restore_plan import RestorePlan
-from orbax_nnx_handler.planning.rules import Rename, Rule
+from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.planning.suggesting import Proposal, Question, Remade, Suggestion
 from orbax_nnx_handler.planning.target import Target
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.verifying import Programs, agree, compare_inputs, lent
 from orbax_nnx_handler.verifying.comparison import compared, exchanges_tell, leaving_out, misfilled, run_both
 from orbax_nnx_handler.verifying.pairing import by_path, compare_outputs, layers_of
-from orbax_nnx_handler.verifying.proved_rules import made_as_called, rules_remaking, tells, why_open
+from orbax_nnx_handler.verifying.proved_rules import (
+    made_as_called,
+    rules_remaking,
+    rules_to_blame,
+    tells,
+    why_open,
+)
 from orbax_nnx_handler.verifying.runs import Compared, Runs
 from orbax_nnx_handler.verifying.verification import FirstDifference, Verification
 from orbax_nnx_handler.verifying.weights import LinenRun, Misfilled, on_one_device
@@ -350,7 +356,9 @@ class Settling:
         fewer = verification.remarks[:1] if verification and is_fewer and (left or not is_equal) else ()
         if left or plan.error() is not None:
             verification = None
-        proof = proof or _words(verification, plan, self.options.renames, self.wrong)
+        if verification and self.runs:
+            blamed = verification.first, plan.restored, self.runs.runner, self.options.renames
+            proof = proof or _words(verification, plan, rules_to_blame(*blamed), self.wrong)
         wanted, stored = self.suggestion.unmatched_wanted, self.suggestion.unmatched_stored
         return dataclasses.replace(
             self.suggestion,
@@ -413,10 +421,8 @@ def _are_told(question: Question, plan: RestorePlan, runs: Runs) -> bool:
 
 
 def _words(
-    verification: Verification | None, plan: RestorePlan, given: Sequence[Rule], wrong: Misfilled | None
+    verification: Verification, plan: RestorePlan, blamed: Sequence[Rule], wrong: Misfilled | None
 ) -> str:
-    if verification is None:
-        return ""
     zeros = f", with {counted(len(plan.missing), 'leaf', 'leaves')} at zero" if plan.missing else ""
     if verification.equal:
         said = ", but: " + " ".join(verification.remarks) if verification.remarks else ""
@@ -427,24 +433,18 @@ def _words(
     if wrong and wrong.wanted:
         return f"not proven: the programs return different values under these rules{zeros}. {wrong.words}."
     if verification.relative <= verification.tolerance:  # By wrong weights.
-        return f"not proven: {' '.join([*verification.remarks, *_of(first, plan, given)])}"
+        return f"not proven: {' '.join([*verification.remarks, *_of(first, blamed)])}"
     apart = f"{verification.relative:.1e} apart, tolerance {verification.tolerance:g}"
     way = ". Where that is rounding, as in deep models, raise the tolerance"
-    where = f", first in {first.path}: {' '.join(_of(first, plan, given))}" if first else way
+    where = f", first in {first.path}: {' '.join(_of(first, blamed))}" if first else way
     return f"not proven: the programs return different values under these rules{zeros} ({apart}){where}"
 
 
-def _of(first: FirstDifference | None, plan: RestorePlan, given: Sequence[Rule]) -> Iterator[str]:
+def _of(first: FirstDifference | None, blamed: Sequence[Rule]) -> Iterator[str]:
     """Yields what is known of the first difference, and which given rules make what is proved wrong."""
     if first is None:
         return
     yield from (line.text for line in first.sentences if isinstance(line, Sentence))
-    made = set[str]()
-    for leaf, recipe in first.made_otherwise(plan.restored).items():
-        item = plan.restored[leaf]
-        is_name = not {*reads(recipe)} <= {*reads(item.recipe)}
-        told = item.reason.split("; ")
-        made |= {rule.quoted for rule in given if rule.quoted in told and isinstance(rule, Rename) == is_name}
-    if made:
-        wrong = listed(rule.quoted for rule in given if rule.quoted in made)
-        yield f"Given rules make it so: correct or take out {wrong}, and run it again."
+    if blamed:
+        said = listed(rule.quoted for rule in blamed)
+        yield f"Given rules make it so: correct or take out {said}, and run it again."

@@ -15,6 +15,7 @@ from flax import nnx
 
 from orbax_nnx_handler.planning.core.folding import fold_paths
 from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.lines import told_apart
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import (
     Concat,
@@ -73,8 +74,7 @@ def alternatives(
 
     Args:
         all_: The recipe of each leaf of the module that is not known to be right.
-        others: The recipes of other modules by their path, nearest first, by the path of the doubtful
-            leaf that each would be.
+        others: Recipes of other modules by path, nearest first, by the doubtful leaf that each would be.
         shapes: The stored shapes.
         late: Leaves that a run does not show, but for those that others are exchanged with.
     """
@@ -91,8 +91,9 @@ def alternatives(
     yield from (_exchange(pairs, all_) for pairs in exchanged if len(pairs) > 1 and pairs not in likely)
     yield from _alike(doubtful, shapes)
     # The likeliest way of each leaf comes before all ways of one of them: a square matrix is transposed.
-    parts = (ways for leaf, recipe in doubtful.items() for ways in _parts_of(leaf, recipe, shapes))
-    rounds = itertools.zip_longest(*(_axes(*each, shapes) for each in doubtful.items()), *parts)
+    each = [(leaf, doubtful[leaf], shapes, name) for leaf, name in told_apart(doubtful).items()]
+    parts = itertools.chain(*itertools.starmap(_parts_of, each))
+    rounds = itertools.zip_longest(*itertools.starmap(_axes, each), *parts)
     yield from filter(None, next(rounds, ()))
     yield from joined
     yield from filter(None, itertools.chain.from_iterable(rounds))
@@ -107,7 +108,9 @@ def _alike(doubtful: Mapping[Path, Recipe], shapes: Shapes) -> Iterator[Alternat
         groups[tuple(key for key in leaf if not isinstance(key, int)), shape_of(recipe, shapes)].append(leaf)
     several = [group for group in groups.values() if len(group) > 1]
     for group in several:
-        for ways in zip(*(_axes(leaf, doubtful[leaf], shapes) for leaf in group), strict=False):
+        for ways in zip(
+            *(_axes(leaf, doubtful[leaf], shapes, str(leaf[-1])) for leaf in group), strict=False
+        ):
             made = {leaf: recipe for way in ways for leaf, recipe in way.recipes.items()}
             yield Alternative(words=f"{fold_paths(group)}: {ways[0].words}, and so in all", recipes=made)
     rows: dict[object, list[Path]] = defaultdict(list)
@@ -175,19 +178,18 @@ def _from_other(module: Path, recipes: Mapping[Path, Recipe]) -> Alternative:
     return Alternative(words=words, recipes=recipes)
 
 
-def _axes(leaf: Path, recipe: Recipe, shapes: Shapes) -> Iterator[Alternative]:
+def _axes(leaf: Path, recipe: Recipe, shapes: Shapes, name: str) -> Iterator[Alternative]:
     """Yields the leaf with its axes in another order, and divided in another way."""
-    shape = shape_of(recipe, shapes)
-    seen = {recipe}
+    seen, shape = {recipe}, shape_of(recipe, shapes)
     for words, changed in itertools.chain(_ways(recipe, shapes), by_one(recipe, shape)):
         plain = simplify(changed, shapes)
         if plain not in seen:
             seen.add(plain)
-            said = f"{leaf[-1]} is {words}: {describe(plain) or 'as it is stored'}"
+            said = f"{name} is {words}: {describe(plain) or 'as it is stored'}"
             yield Alternative(words=said, recipes={leaf: plain})
 
 
-def _parts_of(leaf: Path, recipe: Recipe, shapes: Shapes) -> Iterator[Iterator[Alternative]]:
+def _parts_of(leaf: Path, recipe: Recipe, shapes: Shapes, name: str) -> Iterator[Iterator[Alternative]]:
     """Yields the other ways to turn or divide each part of a fused leaf, last those of all parts alike."""
     if (joint := joint_of(recipe)) is None:
         return
@@ -198,11 +200,11 @@ def _parts_of(leaf: Path, recipe: Recipe, shapes: Shapes) -> Iterator[Iterator[A
         return Alternative(words=words, recipes={leaf: with_parts(recipe, joint, sources)})
 
     def of(at: int, words: str, way: Recipe) -> Alternative:
-        return made(f"{render_reads(way)} in {leaf[-1]} is {words}", *parts[:at], way, *parts[at + 1 :])
+        return made(f"{render_reads(way)} in {name} is {words}", *parts[:at], way, *parts[at + 1 :])
 
     yield from (itertools.starmap(functools.partial(of, at), each) for at, each in enumerate(ways))
     alike = zip(*ways, strict=True) if len(set(map(len, ways))) == 1 else ()
-    yield (made(f"every part of {leaf[-1]} is {each[0][0]}", *(way for _, way in each)) for each in alike)
+    yield (made(f"every part of {name} is {each[0][0]}", *(way for _, way in each)) for each in alike)
 
 
 def _ways(recipe: Recipe, shapes: Shapes) -> Iterator[tuple[str, Recipe]]:
@@ -319,8 +321,7 @@ class ModuleRunner:
         Raises:
             LookupError: The calls do not come out.
         """
-        count = self._count(module)
-        if count is None:
+        if (count := self._count(module)) is None:
             return None
         calls = self.calls[module]
         if len(calls) % count:
@@ -380,8 +381,7 @@ class ModuleRunner:
         return jax.device_put(evaluate(recipe, self.values, np.float32), one_device())
 
     def _read(self, recipes: Iterable[Recipe]) -> None:
-        missing = [path for recipe in recipes for path in reads(recipe) if path not in self.values]
-        if missing:
+        if missing := [path for recipe in recipes for path in reads(recipe) if path not in self.values]:
             self.values |= read_values(self.checkpoint, dict.fromkeys(missing))
 
     def run(

@@ -16,7 +16,16 @@ import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
-from orbax_nnx_handler import Drop, Rename, UnstackLayers, Verification, VerificationError, suggest, verify
+from orbax_nnx_handler import (
+    Drop,
+    Rename,
+    Transpose,
+    UnstackLayers,
+    Verification,
+    VerificationError,
+    suggest,
+    verify,
+)
 from orbax_nnx_handler.planning.core.paths import render
 from orbax_nnx_handler.verifying.recording import run_linen
 from tests.processes import Forked
@@ -841,3 +850,37 @@ def test_a_module_that_returns_an_array_of_other_lengths_is_named(padding, shape
         f"second is called with the same and returns {shape} where Linen's module returns (2, 6, 6, 4)"
         in told
     )
+
+
+def test_of_several_leaves_of_one_name_in_a_module_it_is_said_which_one_is_wrong(tmp_path: pathlib.Path):
+    class Affine(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            normal = nn.initializers.normal(1.0)
+            return x @ self.param("w", normal, (4, 4)) + self.param("b", normal, (4,))
+
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Affine(name="second")(nn.tanh(Affine(name="first")(x)))
+
+    class Held(nnx.Module):
+        def __init__(self):
+            self.w, self.b = nnx.Param(jnp.zeros((4, 4))), nnx.Param(jnp.zeros(4))
+
+    class Port(nnx.Module):
+        def __init__(self):
+            self.first, self.second = Held(), Held()
+
+        def __call__(self, x):
+            first, second = self.first, self.second
+            return jnp.tanh(x @ first.w[...] + first.b[...]) @ second.w[...] + second.b[...]
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "c", Two().init(jax.random.key(0), X))
+    target = nnx.eval_shape(Port)
+    run = lambda model, x: model(x)  # noqa: E731
+    found = verify(tmp_path / "c", target, Two().apply, run, (X,), renames=[Transpose("second/w", (1, 0))])
+
+    assert found.first is not None
+    assert found.first.proved == "second/w is transposed: as it is stored"

@@ -1,12 +1,13 @@
 """Lines of text: counts, lists and sizes in words; sentences in a readable width; rows aligned; as HTML."""
 
 import html
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.folding import FROM, Folded, Row, fold
-from orbax_nnx_handler.planning.core.paths import printable
+from orbax_nnx_handler.planning.core.paths import Path, printable, render
 
 
 def counted(count: int, one: str, many: str = "", *, thousands: str = "") -> str:
@@ -18,6 +19,17 @@ def listed(names: Iterable[str]) -> str:
     """Returns names as a sentence lists them: `mu`, `mu and nu`, `a, b and c`."""
     every = list(names)
     return " and ".join([", ".join(every[:-1]), every[-1]] if len(every) > 1 else every)
+
+
+def told_apart(paths: Collection[Path]) -> dict[Path, str]:
+    """Returns as many of each path's last keys as tell it from the others: `kernel`, or `query/kernel`."""
+    ends = Counter(path[-size:] for path in paths for size in range(1, len(path) + 1))
+
+    def short(path: Path) -> Path:
+        alone = (path[-n:] for n in range(1, len(path)) if ends[path[-n:]] == 1)
+        return next((end for end in alone if not isinstance(end[0], int)), path)
+
+    return {path: render(short(path)) for path in paths}
 
 
 def share(count: int, total: int, noun: str) -> str:

@@ -1,16 +1,17 @@
 """Which pairs of the parts of two sides together have the highest score.
 
 Each part is in one pair at most. A pair stands only where every other way to pair the parts is worse by a
-margin: what is nearly as likely is asked about. Last, which runs of modules in turn are each other's.
+margin: what is nearly as likely is asked about. Then choices that several make among the same. Last, which
+runs of modules in turn are each other's.
 """
 
 import itertools
 import math
 import operator
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from orbax_nnx_handler.planning.core.paths import levels
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, part_sizes
 from orbax_nnx_handler.planning.likeness.vocabulary import MARGIN, Names, arm, concepts, exclude, likeness
 
+T = TypeVar("T")
 MOST_PAIRS = 10_000
 """A hundred parts of one shape on either side are no block of a model that names could tell apart."""
 
@@ -138,6 +140,43 @@ Module = tuple[Names, list[Leaf]]
 
 Run = dict[tuple[int, str, int], Module]
 """Modules beside each other, or those in a list, by the number in the list, the name and its number."""
+
+
+_Choices = Sequence[Sequence[tuple[T, T]]]
+
+
+def choices_together(
+    ways: Iterable[tuple[_Choices[T], bool]], home: Callable[[T], Names]
+) -> Iterator[tuple[_Choices[T], bool]]:
+    """Yields choices, those among the same things as one, in which none of these is chosen twice.
+
+    Args:
+        ways: The choices that each may make, as pairs of a part and what it is; whether names tell them.
+        home: Where a part lies, or what it is. Those of one module go to as few as may be, by their names.
+    """
+    left = [way for way in ways if way[0]]
+    while left:
+        (found, by_names), *left = left
+        among = {id(other) for each in found for _, other in each}
+        rivals = [
+            x for x in left if len(x[0]) > 1 and any(id(other) in among for each in x[0] for _, other in each)
+        ]
+        if len(found) > 1 and rivals:
+            left = [x for x in left if not any(x is other for other in rivals)]
+            every = map(itertools.chain.from_iterable, itertools.product(found, *(x[0] for x in rivals)))
+            several = [[*each] for each in itertools.islice(every, MOST_PAIRS)]
+            several = [x for x in several if len({id(other) for _, other in x}) == len(x)]
+            homes = [{(home(one), home(other)) for one, other in x} for x in several]
+            scores = {
+                at: sum(likeness(*map(concepts, pair)) for pair in pairs)
+                for at, pairs in enumerate(homes)
+                if len(pairs) == min(map(len, homes)) and not any(exclude(*map(concepts, x)) for x in pairs)
+            }
+            best = sorted(scores, key=lambda at: -scores[at])
+            is_told = len(best) > 1 and scores[best[0]] - scores[best[1]] >= MARGIN
+            found = [several[at] for at in best[: 1 if is_told else None]]
+        if found:
+            yield found, by_names
 
 
 def in_turn(wanted: Sequence[Leaf], stored: Sequence[Leaf], above: Sequence[int]) -> list[list[Module]]:

@@ -115,8 +115,8 @@ _TOGETHER = (
     "q network: critic, net g: generator, net d: discriminator, full layer layer norm: last norm, "
     "negative slope: prelu, encoderdecoder: enc dec, prenorm: pre norm, postnorm: post norm, "
     "dwconv: depthwise conv, llm: text, key encoder: passage enc, encoder q: enc online, encoder k: enc tgt, "
-    "qf: critic, transition: dynamics, context wq: cross attn q, context wk: cross attn k, "
-    "context wv: cross attn v, context wo: cross attn o, encoder m: enc tgt, proj m: tgt"
+    "qf: critic, transition: dynamics, context wq: cross attn q, context wk: cross attn k, proj m: tgt, "
+    "context wv: cross attn v, context wo: cross attn o, encoder m: enc tgt, dense norm: mlp norm"
 )
 _PHRASES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     tuple(words.split()): tuple(said.split())

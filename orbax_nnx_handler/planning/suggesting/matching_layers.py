@@ -11,7 +11,7 @@ from orbax_nnx_handler.planning.core.folding import same_numbers
 from orbax_nnx_handler.planning.core.leaves import with_fields
 from orbax_nnx_handler.planning.core.paths import Tokens, levels
 from orbax_nnx_handler.planning.likeness import modules_beside, sizes_of, told_by_names
-from orbax_nnx_handler.planning.likeness.highest_sums import in_turn
+from orbax_nnx_handler.planning.likeness.highest_sums import choices_together, in_turn
 from orbax_nnx_handler.planning.likeness.links import Findings, LayerPair, Layers, Link, Tie, in_all_layers
 from orbax_nnx_handler.planning.likeness.module_parts import (
     Leaf,
@@ -195,12 +195,12 @@ class _Matching:
 
     def _match_within(self, groups: Sequence[Sequence[Series]]) -> None:
         """Matches lists with the parts of another list's blocks; asks where no name tells which is which."""
-        ways = [(*lists_within(one, groups[1]), 1) for one in groups[0]]
-        ways += [(*lists_within(one, groups[0]), -1) for one in groups[1]]
-        for found, by_names, step in ways:
-            several = [[(pair[::step][0], pair[::step][1]) for pair in pairs] for pairs in found]
-            if found and not any(self._is_taken(one) for pair in several[0] for one in pair):
-                self._match_or_ask(several, by_names=by_names)
+        for step, (blocks, lists) in ((1, groups), (-1, groups[::-1])):
+            ways = [lists_within(one, lists) for one in blocks]
+            for found, by_names in choices_together(ways, lambda x: x.template[:-1]):
+                several = [[(pair[::step][0], pair[::step][1]) for pair in pairs] for pairs in found]
+                if not any(self._is_taken(one) for pair in several[0] for one in pair):
+                    self._match_or_ask(several, by_names=by_names)
 
     def _match_or_ask(self, several: Sequence[Pairs], *, by_names: bool = False) -> None:
         """Matches what all of several readings say; asks about the rest."""

@@ -768,3 +768,41 @@ def test_towers_are_told_by_what_one_of_them_is_for():
 
     assert not found.questions
     check(values, {end: stored[path] for path, end in ends.items()})
+
+
+@pytest.mark.parametrize(
+    ("pairs", "is_told"),
+    [
+        ([("alpha", "zeta"), ("beta", "eta")], False),
+        ([("beta", "eta"), ("alpha", "zeta"), ("gamma", "theta")], False),
+        ([("rgb_stem", "color_convs"), ("depth_stem", "z_convs")], False),
+        ([("semantic_tower", "stuff_convs"), ("instance_tower", "thing_convs")], False),
+        ([("class_tower", "cls_convs"), ("box_tower", "reg_convs")], True),
+        ([("mask_tower", "mask_convs"), ("kernel_tower", "kernel_convs")], True),
+        ([("policy_branch", "pi_convs"), ("value_branch", "critic_convs")], True),
+    ],
+)
+@pytest.mark.parametrize(
+    ("one", "other"), [("{}_{}", "{1}/{0}"), ("{}_{}", "{0}s/{1}"), ("{}{}", "layers/{1}/{0}")]
+)
+def test_the_lists_of_two_modules_are_no_others_because_of_an_order_of_names(pairs, is_told, one, other):
+    parts = {"conv/kernel": (3, 3, 8, 8), "gn/scale": (8,), "gn/bias": (8,)}
+    both = {
+        f"{stored}/{one.format(*path.split('/')[:1], at)}/{path.split('/')[1]}": (
+            f"{wanted}/{other.format(*path.split('/')[:1], at)}/{path.split('/')[1]}",
+            shape,
+        )
+        for stored, wanted in pairs
+        for at in range(2)
+        for path, shape in parts.items()
+    }
+    stored = filled({path: shape for path, (_, shape) in both.items()})
+
+    found, values = proposed(stored, dict(both.values()))
+
+    for path, (wanted, _) in both.items():
+        if wanted in values:
+            np.testing.assert_array_equal(values[wanted], stored[path], err_msg=wanted)
+    assert bool(values) is is_told
+    asked = {path for question in found.questions for path in question.wanted}
+    assert asked == {*found.unmatched_wanted}

@@ -515,3 +515,13 @@ def test_a_vector_beside_a_norm_is_not_told_by_where_that_norm_stands(one, other
 
     assert found.unmatched_wanted == ()
     proposals.check(values, right)
+
+
+def test_the_norm_of_a_dense_network_beside_experts_is_not_that_of_the_input():
+    stored = proposals.filled({f"layers_0/{x}_norm/scale": (16,) for x in ("attn", "dense", "moe")})
+    wanted = {f"layers/0/{x}_layernorm/scale": (16,) for x in ("input", "residual", "post_attention")}
+
+    found, values = proposals.proposed(stored, wanted)
+
+    assert values.keys() <= {"layers/0/input_layernorm/scale"}
+    assert found.questions

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, S
 from orbax_nnx_handler.planning.core.folding import plain_names
 from orbax_nnx_handler.planning.core.leaves import Shape, order_after
 from orbax_nnx_handler.planning.core.paths import Path
-from orbax_nnx_handler.planning.likeness import in_list, with_sources
+from orbax_nnx_handler.planning.likeness import in_list
 from orbax_nnx_handler.planning.likeness.assignment import Fit
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf
@@ -382,59 +382,6 @@ def moves(shape: Shape, move: tuple[int, int]) -> Steps:
 
 
 # Levels that may be counted from either end, and names from another number.
-
-
-_Level = tuple[Link, re.Match[str], re.Match[str]]
-_UP = re.compile(r"((?:.*?[/_])??(up[a-z_]*)/?)(\d+)(.*)")
-_WAYS_UP = (
-    re.compile(r"((?:.*?/)??([a-z_]+)/?)(\d+)(/(?:up|dec)[a-z_]*(?:[/_]\d+)?/[^/]+/.*)"),
-    _UP,
-    re.compile(r"((?:.*?/)??(dec(?:oder)?s?(?:[/_][a-z_]+)?)[/_]?)(\d+)(.*)"),
-)
-"""A level that holds its way up, `levels/0/up`; one of these, `up_blocks/0`; one of a decoder."""
-
-
-def by_level(links: Sequence[Link]) -> tuple[list[Link], list[list[list[Link]]]]:
-    """Returns links under which one level is made from one, and readings of levels that may be reversed.
-
-    diffusers counts the levels on the way up from the lowest one, CompVis and ADM from the highest.
-    """
-    groups: dict[tuple[str, str], list[_Level]] = defaultdict(list)
-    for link in links:
-        one, other = (_way_up("/".join(leaf.names).lower()) for leaf in (link.target, link.source))
-        is_known = one and other and (one.re is not other.re or one.re is _UP)  # Not of two decoders.
-        if one and other and is_known and link.layers is None and link.joint is None:
-            groups[one[1], other[1]].append((link, one, other))
-    made, several = {id(link): [link] for link in links}, list[list[list[Link]]]()
-    for group in groups.values():
-        is_image = any(len(link.source.shape) > 3 for link, *_ in group)
-        is_told = is_image or all(match.re is _UP for _, *ends in group for match in ends)
-        found = [reading for step in (1, -1) if is_told and (reading := _read(group, step))]
-        # Of one name, levels that count from 1 may count from the other end.
-        sides = zip(*(ends for _, *ends in group), strict=True)
-        names = {(each[0][2].replace("_", ""), min(int(x[3]) for x in each)) for each in sides}
-        is_told = len(found) == 1 or len(names) == 1
-        made |= {id(link): [] for link, *_ in group if found}
-        made |= {id(group[0][0]): found[0]} if found and is_told else {}
-        several += [found] if found and not is_told else []
-    return [link for each in made.values() for link in each], several
-
-
-def _way_up(path: str) -> re.Match[str] | None:
-    """Returns how a path may lie in a level on the way up of a U-Net."""
-    ways = _WAYS_UP if "up" in path or "dec" in path else ()
-    return next(filter(None, (each.fullmatch(path) for each in ways)), None)
-
-
-def _read(group: Sequence[_Level], step: int) -> list[Link]:
-    """Returns the links of levels one by one, or the other way around; none where one does not fit."""
-    stored = {(int(other[3]), other[4]): link.source for link, _, other in group}
-    ours, theirs = sorted({int(one[3]) for _, one, _ in group}), sorted({at for at, _ in stored})
-    below = {(one[4], other[4]) for _, one, other in group}
-    if len(ours) != len(theirs) or len(ours) < 2 or len({one for one, _ in below}) < len(below):
-        return []
-    level = dict(zip(ours, theirs[::step], strict=True))
-    return with_sources((link, [stored.get((level[int(one[3])], other[4]))]) for link, one, other in group)
 
 
 def shifted(links: Iterable[Link]) -> Iterator[Link]:

@@ -13,7 +13,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import levels, shared_levels
-from orbax_nnx_handler.planning.likeness import called_alike, lists_around, purposes, share_word
+from orbax_nnx_handler.planning.likeness import (
+    called_alike,
+    lists_around,
+    purposes,
+    share_word,
+    with_sources,
+)
 from orbax_nnx_handler.planning.likeness.links import Link
 from orbax_nnx_handler.planning.likeness.module_parts import ModulePart, part_of
 from orbax_nnx_handler.planning.likeness.vocabulary import (
@@ -169,6 +175,7 @@ _BUILDS = "mlp cnn conv rnn lstm gru resnet res unet vit former gan bert gpt lla
 _PLAIN = "in norm token trunk decode encode pretrained frozen"
 _NO_ROLE = _NETWORKS | concepts((*_BUILDS.split(), *_PLAIN.split(), *SINGLE, *PARAMETER))
 _ARCHITECTURE = re.compile(r"\w{3,}(?:net|former|gan)|\w*bert\w*|pre(?:layer)?norm|stages?")
+_IMAGES = frozenset(("image", "images", "img", "vision", "visual"))
 _ALIKE = 0.9  # Where a word is the other one, or short for it.
 
 
@@ -223,13 +230,9 @@ def _whole_modules(parts: LinksByParts) -> Mapping[_ModulePair, Sequence[_Module
 
 @functools.lru_cache(maxsize=1 << 16)
 def _outside(names: Names) -> Names:
-    """Returns what leads into the outermost list that a part is in, with the number, or into the part."""
+    """Returns what leads into the outermost list that a part is in, with its number; networks lie there."""
     at = next((at for at, name in enumerate(names) if any(map(str.isdecimal, name))), len(names))
-    return names[: min(at + 1, _DEEP)]
-
-
-_DEEP = 4
-"""Deeper lies no network of a model."""
+    return names[: min(at + 1, 4)]
 
 
 def _lies_in(parts: _ModulePair, modules: _ModulePair) -> bool:
@@ -297,9 +300,6 @@ def _are_images(parts: LinksByParts, held: Iterable[_ModulePair], names: _Module
     is_said = not _IMAGES.isdisjoint(words("_".join(itertools.chain(*names))))
     images = {x for x, some in parts.items() if any(len(link.source.shape) == 4 for link in some)}
     return is_said and 2 * len(images & {*held}) > len(images)
-
-
-_IMAGES = frozenset(("image", "images", "img", "vision", "visual"))
 
 
 # Layers in another place of their list, or of another list.
@@ -394,3 +394,57 @@ def _shift(wanted: Set[int], stored: Set[int]) -> int | None:
     moved = {shift: {number - shift for number in stored} for shift in (0, low, high)}
     held = [shift for shift, numbers in moved.items() if numbers < wanted]
     return held[0] if len(held) == 1 and 2 * len(stored) > len(wanted) else None
+
+
+_Level = tuple[Link, re.Match[str], re.Match[str]]
+_UP = re.compile(r"((?:.*?[/_])??(up[a-z_]*)/?)(\d+)(.*)")
+_WAYS_UP = (
+    re.compile(r"((?:.*?/)??((?!up)[a-z_]+)/?)(\d+)(/(?:up|dec)[a-z_]*(?:[/_]\d+)?/[^/]+/.*)"),
+    _UP,
+    re.compile(r"((?:.*?/)??(dec(?:oder)?s?(?:[/_][a-z_]+)?)[/_]?)(\d+)(.*)"),
+)
+"""A level that holds its way up, `levels/0/up`; one of these, `up_blocks/0`; one of a decoder."""
+
+
+def by_level(links: Sequence[Link]) -> tuple[list[Link], list[list[list[Link]]]]:
+    """Returns links under which one level is made from one, and readings of levels that may be reversed.
+
+    diffusers counts its `up_blocks` from the lowest level, CompVis and ADM from the highest.
+    """
+    groups: dict[tuple[str, str], list[_Level]] = defaultdict(list)
+    for link in links:
+        one, other = (_way_up("/".join(leaf.names).lower()) for leaf in (link.target, link.source))
+        is_known = one and other and (one.re is not other.re or one.re is _UP)  # Not of two decoders.
+        if one and other and is_known and link.layers is None and link.joint is None:
+            groups[one[1], other[1]].append((link, one, other))
+    made, several = {id(link): [link] for link in links}, list[list[list[Link]]]()
+    for group in groups.values():
+        is_image = any(len(link.source.shape) > 3 for link, *_ in group)
+        is_told = is_image or all(match.re is _UP for _, *ends in group for match in ends)
+        sides = zip(*(ends for _, *ends in group), strict=True)
+        # Of one name, levels that count from 1 may count from the other end.
+        names = {(each[0][2].replace("_", ""), min(int(x[3]) for x in each)) for each in sides}
+        steps = (-1, 1) if len({name == "upblocks" for name, _ in names}) > 1 else (1, -1)
+        found = [reading for step in steps if is_told and (reading := _read(group, step))]
+        is_told = len(found) == 1 or len(names) == 1
+        made |= {id(link): [] for link, *_ in group if found}
+        made |= {id(group[0][0]): found[0]} if found and is_told else {}
+        several += [found] if found and not is_told else []
+    return [link for each in made.values() for link in each], several
+
+
+def _way_up(path: str) -> re.Match[str] | None:
+    """Returns how a path may lie in a level on the way up of a U-Net."""
+    ways = _WAYS_UP if "up" in path or "dec" in path else ()
+    return next(filter(None, (each.fullmatch(path) for each in ways)), None)
+
+
+def _read(group: Sequence[_Level], step: int) -> list[Link]:
+    """Returns the links of levels one by one, or the other way around; none where one does not fit."""
+    stored = {(int(other[3]), other[4]): link.source for link, _, other in group}
+    ours, theirs = sorted({int(one[3]) for _, one, _ in group}), sorted({at for at, _ in stored})
+    below = {(one[4], other[4]) for _, one, other in group}
+    if len(ours) != len(theirs) or len(ours) < 2 or len({one for one, _ in below}) < len(below):
+        return []
+    level = dict(zip(ours, theirs[::step], strict=True))
+    return with_sources((link, [stored.get((level[int(one[3])], other[4]))]) for link, one, other in group)

@@ -20,9 +20,10 @@ from orbax_nnx_handler.planning.likeness import (
     misnumbered,
     purposes,
 )
-from orbax_nnx_handler.planning.likeness.arrangements import by_level, shifted
+from orbax_nnx_handler.planning.likeness.arrangements import shifted
 from orbax_nnx_handler.planning.likeness.assignment import fit_of, may_be, sizes_of_few
 from orbax_nnx_handler.planning.likeness.linked_modules import (
+    by_level,
     by_parts,
     of_other_lists,
     of_other_roles,

@@ -34,10 +34,9 @@ from orbax_nnx_handler.planning.suggesting.unlike_names import why_unlike
 
 About = Literal["which", "how", "transposed"]
 
-CHOICES = 6
-"""How many answers to a question are printed."""
+CHOICES = 6  # How many answers to a question are printed.
 _MOST_READINGS = 24  # All orders of four parts; of more parts, not every order can be chosen.
-_SHOWN, _FEW = 4, 5
+_SHOWN, _FEW, _ENDS = 4, 5, {"src": "enc", "tgt": "dec"}  # An encoder has what is of the source.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -436,7 +435,8 @@ def _against(pairs: _Pairing, names: Sequence[Sequence[Names]]) -> tuple[int, fl
         _order_of(one[0], other[0]) * _order_of(one[1], other[1]) < 0
         for one, other in itertools.combinations(paths if len(paths) <= _FEW else (), 2)
     )
-    return sum(itertools.starmap(exclude, said)), -sum(itertools.starmap(likeness, said)), crossed
+    near = (tuple(x | {_ENDS[word] for word in x & _ENDS.keys()} for x in pair) for pair in said)
+    return sum(itertools.starmap(exclude, said)), -sum(itertools.starmap(likeness, near)), crossed
 
 
 def _order_of(one: Names, other: Names) -> int:

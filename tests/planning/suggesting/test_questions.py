@@ -379,3 +379,27 @@ def test_the_first_answer_keeps_the_order_of_an_encoder_and_a_decoder():
 
     assert found.questions
     check(answered, dict(zip(wanted, values.values(), strict=True)))
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted"),
+    [
+        (("encoder/embed", "decoder/embed"), ("src_embed", "tgt_embed")),
+        (("enc/tokens", "dec/tokens"), ("source_tokens", "target_tokens")),
+        (("embed_src", "embed_tgt"), ("encoder/embedding", "decoder/embedding")),
+    ],
+)
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_first_answer_takes_the_source_for_the_encoders_and_the_target_for_the_decoders(
+    stored, wanted, turned
+):
+    made = dict(zip(wanted, stored, strict=True))
+    leaves = filled({f"{path}/embedding": (9, 4) for path in (stored[::-1] if turned else stored)})
+    shapes = {f"{aim}/embedding": (9, 4) for aim in wanted}
+
+    found, _ = proposed(leaves, shapes)
+
+    (question,) = found.questions
+    values = restored(leaves, shapes, question.alternatives[0])
+    for aim, path in made.items():
+        np.testing.assert_array_equal(values[f"{aim}/embedding"], leaves[f"{path}/embedding"])

@@ -1,8 +1,9 @@
 """U-Nets whose modules say on both sides where they lie: on the way down, in the middle, or on the way up."""
 
+import numpy as np
 import pytest
 
-from tests.planning.suggesting.proposals import check, filled, proposed
+from tests.planning.suggesting.proposals import check, filled, proposed, restored
 
 WIDTHS = (8, 12)
 STORED = {
@@ -58,3 +59,36 @@ def test_what_is_called_the_middle_is_made_of_nothing_on_the_way_down(theirs, ou
 
     assert found.confidence == "likely"
     check(values, dict(zip(wanted, stored.values(), strict=True)))
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted", "is_known"),
+    [
+        ("up_blocks_{}/upsamplers_0/conv", "up/{}/upsample/conv", True),
+        ("decoder/up_blocks_{}/upsamplers_0/conv", "decoder/up/{}/upsample/conv", True),
+        ("up_blocks_{}/ups_0/deconv", "up_levels/{}/up/conv", True),
+        ("ups_{}/upsampler/conv", "up_levels/{}/upsampling/conv", False),
+    ],
+)
+@pytest.mark.parametrize("first", [0, 1])
+def test_what_enlarges_each_level_of_one_width_is_asked_about_with_its_level(stored, wanted, is_known, first):
+    shapes = {"kernel": (3, 3, 8, 8), "bias": (8,)}
+    ends = {"inp": "conv_in", "out": "conv_out"}
+    levels = {stored.format(at): wanted.format(first + 2 - at) for at in range(3)}
+    made = {f"{aim}/{x}": f"{path}/{x}" for path, aim in {**levels, **ends}.items() for x in shapes}
+    widths = {"conv_in": (4, 8), "conv_out": (8, 3)}
+    wanted_shapes = {
+        aim: (3, 3, *pair) if aim.endswith("kernel") else pair[1:]
+        for aim in made
+        for pair in [widths.get(aim.split("/")[0], (8, 8))]
+    }
+    tree = filled({path: wanted_shapes[aim] for aim, path in made.items()})
+
+    found, values = proposed(tree, wanted_shapes)
+
+    assert {path.split("/")[0] for path in values} == {*ends.values()}
+    (question,) = found.questions
+    orders = [restored(tree, wanted_shapes, rules) for rules in question.alternatives]
+    are_right = [all(np.array_equal(one[aim], tree[path]) for aim, path in made.items()) for one in orders]
+    assert sum(are_right) == 1
+    assert are_right[0] or not is_known

@@ -69,9 +69,9 @@ class Distance:
 
 def distance(reference: Array, other: Array) -> tuple[float, float]:
     """Returns the relative and the absolute difference of two arrays of one size, element by element."""
+    if not reference.size or reference.__array_interface__ == other.__array_interface__:
+        return 0.0, 0.0  # What lies in one place is not compared.
     a, b = _numbers(reference).reshape(-1), _numbers(other).reshape(-1)
-    if not a.size:
-        return 0.0, 0.0
     with np.errstate(all="ignore"):
         apart = np.abs(a - b)
         apart[(a == b) | (np.isnan(a) & np.isnan(b))] = 0

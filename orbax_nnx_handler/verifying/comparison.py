@@ -27,7 +27,7 @@ from orbax_nnx_handler.planning.suggesting.suggestion import changed
 from orbax_nnx_handler.planning.target import Target
 from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
-from orbax_nnx_handler.storage.restoring import carry_out, locate_stored
+from orbax_nnx_handler.storage.restoring import carry_out, held_if_small, locate_stored
 from orbax_nnx_handler.storage.stores.kvstore import files_at
 from orbax_nnx_handler.storage.stores.locations import as_path
 from orbax_nnx_handler.verifying import (
@@ -152,7 +152,7 @@ def verify(
             rules = (*renames, *proposed.answered([0] * len(proposed.questions)))
             behind = dataclasses.replace(options, renames=rules)
             other, parts = decide(checkpoint, target, on_one_device(target), behind, check=True)
-            again = run_both(checkpoint, other, parts, programs, init, runs.linen)
+            again = run_both(runs.runner.checkpoint, other, parts, programs, init, runs.linen)
             if compared(again, other, tolerance).equal:
                 return proved_otherwise(found, wrong, plan, other)
     return found
@@ -404,6 +404,7 @@ def run_both(
         VerificationError: One of the programs fails, or their outputs cannot be compared.
         UnreadableLeafError: Stored bytes are absent or damaged.
     """
+    checkpoint = held_if_small(checkpoint, plan)
     if earlier is not None and (earlier.weights.places, earlier.weights.location) == locate_stored(plan):
         linen = earlier
     else:

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -388,41 +389,38 @@ def run_nnx(
     def recorded(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            path = None
-            if (
-                not recorder.running or recorder.running[-1][0] is not self
-            ):  # `super().__call__` is no other call.
-                path = path_of(self)
+            is_other = not recorder.running or recorder.running[-1][0] is not self
+            path = path_of(self) if is_other else None  # `super().__call__` is no other call.
             if path is None:
                 return original(self, *args, **kwargs)
             return recorder.call(self, path, functools.partial(original, self), args, kwargs)
 
         return call
 
-    _mark(model, ())
+    marked = _mark(model, ())
     try:
         with _replaced_calls(recorded), exact():
             result = function(model, *args)
             recorder.program(function, args, result)
         return result, recorder.calls(), recorder.is_model_used
     finally:
-        for module in (model, *others):
-            _unmark(module)
+        for module in itertools.chain(marked, *map(_marked, others)):
+            delattr(module, _PATH)
 
 
-def _modules(model: Any) -> Iterator[tuple[Path, Any]]:
-    return ((path, node) for path, node in nnx.iter_graph(model) if isinstance(node, nnx.Module))
-
-
-def _mark(model: Any, above: Path) -> None:
-    for path, module in list(_modules(model)):
+def _mark(model: Any, above: Path) -> Iterator[Any]:
+    """Says in each module where it lies; returns those that say so still when they are asked for."""
+    modules = [(path, node) for path, node in nnx.iter_graph(model) if isinstance(node, nnx.Module)]
+    for path, module in modules:
         with contextlib.suppress(AttributeError, TypeError, ValueError):  # A frozen class: it stays without.
             setattr(module, _PATH, (*above, *path))
+    return (module for _, module in modules if hasattr(module, _PATH))
 
 
-def _unmark(model: Any) -> None:
-    for module in [module for _, module in _modules(model) if hasattr(module, _PATH)]:
-        delattr(module, _PATH)
+def _marked(model: Any) -> list[Any]:
+    return [
+        node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.Module) and hasattr(node, _PATH)
+    ]
 
 
 @contextlib.contextmanager

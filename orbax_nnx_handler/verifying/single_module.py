@@ -373,12 +373,15 @@ class ModuleRunner:
             return None
         return shape_of(self.recipes[leaf], self.shapes)[self.axes[leaf]]
 
-    def value(self, recipe: Recipe | Array) -> jax.Array:
-        """Returns what a recipe gives, in float32; of an array, itself."""
-        if isinstance(recipe, np.ndarray):
-            return jax.device_put(recipe, one_device())
-        self._read([recipe])
-        return jax.device_put(evaluate(recipe, self.values, np.float32), one_device())
+    def value(self, recipe: Recipe) -> jax.Array:
+        """Returns what a recipe gives, in float32."""
+        return self._placed([recipe])[0]
+
+    def _placed(self, made: Sequence[Recipe | Array]) -> list[jax.Array]:
+        """Returns what recipes give, in float32, all put in place together; of an array, itself."""
+        self._read(each for each in made if not isinstance(each, np.ndarray))
+        arrays = (x if isinstance(x, np.ndarray) else evaluate(x, self.values, np.float32) for x in made)
+        return jax.device_put([*arrays], one_device())
 
     def _read(self, recipes: Iterable[Recipe]) -> None:
         if missing := [path for recipe in recipes for path in reads(recipe) if path not in self.values]:
@@ -409,18 +412,15 @@ class ModuleRunner:
         Raises:
             Reached: The module at which to end was called.
         """
-        self._read(each for each in changed.values() if not isinstance(each, np.ndarray))
-        made = self._module(module, layer, {leaf: self.value(recipe) for leaf, recipe in changed.items()})
+        made = self._module(module, layer, dict(zip(changed, self._placed([*changed.values()]), strict=True)))
         # As the model's own: what both programs compiled is not compiled again.
         held = jax.device_put([*inputs], one_device())
 
         def put_back(leaf: Any) -> Any:
             return held[leaf.number] if isinstance(leaf, Held) else leaf
 
-        args, kwargs = cast(
-            "tuple[Any, Any]",
-            jax.tree.map(put_back, call.arguments, is_leaf=lambda leaf: isinstance(leaf, Held | nnx.Pytree)),
-        )
+        is_leaf: Callable[[Any], bool] = lambda leaf: isinstance(leaf, Held | nnx.Pytree)  # noqa: E731
+        args, kwargs = jax.tree.map(put_back, call.arguments, is_leaf=is_leaf)
         ending = _ending_at(_at(made, until[0]), until[1]) if until else contextlib.nullcontext()
         with ending, jax.disable_jit(), jax.default_matmul_precision("highest"):
             result = made(*args, **kwargs) if call.function is None else call.function(made, *args)

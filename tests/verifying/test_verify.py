@@ -15,6 +15,8 @@ from flax import nnx
 
 from orbax_nnx_handler import Fuse, Transpose, Verification, VerificationError, suggest, verify
 from orbax_nnx_handler.planning.core.paths import render
+from orbax_nnx_handler.storage.reading import fetch, read
+from orbax_nnx_handler.verifying import are_the_same
 from tests.verifying.twins import BILSTM, GPT, LLAMA, TRANSLATOR, TWINS, VIT, LinenEncoderBlock, Twin
 
 Save = Callable[[Twin], pathlib.Path]
@@ -519,3 +521,50 @@ def test_a_program_that_uses_the_restored_model_in_any_way_is_compared(tmp_path:
     }
 
     assert gated(tmp_path, nnx_apply=styles[style], renames=()).equal
+
+
+def test_of_a_small_checkpoint_each_leaf_is_read_once_for_both_programs_and_what_is_tried(
+    saved: Save, monkeypatch: pytest.MonkeyPatch
+):
+    stored, original = list[Any](), fetch.fill_targets
+
+    def counted(checkpoint: Any, targets: Any, *others: Any) -> None:
+        stored.extend(path for path in targets if path not in (checkpoint.values or {}))
+        original(checkpoint, targets, *others)
+
+    for module in (fetch, read):
+        monkeypatch.setattr(module, "fill_targets", counted)
+    rules = GPT.wrong["the biases of two norms exchanged"]
+    found = verify(saved(GPT), nnx.eval_shape(GPT.make), GPT.linen.apply, GPT.run, GPT.inputs, renames=rules)
+
+    assert found.first is not None
+    assert found.first.proved
+    assert stored
+    assert len(stored) == len({*stored})
+
+
+def test_the_modules_of_a_model_are_looked_for_once_and_keep_no_mark(
+    saved: Save, monkeypatch: pytest.MonkeyPatch
+):
+    seen, models, original = list[Any](), list[Any](), nnx.iter_graph
+    target = nnx.eval_shape(GPT.make)
+    monkeypatch.setattr(nnx, "iter_graph", lambda node: seen.append(node) or original(node))
+
+    def run(model: Any, *inputs: Any) -> Any:
+        models.append(model)
+        return GPT.run(model, *inputs)
+
+    found = verify(saved(GPT), target, GPT.linen.apply, run, GPT.inputs, renames=GPT.rules)
+
+    assert found.equal
+    assert len([node for node in seen if node is models[0]]) == 1
+    assert not [node for _, node in original(models[0]) if hasattr(node, "path_in_target")]
+
+
+def test_of_arrays_in_one_place_those_are_the_same_that_are_read_alike():
+    array = jnp.arange(6.0).reshape(2, 3)
+    one, other = np.asarray(array), np.asarray(array)
+    assert are_the_same([one], [other])
+    assert are_the_same([one], [one[:]])
+    assert not are_the_same([one], [one[::-1]])
+    assert not are_the_same([one], [one[:1]])

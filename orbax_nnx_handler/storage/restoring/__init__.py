@@ -6,6 +6,7 @@ What a plan reads is also put together as the Linen program wrote it.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, cast
@@ -17,6 +18,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from orbax_nnx_handler.orbax_interfaces import v0 as ocp
+from orbax_nnx_handler.planning.core.dtypes import is_key
 from orbax_nnx_handler.planning.core.errors import (
     DtypeMismatchError,
     Hint,
@@ -364,6 +366,30 @@ def _unboxed(path: Path, children: Mapping[Path, set[Any]]) -> Path:
     """Takes the level away that a partitioned box adds: `kernel/value`."""
     boxed = len(path) > 1 and path[-1] == "value" and children[path[:-1]] == {"value"}
     return path[:-1] if boxed else path
+
+
+def held_if_small(checkpoint: Checkpoint, plan: RestorePlan) -> Checkpoint:
+    """Returns a checkpoint with what the Linen variables are made of in memory, where that is little.
+
+    Both programs' weights are made of it, and what is tried in a search for a mistake.
+
+    Raises:
+        UnreadableLeafError: Stored bytes are absent or damaged.
+    """
+    arrays, values = checkpoint.arrays, checkpoint.values or {}
+    stored = [path for path in locate_stored(plan)[0] if path in arrays and path not in values]
+    stored = [path for path in stored if not is_key(checkpoint.leaves[path].dtype)]
+    nbytes = sum(
+        math.prod(arrays[path].encoding.shape) * arrays[path].encoding.dtype.itemsize for path in stored
+    )
+    if not 0 < nbytes <= _LITTLE:
+        return checkpoint
+    return dataclasses.replace(
+        checkpoint, values={**values, **agree(lambda: read_values(checkpoint, stored))}
+    )
+
+
+_LITTLE = 2**28
 
 
 def restore_linen(

@@ -197,7 +197,7 @@ def of_other_roles(links: Iterable[Link]) -> Iterator[Sequence[Link]]:
             else:
                 is_alone = len(pairs) > 1 and all(agree[x] for x in pairs if x != pair)
                 is_other = _are_of_other_roles(*names, is_alone=is_alone)
-            held = {x: some for x, some in parts.items() if is_other and _lies_in(x, pair)}
+            held = {x: parts[x] for x in (parts if is_other else ()) if _lies_in(x, pair)}
             modules = [x for x, some in held.items() if x[0] != some[0].target.names]  # No bare parameters.
             if len(modules) > 1 and not _are_images(parts, held, names):
                 every = {id(link): link for some in held.values() for link in some if not link.copied}

@@ -13,13 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import levels, shared_levels
-from orbax_nnx_handler.planning.likeness import (
-    called_alike,
-    lists_around,
-    purposes,
-    share_word,
-    with_sources,
-)
+from orbax_nnx_handler.planning.layouts.layout import FOLLOWERS
+from orbax_nnx_handler.planning.likeness import called_alike, lists_around, purposes, share_word, with_sources
 from orbax_nnx_handler.planning.likeness.links import Link
 from orbax_nnx_handler.planning.likeness.module_parts import ModulePart, part_of
 from orbax_nnx_handler.planning.likeness.vocabulary import (
@@ -174,7 +169,7 @@ _NETWORKS = concepts(
 _BUILDS = "mlp cnn conv rnn lstm gru resnet res unet vit former gan bert gpt llama clip train default"
 _PLAIN = "in norm token trunk decode encode pretrained frozen"
 _NO_ROLE = _NETWORKS | concepts((*_BUILDS.split(), *_PLAIN.split(), *SINGLE, *PARAMETER))
-_ARCHITECTURE = re.compile(r"\w{3,}(?:net|former|gan)|\w*bert\w*|pre(?:layer)?norm|stages?")
+_ARCHITECTURE = re.compile(r"\w{3,}(?:net|former|gan)|\w*bert\w*|\w*fpn|pre(?:layer)?norm|stages?")
 _IMAGES = frozenset(("image", "images", "img", "vision", "visual"))
 _ALIKE = 0.9  # Where a word is the other one, or short for it.
 
@@ -246,7 +241,7 @@ def _roles(names: Names) -> str:
     is_encoder = not {"enc", "dec"}.isdisjoint(said)  # Of queries, where it is called by a letter.
     said = [x for x in said if x not in ("q", "v")] if is_encoder else said
     said += [] if is_encoder else [x for word in words("_".join(names)) if (x := _FUNCTIONS.get(word))]
-    said = ["critic" if word in ("q", "v") else "box" if word in _BOXES else word for word in said]
+    said = [_SAME.get(word, word) for word in said]
     return "_".join(word for word in said if len(word) > 1 and word not in _NO_ROLE)
 
 
@@ -254,13 +249,15 @@ _FUNCTIONS = {letter + end: f"{letter}_critic" for letter in "qv" for end in (""
 """A function of states is none of actions, as `value` and `critic` may be either."""
 
 
-_BOXES = frozenset(("box", "bbox", "boxes", "regression"))
+_SPELLINGS = {"critic": ("q", "v"), "box": ("bbox", "boxes", "regression"), "tgt": FOLLOWERS}
+_SAME = {spelling: word for word, spellings in _SPELLINGS.items() for spelling in spellings}
 
 
 def _agree(one: Names, other: Names) -> bool:
     """Tells whether two networks are called after the same thing, or mean the same."""
     is_alike = called_alike(_roles(one), _roles(other)) > _ALIKE and not _are_opposites(one, other)
-    return is_alike or concepts(one) == concepts(other)
+    plain = (concepts(words("_".join(x))) for x in (one, other))
+    return is_alike or concepts(one) == concepts(other) or len({*plain}) == 1
 
 
 def _are_opposites(one: Names, other: Names) -> bool:

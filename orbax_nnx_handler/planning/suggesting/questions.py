@@ -187,8 +187,10 @@ def _called(leaves: Iterable[Leaf], held: Mapping[Names, int]) -> _Called:
     """
     every = list(leaves)
     asked = Counter(map(part_of, every))
-    sources = Counter(names for names, _ in {(leaf.names, leaf.source) for leaf in every})
-    twice = {part_of(leaf) for leaf in every if sources[leaf.names] > 1}
+    sources: dict[Names, set[Path]] = {}
+    for leaf in every:
+        sources.setdefault(leaf.names, set()).add(leaf.source)
+    twice = {part_of(leaf) for leaf in every if len(sources[leaf.names]) > 1}
 
     def called(leaf: Leaf) -> Names:
         part = part_of(leaf)
@@ -276,18 +278,15 @@ def _module_pairs(reading: Iterable[Link]) -> _ModulePairs:
 
 
 def as_questions(found: Findings, odd: Mapping[Path, Link]) -> Findings:
-    """Returns what is known with some links as questions: those of one part, by all its numbers, as one."""
+    """Returns what is known with some links as questions, those of one part as one."""
     kept = [link for link in found.links if link.target.source not in odd]
-    asked: dict[object, dict[tuple[Names, Names], list[Link]]] = defaultdict(lambda: defaultdict(list))
-    known = {(tie.wanted, tie.stored) for tie in found.ties}
+    asked: dict[tuple[Names, Names], list[Link]] = defaultdict(list)
     for link in (x for x in odd.values() if x.layers is None):  # One layer of a stack is no answer.
-        one, other = map("/".join, ends := (part_of(link.target), part_of(link.source)))
-        if (ends[:1], ends[1:]) not in known:
-            alike = re.sub(r"\d+", "", f"{one} {other}") if counts_of(one) == counts_of(other) else ends
-            asked[alike][ends].append(link)
-    ends = ((*map(tuple, zip(*x, strict=True)), (*itertools.chain(*x.values()),)) for x in asked.values())
-    made = (Tie(wanted=ours, stored=theirs, readings=(links,)) for ours, theirs, links in ends)
-    return dataclasses.replace(found, links=kept, ties=[*found.ties, *made])
+        asked[part_of(link.target), part_of(link.source)].append(link)
+    known = {(tie.wanted, tie.stored) for tie in found.ties}
+    made = (Tie(wanted=key[:1], stored=key[1:], readings=(tuple(some),)) for key, some in asked.items())
+    ties = [*found.ties, *(tie for tie in made if (tie.wanted, tie.stored) not in known)]
+    return dataclasses.replace(found, links=kept, ties=ties)
 
 
 def of_one_tower(found: Findings, stored: Sequence[Leaf]) -> Sequence[Leaf]:
@@ -352,7 +351,8 @@ def _told_by_words(tie: Tie, told: Mapping[str, str]) -> Sequence[Link]:
             near[one].add(other)
     for one, others in ((one, others) for one, others in near.items() if len(others) > 1):
         near[one] = {other for other in others if counts_of("/".join(other)) == counts_of("/".join(one))}
-    fitting = [x for x, each in zip(tie.readings, ends, strict=True) if all(near[a] == {b} for a, b in each)]
+    both = zip(tie.readings, ends, strict=True)
+    fitting = [x for x, each in both if all(near[one] == {other} for one, other in each)]
     return fitting[0] if len(fitting) == 1 < min(len(ends), len({*marks.values()})) else ()
 
 

@@ -403,23 +403,3 @@ def test_the_first_answer_takes_the_source_for_the_encoders_and_the_target_for_t
     values = restored(leaves, shapes, question.alternatives[0])
     for aim, path in made.items():
         np.testing.assert_array_equal(values[f"{aim}/embedding"], leaves[f"{path}/embedding"])
-
-
-def test_what_is_asked_of_a_part_is_asked_once_for_all_its_numbers():
-    layers = range(3)
-    both = {f"{layer}/{x}/kernel": (4, 4 + at) for layer in layers for at, x in enumerate(("fc1", "fc2"))}
-    stored = filled({f"block_{path}": shape for path, shape in both.items()})
-    stored |= filled({f"block_{layer}/scale{at}": (4,) for layer in layers for at in (1, 2)})
-    wanted = {f"blocks/{path}": shape for path, shape in both.items()}
-    wanted |= {f"blocks/{layer}/gamma_{at}": (4,) for layer in layers for at in (1, 2)}
-
-    found = suggest(variables_of(stored), abstract(wanted))
-
-    (question,) = found.questions
-    assert len(question.choices) == 1
-    assert len(question.wanted) == len(question.stored) == 6
-    values = restored(stored, wanted, found.answered([0]))
-    for layer, at in itertools.product(layers, (1, 2)):
-        np.testing.assert_array_equal(
-            values[f"blocks/{layer}/gamma_{at}"], stored[f"block_{layer}/scale{at}"]
-        )

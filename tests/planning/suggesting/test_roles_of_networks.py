@@ -188,3 +188,20 @@ def test_an_encoder_of_references_follows_none(wanted):
 
     assert found.questions == ()
     check(values, dict(zip(target, tree.values(), strict=True)))
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        [("query_encoder", "encoder_q"), ("key_encoder", "encoder_k")],
+        [("online_network", "student"), ("target_network", "teacher")],
+        [("online_net", "online_model"), ("slow_net", "target_model")],
+    ],
+)
+def test_networks_called_after_the_same_things_in_other_words_are_not_asked_about(pairs):
+    tree, target = sides(*pairs)
+
+    found, values = proposed(tree, target)
+
+    assert found.questions == ()
+    check(values, dict(zip(target, tree.values(), strict=True)))

@@ -369,10 +369,10 @@ def _readings(pair: _Lists, layers: _Layers, told: _Told) -> list[list[Link]]:
     on_way = {x for x in told if ways & _ways(x)}  # Down or up a U-Net.
     if (on_way and on_way <= forwards) or any(not {*x}.isdisjoint(_around(layers)) for x in forwards):
         return []
-    back = {straight[::-1]} if _are_sizes(pair[1], _sides(layers)) else set[_Order]()
-    others = (back | _like(pair, layers, told)) - {straight}
-    is_open = bool(others) and _order_of(layers) not in others
-    orders = (*sorted(others), straight) if is_open else ()
+    said = {concepts(x) & {"up", "dec"} for x in pair}  # Levels from either end, and steps upwards.
+    may_turn = _are_sizes(pair[1], _sides(layers)) or (len(said) > 1 and all(said))
+    others = sorted({*_like(pair, layers, told), *[straight[::-1]] * may_turn} - {straight})
+    orders = (*others, straight) if others and _order_of(layers) not in others else ()
     readings = [with_sources(_exchanged(layers, order)) for order in orders]
     return readings if all(readings) else []
 

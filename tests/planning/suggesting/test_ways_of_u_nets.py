@@ -92,3 +92,42 @@ def test_what_enlarges_each_level_of_one_width_is_asked_about_with_its_level(sto
     are_right = [all(np.array_equal(one[aim], tree[path]) for aim, path in made.items()) for one in orders]
     assert sum(are_right) == 1
     assert are_right[0] or not is_known
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize(("one", "other"), [("", ""), ("/conv", "/conv")])
+@pytest.mark.parametrize("down", [("down_{}", "enc{}"), ("down_blocks_{}", "encoder_level{}")])
+@pytest.mark.parametrize("up", [("up_{}", "dec{}"), ("up_blocks_{}", "decoder_level{}")])
+def test_levels_of_one_width_may_count_from_either_end_where_one_side_counts_steps_upwards(
+    up, down, one, other, first
+):
+    shapes = {"kernel": (3, 16, 8), "bias": (8,)}
+    both = {
+        way: {
+            f"{names[1].format(at + first)}{other}/{leaf}": f"{names[0].format(at)}{one}/{leaf}"
+            for at in range(3)
+            for leaf in shapes
+        }
+        for way, names in {"down": down, "up": up}.items()
+    }
+    pairs = both["down"] | both["up"]
+    narrow = {path: (3, 8, 8) for path in both["down"] if path.endswith("kernel")}
+    wanted = {path: narrow.get(path, shapes[path.split("/")[-1]]) for path in pairs}
+    stored = filled({source: wanted[path] for path, source in pairs.items()})
+
+    found, values = proposed(stored, wanted)
+
+    check(values, {path: stored[source] for path, source in both["down"].items()})
+    (question,) = found.questions
+    assert len(question.choices) == 2
+
+
+def test_levels_that_their_widths_tell_count_from_the_end_that_these_tell():
+    widths = (4, 8, 16)
+    stored = filled({f"up_{at}/conv/kernel": (3, 3, width, 5) for at, width in enumerate(widths[::-1])})
+    wanted = {f"dec{at + 1}/conv/kernel": (3, 3, width, 5) for at, width in enumerate(widths)}
+
+    found, values = proposed(stored, wanted)
+
+    assert found.questions == ()
+    check(values, {f"dec{3 - at}/conv/kernel": stored[f"up_{at}/conv/kernel"] for at in range(3)})

@@ -411,8 +411,7 @@ def by_level(links: Sequence[Link]) -> tuple[list[Link], list[list[list[Link]]]]
     groups: dict[tuple[str, str], list[_Level]] = defaultdict(list)
     for link in links:
         one, other = (_way_up("/".join(leaf.names).lower()) for leaf in (link.target, link.source))
-        is_known = one and other and (one.re is not other.re or one.re is _UP)  # Not of two decoders.
-        if one and other and is_known and link.layers is None and link.joint is None:
+        if one and other and link.layers is None and link.joint is None:
             groups[one[1], other[1]].append((link, one, other))
     made, several = {id(link): [link] for link in links}, list[list[list[Link]]]()
     for group in groups.values():
@@ -421,6 +420,9 @@ def by_level(links: Sequence[Link]) -> tuple[list[Link], list[list[list[Link]]]]
         sides = zip(*(ends for _, *ends in group), strict=True)
         # Of one name, levels that count from 1 may count from the other end.
         names = {(each[0][2].replace("_", ""), min(int(x[3]) for x in each)) for each in sides}
+        # Of two decoders, those that count from other numbers, and not what lies in them.
+        is_one = group[0][1].re is group[0][2].re is not _UP
+        is_told &= not is_one or (len({at for _, at in names}) > 1 and not any("/" in x for x, _ in names))
         steps = (-1, 1) if len({name == "upblocks" for name, _ in names}) > 1 else (1, -1)
         found = [reading for step in steps if is_told and (reading := _read(group, step))]
         is_told = len(found) == 1 or len(names) == 1

@@ -131,3 +131,29 @@ def test_levels_that_their_widths_tell_count_from_the_end_that_these_tell():
 
     assert found.questions == ()
     check(values, {f"dec{3 - at}/conv/kernel": stored[f"up_{at}/conv/kernel"] for at in range(3)})
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted", "is_told"),
+    [
+        ("dec_{}", "decoder{}/transp_conv", False),
+        ("decoder_{}/up", "dec{}/up", False),
+        ("dec{}/up", "decoder/{}/up", True),
+    ],
+)
+def test_decoders_of_an_image_may_count_from_either_end_but_from_one_number(stored, wanted, is_told):
+    """MONAI calls the finest level `decoder1`, where a program in Linen counts as it computes them."""
+    names = {f"{stored.format(at)}/kernel": f"{wanted.format(at + 1 - is_told)}/kernel" for at in range(3)}
+    tree = filled(dict.fromkeys(names, (3, 3, 8, 8)))
+    shapes = dict.fromkeys(names.values(), (3, 3, 8, 8))
+
+    found, values = proposed(tree, shapes)
+
+    if is_told:
+        check(values, {path: tree[source] for source, path in names.items()})
+    else:
+        (question,) = found.questions
+        assert len(question.choices) == 2
+        turned = dict(zip(names, [*names.values()][::-1], strict=True))
+        orders = [restored(tree, shapes, rules) for rules in question.alternatives]
+        assert any(all(np.array_equal(x[aim], tree[path]) for path, aim in turned.items()) for x in orders)

@@ -250,7 +250,7 @@ def coincidences(
     norms = [companions(_not_counted(side)) for side in sides]
     odd += (*unlike_names(links, parts, sides[0], norms), *_without_norms(plain, norms))
     odd += (*_half_used(links, plain, left, missing), *_passing_over(plain, left, missing))
-    odd += _of_another_role(plain, left)
+    odd += (*_of_another_role(plain, left), *_unlike_as_a_whole(plain, sides))
     pairs = {(part_of(link.target), part_of(link.source)): link for link in plain}
     every = ([part.names for part in side] for side in sides)
     others = of_other_lists(pairs, *every)
@@ -347,6 +347,31 @@ def _of_another_role(links: Iterable[Link], left: Iterable[Names]) -> Iterator[L
         usual = max(role, key=lambda source: len(role[source]))
         if usual in free:
             yield from itertools.chain(*(some for source, some in role.items() if source != usual))
+
+
+def _unlike_as_a_whole(links: Iterable[Link], sides: Sequence[Sequence[ModulePart]]) -> Iterator[Link]:
+    """Yields links of modules that cannot be each other's as a whole, while others can be either's.
+
+    As many parts of other sizes: what the names of both say is not so, or they are torn.
+    """
+    held = [defaultdict[Names, list[int]](list) for _ in sides]
+    for modules, parts in zip(held, sides, strict=True):
+        for part in parts:
+            for at in range(1, len(part.names)):
+                modules[part.names[:at]].append(part.main_size)
+    sizes = [{names: tuple(sorted(each)) for names, each in side.items()} for side in held]
+    every = [frozenset(side.values()) for side in sizes]
+    for link in links:
+        one, other = part_of(link.target), part_of(link.source)
+        ours, theirs = (
+            [side.get(names[:at], ()) for at in range(1, len(names))]
+            for side, names in zip(sizes, (one, other), strict=True)
+        )
+        if any(
+            x != y and len(x) == len(y) > 1 and x in every[1] and y in every[0]
+            for x, y in itertools.product(ours, theirs)
+        ):
+            yield link
 
 
 def _from_elsewhere(links: Sequence[Link], left: Iterable[Names]) -> Mapping[Path, Link]:

@@ -188,3 +188,27 @@ def test_two_modules_are_not_torn_into_the_same_two(names):
     }
     check(values, {path: x for path, x in right.items() if path in values})
     assert found.confidence != "certain"
+
+
+@pytest.mark.parametrize(
+    ("names", "parts"),
+    [
+        ({"a": "b_net", "b": "a_net"}, {"Dense_0": "fc1", "Dense_1": "fc2", "LayerNorm_0": "ln"}),
+        ({"left": "right_view", "right": "left_view"}, {"mlp/Dense_0": "0", "mlp/Dense_1": "2", "norm": "3"}),
+    ],
+)
+def test_nothing_of_a_module_is_settled_by_names_where_its_first_layer_tells_that_it_is_the_other_one(
+    names, parts
+):
+    """Of all others the shapes are equal: only the first one tells, and says the opposite of the names."""
+    shapes, made = {}, {}
+    for wide, (path, aim) in enumerate(names.items()):
+        for at, (part, called) in enumerate(parts.items()):
+            leaf, shape = ("kernel", (16, 16)) if "Dense" in part else ("scale", (16,))
+            shapes[f"{aim}/{called}/{leaf}"] = (16 + 2 * wide, 16) if at == 0 else shape
+            made[f"{aim}/{called}/{leaf}"] = f"{path}/{part}/{leaf}"
+    stored = filled({made[aim]: shape for aim, shape in shapes.items()})
+
+    _, values = proposed(stored, shapes)
+
+    check(values, {aim: stored[made[aim]] for aim in values})

@@ -359,18 +359,19 @@ def _unlike_as_a_whole(links: Iterable[Link], sides: Sequence[Sequence[ModulePar
         for part in parts:
             for at in range(1, len(part.names)):
                 modules[part.names[:at]].append(part.main_size)
-    sizes = [{names: tuple(sorted(each)) for names, each in side.items()} for side in held]
-    every = [frozenset(side.values()) for side in sizes]
+    kinds = dict[tuple[int, ...], int]()  # Numbered, since no tuple keeps its hash.
+    alike = [
+        {names: (len(x), kinds.setdefault(tuple(sorted(x)), len(kinds))) for names, x in side.items()}
+        for side in held
+    ]
+    every = [frozenset(side.values()) for side in alike]
     for link in links:
-        one, other = part_of(link.target), part_of(link.source)
         ours, theirs = (
-            [side.get(names[:at], ()) for at in range(1, len(names))]
-            for side, names in zip(sizes, (one, other), strict=True)
+            {side.get(names[:at], (0, 0)) for at in range(1, len(names))}
+            for side, names in zip(alike, (part_of(link.target), part_of(link.source)), strict=True)
         )
-        if any(
-            x != y and len(x) == len(y) > 1 and x in every[1] and y in every[0]
-            for x, y in itertools.product(ours, theirs)
-        ):
+        pairs = itertools.product(ours & every[1], theirs & every[0])
+        if any(x != y and x[0] == y[0] > 1 for x, y in pairs):
             yield link
 
 

@@ -197,14 +197,15 @@ def called_otherwise(parts: LinksByParts) -> Iterator[Link]:
             odd[one, other].append(pair)
     networks = _networks_called_otherwise(parts, odd)
     odd.update(networks)
-    beside = _beside({(one[:-1], other[:-1]) for one, other in odd}, parts)
+    inside = _inside({*odd} | {(one[:-1], other[:-1]) for one, other in odd}, parts)
     images = {pair for pair, some in parts.items() if any(len(link.source.shape) == 4 for link in some)}
     renamed = Counter({tuple(map(plain_names, pair)): _renamed(*pair) for pair in odd}.values())
     for (one, other), held in odd.items():
-        every = beside[one[:-1], other[:-1]]
+        at, to = len(one) - 1, len(other) - 1
+        every = {(x[at], y[to]) for x, y in inside[one[:-1], other[:-1]]}
         names = [x for x in every if x[0] != one[-1] and x[1] != other[-1]]
         is_alone = bool(names) and _are_called_alike(*zip(*names, (one[-1], other[-1]), strict=True))
-        is_told = renamed[_renamed(one, other)] > 1 or _hold_own(one, other, held, parts)
+        is_told = renamed[_renamed(one, other)] > 1 or _hold_own(one, other, inside[one, other], parts)
         has_form = _has_form(one[-1], other[-1])
         is_told |= images == {*held} and not (has_form and _LOOKS.isdisjoint(concepts(one) & concepts(other)))
         if (one, other) in networks:
@@ -243,15 +244,15 @@ def _differing(one: Names, other: Names) -> tuple[Names, Names]:
     return one[: len(one) - same], other[: len(other) - same]
 
 
-def _beside(
+def _inside(
     modules: Set[tuple[Names, Names]], parts: LinksByParts
-) -> Mapping[tuple[Names, Names], Set[tuple[str, str]]]:
-    """Returns what the parts in some modules are called on both sides."""
-    found = defaultdict[tuple[Names, Names], set[tuple[str, str]]](set)
+) -> Mapping[tuple[Names, Names], Sequence[tuple[Names, Names]]]:
+    """Returns the parts that lie in some modules on both sides."""
+    found = defaultdict[tuple[Names, Names], list[tuple[Names, Names]]](list)
     depths = {(len(one), len(other)) for one, other in modules}
     for (one, other), (at, to) in itertools.product(parts, depths):
         if at < len(one) and to < len(other) and (both := (one[:at], other[:to])) in modules:
-            found[both].add((one[at], other[to]))
+            found[both].append((one, other))
     return found
 
 

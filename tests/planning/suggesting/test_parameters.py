@@ -131,3 +131,22 @@ def test_biases_of_relative_positions_may_have_heads_first_or_last_under_any_nam
     _, values = proposed(stored, {path: x.shape for path, x in expected.items()})
 
     check(values, expected)
+
+
+def test_what_alone_keeps_its_name_in_a_renamed_module_goes_where_all_beside_it_goes():
+    """Only `D` is called the same on both sides: all else in `seq` says too that this is `lru`."""
+    shapes = {"nu_log": (6,), "theta_log": (6,), "B_re": (6, 8), "B_im": (6, 8), "D": (8,)}
+    called = {"nu_log": "log_nu", "theta_log": "log_theta", "B_re": "B_real", "B_im": "B_imag", "D": "D"}
+    stored, made = {}, {}
+    for at in range(2):
+        stored |= {f"layers_{at}/seq/{name}": shape for name, shape in shapes.items()}
+        made |= {f"blocks/{at}/lru/{called[name]}": f"layers_{at}/seq/{name}" for name in shapes}
+        norms = {f"{block}/norm/{name}": (8,) for block in (f"layers_{at}",) for name in ("scale", "bias")}
+        stored |= norms
+        made |= {path.replace(f"layers_{at}", f"blocks/{at}"): path for path in norms}
+    tree = filled(stored)
+
+    found, values = proposed(tree, {path: stored[source] for path, source in made.items()})
+
+    assert not found.unmatched_wanted
+    check(values, {path: tree[source] for path, source in made.items()})

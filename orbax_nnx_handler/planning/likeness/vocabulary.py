@@ -89,6 +89,7 @@ _SPELLINGS = {
     "pointwise": "pointwise pw",
     "pointwise project": "pwl project",
     "probe": "probe latent",
+    "box": "box boxes bbox bboxes",
     "passage": "passage ctx document doc",
     "actor": "actor policy action pi",
     "online": "online student",
@@ -116,7 +117,9 @@ _TOGETHER = (
     "negative slope: prelu, encoderdecoder: enc dec, prenorm: pre norm, postnorm: post norm, "
     "dwconv: depthwise conv, llm: text, key encoder: passage enc, encoder q: enc online, encoder k: enc tgt, "
     "qf: critic, transition: dynamics, context wq: cross attn q, context wk: cross attn k, proj m: tgt, "
-    "context wv: cross attn v, context wo: cross attn o, encoder m: enc tgt, dense norm: mlp norm"
+    "context wv: cross attn v, context wo: cross attn o, encoder m: enc tgt, dense norm: mlp norm, "
+    "sa q: self attn q, sa k: self attn k, sa v: self attn v, ca q: cross attn q, ca k: cross attn k, "
+    "ca v: cross attn v"
 )
 _PHRASES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     tuple(words.split()): tuple(said.split())
@@ -171,9 +174,10 @@ STRONG = frozenset(["q", "k", "v", "o", "up", "gate", "down"])  # Parts of atten
 _NOTHING: Concepts = frozenset()
 _KNOWN, _LONGEST = frozenset(word for x in _SPELLINGS for word in x.split()), max(map(len, _PHRASES))
 _MEANING = {x: tuple(said.split()) for said, spellings in _SPELLINGS.items() for x in spellings.split()}
+_PLURAL = re.compile(r"(?<=[nrt]ch|.sh|.ss|..x)es$|(?<=..[^s])s$")
 _WORD = re.compile(
     r"[A-Z](?=to[A-Z])|to(?=[A-Z])|\d+x\d+|\d+[a-rt-z](?![A-Za-z])|\d+|conv(?=[a-rt-z](?![a-z]))|[A-Z]+(?![a-z])"
-    r"|(?!(?<=\d)s(?![A-Za-z]))[A-Z]?[a-z]+"
+    r"|(?<![a-zA-Z])[qkv](?=(?:content|pos|norm|proj)(?![a-z]))|(?!(?<=\d)s(?![A-Za-z]))[A-Z]?[a-z]+"
 )
 _FROM_TO = re.compile(r"(?<![A-Za-z])([a-vA-V])2([A-Za-z])(?![A-Za-z])")  # `gen_a2b` is `G_AB`, `i2h` `ih`.
 
@@ -198,14 +202,10 @@ def meanings(name: str) -> tuple[str, ...]:
         if length:
             found += _PHRASES[left[:length]]
         elif not left[0][0].isdecimal():
-            one = left[0] if left[0] in _MEANING else _singular(left[0])
+            one = left[0] if left[0] in _MEANING else _PLURAL.sub("", left[0])
             found += _MEANING.get(one, (one,))
         left = left[max(length, 1) :]
     return tuple(dict.fromkeys(found))
-
-
-def _singular(word: str) -> str:
-    return re.sub(r"(?<=[nrt]ch|.sh|.ss|..x)es$|(?<=..[^s])s$", "", word)
 
 
 def concepts(names: Iterable[str]) -> Concepts:

@@ -85,8 +85,8 @@ class Question:
             into = f" for {wanted}" if wanted != stored else ""
             return f"{verb} {stored} transposed{into}? Shapes allow both."
         if len(self.choices) == 1:
-            why = why_unlike(self.wanted[0], self.stored[0])
-            return f"{verb} {stored} meant by {wanted}? Shapes allow it, {why}."
+            why, sides = why_unlike(self.wanted[0], self.stored[0]), map(_folded, self.parts)
+            return f"{verb} {' meant by '.join(map(', '.join, sides))}? Shapes allow it, {why}."
         if self.about == "how":
             return f"how {verb} {stored} made into {wanted}? Shapes allow several ways."
         if len(self.parts[1]) == 1 and len(self.parts[0]) > 1:

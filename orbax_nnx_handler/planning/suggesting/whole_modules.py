@@ -11,7 +11,7 @@ import operator
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 
-from orbax_nnx_handler.planning.core.folding import PLACE, numbered
+from orbax_nnx_handler.planning.core.folding import PLACE, numbered, plain_names
 from orbax_nnx_handler.planning.core.leaves import with_fields
 from orbax_nnx_handler.planning.core.paths import Path, is_index, levels, shared_levels
 from orbax_nnx_handler.planning.likeness import Owners, sizes_of
@@ -313,14 +313,26 @@ def _networks(names: Names) -> Sequence[Names]:
 
 
 def as_one(several: Iterable[Sequence[Sequence[Link]]]) -> list[Sequence[Sequence[Link]]]:
-    """Returns possible readings, those as one that say the same of blocks of one kind."""
+    """Returns possible readings, those as one that say the same of blocks of one kind.
+
+    Lone ones of the parts of a module, or of one part in several layers, are one.
+    """
     groups: dict[object, list[dict[object, Sequence[Link]]]] = defaultdict(list)
     for at, readings in enumerate(several):
         said, count = _said_by(readings), len(readings)
         is_told = len({*said}) == count > 1
         key, each = (frozenset(said), said) if is_told else (at, range(count))
+        key = _module_alone(readings[0]) or at if count == 1 else key
         groups[key].append(dict(zip(each, readings, strict=True)))
     return [[[link for x in group for link in x[each]] for each in group[0]] for group in groups.values()]
+
+
+def _module_alone(reading: Sequence[Link]) -> object:
+    """Returns the modules that a part alone and its source lie in; of parts of layers, and models, these."""
+    pairs = {(part_of(link.target), part_of(link.source)) for link in reading}
+    ends = next(iter(pairs)) if len(pairs) == 1 else ()
+    is_module = bool(ends) and all(x[:-1] and levels(x[:-1])[-1].number is None for x in ends)
+    return tuple((plain_names(x[:-1]), is_module or x[-1:]) for x in ends)
 
 
 def _said_by(readings: Sequence[Sequence[Link]]) -> list[object]:

@@ -573,3 +573,31 @@ def test_what_is_called_as_pytorchs_array_is_none_where_it_is_not_as_large_as_th
     )
 
     assert values == {}
+
+
+@pytest.mark.parametrize("joined", ["{}{}", "{}_{}"])
+def test_letters_of_an_attention_are_read_where_a_word_follows_them_at_once(joined):
+    """Conditional DETR: `sa_qcontent_proj` is of the self-attention, `ca_kpos_proj` of the cross one."""
+    parts = [*itertools.product("qk", ("content", "pos"))]
+    made = {
+        f"layers/{at}/{short}_{joined.format(letter, word)}_proj": f"layer_{at}/{said}_{letter}_{word}"
+        for at, (short, said), (letter, word) in itertools.product(
+            range(2), (("sa", "self"), ("ca", "cross")), parts
+        )
+    }
+    stored = filled({f"{path}/kernel": (8, 8) for path in made.values()})
+
+    found, values = proposed(stored, {f"{aim}/kernel": (8, 8) for aim in made})
+
+    assert not found.questions
+    check(values, {f"{aim}/kernel": stored[f"{path}/kernel"] for aim, path in made.items()})
+
+
+def test_a_tower_for_boxes_may_be_called_bbox():
+    names = {"class_tower": "cls_tower", "box_tower": "bbox_tower"}
+    made = {f"{aim}/{3 * at}": f"{path}/conv_{at}" for path, aim in names.items() for at in range(3)}
+    stored = filled({f"{path}/kernel": (3, 3, 8, 8) for path in made.values()})
+
+    _, values = proposed(stored, {f"{aim}/kernel": (3, 3, 8, 8) for aim in made})
+
+    check(values, {f"{aim}/kernel": stored[f"{path}/kernel"] for aim, path in made.items()})

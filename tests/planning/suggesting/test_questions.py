@@ -403,3 +403,23 @@ def test_the_first_answer_takes_the_source_for_the_encoders_and_the_target_for_t
     values = restored(leaves, shapes, question.alternatives[0])
     for aim, path in made.items():
         np.testing.assert_array_equal(values[f"{aim}/embedding"], leaves[f"{path}/embedding"])
+
+
+def test_what_may_be_meant_is_asked_once_for_all_layers_and_for_all_of_a_module():
+    layers = {f"layers_{at}/mlp/fc": f"blocks/{at}/mlp/fc" for at in range(3)}
+    beside = {f"layers_{at}/cost_norm": f"blocks/{at}/mood_norm" for at in range(3)}
+    tower = {f"ham_tower/{name}": f"egg_tower/{name}" for name in ("fc1", "fc2", "fc3")}
+    made = {**layers, **beside, **tower}
+    shapes = {path: (9 + len(path), 8) if "fc" in path else (8,) for path in made}
+    leaf = {path: f"{path}/{'kernel' if 'fc' in path else 'scale'}" for path in (*made, *made.values())}
+    stored = filled({leaf[path]: shape for path, shape in shapes.items()})
+    wanted = {leaf[aim]: shapes[path] for path, aim in made.items()}
+
+    found, _ = proposed(stored, wanted)
+
+    assert [str(question).split("?")[0] for question in found.questions] == [
+        "are layers_{0..2}/cost_norm meant by blocks/{0..2}/mood_norm",
+        "are ham_tower/fc{1..3} meant by egg_tower/fc{1..3}",
+    ]
+    answered = restored(stored, wanted, found.answered([0, 0]))
+    check(answered, {leaf[aim]: stored[leaf[path]] for path, aim in made.items()})

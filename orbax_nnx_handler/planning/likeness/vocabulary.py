@@ -17,7 +17,6 @@ _SPELLINGS = {
     "attn": "attention attn att mha xattention attentions",
     "attn self": "selfattention selfattn msa mhsa",
     "attn cross": "crossattention crossattn xattn encdecattention encoderattention",
-    "self": "self",
     "cross": "cross encdec",
     "mlp": "mlp mlps ffn ffns ff ffw ffwd feedforward mlpblock moe",
     "norm": "norm norms ln layernorm lnorm layrnorm rmsnorm rms batchnorm bn groupnorm gn normalization "
@@ -65,7 +64,8 @@ _SPELLINGS = {
     "logstd": "logstd logsigma logstds logsigmas",
     "real": "real re",
     "imag": "imag im imaginary",
-    "shortcut": "shortcut skip residual",
+    "shortcut": "shortcut skip",
+    "shortcut res": "residual res resid",
     "conv": "conv convolution convolutions conv1d conv2d",
     "conv deconv": "deconv convtranspose tconv upconv",
     "downsample": "downsampler downsamplers downsampling shrink",

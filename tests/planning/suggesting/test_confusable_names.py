@@ -881,3 +881,25 @@ def test_a_head_is_no_other_one_where_all_beside_it_have_one_name_behind_a_prefi
     _, values = proposed(stored, wanted)
 
     check(values, {f"{aim}/{x}": stored[f"{name}/{x}"] for name, aim in known.items() for x in DENSE})
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (("residual", "skip"), ("res", "skip_conn")),
+        (("h_res", "h_skip"), ("conv_res", "conv_skip")),
+        (("residual_out", "skip_out"), ("resid", "skip")),
+        (("residual/conv", "sub_0/conv", "sub_1/conv"), ("res/0", "mconv/0", "mconv/5")),
+    ],
+)
+def test_a_residual_may_be_called_res_and_is_not_what_skips(theirs, ours):
+    made = {
+        f"blocks/{at}/{aim}/kernel": f"blocks_{at}/{path}/kernel"
+        for at in range(2)
+        for path, aim in zip(theirs, ours, strict=True)
+    }
+    stored = filled(dict.fromkeys(made.values(), (1, 8, 8)))
+
+    _, values = proposed(stored, dict.fromkeys(made, (1, 8, 8)))
+
+    check(values, {aim: stored[path] for aim, path in made.items()})

@@ -97,10 +97,8 @@ def _lone_bias(one: NamedPart, other: NamedPart) -> tuple[Leaf, Leaf, tuple[Way,
     if len(one.part.leaves) > 1 or len(other.part.leaves) > 1:
         return None
     (left,), (right,) = one.part.leaves.values(), other.part.leaves.values()
-    if any(
-        "bias" in part.leaves and leaf.names[-1] in ("bias", "b")
-        for part, leaf in ((one.part, left), (other.part, right))
-    ):
+    both = (one.part, left), (other.part, right)
+    if any("bias" in part.leaves and leaf.names[-1] in ("bias", "b") for part, leaf in both):
         return None
     are_alike = left.shape == right.shape or (is_vector(left.shape) and is_vector(right.shape))
     found = _ways(left, right, one, other) if are_alike or (_is_table(one) and _is_table(other)) else ()
@@ -121,8 +119,9 @@ def may_be(fit: Fit, one: NamedPart, other: NamedPart) -> bool:
     both = _order(one), _order(other)
     if both[0] != both[1] and (sorted(both[0]) == sorted(both[1]) or "up" in (*both[0], *both[1])):
         return False  # In one array in another order, or, of a gate and what it gates, perhaps so.
-    plain = other if one.fused else one  # What says something else is no fused one.
-    if exclude(left, right) or (bool(one.fused) != bool(other.fused) and plain.part.own):
+    whole, plain = (one, other) if one.fused else (other, one)  # What says something else is no fused one.
+    own = plain.part.own - (whole.part.own - STRONG) - {"conv"}  # Shapes tell that.
+    if exclude(left, right) or (whole.fused and not plain.fused and own):
         return False
     # The norm of keys is none of a block, nor one of what an attention puts out.
     both = (one, other), (other, one)

@@ -37,7 +37,7 @@ _SPELLINGS = {
         " ".join(letters): (name := "".join(letters)) + f" w{name}"
         for count in (2, 3)
         for letters in itertools.permutations("qkv", count)
-        if count == 3 or "q" not in letters
+        if count == 3 or "q" not in letters or letters == ("q", "k")
     },
     "o": "o",
     "out": "out outp output outputs outgoing wo",

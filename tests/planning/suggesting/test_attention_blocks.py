@@ -601,3 +601,28 @@ def test_a_tower_for_boxes_may_be_called_bbox():
     _, values = proposed(stored, {f"{aim}/kernel": (3, 3, 8, 8) for aim in made})
 
     check(values, {f"{aim}/kernel": stored[f"{path}/kernel"] for aim, path in made.items()})
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "shape"),
+    [
+        ("qk", "query_key", (8, 8)),
+        ("query_key", "to_qk", (8, 16)),
+        ("dw", "qkv_dwconv", (3, 3, 1, 24)),
+        ("depthwise_conv", "qkv_dw", (3, 3, 1, 24)),
+    ],
+)
+def test_what_holds_queries_and_keys_on_both_sides_is_no_array_to_be_cut(theirs, ours, shape):
+    """Reformer shares its queries and keys; Restormer has a depthwise convolution behind its `qkv`."""
+    others, made = {"norm": (8,), "to_out": (8, 8)}, {}
+    for at in range(2):
+        made |= {f"layers/{at}/attn/{x}": f"block_{at}/attn/{x}" for x in others}
+        made[f"layers/{at}/attn/{ours}"] = f"block_{at}/attn/{theirs}"
+    shapes = {x: others.get(x.split("/")[-1], shape) for x in made}
+    leaf = {x: f"{x}/{'scale' if 'norm' in x else 'kernel'}" for x in (*made, *made.values())}
+    stored = filled({leaf[path]: shapes[aim] for aim, path in made.items()})
+
+    found, values = proposed(stored, {leaf[aim]: shape for aim, shape in shapes.items()})
+
+    assert not found.questions
+    check(values, {leaf[aim]: stored[leaf[path]] for aim, path in made.items()})

@@ -13,13 +13,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import levels, shared_levels
-from orbax_nnx_handler.planning.layouts.layout import FOLLOWERS
-from orbax_nnx_handler.planning.likeness import called_alike, lists_around, purposes, share_word, with_sources
+from orbax_nnx_handler.planning.layouts.layout import FOLLOWERS, says_copy
+from orbax_nnx_handler.planning.likeness import called_alike, lists_around, purposes, share_word
 from orbax_nnx_handler.planning.likeness.links import Link
 from orbax_nnx_handler.planning.likeness.module_parts import ModulePart, part_of
 from orbax_nnx_handler.planning.likeness.vocabulary import (
     PARAMETER,
     SINGLE,
+    STRONG,
     Names,
     concepts,
     counts_of,
@@ -299,6 +300,38 @@ def _are_images(parts: LinksByParts, held: Iterable[_ModulePair], names: _Module
     return is_said and 2 * len(images & {*held}) > len(images)
 
 
+# What a checkpoint calls its networks.
+
+_BUILT = concepts((*_BUILDS.split()[:9], "agent", "train", "state", "variables", "item", "default"))
+"""How a network is built, or where it is kept, which says not which one it is."""
+
+
+def says_nothing(name: str) -> bool:
+    """Tells whether a network's name says only what it is built of, or nothing."""
+    return concepts([name]) <= _BUILT
+
+
+def unlike_networks(pairs: Iterable[tuple[Names, Names]]) -> list[tuple[Names, Names]]:
+    """Returns networks that are called after different things, or one as a copy of what the other is.
+
+    Where other names tell which is which, and are other ones on both sides, a program has names of its own,
+    and what is left is each other's too: of `policy` and `value` the `value` is the `critic`.
+    """
+    said = {pair: (concepts(pair[0]) - _BUILT, concepts(pair[1]) - _BUILT) for pair in pairs if pair[1]}
+    renamed = (said[pair] for pair in said if pair[0] != pair[1])
+    has_own = any(one & other and (one <= other or other <= one) for one, other in renamed)
+    found = list[tuple[Names, Names]]()
+    for pair, (one, other) in said.items():
+        is_other = bool(one - other and other - one) and (not has_own or exclude(one, other))
+        if is_other or len({any(map(_is_copied, names)) for names in pair}) > 1:
+            found.append(pair)
+    return found
+
+
+def _is_copied(name: str) -> bool:
+    return says_copy(name) or "tgt" in meanings(name)
+
+
 # Layers in another place of their list, or of another list.
 
 
@@ -393,57 +426,15 @@ def _shift(wanted: Set[int], stored: Set[int]) -> int | None:
     return held[0] if len(held) == 1 and 2 * len(stored) > len(wanted) else None
 
 
-_Level = tuple[Link, re.Match[str], re.Match[str]]
-_UP = re.compile(r"((?:.*?[/_])??(up[a-z_]*)/?)(\d+)(.*)")
-_WAYS_UP = (
-    re.compile(r"((?:.*?/)??((?!up)[a-z_]+)/?)(\d+)(/(?:up|dec)[a-z_]*(?:[/_]\d+)?/[^/]+/.*)"),
-    _UP,
-    re.compile(r"((?:.*?/)??(dec(?:oder)?s?(?:[/_][a-z_]+)?)[/_]?)(\d+)(.*)"),
-)
-"""A level that holds its way up, `levels/0/up`; one of these, `up_blocks/0`; one of a decoder."""
+# What tells.
+
+GENERAL = frozenset(("norm", "attn", "mlp", "enc", "dec", "conv", "head", "embed"))
+"""Words that many parts of a model share."""
 
 
-def by_level(links: Sequence[Link]) -> tuple[list[Link], list[list[list[Link]]]]:
-    """Returns links under which one level is made from one, and readings of levels that may be reversed.
-
-    diffusers counts its `up_blocks` from the lowest level, CompVis and ADM from the highest.
-    """
-    groups: dict[tuple[str, str], list[_Level]] = defaultdict(list)
-    for link in links:
-        one, other = (_way_up("/".join(leaf.names).lower()) for leaf in (link.target, link.source))
-        if one and other and link.layers is None and link.joint is None:
-            groups[one[1], other[1]].append((link, one, other))
-    made, several = {id(link): [link] for link in links}, list[list[list[Link]]]()
-    for group in groups.values():
-        is_image = any(len(link.source.shape) > 3 for link, *_ in group)
-        is_told = is_image or all(match.re is _UP for _, *ends in group for match in ends)
-        sides = zip(*(ends for _, *ends in group), strict=True)
-        # Of one name, levels that count from 1 may count from the other end.
-        names = {(each[0][2].replace("_", ""), min(int(x[3]) for x in each)) for each in sides}
-        # Of two decoders, those that count from other numbers, and not what lies in them.
-        is_one = group[0][1].re is group[0][2].re is not _UP
-        is_told &= not is_one or (len({at for _, at in names}) > 1 and not any("/" in x for x, _ in names))
-        steps = (-1, 1) if len({name == "upblocks" for name, _ in names}) > 1 else (1, -1)
-        found = [reading for step in steps if is_told and (reading := _read(group, step))]
-        is_told = len(found) == 1 or len(names) == 1
-        made |= {id(link): [] for link, *_ in group if found}
-        made |= {id(group[0][0]): found[0]} if found and is_told else {}
-        several += [found] if found and not is_told else []
-    return [link for each in made.values() for link in each], several
-
-
-def _way_up(path: str) -> re.Match[str] | None:
-    """Returns how a path may lie in a level on the way up of a U-Net."""
-    ways = _WAYS_UP if "up" in path or "dec" in path else ()
-    return next(filter(None, (each.fullmatch(path) for each in ways)), None)
-
-
-def _read(group: Sequence[_Level], step: int) -> list[Link]:
-    """Returns the links of levels one by one, or the other way around; none where one does not fit."""
-    stored = {(int(other[3]), other[4]): link.source for link, _, other in group}
-    ours, theirs = sorted({int(one[3]) for _, one, _ in group}), sorted({at for at, _ in stored})
-    below = {(one[4], other[4]) for _, one, other in group}
-    if len(ours) != len(theirs) or len(ours) < 2 or len({one for one, _ in below}) < len(below):
-        return []
-    level = dict(zip(ours, theirs[::step], strict=True))
-    return with_sources((link, [stored.get((level[int(one[3])], other[4]))]) for link, one, other in group)
+@functools.lru_cache(maxsize=65536)
+def telling_words(names: Names) -> frozenset[str]:
+    """Returns the words of a path that say more than what many parts are; a letter may only count."""
+    said = (word for name in names for word in words(name) if word.isalpha())
+    said = (word for word in said if len(word) > 1 or word in STRONG)
+    return frozenset(word for word in said if not meanings(word) or {*meanings(word)} - GENERAL)

@@ -118,8 +118,8 @@ _TOGETHER = (
     "dwconv: depthwise conv, llm: text, key encoder: passage enc, encoder q: enc online, encoder k: enc tgt, "
     "qf: critic, transition: dynamics, context wq: cross attn q, context wk: cross attn k, proj m: tgt, "
     "context wv: cross attn v, context wo: cross attn o, encoder m: enc tgt, dense norm: mlp norm, "
-    "sa q: self attn q, sa k: self attn k, sa v: self attn v, ca q: cross attn q, ca k: cross attn k, "
-    "ca v: cross attn v"
+    "c proj: out, sa q: self attn q, sa k: self attn k, sa v: self attn v, ca q: cross attn q, "
+    "ca k: cross attn k, ca v: cross attn v"
 )
 _PHRASES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     tuple(words.split()): tuple(said.split())
@@ -146,7 +146,7 @@ _APART = (
     "premise hypothesis, anchor positive, input target, ih hh, theta phi gate o, ir iz in hr hz hn, "
     "ii if ig io hi hf hg ho, actor v, reward v, reward critic, reward actor, v advantage, "
     "pitch energy duration, question passage, critic generator, prior posterior, ext int, hstack vstack, "
-    "macaron post, macaron last, first decay"
+    "macaron post, macaron last, first decay, expand reduce, squeeze excite, alpha logstd"
 )
 _EXCLUSIVE = tuple(frozenset(words.split()) for words in _APART.split(", "))
 """Words of which one never becomes another."""

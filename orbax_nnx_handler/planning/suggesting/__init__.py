@@ -16,6 +16,7 @@ from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.paths import Path, levels, segments, shared_levels
 from orbax_nnx_handler.planning.core.recipes import reads
 from orbax_nnx_handler.planning.layouts.layout import STATISTICS, Stored, is_copy_beside, words_of
+from orbax_nnx_handler.planning.likeness.linked_modules import says_nothing, unlike_networks
 from orbax_nnx_handler.planning.likeness.vocabulary import Names, concepts, telling, words
 from orbax_nnx_handler.planning.mapping.networks import layers_in_turns
 from orbax_nnx_handler.planning.options import RestoreOptions
@@ -39,7 +40,6 @@ from orbax_nnx_handler.planning.suggesting.suggestion import (
     changed,
     changes_nothing,
 )
-from orbax_nnx_handler.planning.suggesting.unlike_names import says_nothing, unlike_networks
 from orbax_nnx_handler.planning.target import Target
 from orbax_nnx_handler.planning.target.roles import Order, creation_order, of_role, order_of
 from orbax_nnx_handler.planning.verdict.replaced_weights import open_statistics

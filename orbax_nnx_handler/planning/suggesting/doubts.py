@@ -22,11 +22,12 @@ from orbax_nnx_handler.planning.likeness import (
 )
 from orbax_nnx_handler.planning.likeness.arrangements import shifted
 from orbax_nnx_handler.planning.likeness.assignment import fit_of, may_be, sizes_of_few
+from orbax_nnx_handler.planning.likeness.counted_modules import by_level
 from orbax_nnx_handler.planning.likeness.linked_modules import (
-    by_level,
     by_parts,
     of_other_lists,
     of_other_roles,
+    telling_words,
     torn_modules,
 )
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie
@@ -43,7 +44,7 @@ from orbax_nnx_handler.planning.likeness.vocabulary import (
 )
 from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS
 from orbax_nnx_handler.planning.suggesting.link_groups import tie_of
-from orbax_nnx_handler.planning.suggesting.unlike_names import telling_words, unlike_names
+from orbax_nnx_handler.planning.suggesting.unlike_names import unlike_names
 
 
 def wanted_twice(

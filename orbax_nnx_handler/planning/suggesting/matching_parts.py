@@ -357,6 +357,8 @@ class _Pairs:
             ordered = ordered or self._in_order(ours, theirs, created, found)
         if ordered is None or not {to for _, to in ordered}.isdisjoint(to for _, to, _ in found):
             return False
+        if not all(pair in self._fits for pair in (*tie, *ordered)):
+            return False  # Something speaks against one by now.
         if not all(self._ascends(pair, found) for pair in ordered):
             return False  # What shapes or names tell was made in another order.
         best, by_order = (sum(self._fits[pair].score for pair in pairs) for pairs in (tie, ordered))

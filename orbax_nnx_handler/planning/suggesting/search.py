@@ -14,12 +14,13 @@ from orbax_nnx_handler.planning.core.recipes import Read, reads, shape_of
 from orbax_nnx_handler.planning.layouts.layout import repeats_beside
 from orbax_nnx_handler.planning.likeness.arrangements import as_fused
 from orbax_nnx_handler.planning.likeness.assignment import Fit, fit_of, may_be, sizes_of_few, ways_apart
-from orbax_nnx_handler.planning.likeness.counted_by_class import (
+from orbax_nnx_handler.planning.likeness.counted_modules import (
     with_either_count,
     with_runs_told,
     with_surplus_asked,
 )
 from orbax_nnx_handler.planning.likeness.joined_parts import is_table, tied
+from orbax_nnx_handler.planning.likeness.linked_modules import GENERAL
 from orbax_nnx_handler.planning.likeness.links import Findings, Link, Tie, leads, settle_turns
 from orbax_nnx_handler.planning.likeness.module_parts import Leaf, ModulePart, module_parts, part_of
 from orbax_nnx_handler.planning.likeness.named_parts import NamedPart, named_parts
@@ -44,7 +45,6 @@ from orbax_nnx_handler.planning.suggesting.link_groups import (
 )
 from orbax_nnx_handler.planning.suggesting.matching_layers import Context, match_context
 from orbax_nnx_handler.planning.suggesting.questions import as_questions, of_one_tower, with_words_told
-from orbax_nnx_handler.planning.suggesting.unlike_names import GENERAL
 from orbax_nnx_handler.planning.suggesting.whole_modules import with_modules_asked
 from orbax_nnx_handler.planning.target.roles import Wanted
 

@@ -11,8 +11,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence, Se
 from typing import NamedTuple
 
 from orbax_nnx_handler.planning.core.folding import around, plain_names
-from orbax_nnx_handler.planning.core.paths import Path, segments
-from orbax_nnx_handler.planning.layouts.layout import says_copy
+from orbax_nnx_handler.planning.core.paths import Path, levels, segments
 from orbax_nnx_handler.planning.likeness import Couples, in_list, is_as_wide, purposes
 from orbax_nnx_handler.planning.likeness.linked_modules import LinksByParts
 from orbax_nnx_handler.planning.likeness.links import Link
@@ -36,8 +35,6 @@ from orbax_nnx_handler.planning.likeness.vocabulary import (
 _KINDS = concepts(("norm", "token", "embed", "head", "conv", "bias", "enc", "dec"))
 _OF_ANY = _KINDS | (PLACING - {"attn", "mlp", "self", "cross"})
 """What many parts are, and that they are first or last: what one side may say and the other not."""
-
-
 _UNSURE = PLACING | STRONG | {"head", "embed"}
 """What is said of parts that are each other's all the same, or of modules at other depths: a Q is a `value`,
 a tied table a head, and what is called an attention, or leads out, holds a network and what leads in."""
@@ -308,6 +305,57 @@ def _has_form(one: str, other: str) -> bool:
     return len(same) > 1 and same[-1] and not any(same[:-1])
 
 
+# Where names say that a part lies.
+
+_PLACES = frozenset(("attn", "mlp", "cross", "self", "pre", "post", "first", "last", "in", "downsample"))
+_INWARDS, _OUTWARDS = frozenset(("in", "up", "gate", "q", "k", "v")), frozenset(("out", "down", "o"))
+_TABLES = frozenset(("pos", "type", "rel", "q"))
+_OF_TABLES = _TABLES | frozenset(("embed", "token", "in", "out", "shared", "attn", "bias"))
+_OTHERS = {
+    "1": frozenset(("mlp", "post", "last", "downsample", "cross")),
+    "2": frozenset(("attn", "pre", "in", "first", "downsample")),
+    "3": frozenset(("attn", "pre", "in", "first", "downsample", "cross")),
+}
+"""What the first norms of a block are not; the second one may be a cross-attention's."""
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _lie_elsewhere(wanted: Names, stored: Names) -> bool:
+    """Tells whether the names of two parts say that these lie, or lead, elsewhere: none is the other one.
+
+    A norm before an attention is none behind it, a table of positions none of tokens, and what leads into
+    a network does not lead out of it. Of what Linen numbered, no name says anything.
+    """
+    ends = "".join(wanted[-1:]), "".join(stored[-1:])
+    if any(level.is_automatic for name in ends for level in levels((name,))):
+        return False
+    (one, other), around = [concepts([name]) for name in ends], (concepts(wanted), concepts(stored))
+    if "norm" in one & other:
+        return _stand_elsewhere(ends, [one, other], around)
+    if "embed" in one | other <= _OF_TABLES:
+        left, right = one & _TABLES, other & _TABLES
+        return bool(left | right) and around[0].isdisjoint(right) and around[1].isdisjoint(left)
+    # A `value` may be of a network that judges states.
+    said = (x - {"v"} if "val" in name else x for x, name in zip((one, other), ends, strict=True))
+    leads = [(not x.isdisjoint(_INWARDS), not x.isdisjoint(_OUTWARDS)) for x in said]
+    return sorted(leads) == [(False, True), (True, False)]
+
+
+def _stand_elsewhere(ends: Sequence[str], said: Sequence[Concepts], around: Sequence[Concepts]) -> bool:
+    """Tells whether two norms stand at other places: by what they and their paths say, and their numbers."""
+    numbers = [name[len(name.rstrip("0123456789")) :] for name in ends]
+    one, other, *paths = (frozenset("last" if x == "out" else x for x in each) for each in (*said, *around))
+    if (left := one & _PLACES) and (right := other & _PLACES):
+        is_behind = "post" in one ^ other and not {"attn", "mlp"}.isdisjoint(one & other)
+        return is_behind or (paths[0].isdisjoint(right) and paths[1].isdisjoint(left))
+    if all(numbers):
+        return said == [{"norm"}, {"norm"}] and numbers[0] != numbers[1] and {*numbers} != {"0", "1"}
+    number, place = (numbers[0], said[1]) if numbers[0] else (numbers[1], said[0])
+    place -= {"attn"} if "cross" in place else set[str]()
+    is_other = not place.isdisjoint(_OTHERS.get(number, ()))
+    return is_other or not (said[0] ^ said[1]).isdisjoint("qkv")
+
+
 # What names say of a value.
 
 _SPELLINGS = "log logs,exp,inverse inv,squared square sq,sqrt,rsqrt,neg negated,raw,softplus,keep,drop"
@@ -323,8 +371,9 @@ def unlike_names(
     yield from called_otherwise(parts)
     for link in (x for x in links if x.joint is None):
         ends = ((x.names[-1], y.names[-1]) for x in link.wanted for y in link.stored)
-        if any(one != other and _are_opposites(one, other) for one, other in ends):
-            yield link
+        is_odd = any(one != other and _are_opposites(one, other) for one, other in ends)
+        is_odd |= link.grounds == "shapes" and _lie_elsewhere(part_of(link.target), part_of(link.source))
+        yield from [link] * is_odd
     names = {name for link in links for leaf in (*link.wanted, *link.stored) for name in leaf.names}
     named = {x for x in names if any(y in _FUNCTIONS or y.startswith("log") for y in words(x))}  # Few.
     for link in links if named else ():
@@ -356,9 +405,7 @@ def why_unlike(wanted: Path, stored: Path) -> str:
     said = [" ".join(sorted(some)) for some in _functions(segments(wanted), segments(stored)) if some]
     if not said:
         return "and no name tells"
-    called = (
-        f"only one is called {said[0]}" if len(said) == 1 else f"one is called {', the other '.join(said)}"
-    )
+    called = f"{'only ' * (len(said) == 1)}one is called {', the other '.join(said)}"
     return f"but {called}: the value may be another function"
 
 
@@ -400,50 +447,3 @@ def _with_functions(name: str, other: str) -> set[str]:
         is_log = len(rest) > 2 and (rest in words(other) or all(weight(x) > 1 for x in meanings(rest)))
         found |= {"log", rest} if word != rest and is_log else {word}
     return found
-
-
-# What networks are called.
-
-_BUILDS = "mlp", "cnn", "conv", "rnn", "lstm", "gru", "resnet", "unet", "vit"
-_BUILT = concepts((*_BUILDS, "agent", "train", "state", "variables", "item", "default"))
-"""How a network is built, or where it is kept, which says not which one it is."""
-
-
-def says_nothing(name: str) -> bool:
-    """Tells whether a network's name says only what it is built of, or nothing."""
-    return concepts([name]) <= _BUILT
-
-
-def unlike_networks(pairs: Iterable[tuple[Names, Names]]) -> list[tuple[Names, Names]]:
-    """Returns networks that are called after different things, or one as a copy of what the other is.
-
-    Where other names tell which is which, and are other ones on both sides, a program has names of its own,
-    and what is left is each other's too: of `policy` and `value` the `value` is the `critic`.
-    """
-    said = {pair: (concepts(pair[0]) - _BUILT, concepts(pair[1]) - _BUILT) for pair in pairs if pair[1]}
-    renamed = (said[pair] for pair in said if pair[0] != pair[1])
-    has_own = any(one & other and (one <= other or other <= one) for one, other in renamed)
-    found = list[tuple[Names, Names]]()
-    for pair, (one, other) in said.items():
-        is_other = bool(one - other and other - one) and (not has_own or exclude(one, other))
-        if is_other or len({any(map(_is_copied, names)) for names in pair}) > 1:
-            found.append(pair)
-    return found
-
-
-def _is_copied(name: str) -> bool:
-    return says_copy(name) or "tgt" in meanings(name)
-
-
-# What tells.
-
-GENERAL = frozenset(("norm", "attn", "mlp", "enc", "dec", "conv", "head", "embed"))
-"""Words that many parts of a model share."""
-
-
-@functools.lru_cache(maxsize=65536)
-def telling_words(names: Names) -> frozenset[str]:
-    """Returns the words of a path that say more than what many parts are; a letter may only count."""
-    said = (word for name in names for word in words(name) if word.isalpha())
-    said = (word for word in said if len(word) > 1 or word in STRONG)
-    return frozenset(word for word in said if not meanings(word) or {*meanings(word)} - GENERAL)

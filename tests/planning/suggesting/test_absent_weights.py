@@ -155,3 +155,56 @@ def test_a_network_is_not_made_of_its_copy_where_a_prefix_or_another_word_for_it
     _, values = proposed(tree, {f"{wanted}/layers/0/kernel": (4, 5), f"{wanted}/layers/1/kernel": (5, 6)})
 
     check(values, {})
+
+
+LEFTOVERS = {
+    "scale": """
+        input_layernorm:pre_feedforward_layernorm input_layernorm:post_attention_layernorm ln_1:ffn_norm
+        input_layernorm:mlp_norm attention_norm:ffn_norm ln_1:norm2 ln_2:norm1 norm2:attn_norm norm:q_norm
+        layernorm_before:mlp_norm layernorm_after:attn_norm self_attn_layer_norm:final_layer_norm ln_f:ln_1
+        post_attention_layernorm:attention_norm output_layer_norm:sa_layer_norm norm3:encoder_attn_layer_norm
+        bn1:downsample_bn final_layer_norm:cross_attn_norm""",
+    "kernel": """
+        wi:wo wo:wi c_fc:c_proj c_proj:c_fc intermediate:output out_proj:v_proj query:out_proj wo:q_proj
+        se_reduce:se_expand squeeze:excite""",
+    "embedding": """
+        embed_positions:embedding wpe:embed token_type_embeddings:embed pos_embed:embedding query_embed:embed
+        embed:pos_embed rel_embeddings:word_embeddings segment_embed:embed""",
+}
+"""What is stored and unwanted beside what is wanted and not stored: names say that neither is the other."""
+
+
+@pytest.mark.parametrize("kind", LEFTOVERS)
+@pytest.mark.parametrize("above", [("layers_0/", "blocks/0/"), ("", "model/")])
+def test_what_is_left_over_on_both_sides_is_not_each_other_where_names_say_so(kind, above):
+    settled = []
+    for stored, wanted in (each.split(":") for each in LEFTOVERS[kind].split()):
+        shape = {"scale": (8,), "kernel": (8, 8), "embedding": (20, 8)}[kind]
+        tree = filled({f"{above[0]}{stored}/{kind}": shape, f"{above[0]}zoo/kernel": (8, 5)})
+        _, values = proposed(tree, {f"{above[1]}{wanted}/{kind}": shape, f"{above[1]}zoo/kernel": (8, 5)})
+        settled += [(stored, wanted)] if f"{above[1]}{wanted}/{kind}" in values else []
+        assert f"{above[1]}zoo/kernel" in values
+    assert settled == []
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted", "shape"),
+    [
+        ("conv_norm_out/scale", "norm_out/scale", (8,)),
+        ("final_norm_1/scale", "norm/scale", (8,)),
+        ("fc6_bn/scale", "fc1_norm/scale", (8,)),
+        ("positional_encodings/embedding/kernel", "positional_embedding/kernel", (8, 8)),
+        ("ln_f/scale", "ln_out/scale", (8,)),
+        ("mlp_norm/scale", "norm2/scale", (8,)),
+        ("embed/embedding", "shared/embedding", (20, 8)),
+        ("embed_in/embedding", "wte/embedding", (20, 8)),
+    ],
+)
+def test_what_is_left_over_on_both_sides_is_each_other_where_names_say_the_same_or_nothing(
+    stored, wanted, shape
+):
+    tree = filled({f"layers_0/{stored}": shape, "layers_0/zoo/kernel": (8, 5)})
+
+    _, values = proposed(tree, {f"blocks/0/{wanted}": shape, "blocks/0/zoo/kernel": (8, 5)})
+
+    assert f"blocks/0/{wanted}" in values

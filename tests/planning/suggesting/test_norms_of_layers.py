@@ -5,7 +5,7 @@ import hashlib
 import jax
 import numpy as np
 import pytest
-from flax import nnx
+from flax import nnx, traverse_util
 
 from orbax_nnx_handler import from_linen, plan_restore, suggest
 from orbax_nnx_handler.planning.core.recipes import reads
@@ -524,4 +524,28 @@ def test_the_norm_of_a_dense_network_beside_experts_is_not_that_of_the_input():
     found, values = proposals.proposed(stored, wanted)
 
     assert values.keys() <= {"layers/0/input_layernorm/scale"}
+    assert found.questions
+
+
+class Scale(nnx.Module):
+    def __init__(self):
+        self.scale = nnx.Param(np.ones(8, "f"))
+
+
+class Block(nnx.Module):
+    def __init__(self):
+        self.pre_attn_norm, self.pre_ffn_norm, self.attn_norm = Scale(), Scale(), Scale()
+
+
+class Blocks(nnx.Module):
+    def __init__(self):
+        self.blocks = nnx.List([Block(), Block()])
+
+
+def test_norms_of_which_one_no_longer_fits_are_no_error():
+    norms = ("input_layernorm/weight", "post_attention_layernorm/weight", "layernorm_after/scale")
+    stored = proposals.filled({f"layers/{at}/{name}": (8,) for at in range(2) for name in norms})
+
+    found = suggest(traverse_util.unflatten_dict(stored, sep="/"), nnx.eval_shape(Blocks))
+
     assert found.questions

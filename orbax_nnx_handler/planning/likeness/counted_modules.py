@@ -1,11 +1,13 @@
-"""What Linen counts by class: all modules of it in the one that holds them, by when they are made.
+"""Modules that are counted otherwise than those they are made of: by class, and from the other end.
 
-Which of these lie in a list of the target and which before or behind it, which of them a shorter list
-holds, and whether they are counted from the last one, since calls stand inside each other.
+Linen counts all modules of a class in the one that holds them, by when they are made: which of these lie in
+a list of the target and which before or behind it, which of them a shorter list holds, and whether they
+are counted from the last one, since calls stand inside each other. So may levels of a U-Net be.
 """
 
 import dataclasses
 import itertools
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
@@ -208,3 +210,61 @@ def _is_list(list_: Names, some: Mapping[int, Sequence[Link]]) -> bool:
         to[-1] != list_[-1] and all(one[to] < other[to] for one, other in itertools.pairwise(into))
         for to in shared
     )
+
+
+# Levels on the way up of a U-Net, which count from either end.
+
+_Level = tuple[Link, re.Match[str], re.Match[str]]
+_UP = re.compile(r"((?:.*?[/_])??(up[a-z_]*)/?)(\d+)(.*)")
+_WAYS_UP = (
+    re.compile(r"((?:.*?/)??((?!up)[a-z_]+)/?)(\d+)(/(?:up|dec)[a-z_]*(?:[/_]\d+)?/[^/]+/.*)"),
+    _UP,
+    re.compile(r"((?:.*?/)??(dec(?:oder)?s?(?:[/_][a-z_]+)?)[/_]?)(\d+)(.*)"),
+)
+"""A level that holds its way up, `levels/0/up`; one of these, `up_blocks/0`; one of a decoder."""
+
+
+def by_level(links: Sequence[Link]) -> tuple[list[Link], list[list[list[Link]]]]:
+    """Returns links under which one level is made from one, and readings of levels that may be reversed.
+
+    diffusers counts its `up_blocks` from the lowest level, CompVis and ADM from the highest.
+    """
+    groups: dict[tuple[str, str], list[_Level]] = defaultdict(list)
+    for link in links:
+        one, other = (_way_up("/".join(leaf.names).lower()) for leaf in (link.target, link.source))
+        if one and other and link.layers is None and link.joint is None:
+            groups[one[1], other[1]].append((link, one, other))
+    made, several = {id(link): [link] for link in links}, list[list[list[Link]]]()
+    for group in groups.values():
+        is_image = any(len(link.source.shape) > 3 for link, *_ in group)
+        is_told = is_image or all(match.re is _UP for _, *ends in group for match in ends)
+        sides = zip(*(ends for _, *ends in group), strict=True)
+        # Of one name, levels that count from 1 may count from the other end.
+        names = {(each[0][2].replace("_", ""), min(int(x[3]) for x in each)) for each in sides}
+        # Of two decoders, those that count from other numbers, and not what lies in them.
+        is_one = group[0][1].re is group[0][2].re is not _UP
+        is_told &= not is_one or (len({at for _, at in names}) > 1 and not any("/" in x for x, _ in names))
+        steps = (-1, 1) if len({name == "upblocks" for name, _ in names}) > 1 else (1, -1)
+        found = [reading for step in steps if is_told and (reading := _read(group, step))]
+        is_told = len(found) == 1 or len(names) == 1
+        made |= {id(link): [] for link, *_ in group if found}
+        made |= {id(group[0][0]): found[0]} if found and is_told else {}
+        several += [found] if found and not is_told else []
+    return [link for each in made.values() for link in each], several
+
+
+def _way_up(path: str) -> re.Match[str] | None:
+    """Returns how a path may lie in a level on the way up of a U-Net."""
+    ways = _WAYS_UP if "up" in path or "dec" in path else ()
+    return next(filter(None, (each.fullmatch(path) for each in ways)), None)
+
+
+def _read(group: Sequence[_Level], step: int) -> list[Link]:
+    """Returns the links of levels one by one, or the other way around; none where one does not fit."""
+    stored = {(int(other[3]), other[4]): link.source for link, _, other in group}
+    ours, theirs = sorted({int(one[3]) for _, one, _ in group}), sorted({at for at, _ in stored})
+    below = {(one[4], other[4]) for _, one, other in group}
+    if len(ours) != len(theirs) or len(ours) < 2 or len({one for one, _ in below}) < len(below):
+        return []
+    level = dict(zip(ours, theirs[::step], strict=True))
+    return with_sources((link, [stored.get((level[int(one[3])], other[4]))]) for link, one, other in group)

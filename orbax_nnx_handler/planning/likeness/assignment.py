@@ -173,7 +173,8 @@ def ways_of_heads(one: tuple[Leaf, Shape], other: tuple[Leaf, Shape], said: Conc
     if len(found) < 2 or {len(stored), len(wanted)} != {2, 3}:
         return found
     heads, plain = sorted((stored, wanted), key=len, reverse=True)
-    are_last = heads[0] == plain[0] or heads[2] != plain[1]
+    is_either = heads[0] == heads[2] and _kind(one[0] if plain is stored else other[0]) != "kernel"
+    are_last = not is_either and (heads[0] == plain[0] or heads[2] != plain[1])
     if are_last and is_out:
         found = tuple(dataclasses.replace(x, turned=not x.turned) for x in found[::-1])
     is_told = is_out or are_last if is_led else plain is wanted and not are_last

@@ -75,15 +75,13 @@ class Way:
 def ways(stored: Shape, wanted: Shape) -> tuple[Way, ...]:
     """Returns the ways from one shape to another, the simplest first; none where there is none.
 
-    Elements never change their order within an axis. Of the ways that turn a matrix, and of
-    those that do not, the simplest each: which of the two is meant, shapes tell only where
-    one of them does not come out.
+    Elements never change their order within an axis. Of the ways that turn a matrix, and of those that do
+    not, the simplest each: which of the two is meant, shapes tell only where one of them does not come out.
     """
     if math.prod(stored) != math.prod(wanted) or max(len(stored), len(wanted)) > _MOST_AXES:
         return ()
     straight = _straight(stored, wanted)
-    # A bias of heads is a matrix by shape alone.
-    turned = None if is_vector(stored) or is_vector(wanted) else _turned(stored, wanted)
+    turned = None if is_vector(stored) or is_vector(wanted) else _turned(stored, wanted)  # Or a bias.
     if straight is None and _flattens_an_image(stored, wanted):
         return ()
     if straight is None and turned is None:
@@ -124,8 +122,11 @@ def _turned(stored: Shape, wanted: Shape) -> Steps | None:
         longer = [axis for axis in axes if stored[axis] > 1]  # Where these stay in order nothing is turned.
         if permuted(stored, axes) == wanted and longer != sorted(longer):
             return (transposed(stored, axes),)
-    if len(stored) > 2 and len(wanted) == 2 and wanted[0] == wanted[1] and _regroups(stored, wanted):
-        return (Step("reshape", stored, wanted), transposed(wanted, (1, 0)))
+    # Heads of as many features as inputs, or outputs, are as a matrix on either side of these.
+    is_any = len(stored) > 2 and (wanted[:1] == wanted[1:] or 1 < len({*stored}) < len(stored))
+    cuts = range(1, len(stored)) if is_any else ()
+    if (plain := wanted[::-1]) in [(math.prod(stored[:at]), math.prod(stored[at:])) for at in cuts]:
+        return (Step("reshape", stored, plain), transposed(plain, (1, 0)))
     is_split = len(stored) == 2 and _regroups(stored[::-1], wanted)
     return (transposed(stored, (1, 0)), Step("reshape", stored[::-1], wanted)) if is_split else None
 
@@ -165,9 +166,8 @@ def _moved(stored: Shape, wanted: Shape) -> Iterator[tuple[bool, Steps]]:
 def _turns_heads(groups: Sequence[Sequence[int]], places: Sequence[int]) -> bool:
     """Tells whether the axis beside the heads, of outputs where it is the last one, changes sides."""
     whole = [at for at, group in enumerate(groups) if len(group) == 1]
-    return (
-        len(groups) == 2 and len(whole) == 1 and whole[0] != (places[groups[whole[0]][0]] == len(places) - 1)
-    )
+    is_beside = len(groups) == 2 and len(whole) == 1
+    return is_beside and whole[0] != (places[groups[whole[0]][0]] == len(places) - 1)
 
 
 def without_axis(shape: Shape, axis: int) -> Shape:

@@ -940,3 +940,39 @@ def test_along_which_axis_queries_keys_and_values_of_three_heads_lie_is_asked(is
             path = f"attn/{role}_proj/kernel"
             part = np.take(stored["attn/qkv/kernel"], at, axis)
             np.testing.assert_array_equal(state[path], part.reshape(wanted[path]))
+
+
+@pytest.mark.parametrize(("heads", "depth", "width"), [(4, 16, 16), (16, 4, 16), (4, 8, 8)])
+@pytest.mark.parametrize("fused", [False, True])
+def test_heads_of_as_many_features_as_inputs_are_transposed_where_all_beside_them_are(
+    heads, depth, width, fused
+):
+    """A kernel of `(16, 4, 16)` fits a weight of `(64, 16)` with its first two axes joined, too."""
+    stored, expected = {}, {}
+    rng = np.random.default_rng(0)
+
+    def kernel(path, *shape):
+        stored[path] = rng.normal(size=shape).astype("f")
+        return stored[path]
+
+    for at in range(2):
+        layer, block = f"layers_{at}", f"blocks/{at}"
+        parts = [
+            kernel(f"{layer}/attn/{name}/kernel", width, heads, depth).reshape(width, -1).T
+            for name in ("query", "key", "value")
+        ]
+        named = (
+            {"to_qkv": np.concatenate(parts)}
+            if fused
+            else dict(zip(("to_q", "to_k", "to_v"), parts, strict=True))
+        )
+        expected |= {f"{block}/attn/{name}/weight": value for name, value in named.items()}
+        out = kernel(f"{layer}/attn/out/kernel", heads, depth, width).reshape(-1, width).T
+        expected[f"{block}/attn/to_out/weight"] = out
+        for name, shape in {"fc1": (width, 24), "fc2": (24, width)}.items():
+            expected[f"{block}/{name}/weight"] = kernel(f"{layer}/{name}/kernel", *shape).T
+
+    _, values = proposed(stored, {path: value.shape for path, value in expected.items()})
+
+    check(values, {path: expected[path] for path in values})
+    assert len(values) >= 4

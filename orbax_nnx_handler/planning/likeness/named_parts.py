@@ -305,14 +305,14 @@ class _Context:
 
     def _may_be_gated(self, part: ModulePart, family: Sequence[int]) -> bool:
         """Tells whether two layers may be a gate and what it gates: `w2` is Qwen's gate, `fc_1` Lit-GPT's."""
-        shapes = [self._shapes[part.family].get(number, ()) for number in family[:2]]
-        are_alike = len(family) == 2 and shapes[0] == shapes[1] != shapes[0][::-1]
-        return are_alike and shapes[0][::-1] in self._matrices[part.module]
+        two = [self._shapes[part.family].get(number, ()) for number in family[:2]]
+        return len(family) == 2 and two[0] == two[1] != two[0][::-1] in self._matrices[part.module]
 
     def _leads_back(self, part: ModulePart, roles: Sequence[str], family: Sequence[int]) -> bool:
         """Tells whether the layer of a number leads back by its shape: in DINOv2 it is `w3`, not `w2`."""
         shapes = {role: self._shapes[part.family].get(at) for role, at in zip(roles, family, strict=True)}
-        return shapes.pop("down", None) not in (others := {*shapes.values()}) and len(others) == 1
+        whole = 3 not in family or "down" in roles or self._counts[part.module, False] == len(family)
+        return whole and shapes.pop("down", None) not in (others := {*shapes.values()}) and len(others) == 1
 
     def _resolve_mlp(
         self, said: set[str], own: set[str], family: Sequence[int], last: Level, is_counted: bool

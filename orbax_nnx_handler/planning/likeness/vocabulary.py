@@ -39,7 +39,6 @@ _SPELLINGS = {
         for letters in itertools.permutations("qkv", count)
         if count == 3 or "q" not in letters or letters == ("q", "k")
     },
-    "o": "o",
     "out": "out outp output outputs outgoing wo",
     "in": "in inp input inputs incoming",
     "up": "up ups wi intermediate",
@@ -356,6 +355,7 @@ NUMBERED: Mapping[tuple[str, tuple[int, ...]], tuple[tuple[str, ...], str]] = {
         for counted, roles in (((0, 1), ("gate", "up")), ((0,), ("gate",)), ((1,), ("up",)))
     },
     ("w", (1, 2, 3)): (("gate", "down", "up"), "Llama: w1 is the activated one, w2 leads back"),
+    ("w", (1, 3)): (("gate", "up"), "Llama: w1 is the activated one"),
     **{("qkv", (*range(n),)): (tuple("qkvo"[:n]), "The Annotated Transformer") for n in (3, 4)},
 }
 """Numbered layers of a gated network, or of an attention in a list that says no more, by known programs."""

@@ -903,3 +903,18 @@ def test_a_residual_may_be_called_res_and_is_not_what_skips(theirs, ours):
     _, values = proposed(stored, dict.fromkeys(made, (1, 8, 8)))
 
     check(values, {aim: stored[path] for aim, path in made.items()})
+
+
+def test_w1_and_w3_are_a_gate_and_what_it_gates_though_w2_is_not_stored():
+    names = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+    shapes = {f"h/{at}/mlp/{name}/kernel": (8, 8) for at in range(2) for name in names}
+    made = {
+        f"layers/{at}/mlp/{aim}/kernel": f"h/{at}/mlp/{x}/kernel"
+        for at in range(2)
+        for x, aim in names.items()
+    }
+    stored = filled({path: shape for path, shape in shapes.items() if "/w2/" not in path})
+
+    _, values = proposed(stored, dict.fromkeys(made, (8, 8)))
+
+    check(values, {aim: stored[path] for aim, path in made.items() if path in stored})

@@ -142,7 +142,9 @@ def find_other_groups(evidence: Evidence) -> Iterable[Cause]:
         return  # `encoder_out` is not what `decoder_in` wants; a head with more outputs is another one.
     count, name = len(wanted[left]), right.name
     if theirs and not ours and len(theirs) == 1:
-        name = f"{name}_{next(iter(theirs))[1:]}"  # No list: the one module of a name that Linen gave.
+        # No list: the one module of a name that Linen gave, or the only one of a list that has weights.
+        is_level = any(name in segments(path) for path in sources)
+        name = f"{name}{'/' if is_level else '_'}{next(iter(theirs))[1:]}"
     rename = _group_rename(left.name, name, sources)
     yield Cause(
         kind="OtherGroup",
@@ -177,7 +179,7 @@ def _like_groups(wanted: _Contents, stored: _Contents) -> Iterable[tuple[Group, 
 def _group_rename(wanted: str, stored: str, sources: Sequence[Path]) -> tuple[str, str]:
     """Returns the rule that renames a group: layers one by one carry their number in the name."""
     names = {part for path in sources for part in segments(path)}
-    if stored in names:
+    if stored in names or "/" in stored:
         return stored, wanted
     return f"{stored}_{{i}}", f"{wanted}_{{i}}"
 

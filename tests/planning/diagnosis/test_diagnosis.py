@@ -204,6 +204,20 @@ def test_layers_under_another_name_are_not_another_model_and_the_rename_restores
     assert plan(stored, wanted, renames=[("strata", "layers")]).fits
 
 
+@pytest.mark.parametrize(("stored", "said"), [("classifier/1", "classifier/1"), ("Dense_1", "Dense_1")])
+def test_the_only_module_of_a_list_that_has_weights_is_named_as_it_is_stored(stored, said):
+    """A classifier of Hugging Face is a list of a `Flatten` and a `Linear`; `Dense_1` Linen called so."""
+    leaves = {"kernel": (4, 3), "bias": (3,)}
+    theirs = {f"params/{stored}/{name}": shape for name, shape in leaves.items()} | {"params/stem/w": (5, 4)}
+    ours = {f"fc/{name}": shape for name, shape in leaves.items()} | {"stem/w": (5, 4)}
+
+    (cause,) = diagnose(plan(theirs, ours))
+
+    assert (cause.kind, cause.facts["stored"]) == ("OtherGroup", said)
+    assert f"renames=[({said!r}, 'fc')]" in cause.way.words
+    assert plan(theirs, ours, renames=[(said, "fc")]).fits
+
+
 def test_automatic_names_are_recognised_by_their_form_and_the_shapes():
     stored = {"params/Dense_0/kernel": (4, 6), "params/Dense_1/kernel": (6, 2)}
 

@@ -58,11 +58,12 @@ def _unstacked(evidence: Evidence, group: Group, wanted: "_Positions") -> Iterab
     present = {at for at, each in wanted.items() if any(_is_moved(evidence, path) for path in each)}
     absent = {at for at in wanted if all(path in evidence.missing for path in wanted[at])}
     is_cut = present | absent == set(wanted) and is_whole(present) and is_whole(set(wanted))
+    # What lies unused may be the other layers under other names.
+    is_cut &= not evidence.perhaps_stored.issuperset(path for at in absent for path in wanted[at])
     if present and absent and is_cut:
         lost = evidence.with_moments([path for path in paths if path in evidence.missing])
-        yield _another_number(
-            name_of_group(group), len(present), len(wanted), lost, filters=selecting(evidence, lost)
-        )
+        name, filters = name_of_group(group), selecting(evidence, lost)
+        yield _another_number(name, len(present), len(wanted), lost, filters=filters)
 
 
 def _is_moved(evidence: Evidence, path: Path) -> bool:

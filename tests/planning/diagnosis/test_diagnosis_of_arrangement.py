@@ -726,3 +726,16 @@ def test_modules_beside_each_other_are_taken_from_an_ensemble_by_a_proposal_alon
     state = orbax_nnx_handler.from_linen(tree, target, renames=found.renames)
     for at, name in itertools.product((1, 2), kernels):
         np.testing.assert_array_equal(state[f"q{at}"][name]["kernel"].get_value(), kernels[name][at - 1])
+
+
+def test_a_list_of_which_a_rule_gives_the_first_layer_is_no_shorter_one_where_the_others_may_be_unused():
+    """VGG's convolutions, of which only the first one is known by its shape."""
+    names = ("conv1_1", "conv1_2", "conv2_1", "conv2_2")
+    shapes = {name: (3, 3, 3 if name == names[0] else 8, 8) for name in names}
+    stored = {f"params/{name}/kernel": shape for name, shape in shapes.items()}
+    wanted = {f"features/conv/{at}/kernel": shape for at, shape in enumerate(shapes.values())}
+
+    causes = diagnose(plan(stored, wanted, renames=[("conv1_1", "features/conv/0")]))
+
+    assert "LayerCount" not in kinds(causes)
+    assert "suggest" in causes[0].way.words

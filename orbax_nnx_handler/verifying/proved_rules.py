@@ -11,9 +11,10 @@ from typing import Any
 
 from orbax_nnx_handler.planning.core.folding import fold_paths
 from orbax_nnx_handler.planning.core.leaves import Shape
-from orbax_nnx_handler.planning.core.lines import counted
+from orbax_nnx_handler.planning.core.lines import Sentence, counted, listed
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, Shapes, reads
+from orbax_nnx_handler.planning.restore_plan import RestorePlan
 from orbax_nnx_handler.planning.rules import Rename, Rule
 from orbax_nnx_handler.planning.rules.split_and_fuse import rules_making
 from orbax_nnx_handler.planning.suggesting.proved_recipes import Remade, carried_over
@@ -22,7 +23,8 @@ from orbax_nnx_handler.verifying import Distance, changes_more_than_rounding, le
 from orbax_nnx_handler.verifying.pairing import compare_outputs
 from orbax_nnx_handler.verifying.runs import Compared, weights_of
 from orbax_nnx_handler.verifying.single_module import ModuleRunner
-from orbax_nnx_handler.verifying.verification import FirstDifference
+from orbax_nnx_handler.verifying.verification import FirstDifference, Verification
+from orbax_nnx_handler.verifying.weights import Misfilled
 
 
 def rules_remaking(
@@ -254,3 +256,44 @@ def why_open(missing: Sequence[Path], where: str, *, is_equal: bool) -> str:
         "itself tells another one. Correct what differs first, try the answers with "
         "verify(renames=found.answered(...)), or settle it by a rule."
     )
+
+
+# Which words say it.
+
+
+def in_words(
+    verification: Verification, plan: RestorePlan, blamed: Sequence[Rule], wrong: Misfilled | None
+) -> str:
+    """Returns what outputs prove of a proposal, or what they say against it.
+
+    Args:
+        verification: What both programs return.
+        plan: The plan that they ran under.
+        blamed: Given rules that make what is proved wrong.
+        wrong: What is filled from what the Linen program does not use.
+    """
+    zeros = f", with {counted(len(plan.missing), 'leaf', 'leaves')} at zero" if plan.missing else ""
+    if verification.equal:
+        said = ", but: " + " ".join(verification.remarks) if verification.remarks else ""
+        proved = "" if said else "proved by outputs: "
+        said = ". But: ".join([said, *verification.without_effect])
+        return f"{proved}both programs return the same within {verification.relative:.1e}{zeros}{said}"
+    first = verification.first
+    if wrong and wrong.wanted:
+        return f"not proven: the programs return different values under these rules{zeros}. {wrong.words}."
+    if verification.relative <= verification.tolerance:  # By wrong weights.
+        return f"not proven: {' '.join([*verification.remarks, *_of(first, blamed)])}"
+    apart = f"{verification.relative:.1e} apart, tolerance {verification.tolerance:g}"
+    way = ". Where that is rounding, as in deep models, raise the tolerance"
+    where = f", first in {first.path}: {' '.join(_of(first, blamed))}" if first else way
+    return f"not proven: the programs return different values under these rules{zeros} ({apart}){where}"
+
+
+def _of(first: FirstDifference | None, blamed: Sequence[Rule]) -> Iterator[str]:
+    """Yields what is known of the first difference, and which given rules make what is proved wrong."""
+    if first is None:
+        return
+    yield from (line.text for line in first.sentences if isinstance(line, Sentence))
+    if blamed:
+        said = listed(rule.quoted for rule in blamed)
+        yield f"Given rules make it so: correct or take out {said}, and run it again."

@@ -11,11 +11,11 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from orbax_nnx_handler.planner import decide
 from orbax_nnx_handler.planning.core.errors import RestoreError, UnreadableLeafError, VerificationError
-from orbax_nnx_handler.planning.core.lines import Sentence, counted, listed
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import Add, Recipe, reads
 from orbax_nnx_handler.planning.core.regions import of_all_layers
@@ -29,6 +29,7 @@ from orbax_nnx_handler.verifying import Programs, agree, compare_inputs, lent
 from orbax_nnx_handler.verifying.comparison import compared, exchanges_tell, leaving_out, misfilled, run_both
 from orbax_nnx_handler.verifying.pairing import by_path, compare_outputs, layers_of
 from orbax_nnx_handler.verifying.proved_rules import (
+    in_words,
     made_as_called,
     rules_remaking,
     rules_to_blame,
@@ -348,6 +349,7 @@ class Settling:
         rules = (*self.suggestion.answered(answers, changes), *self.remade)
         plan, _ = self._decided((*self.options.renames, *rules), check=False)
         left = [question for question, answer in zip(questions, answers, strict=True) if answer is None]
+        answered = partial(self._answered, answers, changes)
         where = verification.first.path if verification and verification.first else ""
         is_equal = verification is not None and verification.equal
         missing = [*self.plan.missing] if self.plan else []
@@ -358,12 +360,12 @@ class Settling:
             verification = None
         if verification and self.runs:
             blamed = verification.first, plan.restored, self.runs.runner, self.options.renames
-            proof = proof or _words(verification, plan, rules_to_blame(*blamed), self.wrong)
+            proof = proof or in_words(verification, plan, rules_to_blame(*blamed), self.wrong)
         wanted, stored = self.suggestion.unmatched_wanted, self.suggestion.unmatched_stored
         return dataclasses.replace(
             self.suggestion,
             proposals=tuple(self._proposals(rules, plan, is_equal=is_equal)),
-            questions=tuple(left),
+            questions=tuple(_with_one(question, at, len(left), answered) for at, question in enumerate(left)),
             unmatched_wanted=tuple(path for path in wanted if path not in plan.restored),
             unmatched_stored=tuple(path for path in stored if path in plan.unexpected),
             problem="\n".join(str(fault) for fault in plan.faults),
@@ -372,8 +374,20 @@ class Settling:
             is_untold=verification is not None
             and bool(rules and verification.equal and verification.remarks),
             is_refuted=verification is not None and not verification.equal,
-            settle=None,
+            settle=answered,
         )
+
+    def _answered(
+        self,
+        known: Sequence[int | None],
+        changes: Sequence[Remade],
+        more: Sequence[int | None],
+        others: Sequence[Remade],
+    ) -> tuple[Rule, ...]:
+        """Returns the rules with answers to the questions that outputs leave open too."""
+        rest = iter(more)
+        answers = [next(rest) if answer is None else answer for answer in known]
+        return (*self.suggestion.answered(answers, (*changes, *others)), *self.remade)
 
     def _proposals(self, rules: Iterable[Rule], plan: RestorePlan, *, is_equal: bool) -> Iterator[Proposal]:
         """Yields the rules with what each rests on: outputs prove one if they show all that it makes."""
@@ -387,6 +401,20 @@ class Settling:
             made = {leaf for leaf, item in plan.restored.items() if rule.quoted in item.reason.split("; ")}
             is_proved = is_equal or (made & recipes.keys() and made & recipes.keys() <= right)
             yield known.get(rule) or Proposal(rule=rule, grounds="outputs" if is_proved else "tried")
+
+
+def _with_one(
+    question: Question,
+    at: int,
+    count: int,
+    answered: Callable[[Sequence[int | None], Sequence[Remade]], tuple[Rule, ...]],
+) -> Question:
+    """Returns one of the questions that are left, answered beside what outputs tell of the others."""
+
+    def settled(answer: int) -> tuple[Rule, ...]:
+        return answered([answer if each == at else None for each in range(count)], ())
+
+    return dataclasses.replace(question, settle=settled)
 
 
 def _touches(one: Compared, ways: _Ways) -> bool:
@@ -418,33 +446,3 @@ def _are_told(question: Question, plan: RestorePlan, runs: Runs) -> bool:
             if len(others) != 1 or agree(compare_inputs(others[0].inputs, calls[0].inputs)) != is_own:
                 return False
     return len(question.choices) > 1
-
-
-def _words(
-    verification: Verification, plan: RestorePlan, blamed: Sequence[Rule], wrong: Misfilled | None
-) -> str:
-    zeros = f", with {counted(len(plan.missing), 'leaf', 'leaves')} at zero" if plan.missing else ""
-    if verification.equal:
-        said = ", but: " + " ".join(verification.remarks) if verification.remarks else ""
-        proved = "" if said else "proved by outputs: "
-        said = ". But: ".join([said, *verification.without_effect])
-        return f"{proved}both programs return the same within {verification.relative:.1e}{zeros}{said}"
-    first = verification.first
-    if wrong and wrong.wanted:
-        return f"not proven: the programs return different values under these rules{zeros}. {wrong.words}."
-    if verification.relative <= verification.tolerance:  # By wrong weights.
-        return f"not proven: {' '.join([*verification.remarks, *_of(first, blamed)])}"
-    apart = f"{verification.relative:.1e} apart, tolerance {verification.tolerance:g}"
-    way = ". Where that is rounding, as in deep models, raise the tolerance"
-    where = f", first in {first.path}: {' '.join(_of(first, blamed))}" if first else way
-    return f"not proven: the programs return different values under these rules{zeros} ({apart}){where}"
-
-
-def _of(first: FirstDifference | None, blamed: Sequence[Rule]) -> Iterator[str]:
-    """Yields what is known of the first difference, and which given rules make what is proved wrong."""
-    if first is None:
-        return
-    yield from (line.text for line in first.sentences if isinstance(line, Sentence))
-    if blamed:
-        said = listed(rule.quoted for rule in blamed)
-        yield f"Given rules make it so: correct or take out {said}, and run it again."

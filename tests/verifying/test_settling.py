@@ -905,3 +905,40 @@ def test_what_may_be_exchanged_without_a_difference_stays_a_question(saved: Save
 
     assert found.questions
     assert found.confidence == "open"
+
+
+class Sums(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(6, name="stem")(x)
+        return nn.Dense(6, name="ham")(x) + nn.Dense(6, name="egg")(nn.tanh(x))
+
+
+class SumsOfMore(nnx.Module):
+    """The same, and a gain that the checkpoint lacks: what its outputs are, nothing tells."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.stem, self.oak, self.elm = (nnx.Linear(6, 6, rngs=rngs) for _ in range(3))
+        self.gain = nnx.Param(jnp.zeros((5,)))
+
+    def __call__(self, x):
+        x = self.stem(x)
+        return (self.oak(x) + self.elm(jnp.tanh(x))) * self.gain[...].sum()
+
+
+def test_what_outputs_leave_open_is_answered_as_any_question(tmp_path: pathlib.Path):
+    x = np.random.default_rng(0).normal(size=(3, 6)).astype("f")
+    variables = Sums().init(jax.random.key(0), x)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path := tmp_path / "linen", variables)
+    target = nnx.eval_shape(lambda: SumsOfMore(nnx.Rngs(0)))
+
+    found = suggest(path, target, verify=(Sums().apply, lambda model, x: model(x), (x,)))
+
+    (question,) = found.questions
+    for at, choice in enumerate(question.choices):
+        rules = found.answered([at])
+        assert rules == question.alternatives[at] != found.renames
+        model = restore(path, target, renames=rules, policy="init", init=lambda: SumsOfMore(nnx.Rngs(0)))
+        own = "ham" if "ham -> oak" in choice else "egg"
+        np.testing.assert_array_equal(model.oak.kernel[...], variables["params"][own]["kernel"])

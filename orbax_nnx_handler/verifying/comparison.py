@@ -45,7 +45,7 @@ from orbax_nnx_handler.verifying.pairing import (
     pair_modules,
     scanned_axes,
 )
-from orbax_nnx_handler.verifying.proved_rules import tells
+from orbax_nnx_handler.verifying.proved_rules import in_fewer_digits, tells
 from orbax_nnx_handler.verifying.recording import run_linen
 from orbax_nnx_handler.verifying.runs import (
     Compared,
@@ -61,7 +61,6 @@ from orbax_nnx_handler.verifying.weights import (
     Misfilled,
     cast_in_one,
     depends,
-    in_fewer_digits,
     on_one_device,
     returned_with,
     run_linen_program,
@@ -323,7 +322,7 @@ def _rounding(runs: Runs) -> float:
 
 
 def _remarks(is_near: bool, first: FirstDifference | None, runs: Runs, plan: RestorePlan) -> Iterator[str]:
-    yield from in_fewer_digits(runs.digits.linen, runs.digits.nnx)
+    yield from in_fewer_digits(runs.digits.linen, runs.digits.nnx, runs.outputs)
     is_told = is_near or (first is not None and bool(first.proved))
     yield from filter(None, () if is_told else (runs.calling_others,))
     if not runs.compared:

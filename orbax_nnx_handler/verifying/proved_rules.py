@@ -6,7 +6,7 @@ that one program calls may be the n-th one of the other. Only equal outputs prov
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from orbax_nnx_handler.planning.core.folding import fold_paths
@@ -19,8 +19,16 @@ from orbax_nnx_handler.planning.rules import Rename, Rule
 from orbax_nnx_handler.planning.rules.split_and_fuse import rules_making
 from orbax_nnx_handler.planning.suggesting.proved_recipes import Remade, carried_over
 from orbax_nnx_handler.planning.verdict.outcomes import Restored, Verdict
-from orbax_nnx_handler.verifying import Distance, changes_more_than_rounding, lent
+from orbax_nnx_handler.verifying import (
+    TOLERANCE,
+    Distance,
+    changes_more_than_rounding,
+    fewer,
+    lent,
+    rounding_of,
+)
 from orbax_nnx_handler.verifying.pairing import compare_outputs
+from orbax_nnx_handler.verifying.recording import Call
 from orbax_nnx_handler.verifying.runs import Compared, weights_of
 from orbax_nnx_handler.verifying.single_module import ModuleRunner
 from orbax_nnx_handler.verifying.verification import FirstDifference, Verification
@@ -297,3 +305,27 @@ def _of(first: FirstDifference | None, blamed: Sequence[Rule]) -> Iterator[str]:
     if blamed:
         said = listed(rule.quoted for rule in blamed)
         yield f"Given rules make it so: correct or take out {said}, and run it again."
+
+
+def in_fewer_digits(linen: Call | None, ours: Call | None, outputs: Iterable[Distance]) -> Iterator[str]:
+    """Yields what it means that programs return fewer digits than float32's, from these calls on."""
+    last = max((one.coarse for one in outputs if one.relative > TOLERANCE), default=0.0)
+    found = {"linen_apply": linen, "nnx_apply": ours}
+    low = {name: (call, fewer(call.outputs)) for name, call in found.items() if call is not None}
+    first = [
+        f"{name} computes in {dtype}, first {'in ' + fold_paths([call.path]) if call.path else 'at its end'}"
+        for name, (call, dtype) in low.items()
+    ]
+    if first:
+        others = [f"{name} in float32" for name in found if name not in low]
+        apart = max(rounding_of(dtype) for _, dtype in low.values())
+        yield (
+            f"{', and '.join([*first, *others])}: differences of up to {apart:g} at each module may be its "
+            "rounding, and small mistakes do not show. To prove more, let "
+            f"{' and '.join(low)} run modules made with dtype=jnp.float32."
+        )
+    elif last:
+        yield (
+            "outputs are cast to fewer digits than float32's behind all modules: differences of up to "
+            f"{last:g} may be rounding, and small mistakes do not show. To prove more, return them uncast."
+        )

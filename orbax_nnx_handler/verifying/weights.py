@@ -368,24 +368,6 @@ def unused_leaves(
 _MOST_WITHOUT = 16
 
 
-def in_fewer_digits(linen: Call | None, ours: Call | None) -> Iterator[str]:
-    """Yields what it means that programs return fewer digits than float32's, from these calls on."""
-    found = {"linen_apply": linen, "nnx_apply": ours}
-    low = {name: (call, fewer(call.outputs)) for name, call in found.items() if call is not None}
-    first = [
-        f"{name} computes in {dtype}, first {'in ' + fold_paths([call.path]) if call.path else 'at its end'}"
-        for name, (call, dtype) in low.items()
-    ]
-    if first:
-        others = [f"{name} in float32" for name in found if name not in low]
-        apart = max(rounding_of(dtype) for _, dtype in low.values())
-        yield (
-            f"{', and '.join([*first, *others])}: differences of up to {apart:g} at each module may be its "
-            "rounding, and small mistakes do not show. To prove more, let "
-            f"{' and '.join(low)} run modules made with dtype=jnp.float32."
-        )
-
-
 def cast_in_one(apart: Distance, programs: Programs, plan: RestorePlan, model: Any) -> str:
     """Returns which program alone casts to fewer digits, where that may be all the difference."""
     least, most = MOST_ROUNDINGS * TOLERANCE, MOST_ROUNDINGS * rounding_of("bfloat16")

@@ -147,3 +147,24 @@ def test_what_differs_by_far_more_than_rounding_is_settled(path: pathlib.Path, d
     assert f"linen_apply computes in {jnp.dtype(dtype).name}" in str(found)
     assert "proved by outputs" not in str(found)
     assert verify(path, target, *pair(None), renames=found.renames).equal
+
+
+def test_a_cast_of_outputs_alone_is_no_proof_that_programs_are_equal(
+    path: pathlib.Path,
+):
+    """All modules compute in float32: what the cast hides may be a mistake as well as rounding."""
+    linen_apply, nnx_apply, inputs = pair(None)
+    target = nnx.eval_shape(lambda: ProgramTwin(nnx.Rngs(0)))
+
+    def scaled(model: Any, *inputs: Any) -> Any:
+        return (nnx_apply(model, *inputs) * 1.005).astype(jnp.bfloat16)
+
+    found = verify(path, target, linen_apply, scaled, inputs, renames=rules())
+    proposed = suggest(path, target, renames=rules(), verify=(linen_apply, scaled, inputs))
+
+    assert found.equal
+    assert "as far as these outputs tell" in str(found)
+    assert "cast to fewer digits" in " ".join(found.remarks)
+    assert "proved by outputs" not in str(proposed)
+    exact = verify(path, target, linen_apply, nnx_apply, inputs, renames=rules())
+    assert (exact.equal, exact.remarks) == (True, ())

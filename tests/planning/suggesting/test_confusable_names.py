@@ -918,3 +918,21 @@ def test_w1_and_w3_are_a_gate_and_what_it_gates_though_w2_is_not_stored():
     _, values = proposed(stored, dict.fromkeys(made, (8, 8)))
 
     check(values, {aim: stored[path] for aim, path in made.items() if path in stored})
+
+
+@pytest.mark.parametrize(("names", "is_told"), [(("wg", "wu", "wd"), True), (("wi", "wu", "wo"), False)])
+def test_wu_leads_up_and_what_wi_is_beside_it_is_asked(names, is_told):
+    """`wi` is all that leads in, or in some programs the layer that is activated."""
+    shapes = {"w1": (8, 12), "w3": (8, 12), "w2": (12, 8)}
+    made = {
+        f"blocks/{at}/mlp/{aim}/kernel": f"layers_{at}/mlp/{path}/kernel"
+        for at in range(2)
+        for path, aim in zip(shapes, names, strict=True)
+    }
+    stored = filled({path: shapes[path.split("/")[2]] for path in made.values()})
+
+    found, values = proposed(stored, {aim: stored[path].shape for aim, path in made.items()})
+
+    check(values, {aim: stored[path] for aim, path in made.items() if aim in values})
+    assert bool(found.questions) != is_told
+    assert len(values) == (6 if is_told else 2)
